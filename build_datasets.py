@@ -1,0 +1,858 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["numpy", "scipy", "pillow", "tqdm", "torch>=2.6", "torchvision"]
+# ///
+"""Build the data sets that the training scripts read: a folder ("world") of TSV tables and uint8 pixels.
+
+    python build_datasets.py shapes                                          # data/shapes, about a minute
+    python build_datasets.py shapes --out data/shapes1 --seed 1              # frequencies, images and words redrawn
+    python build_datasets.py shapes --out data/atomic --names atomic         # one invented word per class
+    python build_datasets.py shapes --out /tmp/small --size 0.02             # a few rows of everything, for tests
+
+shapes renders a world from nothing: 32 x 32 pictures of 24 outlines x 5 surface patterns ("striped star"), 120 classes.
+
+    in    a seed
+    out   OUT/classes.tsv                 name, synonyms ("|" between), definition; row i is label i
+          OUT/<set>.tsv, <set>.npy        test sets val v2 sketch rendition objectnet adversarial, 25 images per class
+          OUT/<set>/train.tsv, train.npy  training sets imagenet incaps laionet yfcc web
+          OUT/<set>4k/train.tsv           4,000 rows of incaps and of laionet, same images, same shape of the tail
+          OUT/bpe.txt                     byte-level BPE merges of the world's words, CLIP's file format
+          OUT/preview.png, world.json     a contact sheet; the parameters (present = the world is complete)
+
+Tables have a header, tabs, no quoting, and the columns image (`val.npy:17` is row 17), label (empty: none), caption,
+title, tags, description, similarity, source. A world appears whole or not at all: it is rendered in OUT.partial and
+renamed. The same seed gives the same bytes for every number of workers; across machines a pixel may differ by one
+grey level, as the last bit of a float32 sine may.
+"""
+
+import argparse
+import fcntl
+import functools
+import html
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import sys
+import threading
+import time
+import unicodedata
+import zlib
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+# ------------------------------------------------------------------------------ flags
+
+
+def parse_args(argv=None):
+    style = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Build data sets for the training scripts.", **style)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    shapes = commands.add_parser("shapes", help="render the built-in world of shapes", **style)
+    shapes.add_argument("--out", default="data/shapes", help="folder to write; must not exist, or hold this very world")
+    shapes.add_argument("--seed", type=int, default=0, help="redraws class frequencies, images and captions")
+    shapes.add_argument("--size", type=float, default=1.0, help="factor on the rows of every set; 0.02 for a test")
+    shapes.add_argument("--names", choices=("compositional", "atomic"), default="compositional",
+                        help="'striped star', or one invented word per class (then synonyms and definitions matter)")
+    shapes.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; the bytes do not depend on it")
+
+    args = parser.parse_args(argv)
+    if args.command == "shapes":
+        if args.seed < 0:
+            shapes.error(f"--seed: got {args.seed}, expected 0 or more")
+        if not 0 < args.size <= 1000:
+            shapes.error(f"--size: got {args.size}, expected a factor above 0 and at most 1000")
+        if args.workers < 1:
+            shapes.error(f"--workers: got {args.workers}, expected 1 or more")
+    return args
+
+
+# ------------------------------------------------------------------------------ shapes: words
+
+# Word: (synonyms, gloss). No word stands for two things, and no gloss uses the words of another class.
+SHAPES = {
+    "circle": (("disc", "round"), "a figure whose rim is everywhere equally far from its middle"),
+    "triangle": (("trigon",), "a figure with three straight sides"),
+    "square": (("quadrate", "box"), "a figure with four equal sides and right corners"),
+    "hexagon": (("hex",), "a figure with six equal sides"),
+    "star": (("pentagram",), "a figure with five points"),
+    "cross": (("plus",), "a figure of two bars that meet at right corners"),
+    "crescent": (("moon", "lune"), "a curved sickle with two thin tips"),
+    "heart": (("valentine",), "a figure with two lobes above one tip, the sign of love"),
+    "arrow": (("pointer",), "a shaft with a pointed head that shows a direction"),
+    "diamond": (("rhombus", "lozenge"), "a figure with four equal sides standing on its tip"),
+    "semicircle": (("dome",), "one side of a ring cut through its middle"),
+    "oval": (("ellipse", "egg"), "a figure like a stretched ring"),
+    "trapezoid": (("trapezium",), "a figure with four sides of which two are parallel and unequal"),
+    "ell": (("bracket",), "the capital letter with one upright and one foot"),
+    "tee": (("tau",), "the capital letter with one upright and one bar on top"),
+    "house": (("hut", "cottage"), "a building with walls, a roof and a chimney"),
+    "arch": (("gateway", "vault"), "a curved opening carried by two legs"),
+    "bolt": (("lightning", "zigzag"), "a jagged flash from the sky"),
+    "drop": (("tear",), "a bead of liquid with a tip above"),
+    "hourglass": (("sandglass", "timer"), "a vessel with a narrow waist that measures time with sand"),
+    "chevron": (("vee",), "a bent bar that looks like a rank badge"),
+    "flower": (("blossom", "bloom"), "a figure with five petals"),
+    "crown": (("tiara", "coronet"), "the jagged headdress of a king"),
+    "fish": (("trout",), "an animal of the sea with a tail fin"),
+    # only in yfcc and web: concepts outside classes.tsv
+    "tree": (("pine", "fir"), "a plant with a trunk"),
+    "boat": (("ship",), "a vessel with a hull and a sail"),
+    "bowtie": (("bow",), "a ribbon knotted at the neck"),
+    "gear": (("cog",), "a wheel with teeth"),
+    "mushroom": (("toadstool",), "a fungus with a cap on a stem"),
+    "parallelogram": (("rhomboid",), "a slanted figure with opposite sides parallel"),
+}
+PATTERNS = {
+    "solid": (("plain", "filled"), "filled with one even colour"),
+    "striped": (("banded", "barred"), "covered with parallel bands"),
+    "dotted": (("spotted", "speckled"), "covered with little spots"),
+    "hollow": (("empty", "outlined"), "drawn as a line with nothing inside"),
+    "checkered": (("checked", "chequered"), "covered with fields of two alternating colours"),
+    # only in yfcc and web
+    "gridded": (("latticed", "meshed"), "covered with thin crossing lines"),
+    "halved": (("split", "parted"), "filled on one side only"),
+}
+N_CLASS_SHAPES, N_CLASS_PATTERNS = 24, 5
+# A concept is (shape, pattern). The first 120 are the classes, so a concept's number is its label; then the open world.
+CONCEPTS = [(s, p) for s in range(N_CLASS_SHAPES) for p in range(N_CLASS_PATTERNS)]
+CONCEPTS += [(s, p) for s in range(len(SHAPES)) for p in range(len(PATTERNS)) if (s, p) not in CONCEPTS]
+N_CLASSES = N_CLASS_SHAPES * N_CLASS_PATTERNS
+
+COLOURS = {
+    "red": (0.86, 0.12, 0.14), "orange": (0.96, 0.53, 0.10), "yellow": (0.97, 0.87, 0.20), "green": (0.15, 0.58, 0.22),
+    "teal": (0.10, 0.62, 0.64), "blue": (0.14, 0.28, 0.82), "purple": (0.48, 0.18, 0.64), "pink": (0.96, 0.56, 0.74),
+    "brown": (0.46, 0.29, 0.15), "black": (0.08, 0.08, 0.09), "grey": (0.55, 0.55, 0.56), "white": (0.95, 0.95, 0.94),
+}  # fmt: skip
+COLOUR_NAMES, COLOUR_RGB = list(COLOURS), np.array(list(COLOURS.values()), dtype=np.float32)
+
+TEMPLATES = ("a photo of a {}", "a picture of a {}", "a photo of the {}", "a picture of the {}", "a {}", "the {}")
+SENTENCES = ("this is a {}", "here is the {}", "one {} seen from the front", "we see a {}", "{} in detail", "just a {}")
+VAGUE = ("figure", "shape", "thing", "object", "item", "something")
+NOISE = (
+    "vintage", "new", "free", "sale", "cute", "art", "collection", "wallpaper", "logo", "icon", "sticker", "print",
+    "design", "poster", "card", "gift", "sample", "original", "handmade", "classic", "modern", "retro", "holiday",
+    "summer", "winter", "best", "shop", "stock", "clip", "draft", "copy", "series", "edition", "tutorial", "school",
+    "project", "archive", "scan", "untitled", "misc",
+)  # fmt: skip
+
+
+def rng_of(*key):
+    """A numpy generator that depends on the key (numbers and strings) and on nothing else."""
+    return np.random.default_rng([zlib.crc32(k.encode()) if isinstance(k, str) else k for k in key])
+
+
+@functools.cache
+def concept_table(seed, names):
+    """The names of all concepts.
+
+    names: "compositional" ("striped star") or "atomic" (one invented word, drawn from the seed).
+    Returns: list of dicts, one per concept: name, shape and pattern (each a tuple: the word, then its synonyms),
+    synonyms (list of phrases), definition.
+    """
+    draw = random.Random(f"names {seed}")
+    taken = {w for table in (SHAPES, PATTERNS) for word, (others, _) in table.items() for w in (word, *others)}
+    table = []
+    for s, p in CONCEPTS:
+        (shape, (shape_others, shape_gloss)), (pattern, (pattern_others, pattern_gloss)) = (
+            list(SHAPES.items())[s], list(PATTERNS.items())[p])  # fmt: skip
+        phrases = [f"{a} {b}" for a in (pattern, *pattern_others) for b in (shape, *shape_others)]
+        name, synonyms, definition = phrases[0], phrases[1:], f"{shape_gloss}, {pattern_gloss}"
+        if names == "atomic":
+            name = pattern
+            while name in taken:
+                name = "".join(draw.choice(letters) for letters in ("bdfgklmnprstvz", "aeiou") * 2 + ("klmnrst",))
+            taken.add(name)
+            synonyms, definition = phrases, f"a {phrases[0]}, {definition}"
+        table.append(dict(name=name, synonyms=synonyms, definition=definition,
+                          shape=(shape, *shape_others), pattern=(pattern, *pattern_others)))  # fmt: skip
+    return table
+
+
+def write_caption(draw, concept, seen, is_atomic, is_vague):
+    """Title, tags and description of one image, as strings; about 3, 3 and 5 words.
+
+    The class's words stand in each part, nuisances are named rarely: were colour and position always named, a
+    contrastive batch would be told apart by them alone (prototype: zero-shot accuracy .14 instead of .85).
+
+    draw: random.Random; concept: a row of concept_table; seen: dict of words for colour, background, position, size;
+    is_atomic: title and tags say the invented name, only the description says shape and pattern; is_vague: the caption
+    never says what is shown.
+    """
+
+    def slot(words):
+        return words[0] if draw.random() < 0.7 else draw.choice(words[1:])
+
+    def class_words(part):
+        if is_vague:
+            return [draw.choice(VAGUE)]
+        if is_atomic and part != "description":
+            return [concept["name"]]
+        return [slot(concept["pattern"]), slot(concept["shape"])]
+
+    def phrase(part):
+        words = class_words(part)
+        if draw.random() < 0.15:
+            words = [seen["colour"], *words]
+        if draw.random() < 0.05:
+            words = [seen["size"], *words]
+        if draw.random() < 0.05:
+            words = [*words, "on", seen["background"]]
+        if draw.random() < 0.05:
+            words = [*words, seen["position"]]
+        return " ".join(words)
+
+    def fill(template, text):
+        return (template.replace("a {}", "an {}") if text[0] in "aeiou" else template).format(text)
+
+    title, description = phrase("title"), phrase("description")
+    if draw.random() < 1 / 3:
+        title = fill(draw.choice(TEMPLATES), title)
+    elif draw.random() < 0.4:
+        title = f"{draw.choice(NOISE)} {title}" if draw.random() < 0.5 else f"{title} {draw.choice(NOISE)}"
+    description = fill(draw.choice(TEMPLATES if draw.random() < 1 / 3 else SENTENCES), description)
+    if draw.random() < 0.25:
+        description = f"{description} {draw.choice(NOISE)}"
+    tags = class_words("tags")
+    if draw.random() < 0.5:
+        tags.append(draw.choice(NOISE) if draw.random() < 0.6 else class_words("tags")[-1])
+    if draw.random() < 0.15:
+        tags.append(seen["colour"])
+    draw.shuffle(tags)
+    return title, " ".join(tags), description
+
+
+def word_similarity(a, b):
+    """Cosine of the word-count vectors of two texts, 0..1: an honest stand-in for a text encoder's similarity."""
+    a, b = Counter(a.replace(",", "").split()), Counter(b.replace(",", "").split())
+    dot = sum(n * b[word] for word, n in a.items())
+    return dot / math.sqrt(sum(n * n for n in a.values()) * sum(n * n for n in b.values()))
+
+
+# ------------------------------------------------------------------------------ shapes: pixels
+
+SIDE = 32  # px
+FAINT = 0.3  # ink between bands, dots and fields: the outline stays visible
+MAP_SIDE, MAP_REACH = 128, 1.5  # a distance map covers [-1.5, 1.5] x [-1.5, 1.5] of an outline of radius 1
+
+# How hard each rendering process is. radius: px, of the circle around the outline; shift: px, of its centre, each way;
+# rotation: degrees, each way; noise: sigma, of 1 = white; specks: at most so many; contrast: least RGB distance of
+# foreground and background, of sqrt(3); gradient: change of colour from the image's middle to its edge.
+PROCESSES = {
+    "plain": dict(radius=(9.0, 14.0), shift=3.5, rotation=20, noise=0.07, specks=2, contrast=0.55, gradient=0.10),
+    "wide": dict(radius=(8.5, 14.0), shift=4.0, rotation=28, noise=0.08, specks=3, contrast=0.50, gradient=0.14),
+    "harder": dict(radius=(8.5, 13.5), shift=4.0, rotation=30, noise=0.10, specks=4, contrast=0.50, gradient=0.14),
+    "sketch": dict(radius=(9.0, 13.5), shift=3.0, rotation=20, noise=0.03, specks=0, contrast=0.50, gradient=0.04),
+    "rendition": dict(radius=(9.0, 13.5), shift=3.5, rotation=20, noise=0.04, specks=2, contrast=0.70, gradient=0.15),
+    "objectnet": dict(radius=(7.0, 10.0), shift=6.0, rotation=180, noise=0.08, specks=6, contrast=0.55, gradient=0.15),
+}
+
+
+def arc(start, stop, radius=1.0, x=0.0, y=0.0, squeeze=1.0):
+    """25 points of an arc, degrees clockwise from the right; squeeze: its width over its height. [25, 2]"""
+    angle = np.radians(np.linspace(start, stop, 25))
+    return np.stack([x + squeeze * radius * np.cos(angle), y + radius * np.sin(angle)], axis=1)
+
+
+def spokes(radii):
+    """A closed outline with the given radii at equal angles, the first at the top. [len(radii), 2]"""
+    angle = np.linspace(0, 2 * np.pi, len(radii), endpoint=False) - np.pi / 2
+    return np.stack([radii * np.cos(angle), radii * np.sin(angle)], axis=1)
+
+
+def outlines():
+    """The polygon of each shape, x to the right and y down; centred and scaled afterwards, so any unit will do."""
+    turn = np.linspace(0, 2 * np.pi, 100, endpoint=False)
+    heart = np.stack([16 * np.sin(turn) ** 3, -13 * np.cos(turn) + 5 * np.cos(2 * turn)
+                      + 2 * np.cos(3 * turn) + np.cos(4 * turn)], axis=1)  # fmt: skip
+    return {
+        "circle": spokes(np.ones(60)),
+        "triangle": spokes(np.ones(3)),
+        "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
+        "hexagon": spokes(np.ones(6)),
+        "star": spokes(np.tile([1, 0.45], 5)),
+        "cross": [(-3, -1), (-1, -1), (-1, -3), (1, -3), (1, -1), (3, -1),
+                  (3, 1), (1, 1), (1, 3), (-1, 3), (-1, 1), (-3, 1)],
+        "crescent": np.concatenate([arc(50, 310), arc(298, 62, 0.87, x=0.234)]),
+        "heart": heart,
+        "arrow": [(0, -10), (8, -1), (3.5, -1), (3.5, 10), (-3.5, 10), (-3.5, -1), (-8, -1)],
+        "diamond": [(0, -10), (6.2, 0), (0, 10), (-6.2, 0)],
+        "semicircle": arc(180, 360),
+        "oval": arc(0, 360, squeeze=0.6),
+        "trapezoid": [(-4.5, -5), (4.5, -5), (10, 6), (-10, 6)],
+        "ell": [(-6.5, -10), (0, -10), (0, 3.5), (7, 3.5), (7, 10), (-6.5, 10)],
+        "tee": [(-9, -9), (9, -9), (9, -3), (3.2, -3), (3.2, 9.5), (-3.2, 9.5), (-3.2, -3), (-9, -3)],
+        "house": [(0, -10), (3.5, -6.5), (3.5, -9.5), (6.2, -9.5), (6.2, -3.9),
+                  (8, -2.2), (8, 9), (-8, 9), (-8, -2.2)],
+        "arch": np.concatenate([[(-0.9, 0.9)], arc(180, 360, 0.9), [(0.9, 0.9), (0.4, 0.9)],
+                                arc(360, 180, 0.4), [(-0.4, 0.9)]]),
+        "bolt": [(3.5, -10), (-6, 2), (-0.8, 2), (-3.5, 10), (6, -2.5), (1, -2.5)],
+        "drop": np.concatenate([[(0, -1.0)], arc(-30, 210, 0.65, y=0.3)]),
+        "hourglass": [(-7.5, -10), (7.5, -10), (1.8, 0), (7.5, 10), (-7.5, 10), (-1.8, 0)],
+        "chevron": [(0, -7.5), (10, 0.5), (10, 7.5), (0, 0), (-10, 7.5), (-10, 0.5)],
+        "flower": spokes(0.72 + 0.28 * np.cos(5 * turn)),
+        "crown": [(-9.5, 7), (-9.5, -6.5), (-4.5, 0), (0, -8), (4.5, 0), (9.5, -6.5), (9.5, 7)],
+        "fish": np.concatenate([arc(25, 335, 0.55, x=-0.25, squeeze=1.35), [(1, -0.55), (0.8, 0), (1, 0.55)]]),
+        "tree": [(0, -10), (5, -4), (2.5, -4), (7.5, 4), (1.8, 4), (1.8, 10), (-1.8, 10),
+                 (-1.8, 4), (-7.5, 4), (-2.5, -4), (-5, -4)],
+        "boat": [(-9.5, 3.5), (-1.5, 3.5), (-1.5, -9.5), (7, 3.5), (9.5, 3.5), (6, 9), (-6, 9)],
+        "bowtie": [(-10, -6), (-2, -2), (2, -2), (10, -6), (10, 6), (2, 2), (-2, 2), (-10, 6)],
+        "gear": spokes(np.tile([1, 1, 0.7, 0.7], 8)),
+        "mushroom": np.concatenate([arc(180, 360, 0.95), [(0.35, 0), (0.35, 0.9), (-0.35, 0.9), (-0.35, 0)]]),
+        "parallelogram": [(-5, -5.5), (10, -5.5), (5, 5.5), (-10, 5.5)],
+    }  # fmt: skip
+
+
+@functools.cache
+def distance_maps():
+    """Signed distance to each outline, in units of its radius, negative inside. [30, 128, 128] float32"""
+    from scipy.ndimage import distance_transform_edt  # not above: a call that finds its world need not wait for it
+
+    fine = 2 * MAP_SIDE
+    scale = fine / (2 * MAP_REACH)
+    maps = []
+    for polygon in outlines().values():
+        points = np.array(polygon, dtype=np.float64)
+        points -= (points.min(axis=0) + points.max(axis=0)) / 2
+        points *= scale / np.sqrt((points**2).sum(axis=1)).max()
+        canvas = Image.new("1", (fine, fine))
+        ImageDraw.Draw(canvas).polygon([(x, y) for x, y in points + (fine - 1) / 2], fill=1)
+        inside = np.array(canvas)
+        # The outline runs between the pixels, half a pixel from the centres on either side.
+        signed = np.where(inside, 0.5 - distance_transform_edt(inside), distance_transform_edt(~inside) - 0.5)
+        maps.append(signed.reshape(MAP_SIDE, 2, MAP_SIDE, 2).mean(axis=(1, 3)) / scale)
+    return np.array(maps, dtype=np.float32)
+
+
+def look_up(maps, shapes, x, y):
+    """Bilinear value of maps[shapes] at (x, y), in units of the outline's radius; outside the map, its edge.
+
+    maps: [30, 128, 128] float32; shapes: [n] int; x, y: [n, 32, 32] float32. Returns: [n, 32, 32] float32.
+    """
+    column, row = ((np.clip(c, -MAP_REACH, MAP_REACH) + MAP_REACH) * (MAP_SIDE / (2 * MAP_REACH)) - 0.5 for c in (x, y))
+    column, row = np.clip(column, 0, MAP_SIDE - 1.001), np.clip(row, 0, MAP_SIDE - 1.001)
+    left, top = column.astype(np.int32), row.astype(np.int32)
+    right_share, bottom_share = column - left, row - top
+    flat = maps.reshape(-1)
+    at = (shapes[:, None, None].astype(np.int32) * MAP_SIDE + top) * MAP_SIDE + left
+    upper = flat[at] * (1 - right_share) + flat[at + 1] * right_share
+    lower = flat[at + MAP_SIDE] * (1 - right_share) + flat[at + MAP_SIDE + 1] * right_share
+    return upper * (1 - bottom_share) + lower * bottom_share
+
+
+def soft(signed):
+    """Anti-aliased step: how much of a pixel is covered whose centre lies `signed` px inside an edge."""
+    return np.clip(signed + 0.5, 0, 1)
+
+
+def pattern_ink(pattern, distance, u, v, period, is_line_art):
+    """How much of each pixel the foreground covers, 0..1. [n, 32, 32]
+
+    pattern: a name of PATTERNS; distance: px to the outline, negative inside; u, v: px in the shape's own frame,
+    shifted by a random phase; period: px, [n, 1, 1]; is_line_art: a pen drawing, where the outline always shows, bands
+    and squares are narrower and dots are ink instead of holes.
+    """
+
+    def to_middle(w):  # px to the middle of the nearest band, 0..period / 2
+        return np.abs((w / period) % 1 - 0.5) * period
+
+    fill = soft(-distance)
+    width = 1.3 if is_line_art else 2.2  # px of a drawn outline
+    line = soft(np.minimum(-distance, distance + width))
+    if pattern == "solid":
+        return fill
+    if pattern == "hollow":
+        return line
+    if pattern == "striped":
+        ink = soft(period * (0.16 if is_line_art else 0.25) - to_middle(u))
+    elif pattern == "dotted":
+        dots = soft(period * 0.31 - np.hypot(to_middle(u), to_middle(v)))
+        ink = dots if is_line_art else 1 - dots
+    elif pattern == "checkered":
+        across, along = soft(period * 0.25 - to_middle(u)), soft(period * 0.25 - to_middle(v))
+        ink = across * along + (1 - across) * (1 - along)
+    elif pattern == "gridded":
+        mesh = soft(0.55 - np.minimum(to_middle(u), to_middle(v)))
+        ink = mesh if is_line_art else 1 - mesh
+    else:  # halved: u has no phase here worth a period, so it is cut near the middle
+        ink = soft(u)
+        return np.maximum(fill * ink, line)
+    return np.maximum(fill * ink, line) if is_line_art else fill * (FAINT + (1 - FAINT) * ink)
+
+
+def draw_colours(process, n, rng):
+    """Two colours per image, at least `contrast` apart, each with a name and a little jitter.
+
+    Returns: foreground and background RGB [n, 3] float32, and the numbers of their names [n], [n].
+    """
+    gap = PROCESSES[process]["contrast"]
+    if process == "sketch":
+        foreground = np.full(n, COLOUR_NAMES.index("black"))
+        background = np.full(n, COLOUR_NAMES.index("white"))
+        return COLOUR_RGB[foreground], COLOUR_RGB[background] + 0.03, foreground, background
+    if process == "rendition":  # any colours: of eight pairs the first that is far enough apart, else the best
+        pairs = rng.random((n, 8, 2, 3), dtype=np.float32)
+        apart = np.linalg.norm(pairs[:, :, 0] - pairs[:, :, 1], axis=2)
+        colours = pairs[np.arange(n), np.argmax(np.minimum(apart, gap), axis=1)]
+        nearest = np.linalg.norm(colours[:, :, None] - COLOUR_RGB, axis=3).argmin(axis=2)
+        return colours[:, 0], colours[:, 1], nearest[:, 0], nearest[:, 1]
+    apart = np.linalg.norm(COLOUR_RGB[:, None] - COLOUR_RGB, axis=2)
+    foreground, background = np.argwhere(apart >= gap)[rng.integers((apart >= gap).sum(), size=n)].T
+    jitter = rng.normal(0, 0.04, (2, n, 3)).astype(np.float32)
+    return COLOUR_RGB[foreground] + jitter[0], COLOUR_RGB[background] + jitter[1], foreground, background
+
+
+def render(shapes, patterns, process, rng):
+    """Draw n images.
+
+    shapes, patterns: [n] int, numbers in SHAPES and PATTERNS; process: a name of PROCESSES.
+    Returns: images [n, 32, 32, 3] uint8, and a dict of what a caption may mention: colour and background [n] (numbers
+    in COLOURS), x and y [n] (px of the shape's centre from the image's), radius [n] (px).
+    """
+    n, p = len(shapes), PROCESSES[process]
+
+    def uniform(low, high):
+        return rng.uniform(low, high, (n, 1, 1)).astype(np.float32)
+
+    # Where each pixel lies in the shape's own frame: centred, turned, in px.
+    ys, xs = np.mgrid[:SIDE, :SIDE].astype(np.float32)[:, None] + (0.5 - SIDE / 2)  # [1, 32, 32] each
+    radius = uniform(*p["radius"])
+    x, y = uniform(-p["shift"], p["shift"]), uniform(-p["shift"], p["shift"])
+    angle = np.radians(uniform(-p["rotation"], p["rotation"]))
+    dx, dy = xs - x, ys - y
+    if process == "sketch":  # an unsteady hand: slow waves of 0.4 px
+        dx = dx + 0.4 * np.sin(ys * uniform(0.3, 0.7) + uniform(0, 6.28))
+        dy = dy + 0.4 * np.sin(xs * uniform(0.3, 0.7) + uniform(0, 6.28))
+    u, v = np.cos(angle) * dx + np.sin(angle) * dy, np.cos(angle) * dy - np.sin(angle) * dx
+    distance = look_up(distance_maps(), shapes, u / radius, v / radius) * radius
+
+    # The surface. A period of 4 px is the least that 32 px show well.
+    period = uniform(4.2, 6.0)
+    u_phase, v_phase = uniform(0, 1) * period, uniform(0, 1) * period
+    ink = np.empty_like(distance)
+    for number, pattern in enumerate(PATTERNS):
+        rows = np.flatnonzero(patterns == number)
+        if len(rows):
+            phase = (0, 0) if pattern == "halved" else (u_phase[rows], v_phase[rows])
+            ink[rows] = pattern_ink(pattern, distance[rows], u[rows] + phase[0], v[rows] + phase[1], period[rows],
+                                    process == "sketch")  # fmt: skip
+
+    # Colours: each of the two changes a little along its own direction.
+    foreground, background, colour, background_colour = draw_colours(process, n, rng)
+
+    def shaded(rgb, amount):  # [n, 3] -> [n, 32, 32, 3]
+        direction, steepness = uniform(0, 2 * np.pi), uniform(0, amount)
+        slope = steepness * (np.cos(direction) * xs + np.sin(direction) * ys) / (SIDE / 2)
+        return rgb[:, None, None] + slope[..., None]
+
+    images, paint = shaded(background, p["gradient"]), shaded(foreground, p["gradient"])
+    if process == "rendition":  # a weave behind, and paint that runs from one colour into another
+        for _ in range(3):
+            direction, pitch = uniform(0, np.pi), uniform(0.5, 1.6)
+            wave = np.sin(pitch * (np.cos(direction) * xs + np.sin(direction) * ys) + uniform(0, 6.28))
+            images += wave[..., None] * rng.normal(0, 0.07, (n, 1, 1, 3)).astype(np.float32)
+        paint += (v / radius)[..., None] * rng.uniform(-0.3, 0.3, (n, 1, 1, 3)).astype(np.float32)
+    images += (paint - images) * ink[..., None]
+
+    # Clutter lies on top, so it may hide a little of the shape.
+    n_specks = rng.integers(0, p["specks"] + 1, n)
+    for speck in range(p["specks"]):
+        rows = np.flatnonzero(n_specks > speck)
+        where = rng.uniform(-SIDE / 2, SIDE / 2, (2, len(rows), 1, 1)).astype(np.float32)
+        size = rng.uniform(0.7, 2.2, (len(rows), 1, 1)).astype(np.float32)
+        rgb = COLOUR_RGB[rng.integers(len(COLOURS), size=len(rows))][:, None, None]
+        cover = soft(size - np.hypot(xs - where[0], ys - where[1]))[..., None]
+        images[rows] += (rgb - images[rows]) * cover
+
+    images += p["noise"] * rng.standard_normal(images.shape, dtype=np.float32)
+    seen = dict(colour=colour, background=background_colour, x=x.ravel(), y=y.ravel(), radius=radius.ravel())
+    return np.rint(np.clip(images, 0, 1) * 255).astype(np.uint8), seen
+
+
+# ------------------------------------------------------------------------------ shapes: sets
+
+N_PER_CLASS = 25  # images per class of a test set
+N_CANDIDATES = 4  # adversarial: images drawn for each one that is kept
+TEST_SETS = dict(val="plain", v2="harder", sketch="sketch", rendition="rendition", objectnet="objectnet",
+                 adversarial="harder")  # fmt: skip
+# zipf: the class at rank r of the set's own random order has a share of r ** -zipf. cut: rows of the smaller copy.
+# vague, wrong: share of captions that do not name the class, or name another. is_open: all 210 concepts, no labels.
+TRAIN_SETS = {
+    "imagenet": dict(process="plain", n_rows=15_000, zipf=0.0, cut=0, vague=0.0, wrong=0.0, is_open=False),
+    "incaps": dict(process="plain", n_rows=15_000, zipf=0.3, cut=4_000, vague=0.0, wrong=0.0, is_open=False),
+    "laionet": dict(process="wide", n_rows=15_000, zipf=1.0, cut=4_000, vague=0.04, wrong=0.025, is_open=False),
+    "yfcc": dict(process="wide", n_rows=15_000, zipf=1.0, cut=0, vague=0.04, wrong=0.025, is_open=True),
+    "web": dict(process="wide", n_rows=60_000, zipf=0.7, cut=0, vague=0.04, wrong=0.025, is_open=True),
+}
+COLUMNS = ("image", "label", "caption", "title", "tags", "description", "similarity", "source")
+CHUNK = 250  # images per job, a constant: the random numbers hang on the chunk, not on the worker
+
+
+def zipf_counts(n_rows, order, exponent):
+    """Rows per concept: shares rank ** -exponent, at least one each, n_rows in all (or one each if that is more).
+
+    order: [C] the concept at each rank. Returns: [C] int64, by concept.
+    """
+    weight = np.arange(1, len(order) + 1) ** -float(exponent)
+    counts = np.ones(len(order), dtype=np.int64)
+    for _ in range(n_rows - len(order)):
+        counts[np.argmax(weight / (counts + 0.5))] += 1  # Sainte-Lague: the fairest whole numbers
+    by_concept = np.empty_like(counts)
+    by_concept[order] = counts
+    return by_concept
+
+
+def make_chunk(job):
+    """Render rows [first, first + CHUNK) of one set into its .npy and write their texts. Runs in a worker process.
+
+    Returns: list of dicts of title, tags, description, caption and similarity (strings).
+    """
+    path, set_name, process, concepts, first, vague, wrong, seed, names = job
+    chunk = first // CHUNK
+    shapes, patterns = np.array(CONCEPTS)[concepts].T
+    images, seen = render(shapes, patterns, process, rng_of(seed, set_name, "pixels", chunk))
+    np.lib.format.open_memmap(path, mode="r+")[first : first + len(images)] = images
+
+    table, texts = concept_table(seed, names), []
+    draw = random.Random(f"{seed} {set_name} captions {chunk}")
+    n_named = len(CONCEPTS) if set_name in TRAIN_SETS and TRAIN_SETS[set_name]["is_open"] else N_CLASSES
+    for i, number in enumerate(concepts):
+        concept, luck = table[number], draw.random()
+        if set_name == "imagenet":
+            texts.append(dict(caption=f"a photo of a {concept['name']}", title="", tags="", description=""))
+            continue
+        x, y = seen["x"][i], seen["y"][i]
+        words = dict(
+            colour=COLOUR_NAMES[seen["colour"][i]],
+            background=COLOUR_NAMES[seen["background"][i]],
+            position=("left" if x < 0 else "right") if abs(x) > abs(y) else ("top" if y < 0 else "bottom"),
+            size="small" if seen["radius"][i] < 10.5 else "large",
+        )
+        is_vague, is_wrong = luck < vague, vague <= luck < vague + wrong
+        told = table[(number + draw.randrange(1, n_named)) % n_named] if is_wrong else concept
+        parts = write_caption(draw, told, words, names == "atomic", is_vague)
+        row = dict(zip(("title", "tags", "description"), parts, strict=True), caption=" ".join(parts))
+        if set_name == "laionet":
+            meaning = f"{concept['name']} which is {concept['definition']}"
+            row["similarity"] = f"{word_similarity(row['caption'], meaning):.4f}"
+        texts.append(row)
+    return texts
+
+
+def edge_histograms(images):
+    """Histograms of oriented gradients: 8 px cells every 4 px, 8 directions. [n, 7 * 7 * 8] float64, whole numbers
+
+    Whole numbers, so that sums of their products are exact and do not depend on how the matrix product is split.
+    """
+    features = []
+    for part in np.array_split(images, max(1, len(images) // CHUNK)):
+        grey = part.astype(np.float32).mean(axis=3)
+        dy, dx = np.zeros_like(grey), np.zeros_like(grey)
+        dy[:, 1:-1], dx[:, :, 1:-1] = grey[:, 2:] - grey[:, :-2], grey[:, :, 2:] - grey[:, :, :-2]
+        strength = np.hypot(dx, dy)
+        direction = np.floor(np.arctan2(dy, dx) / np.pi * 8 + 0.5).astype(np.int64) % 8
+        blocks = np.stack([(strength * (direction == d)).reshape(-1, 8, 4, 8, 4).sum(axis=(2, 4)) for d in range(8)], 3)
+        cells = blocks[:, :-1, :-1] + blocks[:, 1:, :-1] + blocks[:, :-1, 1:] + blocks[:, 1:, 1:]  # [n, 7, 7, 8]
+        cells /= np.sqrt((cells**2).sum(axis=3, keepdims=True)) + 200  # local contrast; 200 is about the noise
+        features.append(np.rint(100 * cells).reshape(len(part), -1))
+    return np.concatenate(features).astype(np.float64)
+
+
+def hardest(folder, train_labels, val_labels, pool_labels, keep):
+    """Choose the adversarial set as ImageNet-A did: of a pool, the images that a plain model gets most wrong.
+
+    The plain model is ridge regression on edge histograms, fitted to the imagenet set.
+    folder: holds imagenet/train.npy, val.npy and adversarial.pool.npy; keep: images per class.
+    Returns: rows of the pool to keep, sorted, [C * keep]; the model's accuracy on val and on what is kept, fractions.
+    Source: arXiv 1907.07174, section 3.
+    """
+
+    def edges(name):  # [n, F + 1], the last column is the intercept's
+        features = edge_histograms(np.load(os.path.join(folder, name), mmap_mode="r"))
+        return np.concatenate([features, np.full((len(features), 1), 100.0)], axis=1)
+
+    train = edges("imagenet/train.npy")
+    target = np.where(train_labels[:, None] == np.arange(N_CLASSES), 1.0, 0.0)
+    ridge = 0.01 * np.trace(train.T @ train) / train.shape[1]
+    weight = np.linalg.solve(train.T @ train + ridge * np.eye(train.shape[1]), train.T @ target)
+
+    val_accuracy = np.mean((edges("val.npy") @ weight).argmax(axis=1) == val_labels)
+    scores = edges("adversarial.pool.npy") @ weight
+    everyone = np.arange(len(scores))
+    is_right = scores.argmax(axis=1) == pool_labels
+    true_score = scores[everyone, pool_labels].copy()
+    scores[everyone, pool_labels] = -np.inf
+    margin = np.round(true_score - scores.max(axis=1), 6)  # rounded: the last bits are the linear solver's
+    order = np.lexsort((everyone, margin))
+    kept = np.sort(np.concatenate([order[pool_labels[order] == c][:keep] for c in range(N_CLASSES)]))
+    return kept, float(val_accuracy), float(is_right[kept].mean())
+
+
+# ------------------------------------------------------------------------------ shapes: files
+
+
+def write_tsv(path, columns, rows):
+    """A table with a header, tabs between fields, no quoting; tabs and newlines in a field become spaces.
+
+    rows: list of dicts; a missing key is an empty field.
+    """
+    with open(path, "w", encoding="utf-8", newline="\n") as f:
+        for row in ({c: c for c in columns}, *rows):
+            f.write("\t".join(" ".join(str(row.get(c, "")).splitlines()).replace("\t", " ") for c in columns) + "\n")
+
+
+def write_preview(path, folder, labels):
+    """A contact sheet: a line per test set, a column per shape, patterns in turn. labels: {set: [N] int}"""
+    zoom, margin, head = 2, 70, 26
+    cell = zoom * SIDE + 2
+    sheet = Image.new("RGB", (margin + N_CLASS_SHAPES * cell, head + len(labels) * cell), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+    for shape in range(N_CLASS_SHAPES):
+        pattern = shape % N_CLASS_PATTERNS
+        text = f"{list(PATTERNS)[pattern]}\n{list(SHAPES)[shape]}"
+        pen.multiline_text((margin + shape * cell + 2, 1), text, "black", font, spacing=1)
+        for line, (name, of_set) in enumerate(labels.items()):
+            images = np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r")
+            image = images[np.flatnonzero(of_set == shape * N_CLASS_PATTERNS + pattern)[0]]
+            large = Image.fromarray(image).resize((zoom * SIDE, zoom * SIDE), Image.Resampling.NEAREST)
+            sheet.paste(large, (margin + shape * cell, head + line * cell))
+            pen.text((3, head + line * cell + SIDE - 6), name, "black", font)
+    sheet.save(path)
+
+
+# Copied from clip.py
+def bytes_to_unicode() -> dict[int, str]:
+    """Map each of the 256 bytes to a printable character, in the order of CLIP's vocabulary.
+
+    Source: GPT-2 / openai/CLIP simple_tokenizer.py; the order fixes the first 256 token ids.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+# Copied from clip.py
+def bpe_words(text: str) -> list[str]:
+    """Split a text into the pieces that byte-pair merges never cross: CLIP's cleaning, lower case and word pattern.
+
+    Letters stick together, each digit stands alone, other signs stick together; "'s" and its like are pieces.
+    CLIP also runs `ftfy` first, which repairs mis-decoded text ("â€™" -> "'", full-width forms, curly quotes);
+    that is left out, so ids differ from CLIP's on such texts only.
+    """
+    if not hasattr(bpe_words, "pattern"):  # \p{N} beyond the decimal digits ("½", "Ⅷ") is a letter to Python's \w
+        numbers = "".join(c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) in ("Nl", "No"))
+        letter = rf"(?:(?![{numbers}])[^\W\d_])"
+        bpe_words.pattern = re.compile(
+            rf"'s|'t|'re|'ve|'m|'ll|'d|{letter}+|[\d{numbers}]|(?:(?!{letter})[^\s\d{numbers}])+", re.IGNORECASE
+        )
+    text = re.sub(r"<\|(?:start|end)oftext\|>|<(?:start|end)_of_text>", " ", html.unescape(html.unescape(text)))
+    return bpe_words.pattern.findall(" ".join(text.split()).lower())
+
+
+# Copied from clip.py
+def train_bpe(texts: Iterable[str], n_merges: int) -> list[str]:
+    """Learn byte-pair merges from texts: the most frequent neighbouring pair is merged, again and again.
+
+    n_merges: upper bound; fewer when every word has become one token.
+    Returns: lines "left right", first merge first; ties go to the pair that sorts first, so the result is a
+    function of the texts alone. Source: Sennrich et al., arXiv 1508.07909, algorithm 1.
+    """
+    to_unicode = bytes_to_unicode()
+    counts = Counter(word for text in texts for word in bpe_words(text))
+    words = []  # one [symbols, count] per distinct word
+    for word, count in sorted(counts.items()):
+        symbols = [to_unicode[byte] for byte in word.encode("utf-8")]
+        words.append([symbols[:-1] + [symbols[-1] + "</w>"], count])
+    merges = []
+    while len(merges) < n_merges:
+        pairs = Counter()
+        for symbols, count in words:
+            for pair in zip(symbols, symbols[1:]):
+                pairs[pair] += count
+        if not pairs:
+            break
+        left, right = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(f"{left} {right}")
+        for word in words:
+            word[0] = merge_pair(word[0], left, right)
+    return merges
+
+
+# Copied from clip.py
+def merge_pair(symbols: list[str], left: str, right: str) -> list[str]:
+    """Join each occurrence of `left right` in a list of symbols, from the left."""
+    merged, i = [], 0
+    while i < len(symbols):
+        if symbols[i] == left and symbols[i + 1 : i + 2] == [right]:
+            merged.append(left + right)
+            i += 2
+        else:
+            merged.append(symbols[i])
+            i += 1
+    return merged
+
+
+def die_with_parent():
+    """In a worker: end when the main process is gone, even by kill -9, instead of waiting for jobs for ever."""
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def render_world(folder, seed, size, names, workers):
+    """Write every file of the world except world.json into an empty folder; return what world.json says besides.
+
+    folder: exists and is empty; size: factor on the numbers of rows; names, workers: as the flags.
+    Returns: dict with rows ({set: rows}) and plain_model (accuracies, fractions).
+    """
+    # Workers start fresh and read these when they import numpy: one thread each, so that neither the speed of
+    # rendering nor the last bits of the plain model depend on the number of cores.
+    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    table = concept_table(seed, names)
+    classes = [dict(row, synonyms="|".join(row["synonyms"])) for row in table[:N_CLASSES]]
+    write_tsv(os.path.join(folder, "classes.tsv"), ("name", "synonyms", "definition"), classes)
+
+    # Which concept each row shows. {set: [N] int64}; {set: [C] int64}
+    keep = max(1, round(N_PER_CLASS * size))
+    concepts, cut_counts = {}, {}
+    for name in TEST_SETS:
+        repeat = keep * N_CANDIDATES if name == "adversarial" else keep
+        concepts[name] = rng_of(seed, name, "order").permutation(np.repeat(np.arange(N_CLASSES), repeat))
+    for name, s in TRAIN_SETS.items():
+        rng = rng_of(seed, name, "order")
+        order = rng.permutation(len(CONCEPTS) if s["is_open"] else N_CLASSES)
+        counts = zipf_counts(round(s["n_rows"] * size), order, s["zipf"])
+        concepts[name] = rng.permutation(np.repeat(np.arange(len(order)), counts))
+        if s["cut"]:
+            cut_counts[name] = np.minimum(zipf_counts(round(s["cut"] * size), order, s["zipf"]), counts)
+
+    # One job per chunk. imagenet, val and the adversarial pool go first: the plain model waits for them.
+    jobs = []
+    for name in sorted(concepts, key=lambda name: name not in ("imagenet", "val", "adversarial")):
+        if name in TEST_SETS:
+            process, vague, wrong = TEST_SETS[name], 0.0, 0.0
+            path = os.path.join(folder, f"{name}.pool.npy" if name == "adversarial" else f"{name}.npy")
+        else:
+            process, vague, wrong = (TRAIN_SETS[name][k] for k in ("process", "vague", "wrong"))
+            path = os.path.join(folder, name, "train.npy")
+            os.mkdir(os.path.dirname(path))
+        np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(len(concepts[name]), SIDE, SIDE, 3))
+        jobs += [(path, name, process, concepts[name][first : first + CHUNK], first, vague, wrong, seed, names)
+                 for first in range(0, len(concepts[name]), CHUNK)]  # fmt: skip
+
+    texts = {name: [] for name in concepts}
+    first_jobs = sum(job[1] in ("imagenet", "val", "adversarial") for job in jobs)
+    # spawn: a forked worker would hold the lock of build_shapes after a kill -9 of the main process.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=die_with_parent) as pool:
+        running = [pool.submit(make_chunk, job) for job in jobs]
+        for i, future in enumerate(tqdm(running, "rendering", unit="chunk", disable=None)):
+            texts[jobs[i][1]] += future.result()
+            if i + 1 == first_jobs:
+                labels = [concepts[name] for name in ("imagenet", "val", "adversarial")]
+                choosing = pool.submit(hardest, folder, *labels, keep)
+        kept, val_accuracy, adversarial_accuracy = choosing.result()
+
+    pool_path = os.path.join(folder, "adversarial.pool.npy")
+    np.save(os.path.join(folder, "adversarial.npy"), np.load(pool_path, mmap_mode="r")[kept])
+    os.remove(pool_path)
+    concepts["adversarial"] = concepts["adversarial"][kept]
+    texts["adversarial"] = [texts["adversarial"][i] for i in kept]
+
+    # The tables.
+    rows = {}
+    for name in concepts:
+        is_test = name in TEST_SETS
+        is_labelled = is_test or not TRAIN_SETS[name]["is_open"]
+        pixels = f"{name}.npy" if is_test else "train.npy"
+        path = os.path.join(folder, f"{name}.tsv" if is_test else f"{name}/train.tsv")
+        lines = [dict(text, image=f"{pixels}:{i}", label=concept if is_labelled else "", source=name)
+                 for i, (concept, text) in enumerate(zip(concepts[name], texts[name], strict=True))]  # fmt: skip
+        write_tsv(path, COLUMNS, lines)
+        rows[name] = len(lines)
+        if name in cut_counts:  # the first rows of each class, in the order of the whole set
+            seen_so_far, cut = np.zeros(N_CLASSES, dtype=np.int64), f"{name}4k"
+            small = []
+            for concept, line in zip(concepts[name], lines, strict=True):
+                if seen_so_far[concept] < cut_counts[name][concept]:
+                    small.append(dict(line, image=f"../{name}/{line['image']}", source=cut))
+                seen_so_far[concept] += 1
+            os.mkdir(os.path.join(folder, cut))
+            write_tsv(os.path.join(folder, cut, "train.tsv"), COLUMNS, small)
+            rows[cut] = len(small)
+
+    # Merges until every word is one token; 100,000 is never reached.
+    sentences = [row["caption"] for rows_of_set in texts.values() for row in rows_of_set]
+    sentences += [text for row in table[:N_CLASSES] for text in (row["name"], *row["synonyms"], row["definition"])]
+    with open(os.path.join(folder, "bpe.txt"), "w", encoding="utf-8", newline="\n") as f:
+        f.write("\n".join(["#version: 0.2 shapes", *train_bpe(sentences, 100_000)]) + "\n")
+    write_preview(os.path.join(folder, "preview.png"), folder, {name: concepts[name] for name in TEST_SETS})
+    return dict(rows=rows, plain_model=dict(val=round(val_accuracy, 4), adversarial=round(adversarial_accuracy, 4)))
+
+
+def is_built(out, wanted):
+    """Whether out holds the wanted shapes world.
+
+    wanted: dict of the parameters. Raises SystemExit if something else lies there, so that nothing of it is touched.
+    """
+    if not os.path.lexists(out) or (os.path.isdir(out) and not os.listdir(out)):
+        return False
+    try:
+        with open(os.path.join(out, "world.json"), encoding="utf-8") as f:
+            found = json.load(f)
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        found = {}
+    if not isinstance(found, dict) or found.get("world") != "shapes":
+        raise SystemExit(f"--out: {out} exists and is not a shapes world; give another --out (nothing was changed)")
+    differing = [f"{k} is {found.get(k)}, asked for {v}" for k, v in wanted.items() if found.get(k) != v]
+    if differing:
+        raise SystemExit(f"--out: {out} holds another world: {'; '.join(differing)}. Give another --out or delete it")
+    return True
+
+
+def build_shapes(out, seed, size, names, workers):
+    """Render the shapes world into the folder out, or find it there. Two calls at once: the second waits."""
+    out = os.path.abspath(out)
+    wanted = dict(world="shapes", version=1, seed=seed, size=size, names=names)
+    if is_built(out, wanted):  # before the lock, so that a world on a read-only disk is fine
+        print(f"{out} is complete")
+        return
+    start = time.perf_counter()
+    os.makedirs(os.path.dirname(out), exist_ok=True)
+    with open(out + ".lock", "w") as lock:  # stays behind: a lock file that is removed protects nobody
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if is_built(out, wanted):
+            print(f"{out} is complete (another process rendered it)")
+            return
+        partial, unfinished = out + ".partial", os.path.join(out + ".partial", "world.json.tmp")
+        if os.path.isdir(partial):  # a killed call's
+            if os.listdir(partial) and not os.path.exists(unfinished):
+                raise SystemExit(f"--out: {partial} is in the way and is not ours; move it or give another --out")
+            shutil.rmtree(partial)
+        os.mkdir(partial)
+        open(unfinished, "w").close()
+        facts = render_world(partial, seed, size, names, workers)
+        with open(unfinished, "w", encoding="utf-8") as f:
+            f.write(json.dumps({**wanted, **facts}, indent=1) + "\n")
+        os.replace(unfinished, os.path.join(partial, "world.json"))
+        os.rename(partial, out)
+    print(f"{out}: {N_CLASSES} classes, {sum(facts['rows'].values()):,} rows, {time.perf_counter() - start:.0f} s")
+
+
+# ------------------------------------------------------------------------------ main
+
+
+def main(args):
+    if args.command == "shapes":
+        build_shapes(args.out, args.seed, args.size, args.names, args.workers)
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,2066 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision>=0.21", "numpy>=1.26", "scipy>=1.11", "pillow>=10.1", "tqdm>=4.66"]
+# ///
+"""CLIP: an image tower and a text tower learn to find each other's pair among the pairs of a batch.
+
+Paper: Radford et al., arXiv 2103.00020, section 2. The study this file serves is Wen et al., arXiv 2405.21070: the batch
+is a small vocabulary drawn anew at every step, and that makes CLIP far less biased by long-tailed data than supervised
+learning (`sl_vocab_subsample.py`). Everything is here: data, towers, loss, optimisation, zero-shot evaluation.
+
+    python clip.py                                              # the built-in shapes world, 2 CPU cores, 3 minutes
+    torchrun clip.py --data laionet --text-head frozen          # the image tower learns towards a frozen text tower
+    torchrun --nproc-per-node 2 clip.py --data laionet:2,incaps:1 --caption "{title} {tags}"
+    python clip.py --data my_pairs.tsv --arch RN50 --batch-size 1024 --epochs 32                      # one's own pairs
+    python clip.py --eval-only runs/clip/checkpoint.pt --eval-sets val.tsv sketch.tsv
+    python clip.py --eval-only RN50.pt --root ROOT --bpe bpe_simple_vocab_16e6.txt.gz --export ROOT/clip.pt
+        # released weights (ours, open_clip's, OpenAI's) become the clip.pt of a world; open_clip files need
+        # --arch and --activation, which they do not state
+The paper's recipe (section 0.5 of its code: RN50, 32 epochs of ImageNet-Captions):
+    torchrun --nproc-per-node 4 clip.py --root ROOT --data incaps --arch RN50 --batch-size 1024 --epochs 32 --lr 1e-3 --weight-decay 0.2 --beta2 0.999 --warmup-steps 500
+
+A data set is a TSV (columns image, label, caption, any others); an image is `photos/1.jpg`, `00000.tar:512:34567` (offset
+and size in an uncompressed tar) or `val.npy:17` (row of a uint8 array). `build_datasets.py index` writes such files.
+Written to --out: args.json, log.jsonl, checkpoint.pt, metrics.json and <set>.npz for each test set.
+
+Dimension key: B pairs of this process, N = B * world_size pairs of the step, D embedding width, L tokens, P image tokens,
+C classes, H heads. Features are unit vectors unless called *_embed.
+
+Expected on the default world: val top-1 about 0.80, Spearman(frequency, predictions) about 0.15 (README).
+
+Deviations from the paper and its code:
+ 1. Gathered features carry gradients between processes, so encoders get the one-process gradient (theirs: 1 / world_size).
+ 2. Texts are cut to the longest of the batch: exact, since the text transformer is causal and pooled at the end token.
+ 3. Gradient accumulation is GradCache (arXiv 2101.06983) with replayed random states: the exact full-batch gradient.
+ 4. A frozen text tower embeds each distinct caption once, before training, and is not run again.
+ 5. The tokenizer leaves out `ftfy` (repairs mis-decoded text); ids differ from CLIP's on such texts only.
+ 6. A broken image is replaced by another pair and counted, up to --max-bad.
+ 7. Templates of --caption @file are drawn per example and epoch, not once per image.
+"""
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import datetime
+import functools
+import gzip
+import hashlib
+import html
+import io
+import json
+import math
+import mmap
+import os
+import pickle
+import random
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+import unicodedata
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+# ------------------------------------------------------------------------------ flags
+
+SHAPES_ROOT = "data/shapes"  # rendered by build_datasets.py on first use
+TEST_SETS = ("val", "v2", "sketch", "rendition", "objectnet", "adversarial")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Flags of clip.py; wrong combinations end here."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--root", default="auto", help=f"folder of the world: classes.tsv, test sets, SET/train.tsv, clip.pt; auto is {SHAPES_ROOT}, or the folder of the first --data file")
+    data.add_argument("--data", default="laionet", help="training sets: NAME (ROOT/NAME/train.tsv) or FILE.tsv, mixed as A:2,B:1; without weights each set counts by its size")
+    data.add_argument("--caption", default="{caption}", help="text of an example from {column}, {class} and {synonym}, or @FILE with one such template a line, drawn per example and epoch")
+    data.add_argument("--word-dropout", type=float, default=0.0, help="probability of leaving out each word of a caption, drawn anew every epoch; keeps small sets with long captions from being memorised")
+    data.add_argument("--crop-scale", type=float, default=0.9, help="smallest area of the random crop, as a fraction of the image; 1 is no crop")
+    data.add_argument("--bpe", default="auto", help="byte-pair merges in CLIP's file format (.txt or .gz); auto: those of the loaded weights, else ROOT/bpe.txt, else learned from the captions")
+    data.add_argument("--templates", default="auto", help="prompts of the zero-shot classifier, one a line with {} for the class name; auto is a short built-in list")
+    data.add_argument("--eval-sets", nargs="*", default=["auto"], help=f"test sets: names in ROOT or TSV files; auto takes those of {', '.join(TEST_SETS)} that ROOT has")
+    data.add_argument("--max-bad", type=float, default=0.01, help="end the run when more than this fraction of the images cannot be read")
+    data.add_argument("--max-pixels", type=int, default=89_478_485, help="refuse images whose header announces more pixels than this")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--arch", default="tiny", choices=["tiny", "RN50", "ViT-B-32", "ViT-B-16", "ViT-S-16"], help="image tower; tiny is a small residual net for 32 px images")
+    model.add_argument("--text-arch", default="auto", choices=["auto", "cbow", "transformer"], help="text tower; auto is cbow for tiny, else transformer")
+    model.add_argument("--activation", default="auto", choices=["auto", "gelu", "quick_gelu"], help="of the transformers; auto: as in the loaded weights, else gelu (OpenAI's weights need quick_gelu)")
+    model.add_argument("--init", default="", help="checkpoint to start the whole model from; empty is a random start")
+    model.add_argument("--text-head", default="scratch", choices=["scratch", "frozen", "finetune"], help="text tower: trained from a random start, fixed to --text-init, or trained from it")
+    model.add_argument("--text-init", default="auto", help="checkpoint whose text tower is used by frozen and finetune; auto is ROOT/clip.pt")
+    model.add_argument("--text-embeddings", nargs="+", default=[], metavar="NPY", help="TRAIN.npy [CLASSES.npy]: caption embeddings of any language model, a row for each row of the one --data set, and of the class prompts; with --text-head frozen; a two-layer projection is trained on them")
+
+    method = parser.add_argument_group("method")
+    method.add_argument("--dup-captions", default="keep", choices=["keep", "mask", "soft"], help="other pairs of the batch with the same caption: negatives (the paper), left out, or further positives")
+    method.add_argument("--accumulate", type=int, default=1, help="split each process's part of the batch into this many chunks (GradCache); the loss is still over the whole batch")
+    method.add_argument("--bn", default="sync", choices=["sync", "local"], help="batch norm statistics over all processes or over each one's own part")
+
+    optimization = parser.add_argument_group("optimization")
+    optimization.add_argument("--steps", type=int, default=1600, help="optimiser steps; --epochs takes its place when given")
+    optimization.add_argument("--epochs", type=float, default=0, help="passes over the data; 0 leaves it to --steps")
+    optimization.add_argument("--batch-size", type=int, default=128, help="pairs of a step over all processes")
+    optimization.add_argument("--lr", type=float, default=0, help="peak learning rate; 0 is 3e-3 for tiny and 1e-3 (the paper's) for the others")
+    optimization.add_argument("--weight-decay", type=float, default=0.1, help="of AdamW, on matrices only: not on gains, biases, logit_scale")
+    optimization.add_argument("--beta2", type=float, default=0.98, help="second AdamW beta; the paper's runs used 0.999")
+    optimization.add_argument("--warmup-steps", type=int, default=50, help="steps of linear warm-up, before the cosine to 0")
+    optimization.add_argument("--clip-grad", type=float, default=0.0, help="largest gradient norm; 0 is off")
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", default="runs/clip", help="folder for log, checkpoint, metrics and predictions")
+    run.add_argument("--resume", default="auto", help="auto continues OUT/checkpoint.pt if there is one, off starts over and replaces it, or a checkpoint to continue")
+    run.add_argument("--export", default="", help="also write the final model, with class prototypes and without optimiser state, to this file (ROOT/clip.pt is made so)")
+    run.add_argument("--eval-only", default="", help="evaluate this checkpoint on --eval-sets and end")
+    run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto is cuda where there is one")
+    run.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="of the towers; auto is bf16 on CUDA and on CPUs with AMX, else fp32; normalisation, logits and loss are always fp32")
+    run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the towers")
+    run.add_argument("--workers", type=int, default=-1, help="loader processes per process; -1 is none for .npy images with fixed captions, else up to 8")
+    run.add_argument("--seed", type=int, default=0, help="of the weights, the order, the crops and the drawn captions")
+    run.add_argument("--log-every", type=int, default=50, help="steps between log lines")
+    run.add_argument("--save-every", type=int, default=500, help="steps between checkpoints; 0 is only at the end")
+    run.add_argument("--eval-every", type=int, default=0, help="steps between evaluations; 0 is only at the end")
+    run.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="also log to OUT for TensorBoard (pip install tensorboard)")
+    run.add_argument("--wandb", default="", help="also log to this Weights & Biases project (pip install wandb); empty is off")
+
+    args = parser.parse_args(argv)
+    if args.text_embeddings and args.text_head != "frozen":
+        parser.error("--text-embeddings holds fixed embeddings: it needs --text-head frozen")
+    if args.text_embeddings and (len(args.text_embeddings) > 2 or args.data.count(",") or args.caption != "{caption}"):
+        parser.error("--text-embeddings takes TRAIN.npy and perhaps CLASSES.npy, and one --data set with its own captions")
+    if args.word_dropout and args.text_head == "frozen":
+        parser.error("--word-dropout changes captions at every epoch, --text-head frozen embeds each caption once: choose one")
+    if not 0 <= args.word_dropout < 1 or not 0 < args.crop_scale <= 1:
+        parser.error("--word-dropout must be in [0, 1) and --crop-scale in (0, 1]")
+    for flag in ("batch_size", "accumulate", "log_every", "max_pixels"):
+        if getattr(args, flag) < 1:
+            parser.error(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
+    for flag in ("steps", "epochs", "lr", "weight_decay", "warmup_steps", "clip_grad", "save_every", "eval_every"):
+        if getattr(args, flag) < 0:
+            parser.error(f"--{flag.replace('_', '-')} must not be negative, got {getattr(args, flag)}")
+    return args
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # before the heavy imports: --help and a mistyped flag are answered at once
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torch.nn as nn  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from PIL import Image, ImageOps  # noqa: E402
+from scipy.stats import spearmanr  # noqa: E402
+from torch.nn.parallel import DistributedDataParallel  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+# ------------------------------------------------------------------------------ method
+
+
+class GatherRows(torch.autograd.Function):
+    """Concatenate equal blocks of rows of all processes, in rank order; gradients flow back to their owners.
+
+    Each process has its own loss, so backward sums the gradients that all of them have for a row; with DDP's mean over
+    processes this is the gradient of the mean loss. Source: SLIP utils.py GatherLayer.
+    """
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor) -> torch.Tensor:
+        blocks = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(blocks, rows.contiguous())  # All ranks
+        return torch.cat(blocks)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        grad = grad.contiguous()
+        dist.all_reduce(grad)  # All ranks; the sum
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """[B, ...] of each process -> [N, ...] in rank order, differentiable; the input itself for one process."""
+    return GatherRows.apply(rows) if dist.is_initialized() and dist.get_world_size() > 1 else rows
+
+
+@contextlib.contextmanager
+def exact_matmul() -> Iterator[None]:
+    """Matrix products in full fp32 inside: TF32 rounds logits near 100 to steps of 0.06."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def info_nce(
+    image_features: torch.Tensor,
+    text_features: torch.Tensor,
+    scale: torch.Tensor,
+    caption_ids: torch.Tensor | None = None,
+    dup_captions: str = "keep",
+) -> torch.Tensor:
+    """Symmetric cross-entropy over matching pairs (InfoNCE), over the batch of all processes.
+
+    image_features, text_features: [B, D] float32, unit norm; row i of both is one pair.
+    scale: scalar tensor, 1 / temperature, already exponentiated, in (0, 100].
+    caption_ids: [B] int64, equal for equal captions; needed by mask and soft.
+    dup_captions: equal captions of other pairs are negatives (keep), left out (mask), or share the target (soft).
+    Returns: scalar, nats; mean over this process's B rows against all N columns, both directions. The mean over
+        processes is the loss of one process with the whole batch, and so are its gradients (tests/test_clip.py).
+    Source: CLIP section 2.3, figure 3; masks as in the few-shot code of GLA, arXiv 2310.08106.
+    """
+    B = len(image_features)
+    pairs = gather_rows(torch.stack([image_features, text_features], 1))  # [N, 2, D]: one collective for both
+    with exact_matmul():
+        logits_per_image = scale * image_features @ pairs[:, 1].T  # [B, N]
+        logits_per_text = scale * text_features @ pairs[:, 0].T  # [B, N]
+    first = B * dist.get_rank() if dist.is_initialized() else 0
+    targets = torch.arange(first, first + B, device=image_features.device)  # [B] column of the own pair
+    if dup_captions != "keep":
+        same = caption_ids[:, None] == gather_rows(caption_ids)[None]  # [B, N]
+        if dup_captions == "mask":
+            others = same.scatter(1, targets[:, None], False)  # the own pair is never left out: no row gets empty
+            logits_per_image = logits_per_image.masked_fill(others, -torch.inf)
+            logits_per_text = logits_per_text.masked_fill(others, -torch.inf)
+        else:
+            targets = same / same.sum(1, keepdim=True)  # [B, N] probabilities
+    return (F.cross_entropy(logits_per_image, targets) + F.cross_entropy(logits_per_text, targets)) / 2
+
+
+def backward_in_chunks(
+    net: nn.Module,
+    images: torch.Tensor,
+    texts: torch.Tensor,
+    loss_of: Callable[..., torch.Tensor],
+    n_chunks: int,
+    autocast: Callable[[], contextlib.AbstractContextManager],
+    grad_scale: Callable[[torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Backward pass of a loss over the whole batch with the activations of one chunk at a time (GradCache).
+
+    net: (images, texts) -> image_features, text_features [., D], scale; may be wrapped in DDP.
+    images, texts: [B, ...] of this process. loss_of: (image_features [B, D], text_features [B, D], scale) -> scalar.
+    autocast, grad_scale: precision context and GradScaler.scale.
+    Returns: loss, image_features, text_features, detached; gradients are added to the parameters of net.
+    Three passes: features without a graph; the loss on them, which gives dL/dfeatures; each chunk again, with its
+    random state and batch-norm buffers as they were, backpropagating sum(features * dL/dfeatures). The gradients equal
+    the full batch's, except that batch norm sees chunks (tests). Source: Gao et al., arXiv 2101.06983, section 3.2.
+    """
+    if n_chunks == 1:
+        with autocast():
+            image_features, text_features, scale = net(images, texts)
+        loss = loss_of(image_features, text_features, scale)
+        grad_scale(loss).backward()
+        return loss.detach(), image_features.detach(), text_features.detach()
+
+    chunks = list(zip(images.chunk(n_chunks), texts.chunk(n_chunks), strict=True))
+    buffers = [buffer.clone() for buffer in net.buffers()]
+    random_states, features = [], []
+    for chunk in chunks:
+        random_states.append((torch.get_rng_state(), torch.cuda.get_rng_state() if images.is_cuda else None))
+        with torch.no_grad(), autocast():  # a context of its own: autocast would keep graph-less weight casts
+            features.append(net(*chunk))
+    for buffer, before in zip(net.buffers(), buffers, strict=True):
+        buffer.copy_(before)  # running statistics advance once a step, in the replay
+
+    image_features = torch.cat([f[0] for f in features]).requires_grad_()
+    text_features = torch.cat([f[1] for f in features]).requires_grad_()
+    scale = features[0][2].detach().requires_grad_()
+    loss = loss_of(image_features, text_features, scale)
+    grad_scale(loss).backward()
+
+    image_grads, text_grads = image_features.grad.chunk(n_chunks), text_features.grad.chunk(n_chunks)
+    for k, chunk in enumerate(chunks):
+        torch.set_rng_state(random_states[k][0])
+        if images.is_cuda:
+            torch.cuda.set_rng_state(random_states[k][1])
+        is_last = k == n_chunks - 1
+        wait = net.no_sync() if isinstance(net, DistributedDataParallel) and not is_last else contextlib.nullcontext()
+        with wait:  # DDP averages gradients once, in the last chunk
+            with autocast():
+                chunk_image, chunk_text, chunk_scale = net(*chunk)
+            surrogate = (chunk_image * image_grads[k]).sum()
+            if chunk_text.requires_grad:
+                surrogate = surrogate + (chunk_text * text_grads[k]).sum()
+            if is_last:
+                surrogate = surrogate + chunk_scale * scale.grad  # the scale is one more "feature" of the loss
+            surrogate.backward()
+    return loss.detach(), image_features.detach(), text_features.detach()
+
+# ------------------------------------------------------------------------------ model
+# Parameter names and shapes are OpenAI's and open_clip's, so released weights load strictly, and ours load there.
+
+ARCHS = {
+    "tiny": dict(embed_dim=64, image_size=32, text_width=128),
+    "RN50": dict(embed_dim=1024, image_size=224, text_width=512),
+    "ViT-B-32": dict(embed_dim=512, image_size=224, text_width=512, width=768, patch_size=32),
+    "ViT-B-16": dict(embed_dim=512, image_size=224, text_width=512, width=768, patch_size=16),
+    "ViT-S-16": dict(embed_dim=384, image_size=224, text_width=384, width=384, patch_size=16),
+}
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch norm whose statistics are those of all processes (torch's SyncBatchNorm is for CUDA only).
+
+    Means and variances of the processes are gathered with gradient and combined by the law of total variance.
+    With `sync` false, with one process, and in eval mode it is nn.BatchNorm2d.
+    """
+
+    sync = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, C, H, W]
+        if not (self.training and self.sync and dist.is_initialized() and dist.get_world_size() > 1):
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            xf = x.float()
+            var, mean = torch.var_mean(xf, dim=(0, 2, 3), correction=0)  # [C] each
+            means, variances = gather_rows(torch.stack([mean, var])[None]).unbind(1)  # [ranks, C] each; All ranks
+            mean = means.mean(0)  # processes hold equally many pixels
+            var = (variances + (means - mean) ** 2).mean(0)
+            n = x.numel() // x.shape[1] * len(means)
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(var * n / max(n - 1, 1), self.momentum)
+            gain = self.weight * (var + self.eps).rsqrt()
+            return (xf * gain[:, None, None] + (self.bias - mean * gain)[:, None, None]).to(x.dtype)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut; the last gain starts at 0, so the block starts as its shortcut."""
+
+    def __init__(self, inplanes: int, planes: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inplanes, planes, 3, stride, 1, bias=False)
+        self.bn1 = BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.bn2 = BatchNorm2d(planes)
+        nn.init.zeros_(self.bn2.weight)
+        self.downsample = None
+        if stride > 1 or inplanes != planes:
+            self.downsample = nn.Sequential(nn.Conv2d(inplanes, planes, 1, stride, bias=False), BatchNorm2d(planes))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return F.relu(self.bn2(self.conv2(x)) + shortcut, inplace=True)
+
+
+class TinyResNet(nn.Module):
+    """A residual net for 32 px images: 0.32 M parameters, about 2,500 training images/s on 2 CPU cores."""
+
+    def __init__(self, embed_dim: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 32, 5, 2, 2, bias=False)
+        self.bn1 = BatchNorm2d(32)
+        self.layers = nn.Sequential(BasicBlock(32, 32, 1), BasicBlock(32, 64, 2), BasicBlock(64, 128, 2))
+        self.proj = nn.Linear(128, embed_dim)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:  # [B, 3, 32, 32] -> [B, D]
+        x = F.relu(self.bn1(self.conv1(images)), inplace=True)  # [B, 32, 16, 16]
+        x = self.layers(x)  # [B, 128, 4, 4]
+        return self.proj(x.mean((2, 3)))
+
+
+class Bottleneck(nn.Module):
+    """CLIP's bottleneck: all convolutions have stride 1, an average pool before the last one does the striding."""
+
+    def __init__(self, inplanes: int, planes: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
+        self.bn1 = BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = BatchNorm2d(planes)
+        self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.conv3 = nn.Conv2d(planes, 4 * planes, 1, bias=False)
+        self.bn3 = BatchNorm2d(4 * planes)
+        nn.init.zeros_(self.bn3.weight)
+        self.downsample = None
+        if stride > 1 or inplanes != 4 * planes:  # keys "0" and "1" are CLIP's; the pool has no parameters
+            self.downsample = nn.Sequential(nn.Conv2d(inplanes, 4 * planes, 1, bias=False), BatchNorm2d(4 * planes))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = x if self.downsample is None else self.downsample(self.avgpool(x))
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
+        return F.relu(self.bn3(self.conv3(self.avgpool(x))) + shortcut, inplace=True)
+
+
+class AttentionPool2d(nn.Module):
+    """Multi-head attention with one query, the mean token; c_proj's output is the image embedding."""
+
+    def __init__(self, side: int, width: int, n_heads: int, embed_dim: int):
+        super().__init__()
+        self.n_heads = n_heads
+        self.positional_embedding = nn.Parameter(torch.randn(side**2 + 1, width) * width**-0.5)
+        self.k_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.c_proj = nn.Linear(width, embed_dim)
+        for linear in (self.k_proj, self.q_proj, self.v_proj, self.c_proj):
+            nn.init.normal_(linear.weight, std=width**-0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, width, h, w] -> [B, D]
+        x = x.flatten(2).transpose(1, 2)  # [B, P, width]
+        x = torch.cat([x.mean(1, keepdim=True), x], 1) + self.positional_embedding.to(x.dtype)  # [B, 1 + P, width]
+        q, k, v = self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)
+        q, k, v = (t.unflatten(2, (self.n_heads, -1)).transpose(1, 2) for t in (q, k, v))  # [B, H, ., head width]
+        x = F.scaled_dot_product_attention(q, k, v)  # [B, H, 1, head width]
+        return self.c_proj(x.transpose(1, 2).flatten(1))
+
+
+class ModifiedResNet(nn.Module):
+    """CLIP's ResNet-50: a stem of three convolutions, anti-aliased strides, attention pooling."""
+
+    def __init__(self, embed_dim: int, image_size: int, layers: tuple[int, ...] = (3, 4, 6, 3), width: int = 64):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
+        self.bn1 = BatchNorm2d(width // 2)
+        self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
+        self.bn2 = BatchNorm2d(width // 2)
+        self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
+        self.bn3 = BatchNorm2d(width)
+        inplanes = width
+        for i, n_blocks in enumerate(layers):
+            planes = width * 2**i
+            blocks = [Bottleneck(inplanes if j == 0 else 4 * planes, planes, 2 if i and not j else 1) for j in range(n_blocks)]
+            setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
+            inplanes = 4 * planes
+        self.attnpool = AttentionPool2d(image_size // 32, inplanes, inplanes // 64, embed_dim)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:  # [B, 3, S, S] -> [B, D]
+        x = F.relu(self.bn1(self.conv1(images)), inplace=True)
+        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
+        x = F.avg_pool2d(F.relu(self.bn3(self.conv3(x)), inplace=True), 2)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # [B, 2048, S / 32, S / 32]
+        return self.attnpool(x)
+
+
+class QuickGELU(nn.Module):
+    """The cheap GELU of OpenAI's weights."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with head width 64 and nn.MultiheadAttention's parameter names."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.n_heads = width // 64
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: torch.Tensor, is_causal: bool) -> torch.Tensor:  # [B, L, width]
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = qkv.unflatten(2, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, L, 64] each
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+        return self.out_proj(x.transpose(1, 2).flatten(2))
+
+
+class ResidualAttentionBlock(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width: int, activation: str):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = Attention(width)
+        self.ln_2 = nn.LayerNorm(width)
+        act = QuickGELU() if activation == "quick_gelu" else nn.GELU()
+        layers = {"c_fc": nn.Linear(width, 4 * width), "gelu": act, "c_proj": nn.Linear(4 * width, width)}
+        self.mlp = nn.Sequential(collections.OrderedDict(layers))
+
+    def forward(self, x: torch.Tensor, is_causal: bool) -> torch.Tensor:  # [B, L, width]
+        x = x + self.attn(self.ln_1(x), is_causal)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, width: int, n_layers: int, activation: str, is_causal: bool):
+        super().__init__()
+        self.is_causal = is_causal
+        self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, activation) for _ in range(n_layers))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, L, width]
+        for block in self.resblocks:
+            x = block(x, self.is_causal)
+        return x
+
+
+class VisionTransformer(nn.Module):
+    """CLIP's ViT: class token first, layer norm before and after the blocks, linear projection."""
+
+    def __init__(self, embed_dim: int, image_size: int, patch_size: int, width: int, activation: str):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, patch_size, patch_size, bias=False)
+        self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.positional_embedding = nn.Parameter(torch.randn((image_size // patch_size) ** 2 + 1, width) * width**-0.5)
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = Transformer(width, 12, activation, is_causal=False)
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(torch.randn(width, embed_dim) * width**-0.5)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:  # [B, 3, S, S] -> [B, D]
+        x = self.conv1(images).flatten(2).transpose(1, 2)  # [B, P, width]
+        x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], 1)  # [B, 1 + P, width]
+        x = self.transformer(self.ln_pre(x + self.positional_embedding.to(x.dtype)))
+        return self.ln_post(x[:, 0]) @ self.proj
+
+
+class CLIP(nn.Module):
+    """Two towers and a learned temperature.
+
+    text: dict(arch="cbow" | "transformer", width, vocab_size, context_length), or dict(arch="embeddings", width) for
+    given caption embeddings, of which a projection is learned (the paper's frozen RoBERTa, its section 0.5).
+    """
+
+    def __init__(self, arch: str, embed_dim: int, text: dict, activation: str, image_size: int = 0):
+        super().__init__()
+        spec = ARCHS[arch]
+        self.arch, self.activation, self.embed_dim = arch, activation, embed_dim
+        self.image_size = image_size or spec["image_size"]
+        if arch == "tiny":
+            self.visual = TinyResNet(embed_dim)
+        elif arch == "RN50":
+            self.visual = ModifiedResNet(embed_dim, self.image_size)
+        else:
+            self.visual = VisionTransformer(embed_dim, self.image_size, spec["patch_size"], spec["width"], activation)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP section 2.5
+        self.text_arch, width = text["arch"], text["width"]
+        if self.text_arch == "embeddings":
+            hidden = (width + embed_dim) // 2  # 896 for 768 -> 1024
+            self.text_mlp = nn.Sequential(nn.Linear(width, hidden, bias=False), nn.GELU(), nn.Linear(hidden, embed_dim, bias=False))
+            return
+        self.token_embedding = nn.Embedding(text["vocab_size"], width)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        self.ln_final = nn.LayerNorm(width)
+        if self.text_arch == "cbow":
+            self.text_hidden = nn.Linear(width, 2 * width)
+            self.text_projection = nn.Parameter(torch.randn(2 * width, embed_dim) * (2 * width) ** -0.5)
+            return
+        self.positional_embedding = nn.Parameter(torch.randn(text["context_length"], width) * 0.01)
+        self.transformer = Transformer(width, text.get("n_layers", 12), activation, is_causal=True)
+        self.text_projection = nn.Parameter(torch.randn(width, embed_dim) * width**-0.5)
+        n_layers = len(self.transformer.resblocks)
+        for block in self.transformer.resblocks:  # openai/CLIP model.py initialize_parameters
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * n_layers) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * n_layers) ** -0.5)
+
+    def text_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters of the text tower by name: all but the image tower's and the temperature."""
+        return {k: p for k, p in self.named_parameters() if not k.startswith("visual.") and k != "logit_scale"}
+
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        """[B, 3, S, S] uint8 -> [B, D], not normalised; the pixels are standardised by CLIP's mean and deviation."""
+        mean = torch.tensor([0.48145466, 0.4578275, 0.40821073], device=images.device)  # openai/CLIP clip.py
+        std = torch.tensor([0.26862954, 0.26130258, 0.27577711], device=images.device)
+        images = (images.float() / 255 - mean[:, None, None]) / std[:, None, None]
+        return self.visual(images.contiguous(memory_format=torch.channels_last))  # faster for convolutions
+
+    def encode_text(self, texts: torch.Tensor) -> torch.Tensor:
+        """[B, L] tokens, zeros after the end token, L up to the context length -> [B, D], not normalised.
+
+        Floating-point texts are embeddings made before: a frozen tower's own pass through, others are projected.
+        """
+        if texts.is_floating_point():
+            return self.text_mlp(texts) if self.text_arch == "embeddings" else texts
+        x = self.token_embedding(texts)  # [B, L, width]
+        end = texts.argmax(1)  # [B]: the end token has the largest id; what follows it is padding
+        if self.text_arch == "cbow":  # mean of the words' embeddings, without start and end token
+            position = torch.arange(texts.shape[1], device=texts.device)
+            is_word = (position > 0) & (position < end[:, None])  # [B, L]
+            x = (x * is_word[..., None]).sum(1) / is_word.sum(1, keepdim=True).clamp(min=1)  # [B, width]
+            return F.gelu(self.text_hidden(self.ln_final(x))) @ self.text_projection
+        x = self.transformer(x + self.positional_embedding[: texts.shape[1]].to(x.dtype))
+        return self.ln_final(x[torch.arange(len(x), device=x.device), end]) @ self.text_projection
+
+    def forward(self, images: torch.Tensor, texts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Unit features [B, D] of both sides, float32, and the scale exp(logit_scale)."""
+        image_features = F.normalize(self.encode_image(images).float(), dim=1)
+        text_features = F.normalize(self.encode_text(texts).float(), dim=1)
+        return image_features, text_features, self.logit_scale.exp()
+
+
+def text_config(state_dict: dict[str, torch.Tensor]) -> tuple[dict, int]:
+    """The `text` argument of CLIP that fits a state dict, and its embedding width D."""
+    if "token_embedding.weight" not in state_dict:
+        weights = [v for k, v in state_dict.items() if k.startswith("text_mlp.")]
+        if not weights:
+            raise ValueError("no text tower in it (no token_embedding.weight)")
+        return dict(arch="embeddings", width=weights[0].shape[1]), weights[-1].shape[0]
+    vocab_size, width = state_dict["token_embedding.weight"].shape
+    text = dict(arch="cbow", width=width, vocab_size=vocab_size, context_length=77)
+    if "positional_embedding" in state_dict:
+        blocks = {k.split(".")[2] for k in state_dict if k.startswith("transformer.resblocks.")}
+        text |= dict(arch="transformer", context_length=len(state_dict["positional_embedding"]), n_layers=len(blocks))
+    return text, state_dict["text_projection"].shape[1]
+
+
+def load_weights(path: str) -> dict:
+    """Read weights of clip.py, open_clip (.pt, .safetensors) or OpenAI (TorchScript).
+
+    Returns: {"state_dict", ...} as save_checkpoint writes it; other sources have "state_dict" and perhaps "activation".
+    Raises: SystemExit for a missing or unreadable file.
+    """
+    if not Path(path).is_file():
+        raise SystemExit(f"{path}: no such checkpoint")
+    try:
+        if path.endswith(".safetensors"):
+            try:
+                from safetensors.torch import load_file
+            except ImportError:
+                raise SystemExit(f"{path}: needs safetensors (pip install safetensors)") from None
+            checkpoint = load_file(path)
+        elif zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
+            checkpoint = {k: v.float() for k, v in torch.jit.load(path, map_location="cpu").state_dict().items()}
+            for key in ("input_resolution", "context_length", "vocab_size"):
+                checkpoint.pop(key, None)
+            checkpoint = {"state_dict": checkpoint, "activation": "quick_gelu"}  # OpenAI's archives
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise SystemExit(f"{path}: cannot be read as a checkpoint: {str(error)[:300]}") from None
+    if "state_dict" not in checkpoint:
+        checkpoint = {"state_dict": checkpoint}
+    names = {re.sub(r"^(module\.|_orig_mod\.)+", "", k).replace("._orig_mod", ""): v for k, v in checkpoint["state_dict"].items()}
+    return checkpoint | {"state_dict": names}
+
+
+def load_state(model: CLIP, state_dict: dict[str, torch.Tensor], path: str) -> None:
+    """Load strictly; a difference in names or shapes ends with both lists."""
+    own = model.state_dict()
+    missing, unexpected = sorted(own.keys() - state_dict), sorted(state_dict.keys() - own)
+    shapes = [f"{k} {tuple(state_dict[k].shape)} for {tuple(own[k].shape)}" for k in own.keys() & state_dict.keys() if own[k].shape != state_dict[k].shape]
+    if missing or unexpected or shapes:
+        raise SystemExit(f"{path} does not fit the model (another --arch?): missing {missing[:5]}, unexpected {unexpected[:5]}, shapes {shapes[:5]}")
+    model.load_state_dict(state_dict)
+
+
+def pick_activation(flag: str, checkpoint: dict, path: str) -> str:
+    """The activation of loaded weights; a wrong one gives wrong features silently, so it must be known and agree."""
+    stored = checkpoint.get("activation")
+    if not any("resblocks" in k for k in checkpoint["state_dict"]):
+        return stored or ("gelu" if flag == "auto" else flag)  # no transformer: nothing to mistake
+    if stored is None and flag == "auto":
+        raise SystemExit(f"{path} does not say its activation: pass --activation quick_gelu (OpenAI's weights and open_clip models named -quickgelu) or --activation gelu")
+    if stored is not None and flag not in ("auto", stored):
+        raise SystemExit(f"{path} was trained with {stored}, --activation says {flag}")
+    return stored or flag
+
+# ------------------------------------------------------------------------------ data
+
+ALIASES = {"image": ("filepath", "path", "file"), "label": ("class", "wnid"), "caption": ("text", "title")}
+KEEP_TOKENS = 2_000_000  # captions up to this number are tokenised once, before training; beyond it in the workers
+KEEP_PIXELS = 16 * 2**30  # bytes of .npy images kept on the device; beyond it they are read in the workers
+
+
+class Table:
+    """A TSV with a header line, held as a memory map and one int64 offset a row.
+
+    Rows are split when asked for, so 100 M rows and any number of workers share one copy (the page cache).
+    columns: name -> place, with `image`, `label`, `caption` also known by their aliases. folder: images are relative to it.
+    Raises: SystemExit for a missing or empty file, a missing image column, a row with another number of fields.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path, self.folder, self.file = Path(path), Path(path).parent, None
+        if not self.path.is_file():
+            raise SystemExit(f"{path}: no such file")
+        with open(path, "rb") as file:
+            header = file.readline()
+        names = header.decode("utf-8-sig", "replace").rstrip("\r\n").split("\t")
+        self.columns = {name: i for i, name in enumerate(names)}
+        for name, aliases in ALIASES.items():
+            found = [alias for alias in aliases if alias in self.columns]
+            if name not in self.columns and found:
+                self.columns[name] = self.columns[found[0]]
+        self.n_fields = len(names)
+        if "image" not in self.columns:
+            raise SystemExit(f"{path}: no image column; found {names}; expected a tab-separated header with image (or {', '.join(ALIASES['image'])}), label, caption")
+        content = np.memmap(path, np.uint8, "r")
+        starts = [np.array([len(header)])]
+        for block in range(len(header), len(content), 2**26):
+            starts.append(np.flatnonzero(content[block : block + 2**26] == ord("\n")) + block + 1)
+        starts = np.concatenate(starts)
+        lengths = np.diff(starts, append=len(content))
+        starts = starts[(lengths > 1) & (content[np.minimum(starts, len(content) - 1)] != ord("\r"))]  # no blank lines
+        if not len(starts):
+            raise SystemExit(f"{path}: no rows below the header")
+        self.starts = torch.from_numpy(starts)  # a tensor, since it goes to worker processes without a copy
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"file": None}  # a map cannot be pickled: each process opens its own
+
+    def __getitem__(self, row: int) -> list[str]:
+        """Fields of a row."""
+        if self.file is None:
+            with open(self.path, "rb") as file:
+                self.file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        start = int(self.starts[row])
+        end = self.file.find(b"\n", start)
+        line = self.file[start : end if end >= 0 else None].decode("utf-8", "replace").removesuffix("\r")
+        fields = line.split("\t")
+        if len(fields) != self.n_fields:
+            raise SystemExit(f"{self.path}: row {row + 1} has {len(fields)} fields, the header {self.n_fields}: {line[:100]!r}")
+        return fields
+
+    def get(self, row: int, name: str) -> str:
+        """One field of a row; empty when there is no such column."""
+        return self[row][self.columns[name]] if name in self.columns else ""
+
+
+def read_classes(root: Path) -> list[dict[str, str]]:
+    """Rows of ROOT/classes.tsv (name, synonyms, definition), in label order; empty if there is no such file."""
+    path = root / "classes.tsv"
+    if not path.is_file():
+        return []
+    lines = [line.split("\t") for line in path.read_text("utf-8").splitlines() if line.strip()]
+    if not lines or "name" not in lines[0]:
+        raise SystemExit(f"{path}: no column name in {lines[:1]}")
+    return [dict(zip(lines[0], line + [""] * len(lines[0]))) for line in lines[1:]]
+
+
+def read_labels(table: Table, class_names: list[str]) -> np.ndarray:
+    """[n] int64 labels, -1 for none. A field is a class number, several (`3|17`, the first counts), or a class name."""
+    ids = {name: i for i, name in enumerate(class_names)}
+    labels = np.full(len(table), -1)
+    for row in range(len(table)):
+        field = table.get(row, "label").split("|")[0].strip()
+        if field:
+            label = int(field) if field.isdecimal() else ids.get(field, -1)
+            if not 0 <= label < (len(class_names) or label + 1):
+                raise SystemExit(f"{table.path}: row {row + 1} has label {field!r}; classes.tsv has {len(class_names)} classes")
+            labels[row] = label
+    return labels
+
+
+def match_classes(captions: Iterable[str], classes: list[dict[str, str]]) -> np.ndarray:
+    """[C] int64: number of captions that name a class, by its name or a synonym, as whole words, whatever the case.
+
+    A caption counts once for each class it names. Names are looked up by their first word, so the time does not grow
+    with the number of classes. Same value as the regex (?<!\\w)(name1|name2|..)(?!\\w) run for each class.
+    """
+    by_first_word = collections.defaultdict(list)
+    for c, row in enumerate(classes):
+        for name in {row["name"].lower(), *row.get("synonyms", "").lower().split("|")} - {""}:
+            by_first_word[re.search(r"\w+|$", name).group()].append((name, c))
+    counts = np.zeros(len(classes), np.int64)
+    for caption in captions:
+        caption, found = caption.lower(), set()
+        for word in re.finditer(r"\w+", caption):
+            for name, c in by_first_word.get(word.group(), ()):
+                end = word.start() + len(name)
+                if caption.startswith(name, word.start()) and not re.match(r"\w", caption[end : end + 1]):
+                    found.add(c)
+        counts[list(found)] += 1
+    return counts
+
+
+def bytes_to_unicode() -> dict[int, str]:
+    """Map each of the 256 bytes to a printable character, in the order of CLIP's vocabulary.
+
+    Source: GPT-2 / openai/CLIP simple_tokenizer.py; the order fixes the first 256 token ids.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def bpe_words(text: str) -> list[str]:
+    """Split a text into the pieces that byte-pair merges never cross: CLIP's cleaning, lower case and word pattern.
+
+    Letters stick together, each digit stands alone, other signs stick together; "'s" and its like are pieces.
+    CLIP also runs `ftfy` first, which repairs mis-decoded text ("â€™" -> "'", full-width forms, curly quotes);
+    that is left out, so ids differ from CLIP's on such texts only.
+    """
+    if not hasattr(bpe_words, "pattern"):  # \p{N} beyond the decimal digits ("½", "Ⅷ") is a letter to Python's \w
+        numbers = "".join(c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) in ("Nl", "No"))
+        letter = rf"(?:(?![{numbers}])[^\W\d_])"
+        bpe_words.pattern = re.compile(
+            rf"'s|'t|'re|'ve|'m|'ll|'d|{letter}+|[\d{numbers}]|(?:(?!{letter})[^\s\d{numbers}])+", re.IGNORECASE
+        )
+    text = re.sub(r"<\|(?:start|end)oftext\|>|<(?:start|end)_of_text>", " ", html.unescape(html.unescape(text)))
+    return bpe_words.pattern.findall(" ".join(text.split()).lower())
+
+
+def train_bpe(texts: Iterable[str], n_merges: int) -> list[str]:
+    """Learn byte-pair merges from texts: the most frequent neighbouring pair is merged, again and again.
+
+    n_merges: upper bound; fewer when every word has become one token.
+    Returns: lines "left right", first merge first; ties go to the pair that sorts first, so the result is a
+    function of the texts alone. Source: Sennrich et al., arXiv 1508.07909, algorithm 1.
+    """
+    to_unicode = bytes_to_unicode()
+    counts = Counter(word for text in texts for word in bpe_words(text))
+    words = []  # one [symbols, count] per distinct word
+    for word, count in sorted(counts.items()):
+        symbols = [to_unicode[byte] for byte in word.encode("utf-8")]
+        words.append([symbols[:-1] + [symbols[-1] + "</w>"], count])
+    merges = []
+    while len(merges) < n_merges:
+        pairs = Counter()
+        for symbols, count in words:
+            for pair in zip(symbols, symbols[1:]):
+                pairs[pair] += count
+        if not pairs:
+            break
+        left, right = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(f"{left} {right}")
+        for word in words:
+            word[0] = merge_pair(word[0], left, right)
+    return merges
+
+
+def merge_pair(symbols: list[str], left: str, right: str) -> list[str]:
+    """Join each occurrence of `left right` in a list of symbols, from the left."""
+    merged, i = [], 0
+    while i < len(symbols):
+        if symbols[i] == left and symbols[i + 1 : i + 2] == [right]:
+            merged.append(left + right)
+            i += 2
+        else:
+            merged.append(symbols[i])
+            i += 1
+    return merged
+
+
+class Tokenizer:
+    """CLIP's byte-level BPE. Ids: 256 bytes, 256 bytes that end a word, merges, start, end; 0 pads.
+
+    merges: lines "left right"; with the 48,894 of OpenAI's file ids equal open_clip's (deviation 5).
+    """
+
+    def __init__(self, merges: list[str], context_length: int = 77):
+        self.merges, self.context_length, self.cache = merges, context_length, {}
+        self.to_unicode = bytes_to_unicode()
+        symbols = list(self.to_unicode.values())
+        symbols += [symbol + "</w>" for symbol in symbols] + ["".join(merge.split()) for merge in merges]
+        self.ids = {symbol: i for i, symbol in enumerate(symbols)}
+        self.ranks = {tuple(merge.split()): i for i, merge in enumerate(merges)}
+        self.vocab_size = len(symbols) + 2
+        self.start_id, self.end_id = self.vocab_size - 2, self.vocab_size - 1
+        self.ends_word = np.array([symbol.endswith("</w>") for symbol in symbols] + [True, True])  # [vocab_size]
+
+    def encode_word(self, word: str) -> list[int]:
+        """Ids of one piece of bpe_words: neighbours are merged, lowest rank first."""
+        if word not in self.cache:
+            symbols = [self.to_unicode[byte] for byte in word.encode("utf-8")]
+            symbols[-1] += "</w>"
+            while len(symbols) > 1:
+                pair = min(zip(symbols, symbols[1:]), key=lambda pair: self.ranks.get(pair, math.inf))
+                if pair not in self.ranks:
+                    break
+                symbols = merge_pair(symbols, *pair)
+            if len(self.cache) > 500_000:
+                self.cache.clear()
+            self.cache[word] = [self.ids[symbol] for symbol in symbols]
+        return self.cache[word]
+
+    def encode(self, text: str) -> tuple[list[int], bool]:
+        """Start, tokens, end, at most context_length of them, the last one the end token; and whether it was cut."""
+        ids = [self.start_id, *(i for word in bpe_words(text) for i in self.encode_word(word)), self.end_id]
+        return ids[: self.context_length - 1] + ids[-1:] if len(ids) > self.context_length else ids, len(ids) > self.context_length
+
+    def __call__(self, texts: Iterable[str]) -> torch.Tensor:
+        """[B, L] int64, padded with zeros to the longest text."""
+        return pad_tokens([self.encode(text)[0] for text in texts])
+
+
+def pad_tokens(rows: list) -> torch.Tensor:
+    """Lists of token ids -> [B, L] int64, padded with zeros to the longest."""
+    tokens = np.zeros((len(rows), max(map(len, rows))), np.int64)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+    return torch.from_numpy(tokens)
+
+
+def read_merges(path: str | Path) -> list[str]:
+    """Lines of a merges file in CLIP's format (first line a version), plain or gzipped; as many as CLIP's vocabulary uses."""
+    try:
+        raw = gzip.open(path).read() if str(path).endswith(".gz") else Path(path).read_bytes()
+    except OSError as error:
+        raise SystemExit(f"--bpe {path}: {error}") from None
+    return [line for line in raw.decode("utf-8").split("\n")[1 : 49152 - 256 - 2 + 1] if len(line.split()) == 2]
+
+
+def uniform_hash(*keys: int | np.ndarray) -> np.ndarray:
+    """Uniform numbers in [0, 1), float64, a function of the (broadcast) integer keys alone.
+
+    So what is drawn for an example depends on seed, example and epoch, never on ranks, workers or a restart.
+    Source: the finaliser of splitmix64 (Steele et al., OOPSLA 2014), chained over the keys.
+    """
+    x = np.uint64(0)
+    with np.errstate(over="ignore"):
+        for key in keys:
+            x = (x ^ np.asarray(key).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+            x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            x = x ^ (x >> np.uint64(31))
+    return (x >> np.uint64(11)) * 2.0**-53
+
+
+def drop_words(tokens: torch.Tensor, ends_word: np.ndarray, probability: float, *keys: np.ndarray) -> torch.Tensor:
+    """Leave out each word with a probability; the one with the luckiest draw always stays.
+
+    tokens: [B, L] with start, end and padding. keys: integers [B] that seed the draws. Returns [B, L'], L' <= L.
+    """
+    ids = tokens.numpy()
+    position, end = np.arange(ids.shape[1]), ids.argmax(1)[:, None]
+    is_word = (position > 0) & (position < end)  # [B, L]
+    word = np.cumsum(ends_word[ids], 1) - ends_word[ids]  # [B, L] number of the word a token belongs to
+    draw = uniform_hash(*(key[:, None] for key in keys), word)
+    luckiest = np.where(is_word, draw, -1).max(1, keepdims=True)
+    keep = np.where(is_word, (draw >= probability) | (draw == luckiest), position <= end)
+    order = np.argsort(~keep, axis=1, kind="stable")[:, : keep.sum(1).max()]  # kept tokens to the left
+    return torch.from_numpy(np.where(np.take_along_axis(keep, order, 1), np.take_along_axis(ids, order, 1), 0))
+
+
+class Captions:
+    """Text of each example of a table under templates such as "{title} {tags}" or "a photo of a {class}".
+
+    is_fixed: the text does not depend on the epoch. Raises: SystemExit for an unknown field, or {class} without labels.
+    """
+
+    def __init__(self, table: Table, labels: np.ndarray, templates: list[str], classes: list[dict[str, str]], seed: int):
+        self.table, self.labels, self.seed = table, labels, seed
+        self.templates = [re.split(r"\{(\w+)\}", template) for template in templates]  # literal, field, literal, ...
+        self.names = [[row["name"], *filter(None, row.get("synonyms", "").split("|"))] for row in classes]
+        fields = {field for parts in self.templates for field in parts[1::2]}
+        unknown = fields - {*table.columns, "class", "synonym"}
+        if unknown:
+            raise SystemExit(f"--caption names {sorted(unknown)}; {table.path} has {sorted(table.columns)}, and there are class and synonym")
+        if fields & {"class", "synonym"} and (labels.min() < 0 or not classes):
+            raise SystemExit(f"--caption uses the class name, but {(labels < 0).sum()} of {len(labels)} rows of {table.path} have no label, and there are {len(classes)} classes")
+        self.is_fixed = len(templates) == 1 and "synonym" not in fields
+
+    def __call__(self, row: int, epoch: int) -> str:
+        template, synonym = (uniform_hash(self.seed, 1, row, epoch, np.arange(2)) if not self.is_fixed else (0, 0))
+        parts = list(self.templates[int(template * len(self.templates))])
+        fields = self.table[row]
+        for i in range(1, len(parts), 2):
+            if parts[i] == "class":
+                parts[i] = self.names[self.labels[row]][0]
+            elif parts[i] == "synonym":
+                names = self.names[self.labels[row]]
+                parts[i] = names[int(synonym * len(names))]
+            else:
+                parts[i] = fields[self.table.columns[parts[i]]]
+        return "".join(parts)
+
+
+def caption_id(caption: str) -> int:
+    """64-bit id of a caption, equal for equal texts."""
+    return int.from_bytes(hashlib.blake2b(caption.encode("utf-8"), digest_size=8).digest(), "little", signed=True)
+
+
+def locate_image(table: Table, row: int) -> tuple[Path, int, int]:
+    """Where the image of a row is: path, offset (or row of an .npy), size in bytes; -1 for "the whole file"."""
+    field = table.get(row, "image")
+    if match := re.fullmatch(r"(.+\.tar):(\d+):(\d+)", field):
+        return table.folder / match[1], int(match[2]), int(match[3])
+    if match := re.fullmatch(r"(.+\.npy):(\d+)", field):
+        return table.folder / match[1], int(match[2]), -1
+    return table.folder / field, 0, -1
+
+
+@functools.lru_cache(maxsize=64)
+def open_npy(path: Path) -> np.ndarray:
+    """Memory map of a uint8 array (N, H, W, 3)."""
+    array = np.load(path, mmap_mode="r")
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
+        raise ValueError(f"{path} holds {array.dtype} {array.shape}, expected uint8 (N, H, W, 3)")
+    return array
+
+
+def read_image(table: Table, row: int, min_side: float, max_pixels: int) -> Image.Image | str:
+    """Decode an image to RGB, turned as its EXIF says, alpha on white; or the reason why that cannot be done.
+
+    min_side: px that the caller needs of each side; JPEGs are decoded at 1/2, 1/4 or 1/8 where that leaves enough.
+    max_pixels: limit on what the header announces, checked before a pixel is decoded.
+    """
+    Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns at a fixed size; ours is a flag and comes before decoding
+    path, offset, size = locate_image(table, row)
+    try:
+        if path.suffix == ".npy":
+            return Image.fromarray(open_npy(path)[offset])
+        with open(path, "rb", buffering=0) as file:
+            file.seek(offset)
+            content = file.read(size)
+        if len(content) < size:
+            return "offset or size beyond the end of the file"
+        image = Image.open(io.BytesIO(content))
+        if image.width * image.height > max_pixels:
+            return "more pixels than --max-pixels"
+        image.draft("RGB", (math.ceil(min_side), math.ceil(min_side)))
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16") or image.mode == "I":  # 16-bit grey: Pillow's convert would clip at 255
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except FileNotFoundError:
+        return "missing file"
+    except IndexError:
+        return "row beyond the end of the .npy file"
+    except Image.UnidentifiedImageError:
+        return "not an image"
+    except Image.DecompressionBombError:
+        return "more pixels than --max-pixels"
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, OverflowError) as error:  # Pillow's
+        return "truncated" if "truncated" in str(error) else "cannot be decoded"
+
+
+def crop_boxes(min_area: float, aspect: np.ndarray, *keys: int | np.ndarray) -> np.ndarray:
+    """Random crops with the law of torchvision's RandomResizedCrop(scale=(min_area, 1), ratio=(3/4, 4/3)).
+
+    aspect: [B] image width / height. keys: integers [B] that seed the draws.
+    Returns [B, 4] left, top, right, bottom as fractions of width and height. Ten tries to fit, else the largest crop.
+    """
+    B = len(aspect)
+    draws = uniform_hash(*(np.reshape(key, (-1, 1)) for key in keys), np.arange(22)) + np.zeros((B, 1))  # [B, 22]
+    area = min_area + (1 - min_area) * draws[:, :10]
+    ratio = (4 / 3) ** (2 * draws[:, 10:20] - 1)
+    width, height = np.sqrt(area * ratio / aspect[:, None]), np.sqrt(area / ratio * aspect[:, None])  # [B, 10] of 1
+    first = (np.arange(B), ((width <= 1) & (height <= 1)).argmax(1))  # the first try that fits, else try 0, cut to fit
+    width, height = width[first].clip(max=1), height[first].clip(max=1)
+    left, top = draws[:, 20] * (1 - width), draws[:, 21] * (1 - height)
+    return np.stack([left, top, left + width, top + height], 1)
+
+
+def center_box(width: int, height: int) -> tuple[float, float, float, float]:
+    """The largest centred square: what is left by "resize the short side, then crop the centre"."""
+    side = min(width, height)
+    return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
+
+
+def crop_pixels(pixels: torch.Tensor, boxes: torch.Tensor, image_size: int) -> torch.Tensor:
+    """Crop and resize images on the device: [B, H, W, 3] uint8, [B, 4] fractions -> [B, 3, S, S] float, 0..255."""
+    x = pixels.permute(0, 3, 1, 2).float()
+    left, top, right, bottom = boxes.float().unbind(1)
+    zero = torch.zeros_like(left)  # affine_grid's coordinates run from -1 to 1
+    theta = torch.stack([right - left, zero, left + right - 1, zero, bottom - top, top + bottom - 1], 1).view(-1, 2, 3)
+    grid = F.affine_grid(theta, [len(x), 3, image_size, image_size], align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
+def load_pixels(tables: list[Table]) -> torch.Tensor | None:
+    """All images of tables, one after the other, as [n, H, W, 3] uint8; None if not all are rows of .npy files of one size."""
+    places, n = collections.defaultdict(list), 0
+    for table in tables:
+        if locate_image(table, 0)[0].suffix != ".npy":
+            return None
+        for row in range(len(table)):
+            path, index, _ = locate_image(table, row)
+            places[path].append((n, index))
+            n += 1
+    if any(path.suffix != ".npy" for path in places):
+        return None
+    try:
+        arrays = {path: open_npy(path) for path in places}
+        shapes = {array.shape[1:] for array in arrays.values()}
+        if len(shapes) > 1 or n * math.prod(*shapes) > KEEP_PIXELS:
+            return None
+        pixels = np.empty((n, *shapes.pop()), np.uint8)
+        for path, rows in places.items():
+            rows = np.array(rows)
+            pixels[rows[:, 0]] = arrays[path][rows[:, 1]]
+    except (OSError, ValueError, IndexError) as error:
+        raise SystemExit(f"images of {', '.join(str(table.path) for table in tables)}: {error}") from None
+    return torch.from_numpy(pixels)
+
+
+class Sampler:
+    """Which examples make up each step: a function of seed and step, the same for any number of processes.
+
+    Each set runs through its own shuffled epochs, without a remainder; a step takes its share from each. Iterating
+    gives, from step `start` on, this process's part of the batch as [B, 3] rows (set, row, epoch).
+    """
+
+    def __init__(self, sizes: list[int], shares: np.ndarray, batch_size: int, seed: int, start: int, stop: int, rank: int, world_size: int):
+        self.sizes, self.batch_size, self.seed = sizes, batch_size, seed
+        self.cumulative_shares = np.append(0, np.cumsum(shares))
+        self.cumulative_shares[-1] = 1
+        self.start, self.stop, self.rank, self.world_size = start, stop, rank, world_size
+        self.orders = {}  # set -> (epoch, permutation)
+
+    def batch(self, step: int) -> np.ndarray:
+        """[N, 3] int64: set, row, epoch of each example of a step, over all processes."""
+        before = np.diff(np.floor(self.cumulative_shares * step * self.batch_size)).astype(np.int64)
+        after = np.diff(np.floor(self.cumulative_shares * (step + 1) * self.batch_size)).astype(np.int64)
+        examples = []
+        for s, size in enumerate(self.sizes):
+            positions = np.arange(before[s], after[s])
+            for epoch in np.unique(positions // size):
+                if self.orders.get(s, (None,))[0] != epoch:
+                    self.orders[s] = (epoch, np.random.default_rng([self.seed, s, epoch]).permutation(size))
+                rows = self.orders[s][1][positions[positions // size == epoch] % size]
+                examples.append(np.stack([np.full_like(rows, s), rows, np.full_like(rows, epoch)], 1))
+        examples = np.concatenate(examples)
+        return examples if len(self.sizes) == 1 else np.random.default_rng([self.seed, step]).permutation(examples)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        B = self.batch_size // self.world_size
+        for step in range(self.start, self.stop):
+            yield self.batch(step)[self.rank * B : (self.rank + 1) * B]
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+class Pairs(torch.utils.data.Dataset):
+    """Training pairs of several sets; whole batches at a time, in the loader's workers or in the main process.
+
+    captions: one for each set, with its table. Set from outside: pixel_offsets [sets], where the rows of a set start
+    among the images on the device; text_features [n, D], embeddings in the place of tokens, and text_ids [n], the
+    sorted caption ids they belong to (None: a row for each row of the set).
+    """
+
+    def __init__(self, captions: list[Captions], crop_scale: float, word_dropout: float, max_pixels: int, seed: int):
+        self.captions, self.tables = captions, [c.table for c in captions]
+        self.crop_scale, self.word_dropout, self.max_pixels, self.seed = crop_scale, word_dropout, max_pixels, seed
+        self.pixel_offsets, self.text_features, self.text_ids = None, None, None
+        self.tokens, self.ids = None, None
+
+    def prepare(self, tokenizer: Tokenizer | None, image_size: int) -> None:
+        """Tokenise all captions once, if they are fixed and not too many; else the workers do it.
+
+        ids: per set, caption id of each row. tokens: per set, token ids of all captions one after the other, where
+        each caption starts, and whether it was cut.
+        """
+        self.tokenizer, self.image_size = tokenizer, image_size
+        if sum(map(len, self.tables)) > KEEP_TOKENS or not all(captions.is_fixed for captions in self.captions):
+            return
+        self.ids, self.tokens = [], [] if tokenizer else None
+        for captions in self.captions:
+            texts = [captions(row, 0) for row in range(len(captions.table))]
+            self.ids.append(torch.tensor([caption_id(text) for text in texts]))
+            if tokenizer:
+                ids, cut = zip(*map(tokenizer.encode, texts))
+                starts = np.cumsum([0, *map(len, ids)])
+                arrays = np.fromiter((i for row in ids for i in row), np.int32, starts[-1]), starts, np.array(cut)
+                self.tokens.append([torch.from_numpy(array) for array in arrays])
+
+    def caption_id(self, s: int, row: int, epoch: int) -> int:
+        return int(self.ids[s][row]) if self.ids else caption_id(self.captions[s](row, epoch))
+
+    def encode(self, s: int, row: int, epoch: int) -> tuple[np.ndarray | list[int], bool]:
+        """Token ids of an example, and whether they were cut."""
+        if self.tokens is None:
+            return self.tokenizer.encode(self.captions[s](row, epoch))
+        ids, starts, cut = self.tokens[s]
+        return ids[starts[row] : starts[row + 1]].numpy(), bool(cut[row])
+
+    def __getitems__(self, examples: np.ndarray) -> dict:
+        """[B, 3] (set, row, epoch) -> a batch: images or pixel_rows, boxes, texts, caption_ids, bad, n_cut."""
+        examples, bad, images = np.array(examples), [], []
+        if self.pixel_offsets is None:
+            for i in range(len(examples)):
+                image, box, tries = None, None, 0
+                while image is None:
+                    s, row, epoch = map(int, examples[i])
+                    image = read_image(self.tables[s], row, self.image_size / math.sqrt(0.75 * self.crop_scale), self.max_pixels)
+                    if isinstance(image, str):  # another pair takes its place, the same one for any number of workers
+                        bad.append((image, f"{self.tables[s].path} row {row + 1}: {self.tables[s].get(row, 'image')}"))
+                        tries += 1
+                        if tries == 100:
+                            raise SystemExit(f"100 unreadable images in a row, the last: {bad[-1]}")
+                        examples[i, 1] = int(uniform_hash(self.seed, 3, s, row, epoch) * len(self.tables[s]))
+                        image = None
+                box = crop_boxes(self.crop_scale, np.array([image.width / image.height]), self.seed, 2, *examples[i : i + 1].T)[0]
+                box = box * (image.width, image.height, image.width, image.height)
+                image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC, tuple(box))
+                images.append(torch.from_numpy(np.array(image)))
+            batch = {"images": torch.stack(images).permute(0, 3, 1, 2)}  # [B, 3, S, S] uint8, channels last in memory
+        else:
+            boxes = crop_boxes(self.crop_scale, np.ones(len(examples)), self.seed, 2, *examples.T)
+            batch = {"pixel_rows": torch.from_numpy(self.pixel_offsets[examples[:, 0]] + examples[:, 1]), "boxes": torch.from_numpy(boxes)}
+        batch["caption_ids"] = torch.tensor([self.caption_id(*example) for example in examples.tolist()])
+        if self.text_features is None:
+            ids, cut = zip(*(self.encode(*example) for example in examples.tolist()))
+            batch["texts"] = pad_tokens(ids)
+            if self.word_dropout:
+                batch["texts"] = drop_words(batch["texts"], self.tokenizer.ends_word, self.word_dropout, np.full(len(ids), self.seed + 4), *examples.T)
+        else:
+            rows = examples[:, 1] if self.text_ids is None else np.searchsorted(self.text_ids, batch["caption_ids"].numpy())
+            batch["texts"], cut = torch.from_numpy(np.asarray(self.text_features[rows], np.float32)), ()
+        return batch | {"bad": bad, "n_cut": sum(cut)}
+
+
+def as_it_is(batch: dict) -> dict:
+    """Collate function of a loader whose batches come whole."""
+    return batch
+
+
+class EvalImages(torch.utils.data.Dataset):
+    """Images of a test set as [3, S, S] uint8, the centre square; or the reason why one cannot be read."""
+
+    def __init__(self, table: Table, image_size: int, max_pixels: int):
+        self.table, self.image_size, self.max_pixels = table, image_size, max_pixels
+
+    def __getitem__(self, row: int) -> torch.Tensor | str:
+        image = read_image(self.table, row, self.image_size, self.max_pixels)
+        if isinstance(image, str):
+            return image
+        box = center_box(*image.size)
+        image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC, box)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+# ------------------------------------------------------------------------------ plumbing
+
+
+def setup_distributed(device: str) -> tuple[int, int, torch.device]:
+    """Rank, number of processes and device; joins the process group when started by torchrun."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise SystemExit(f"--device {device}: this torch finds no CUDA device")
+    if "RANK" not in os.environ:
+        return 0, 1, torch.device(device)
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    # An hour, since one process may render data or pretrain a text tower while the others wait.
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=datetime.timedelta(hours=1))
+    return dist.get_rank(), dist.get_world_size(), torch.device(device)
+
+
+def pick_precision(precision: str, device: torch.device) -> tuple[str, str]:
+    """`auto` resolved, and why."""
+    if precision != "auto":
+        return precision, "--precision"
+    if device.type == "cuda":
+        return ("bf16", "CUDA") if torch.cuda.is_bf16_supported() else ("fp16", "CUDA without bf16")
+    if device.type == "cpu" and os.path.exists("/proc/cpuinfo") and "amx_bf16" in Path("/proc/cpuinfo").read_text():
+        return "bf16", "CPU with AMX"
+    return "fp32", f"{device.type} without fast bf16"
+
+
+def on_one_rank(rank: int, work: Callable[[], None]) -> None:
+    """Run on the first process while the others wait; if it ends with a message, all end."""
+    message = [None]
+    if rank == 0:
+        try:
+            work()
+        except SystemExit as error:
+            message[0] = error.code
+    if dist.is_initialized():
+        dist.broadcast_object_list(message, src=0)  # All ranks
+    if message[0] is not None:
+        raise SystemExit(message[0] if rank == 0 else 1)
+
+
+def run_script(command: list[str]) -> None:
+    """Run another process outside this one's process group; SystemExit if it fails."""
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+    environment = {k: v for k, v in os.environ.items() if k not in launcher and not k.startswith("TORCHELASTIC")}
+    status = subprocess.run([sys.executable, *command], env=environment).returncode
+    if status:
+        raise SystemExit(f"{' '.join(command)} ended with status {status}")
+
+
+def ensure_shapes(root: Path) -> None:
+    """Render the built-in world if it is not there."""
+    if (root / "classes.tsv").is_file() or str(root) != SHAPES_ROOT:
+        return
+    builder = Path(__file__).parent / "build_datasets.py"
+    if not builder.is_file():
+        raise SystemExit(f"{root} is not there, and no build_datasets.py beside {Path(__file__).name} to render it: pass --data my_pairs.tsv, or --root a folder with classes.tsv, val.tsv and laionet/train.tsv")
+    print(f"{root} is not there: rendering the shapes world (once)", flush=True)
+    run_script([str(builder), "shapes", "--out", str(root)])
+
+
+def ensure_clip_pt(root: Path, device: str) -> None:
+    """Pretrain the text tower of the built-in world if it is not there; of another world, say how to make it."""
+    path, world = root / "clip.pt", root / "world.json"
+    if path.is_file():
+        return
+    if not world.is_file() or json.loads(world.read_text()).get("world") != "shapes":
+        raise SystemExit(f"--text-head frozen and finetune start from {path}, which is not there: make it from released weights (python clip.py --eval-only RN50.pt --root {root} --bpe bpe_simple_vocab_16e6.txt.gz --export {path}), or pass --text-init")
+    print(f"{path} is not there: pretraining on web (once, about 5 minutes on 2 CPU cores)", flush=True)
+    run_script([__file__, "--root", str(root), "--data", "web", "--steps", "3200", "--out", str(root / "clip_pretraining"), "--export", str(path), "--eval-sets", "val", "--device", device])
+
+
+def lr_at(step: int, peak: float, warmup_steps: int, steps: int) -> float:
+    """Learning rate of a step: linear warm-up to the peak, then a cosine to 0 (open_clip's scheduler)."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
+
+
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Trainable parameters: matrices with weight decay; gains, biases and logit_scale without."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    decay, no_decay = [p for p in params if p.ndim >= 2], [p for p in params if p.ndim < 2]
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+
+
+def rng_state(device: torch.device) -> dict:
+    """States of all random generators, as tensors and builtins."""
+    name, keys, *rest = np.random.get_state()
+    state = {"python": list(random.getstate()[1]), "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest]}
+    return state | {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+
+
+def set_rng_state(state: dict, device: torch.device) -> None:
+    """Undo of rng_state."""
+    random.setstate((3, tuple(state["python"]), None))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def write_atomically(path: Path, write: Callable) -> None:
+    """Write a file under a temporary name, then put it in its place: a reader never sees half of it.
+
+    write: called with the open binary file. Raises: SystemExit if the disk is full or the folder cannot be written;
+    what was there before is kept.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise SystemExit(f"cannot write {path}: {str(error)[:200]}; a checkpoint written before is kept") from None
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_atomically(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
+
+
+# Flags that do not change what is computed: a run may be continued with others.
+RUN_FLAGS = {"out", "resume", "export", "eval_only", "eval_sets", "device", "compile", "workers", "log_every", "save_every", "eval_every", "tensorboard", "wandb", "max_bad"}
+
+
+def load_checkpoint(path: Path, args: dict, step: int | None = None) -> dict:
+    """Read a checkpoint to continue; SystemExit if it was made with other flags."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise SystemExit(f"{path}: cannot be read ({str(error)[:200]}); --resume off starts over") from None
+    if "optimizer" not in checkpoint:
+        raise SystemExit(f"{path} has no optimiser state: it is an export, pass it as --init")
+    differing = [k for k in args if k not in RUN_FLAGS and args[k] != checkpoint["args"].get(k)]
+    if differing:
+        flags = ", ".join(f"--{k.replace('_', '-')} {checkpoint['args'].get(k)}, now {args[k]}" for k in differing)
+        raise SystemExit(f"{path} was made with {flags}: pass another --out, or --resume off to replace it")
+    return checkpoint
+
+
+def any_rank(flag: bool, group: dist.ProcessGroup | None) -> bool:
+    """Whether a flag is set on any process; over the CPU, so that no GPU is waited for."""
+    if group is None:
+        return flag
+    value = torch.tensor([int(flag)])
+    dist.all_reduce(value, dist.ReduceOp.MAX, group=group)  # All ranks
+    return bool(value)
+
+# ------------------------------------------------------------------------------ evaluate
+
+EVAL_BATCH = 128  # rows are encoded in the same blocks whatever the number of processes, so metrics are identical
+TEMPLATES = ["a {}", "the {}", "a photo of a {}", "a picture of the {}"]
+
+
+@dataclasses.dataclass
+class World:
+    """What a model is evaluated on."""
+
+    root: Path
+    classes: list[dict[str, str]]  # rows of classes.tsv, in label order
+    class_counts: np.ndarray  # [C] int64 training images
+    test_sets: dict[str, Table]
+    templates: list[str]  # prompts with {} for the class name
+    class_embeddings: np.ndarray | None  # [C, width] given embeddings of the class prompts
+
+
+def encode_rows(n: int, dim: int, encode: Callable[[int, int], torch.Tensor], device: torch.device) -> torch.Tensor:
+    """[n, dim] float32 on every process; block k of rows is encoded by process k modulo their number.
+
+    encode: (first row, row after the last) -> [rows, dim].
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rows = torch.zeros(n, dim, device=device)
+    for start in range(rank * EVAL_BATCH, n, world_size * EVAL_BATCH):
+        stop = min(start + EVAL_BATCH, n)
+        rows[start:stop] = encode(start, stop).float()
+    if world_size > 1:
+        dist.all_reduce(rows)  # All ranks; each row is zero on all processes but one, so the sum is exact
+    return rows
+
+
+@torch.no_grad()
+def class_prototypes(model: CLIP, tokenizer: Tokenizer | None, world: World, device: torch.device) -> torch.Tensor | None:
+    """[C, D] unit class vectors: the normalised mean of the normalised embeddings of a class's prompts. All ranks.
+
+    None if there are no classes, or no embeddings of their prompts. Source: openai/CLIP's zero-shot notebook.
+    """
+    if not world.classes or (tokenizer is None and world.class_embeddings is None):
+        return None
+    if tokenizer is None:
+        given = torch.from_numpy(np.asarray(world.class_embeddings, np.float32)).to(device)
+        return F.normalize(encode_rows(len(given), model.embed_dim, lambda a, b: model.encode_text(given[a:b]), device), dim=1)
+    prompts = [template.replace("{}", row["name"]) for row in world.classes for template in world.templates]
+    embed = encode_rows(len(prompts), model.embed_dim, lambda a, b: model.encode_text(tokenizer(prompts[a:b]).to(device)), device)
+    return F.normalize(F.normalize(embed, dim=1).unflatten(0, (len(world.classes), -1)).mean(1), dim=1)
+
+
+@torch.no_grad()
+def encode_images(model: CLIP, table: Table, workers: int, max_pixels: int, device: torch.device) -> tuple[torch.Tensor, np.ndarray, Counter]:
+    """Image embeddings of a test set, not normalised.
+
+    Returns: [n, D]; [n] bool, whether the image could be read (its embedding is zero if not); counts of the reasons.
+    """
+    pixels = load_pixels([table])
+    reasons = np.zeros(len(table), object)
+    blocks = range(0)
+    if pixels is None:
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        blocks = [range(a, min(a + EVAL_BATCH, len(table))) for a in range(rank * EVAL_BATCH, len(table), world_size * EVAL_BATCH)]
+        dataset = EvalImages(table, model.image_size, max_pixels)
+        blocks = iter(torch.utils.data.DataLoader(dataset, batch_sampler=blocks, num_workers=workers, collate_fn=list))
+
+    def encode(start: int, stop: int) -> torch.Tensor:
+        if pixels is not None:
+            images = pixels[start:stop].to(device).permute(0, 3, 1, 2)
+            left, top, right, bottom = map(int, center_box(images.shape[3], images.shape[2]))
+            images = images[:, :, top:bottom, left:right]
+            if images.shape[2] != model.image_size:
+                images = F.interpolate(images.float(), model.image_size, mode="bicubic", antialias=True).clamp(0, 255)
+            return model.encode_image(images)
+        images = next(blocks)
+        for i, image in enumerate(images):
+            if isinstance(image, str):
+                reasons[start + i] = image
+                images[i] = torch.zeros(3, model.image_size, model.image_size, dtype=torch.uint8)
+        embed = model.encode_image(torch.stack(images).to(device))
+        embed[[reason != 0 for reason in reasons[start:stop].tolist()]] = 0
+        return embed
+
+    embed = encode_rows(len(table), model.embed_dim, encode, device)
+    if dist.is_initialized():
+        gathered = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, reasons)  # All ranks
+        reasons = np.select([part != 0 for part in gathered], gathered, 0)
+    return embed, reasons == 0, Counter(reasons[reasons != 0].tolist())
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> float | None:
+    """Spearman's rank correlation, average ranks for ties; None if one side is constant."""
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return None
+    return float(spearmanr(x, y).statistic)
+
+
+def imbalance_metrics(predictions: np.ndarray, labels: np.ndarray, class_counts: np.ndarray) -> dict[str, float | None]:
+    """Accuracy, and how much it and the predictions follow the training frequency of the classes.
+
+    predictions, labels: [n] class ids. class_counts: [C] training images a class; classes without any count too.
+    Returns: fractions in 0..1 and Spearman correlations over all classes; a class without test images has no accuracy
+        and is left out of means of accuracies. head, medium, tail: the classes by falling count (ties by id), in
+        thirds of C // 3, C // 3 and the rest. What cannot be computed is None.
+    Source: Wen et al., arXiv 2405.21070, section 2 (their notebooks: all classes, average ranks).
+    """
+    C = len(class_counts)
+    n_test = np.bincount(labels, minlength=C)
+    n_predicted = np.bincount(predictions, minlength=C)
+    tested = n_test > 0
+    accuracy = np.bincount(labels[predictions == labels], minlength=C)[tested] / n_test[tested]
+    per_class = np.full(C, np.nan)
+    per_class[tested] = accuracy
+    thirds = np.split(per_class[np.argsort(-class_counts, kind="stable")], [C // 3, 2 * (C // 3)])
+    head, medium, tail = (float(np.nanmean(third)) if np.isfinite(third).any() else None for third in thirds)
+    return {
+        "n": len(labels),
+        "top1": float((predictions == labels).mean()),
+        "balanced": float(accuracy.mean()),
+        "head": head,
+        "medium": medium,
+        "tail": tail,
+        "spearman_acc": rank_correlation(class_counts[tested], accuracy),
+        "spearman_pred": rank_correlation(class_counts, n_predicted),
+        "chance": 1 / C,
+    }
+
+
+def retrieval_metrics(image_features: torch.Tensor, text_features: torch.Tensor, image_ids: np.ndarray) -> dict[str, float]:
+    """Recall at 1, 5 and 10 of texts for an image and of images for a text; any text of an image is right for it.
+
+    image_features: [n_images, D]; text_features: [n, D]; image_ids: [n] the image of each text. Unit vectors.
+    The rank of the best right item counts the wrong items with a higher or an equal score (a constant model has rank
+    last). Queries go in chunks: memory is O(chunk * n).
+    """
+    owner = torch.as_tensor(image_ids, device=image_features.device)  # [n]
+    ranks = {"i2t": [], "t2i": []}
+    with exact_matmul():
+        for start in range(0, len(image_features), 256):
+            scores = image_features[start : start + 256] @ text_features.T  # [chunk, n]
+            right = owner[None] == torch.arange(start, start + len(scores), device=owner.device)[:, None]
+            best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+            ranks["i2t"].append(((scores >= best) & ~right).sum(1))
+        for start in range(0, len(text_features), 256):
+            scores = text_features[start : start + 256] @ image_features.T  # [chunk, n_images]
+            right = F.one_hot(owner[start : start + 256], len(image_features)).bool()
+            ranks["t2i"].append(((scores >= scores[right][:, None]) & ~right).sum(1))
+    return {f"{way}_r{k}": float((torch.cat(ranks[way]) < k).double().mean()) for way in ranks for k in (1, 5, 10)}
+
+
+def print_table(metrics: dict[str, dict]) -> None:
+    """One aligned line a test set; accuracies in percent, - for what cannot be computed."""
+    columns = {"n": "n", "top1": "top-1", "balanced": "balanced", "head": "head", "medium": "medium", "tail": "tail", "spearman_acc": "rho(freq,acc)", "spearman_pred": "rho(freq,pred)", "chance": "chance"}
+    percent = {"top1", "balanced", "head", "medium", "tail", "chance"}
+    rows = {name: m for name, m in metrics.items() if name != "run" and m["top1"] is not None}
+    if rows:
+        print(f"{'test set':<14}" + "".join(f"{title:>{max(9, len(title) + 2)}}" for title in columns.values()))
+    for name, m in rows.items():
+        cells = ["-" if m[k] is None else f"{100 * m[k]:.1f}%" if k in percent else f"{m[k]:.3f}" if k != "n" else str(m[k]) for k in columns]
+        print(f"{name:<14}" + "".join(f"{cell:>{max(9, len(title) + 2)}}" for cell, title in zip(cells, columns.values())))
+    rows = {name: m for name, m in metrics.items() if name != "run" and m["retrieval"]}
+    if rows:
+        print(f"{'retrieval':<14}{'n':>9}" + "".join(f"{key:>9}" for key in next(iter(rows.values()))["retrieval"]))
+    for name, m in rows.items():
+        print(f"{name:<14}{m['n']:>9}" + "".join(f"{100 * value:>8.1f}%" for value in m["retrieval"].values()))
+
+
+@torch.no_grad()
+def evaluate(model: CLIP, tokenizer: Tokenizer | None, world: World, workers: int, max_pixels: int, device: torch.device, npz_folder: Path | None = None) -> dict[str, dict]:
+    """Zero-shot classification of labelled sets, image-text retrieval of those without labels. All ranks.
+
+    npz_folder: where the first process writes <set>.npz; rows of unreadable images are left out, `rows` says which are
+    there. Returns: {set: metrics}.
+    """
+    prototypes = class_prototypes(model.eval(), tokenizer, world, device)
+    names, metrics = [row["name"] for row in world.classes], {}
+    for name, table in world.test_sets.items():
+        embed, readable, bad = encode_images(model, table, workers, max_pixels, device)
+        rows = np.flatnonzero(readable)
+        result = dict.fromkeys(("n", "top1", "balanced", "head", "medium", "tail", "spearman_acc", "spearman_pred", "chance", "retrieval", "knn", "probe"))
+        result |= {"n": len(rows), "bad_images": dict(bad)}
+        labels = read_labels(table, names)[rows]
+        embed = embed[torch.from_numpy(rows).to(device)]
+        if not bool(embed.isfinite().all()):
+            raise SystemExit(f"{name}: the image features are not finite: the model has diverged")
+        features = F.normalize(embed, dim=1)
+        logits = None
+        if prototypes is not None:
+            with exact_matmul():
+                logits = (100 * features @ prototypes.T).cpu()  # CLIP evaluates at the largest scale, 100
+        labelled = labels >= 0
+        if logits is not None and labelled.any():
+            result |= imbalance_metrics(logits.argmax(1).numpy()[labelled], labels[labelled], world.class_counts)
+        elif not labelled.any() and "caption" in table.columns and tokenizer is not None and len(rows):
+            images, image_ids = np.unique([table.get(row, "image") for row in rows], return_inverse=True)
+            first = torch.from_numpy(np.unique(image_ids, return_index=True)[1]).to(device)
+            captions = [table.get(row, "caption") for row in rows]
+            texts = encode_rows(len(rows), features.shape[1], lambda a, b: model.encode_text(tokenizer(captions[a:b]).to(device)), device)
+            result["retrieval"] = retrieval_metrics(features[first], F.normalize(texts, dim=1), image_ids)
+        metrics[name] = result
+        if npz_folder is not None and (not dist.is_initialized() or dist.get_rank() == 0):
+            arrays = {"features": embed.cpu().numpy().astype(np.float16), "labels": labels, "rows": rows, "class_counts": world.class_counts, "class_names": np.array(names, str)}
+            if logits is not None:
+                arrays |= {"logits": logits.numpy().astype(np.float16), "prototypes": prototypes.cpu().numpy().astype(np.float16)}
+            write_atomically(npz_folder / f"{name}.npz", lambda file, arrays=arrays: np.savez(file, **arrays))
+    model.train()
+    return metrics
+
+# ------------------------------------------------------------------------------ train
+
+
+def find_sets(data: str, root: Path) -> tuple[list[Path], list[float | None]]:
+    """Paths and weights of `A:2,B:1`; each name is a file, or ROOT/NAME/train.tsv."""
+    paths, weights = [], []
+    for part in data.split(","):
+        name, weight = re.fullmatch(r"(.*?)(?::(\d*\.?\d+))?", part.strip()).groups()
+        path = Path(name) if name.endswith(".tsv") else root / name / "train.tsv"
+        if not path.is_file():
+            there = ", ".join(sorted(p.parent.name for p in root.glob("*/train.tsv"))) or "none"
+            raise SystemExit(f"--data {name}: no file {path}; sets in {root}: {there}. build_datasets.py index makes one from tars or folders")
+        paths.append(path)
+        weights.append(float(weight) if weight else None)
+    if None in weights and any(weights):
+        raise SystemExit(f"--data {data}: give every set a weight, or none")
+    return paths, weights
+
+
+def find_test_sets(names: list[str], root: Path) -> dict[str, Table]:
+    """Test sets by name: those given, or the ones of TEST_SETS that the root has."""
+    if names == ["auto"]:
+        names = [name for name in TEST_SETS if (root / f"{name}.tsv").is_file()]
+    paths = [Path(name) if name.endswith(".tsv") else root / f"{name}.tsv" for name in names]
+    is_unique = [sum(path.stem == other.stem for other in paths) == 1 for path in paths]
+    stems = [path.stem if unique else f"{path.parent.name}-{path.stem}" for path, unique in zip(paths, is_unique)]
+    return {stem: Table(path) for stem, path in zip(stems, paths)}
+
+
+def read_lines(path: str) -> list[str]:
+    """Non-empty lines of a text file."""
+    try:
+        lines = [line.strip() for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise SystemExit(f"{path}: {error.strerror}") from None
+    if not lines:
+        raise SystemExit(f"{path}: no templates in it")
+    return lines
+
+
+def read_world(args: argparse.Namespace, root: Path) -> World:
+    """Classes, test sets and prompts of a root; class counts are still zero."""
+    classes = read_classes(root)
+    class_embeddings = np.load(args.text_embeddings[1]) if len(args.text_embeddings) > 1 else None
+    if class_embeddings is not None and (class_embeddings.ndim != 2 or len(class_embeddings) != len(classes)):
+        raise SystemExit(f"{args.text_embeddings[1]} is {class_embeddings.shape}, expected a row for each of {len(classes)} classes")
+    templates = TEMPLATES if args.templates == "auto" else read_lines(args.templates)
+    counts = np.zeros(len(classes), np.int64)
+    return World(root, classes, counts, find_test_sets(args.eval_sets, root), templates, class_embeddings)
+
+
+def read_training_sets(args: argparse.Namespace, world: World) -> tuple[list[Captions], np.ndarray]:
+    """Captions (each with its table) of the sets of --data, and the share of the pairs that each gives; fills class_counts."""
+    paths, weights = find_sets(args.data, world.root)
+    templates = read_lines(args.caption[1:]) if args.caption.startswith("@") else [args.caption]
+    captions = []
+    for path in paths:
+        table = Table(path)
+        labels = read_labels(table, [row["name"] for row in world.classes])
+        captions.append(Captions(table, labels, templates, world.classes, args.seed))
+    shares = np.array([weight or len(c.table) for weight, c in zip(weights, captions)], float)
+    shares /= shares.sum()
+    world.class_counts = count_classes(captions, shares, world.classes)
+    return captions, shares
+
+
+def describe(world: World, tables: list[Table], shares: np.ndarray) -> str:
+    """The first line of a run's log."""
+    sets = [f"{len(table):,} rows of {table.path}" + f" (share {share:.3f})" * (len(tables) > 1) for table, share in zip(tables, shares)]
+    line = f"world {world.root}: {', '.join(sets)}, {len(world.classes)} classes"
+    if world.class_counts.any():
+        most, least = world.class_counts.argmax(), world.class_counts.argmin()
+        line += ", " + ", ".join(f"{word} frequent {world.classes[c]['name']!r} {world.class_counts[c]:,}" for word, c in (("most", most), ("least", least)))
+    return line
+
+
+def count_classes(captions: list[Captions], shares: np.ndarray, classes: list[dict[str, str]]) -> np.ndarray:
+    """[C] int64 training images a class: by label, or, in sets without labels, by captions that name the class.
+
+    shares: [sets] part of the training pairs that a set gives. Of a set without labels beyond KEEP_TOKENS rows an even
+    sample of the captions is matched.
+    """
+    total, counts = sum(len(c.table) for c in captions), np.zeros(len(classes))
+    for source, share in zip(captions, shares):
+        seen = n_rows = len(source.table)
+        if (source.labels >= 0).any():
+            found = np.bincount(source.labels[source.labels >= 0], minlength=len(classes))[: len(classes)]
+        else:
+            rows = range(0, n_rows, math.ceil(n_rows / KEEP_TOKENS))
+            found, seen = match_classes((source(row, 0) for row in rows), classes), len(rows)
+        counts += found * (share * total / seen)
+    return np.rint(counts).astype(np.int64)
+
+
+def caption_statistics(pairs: Pairs, sampler: Sampler) -> str:
+    """Distinct captions, empty and cut ones, and how often a caption occurs twice in a batch (first four batches)."""
+    parts = []
+    if pairs.ids:
+        ids = torch.cat(pairs.ids)
+        parts.append(f"{len(torch.unique(ids)):,} distinct captions in {len(ids):,} rows")
+    if pairs.tokens:
+        cut, lengths = torch.cat([t[2] for t in pairs.tokens]), torch.cat([t[1].diff() for t in pairs.tokens])
+        parts.append(f"{(lengths == 2).double().mean():.1%} empty, {cut.double().mean():.1%} truncated")
+    same = []
+    for step in range(min(4, sampler.stop)):
+        ids = np.array([pairs.caption_id(*example) for example in sampler.batch(step).tolist()])
+        same.append((np.unique(ids, return_inverse=True, return_counts=True)[2][np.unique(ids, return_inverse=True)[1]] > 1).mean())
+    return ", ".join(["captions: " + f"{np.mean(same):.1%} of a batch share theirs with another pair", *parts])
+
+
+@torch.no_grad()
+def embed_captions(model: CLIP, pairs: Pairs, n_epochs: list[int], out: Path, device: torch.device, autocast: Callable) -> tuple[np.ndarray, np.ndarray]:
+    """Embed each distinct caption of a run once with the frozen text tower, the work shared by all processes.
+
+    n_epochs: per set, epochs for which captions are drawn. Returns: [n] sorted caption ids; [n, D] embeddings, in
+    memory, or beyond 1 GiB mapped from OUT/text_features.npy (float16).
+    """
+    ids, examples = [], []
+    for s, captions in enumerate(pairs.captions):
+        for epoch in range(1 if captions.is_fixed else n_epochs[s]):
+            n = len(captions.table)
+            ids.append(np.fromiter((pairs.caption_id(s, row, epoch) for row in range(n)), np.int64, n))
+            examples.append(np.stack([np.full(n, s), np.arange(n), np.full(n, epoch)], 1))
+    ids, first = np.unique(np.concatenate(ids), return_index=True)
+    examples = np.concatenate(examples)[first]
+    model.eval()
+
+    def encode(start: int, stop: int) -> torch.Tensor:
+        texts = pad_tokens([pairs.encode(*example)[0] for example in examples[start:stop].tolist()])
+        with autocast():
+            return model.encode_text(texts.to(device)).float()
+
+    if len(ids) * model.embed_dim * 4 <= 2**30:
+        return ids, encode_rows(len(ids), model.embed_dim, encode, device).cpu().numpy()
+    path, rank, world_size = out / "text_features.npy", 0, 1
+    if dist.is_initialized():
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+    out.mkdir(parents=True, exist_ok=True)
+    on_one_rank(rank, lambda: np.lib.format.open_memmap(path, "w+", np.float16, (len(ids), model.embed_dim)).flush())
+    features = np.load(path, mmap_mode="r+")
+    for start in range(rank * EVAL_BATCH, len(ids), world_size * EVAL_BATCH):
+        stop = min(start + EVAL_BATCH, len(ids))
+        features[start:stop] = encode(start, stop).cpu().numpy()
+    features.flush()
+    on_one_rank(rank, lambda: None)  # all have written
+    return ids, np.load(path, mmap_mode="r")
+
+
+def build_model(args: argparse.Namespace, root: Path, captions: list[Captions], text_width: int) -> tuple[CLIP, Tokenizer | None, dict]:
+    """Model and tokenizer from flags and loaded weights.
+
+    captions: to learn byte-pair merges from, if no others are at hand. text_width: of given embeddings, or 0.
+    Returns: model, tokenizer (None with given embeddings), the loaded checkpoint ({} if there is none).
+    """
+    whole, loaded = args.eval_only or args.init, {}
+    source = whole or (str(root / "clip.pt") if args.text_init == "auto" else args.text_init)
+    if not whole and (args.text_head == "scratch" or text_width):
+        source = ""
+    if source:
+        loaded = load_weights(source)
+    arch = loaded.get("arch", args.arch) if whole else args.arch
+    activation = pick_activation(args.activation, loaded, source) if source else args.activation.replace("auto", "gelu")
+    embed_dim, tokenizer = ARCHS[arch]["embed_dim"], None
+    if source:
+        try:
+            text, embed_dim = text_config(loaded["state_dict"])
+        except ValueError as error:
+            raise SystemExit(f"{source}: {error}") from None
+    elif text_width:
+        text = dict(arch="embeddings", width=text_width)
+    else:
+        text_arch = args.text_arch.replace("auto", "cbow" if arch == "tiny" else "transformer")
+        text = dict(arch=text_arch, width=ARCHS[arch]["text_width"], context_length=77)
+    if text["arch"] != "embeddings":
+        if args.bpe != "auto":
+            merges = read_merges(args.bpe)
+        elif "bpe" in loaded:
+            merges = loaded["bpe"].split("\n")
+        elif (root / "bpe.txt").is_file():
+            merges = read_merges(root / "bpe.txt")
+        else:
+            merges = train_bpe((c(row, 0) for c in captions for row in range(min(len(c.table), 200_000))), 8192)
+        tokenizer = Tokenizer(merges, text["context_length"])
+        if text.setdefault("vocab_size", tokenizer.vocab_size) != tokenizer.vocab_size:
+            raise SystemExit(f"{source} has {text['vocab_size']} tokens, the merges make {tokenizer.vocab_size}: pass the --bpe it was made with (CLIP's is bpe_simple_vocab_16e6.txt.gz)")
+    model = CLIP(arch, embed_dim, text, activation)
+    if whole:
+        load_state(model, loaded["state_dict"], source)
+    elif source:
+        for name, parameter in model.text_parameters().items():
+            parameter.data.copy_(loaded["state_dict"][name])
+    return model, tokenizer, loaded
+
+
+def checkpoint_of(model: CLIP, tokenizer: Tokenizer | None, world: World, args: argparse.Namespace, step: int, device: torch.device) -> dict:
+    """What a checkpoint or an export holds, in tensors and builtins. All ranks."""
+    prototypes = class_prototypes(model, tokenizer, world, device)
+    return {
+        "state_dict": {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()},
+        "args": vars(args),
+        "step": step,
+        "arch": model.arch,
+        "activation": model.activation,
+        "prototypes": None if prototypes is None else prototypes.cpu(),  # [C, D]
+        "class_names": [row["name"] for row in world.classes],
+        "class_counts": torch.from_numpy(world.class_counts),
+    } | ({"bpe": "\n".join(tokenizer.merges)} if tokenizer else {})
+
+
+def total(value: float, group: dist.ProcessGroup | None) -> float:
+    """Sum of a number over the processes."""
+    if group is None:
+        return value
+    value = torch.tensor(float(value), dtype=torch.float64)
+    dist.all_reduce(value, group=group)  # All ranks
+    return float(value)
+
+
+def check_finite(step: int, parts: tuple[torch.Tensor, ...], skipped_in_a_row: int, group: dist.ProcessGroup | None) -> None:
+    """Report a step left out for its non-finite gradient, and what was not finite; SystemExit after ten in a row.
+
+    parts: loss, image_features, text_features. skipped_in_a_row: equal on all processes.
+    """
+    if not skipped_in_a_row:
+        return
+    is_bad = [any_rank(not bool(part.isfinite().all()), group) for part in parts]
+    names = [name for name, bad in zip(("loss", "image_features", "text_features"), is_bad) if bad] or ["gradients"]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(f"step {step + 1}: {', '.join(names)} not finite: step left out ({skipped_in_a_row} in a row)", flush=True)
+    if skipped_in_a_row >= 10:
+        raise SystemExit(f"ended at step {step + 1}: ten steps in a row were not finite; try a lower --lr, --clip-grad 1 or --precision fp32")
+
+
+def note_bad_images(counts: Counter, bad: list[tuple[str, str]]) -> None:
+    """Count unreadable images by reason; the first of each reason is printed."""
+    for reason, example in bad:
+        if reason not in counts:
+            print(f"unreadable image ({reason}), replaced by another pair: {example}", flush=True)
+        counts[reason] += 1
+
+
+class RunLog:
+    """Log lines of a run: OUT/log.jsonl, the terminal, and TensorBoard or Weights & Biases if asked for."""
+
+    def __init__(self, args: argparse.Namespace, start: int):
+        path, self.writer, self.wandb = Path(args.out) / "log.jsonl", None, None
+        lines = path.read_text().splitlines(keepends=True) if start and path.is_file() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]  # later steps are redone
+        write_atomically(path, lambda file: file.write("".join(kept).encode()))
+        self.file = open(path, "a", buffering=1)
+        try:
+            if args.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.writer = SummaryWriter(args.out)
+            if args.wandb:
+                import wandb
+
+                self.wandb = wandb.init(project=args.wandb, name=Path(args.out).name, config=vars(args), id=hashlib.sha1(str(path.resolve()).encode()).hexdigest()[:12], resume="allow")
+        except ImportError as error:
+            raise SystemExit(f"{error}: pip install {'tensorboard' if self.writer is None and args.tensorboard else 'wandb'}") from None
+
+    def write(self, line: dict) -> None:
+        """line: {"step": int, name: number, ...}; nested dicts are kept in the file, flattened elsewhere."""
+        self.file.write(json.dumps(line) + "\n")
+        numbers = {k: v for k, v in line.items() if isinstance(v, int | float)}
+        numbers |= {f"{name}/{k}": v for name, m in line.items() if isinstance(m, dict) for k, v in m.items() if isinstance(v, int | float)}
+        if self.writer:
+            for name, value in numbers.items():
+                self.writer.add_scalar(name, value, line["step"])
+        if self.wandb:
+            self.wandb.log(numbers, step=line["step"])
+        if "loss" in line:
+            tqdm.write(f"step {line['step']:>6}  loss {line['loss']:.4f}  lr {line['lr']:.2e}  scale {line['logit_scale']:6.2f}  grad {line['grad_norm']:7.3f}  {line['images_per_s']:8.1f} images/s  bad {line['bad_images']}")
+            sys.stdout.flush()
+
+
+def evaluate_checkpoint(args: argparse.Namespace, world: World, rank: int, device: torch.device, precision: str) -> None:
+    """--eval-only: class counts are those the checkpoint was trained with, else those of --data, if it is there."""
+    model, tokenizer, loaded = build_model(args, world.root, [], 0)
+    if "class_counts" in loaded:
+        world.class_counts = loaded["class_counts"].numpy()
+        if len(world.class_counts) != len(world.classes):
+            raise SystemExit(f"{args.eval_only} was trained with {len(world.class_counts)} classes, {world.root}/classes.tsv has {len(world.classes)}")
+        args.data = loaded["args"]["data"]
+    elif (world.root / args.data / "train.tsv").is_file() or args.data.endswith(".tsv"):
+        read_training_sets(args, world)
+    elif rank == 0:
+        print(f"frequencies of the classes are not known: the checkpoint has none, and there is no --data {args.data} in {world.root}")
+    report(model.to(device), tokenizer, world, args, loaded.get("step", 0), 0.0, rank, device, precision)
+
+
+def report(model: CLIP, tokenizer: Tokenizer | None, world: World, args: argparse.Namespace, step: int, seconds: float, rank: int, device: torch.device, precision: str) -> None:
+    """Evaluate, write metrics.json, <set>.npz and the export, print the table. All ranks."""
+    out = Path(args.out)
+    metrics = evaluate(model, tokenizer, world, args.workers, args.max_pixels, device, out)
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
+    run = {"step": step, "seconds": round(seconds, 1), "data": args.data, "seed": args.seed, "precision": precision, "versions": versions}
+    on_one_rank(rank, lambda: write_json(out / "metrics.json", metrics | {"run": run}))
+    if args.export:
+        export = checkpoint_of(model, tokenizer, world, args, step, device)
+        on_one_rank(rank, lambda: write_atomically(Path(args.export), lambda file: torch.save(export, file)))
+    if rank == 0:
+        print_table(metrics)
+        if not world.test_sets:
+            print(f"no test sets: put val.tsv into {world.root} or pass --eval-sets")
+        print(f"metrics: {out / 'metrics.json'}" + (f", exported: {args.export}" if args.export else ""), flush=True)
+
+
+def main(args: argparse.Namespace) -> None:
+    # --- setup
+    rank, world_size, device = setup_distributed(args.device)
+    is_main, out = rank == 0, Path(args.out)
+    control = dist.new_group(backend="gloo") if world_size > 1 else None  # words between CPUs, past the GPU's queue
+    precision, reason = pick_precision(args.precision, device)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    autocast = functools.partial(torch.autocast, device.type, dtype, enabled=precision != "fp32")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)  # the same on all processes, so they start from the same weights
+    if args.batch_size % world_size or args.batch_size // world_size < args.accumulate:
+        raise SystemExit(f"--batch-size {args.batch_size} does not split into {world_size} processes of {args.accumulate} chunks")
+
+    # --- data
+    files = [part for part in args.data.split(",") if re.sub(r":[\d.]+$", "", part).endswith(".tsv")]
+    root = Path(args.root) if args.root != "auto" else Path(files[0]).parent if files else Path(SHAPES_ROOT)
+    on_one_rank(rank, lambda: ensure_shapes(root))
+    if args.text_head != "scratch" and args.text_init == "auto" and not (args.text_embeddings or args.eval_only or args.init):
+        on_one_rank(rank, lambda: ensure_clip_pt(root, args.device))
+    world = read_world(args, root)
+    if args.eval_only:
+        evaluate_checkpoint(args, world, rank, device, precision)
+        return
+    captions, shares = read_training_sets(args, world)
+    tables, sizes = [c.table for c in captions], [len(c.table) for c in captions]
+    if is_main:
+        print(describe(world, tables, shares))
+        print(f"precision {precision} ({reason}), {device}, {world_size} process{'es' if world_size > 1 else ''}", flush=True)
+    if sum(sizes) < args.batch_size:
+        raise SystemExit(f"--batch-size {args.batch_size} is larger than the {sum(sizes)} rows of --data {args.data}")
+    pairs = Pairs(captions, args.crop_scale, args.word_dropout, args.max_pixels, args.seed)
+    pixels = load_pixels(tables)  # [rows of all sets, H, W, 3] uint8, or None
+    text_width = 0
+    if args.text_embeddings:
+        pairs.text_features = np.load(args.text_embeddings[0], mmap_mode="r")
+        text_width = pairs.text_features.shape[-1]
+        if pairs.text_features.shape != (sizes[0], text_width):
+            raise SystemExit(f"{args.text_embeddings[0]} is {pairs.text_features.shape}, expected ({sizes[0]}, width): a row for each of {tables[0].path}")
+
+    # --- model
+    model, tokenizer, _ = build_model(args, root, captions, text_width)
+    model.to(device)
+    if args.arch in ("tiny", "RN50"):
+        model.visual.to(memory_format=torch.channels_last)
+    for module in model.modules():
+        if isinstance(module, BatchNorm2d):
+            module.sync = args.bn == "sync"
+    if args.text_head == "frozen" and not args.text_embeddings:
+        for parameter in model.text_parameters().values():
+            parameter.requires_grad_(False)
+    if args.compile:
+        model.visual.compile()
+        if model.text_arch == "transformer":
+            model.transformer.compile()
+    device_ids = [device] if device.type == "cuda" else None
+    net = DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True) if world_size > 1 else model
+
+    # --- optimizer
+    steps = math.ceil(args.epochs * sum(sizes) / args.batch_size) if args.epochs else args.steps
+    peak_lr = args.lr or (3e-3 if args.arch == "tiny" else 1e-3)
+    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), peak_lr, (0.9, args.beta2), eps=1e-8, fused=True)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    # One path for all precisions: the scaler skips steps with non-finite gradients, on the device; only fp16 is scaled.
+    scale_growth = dict(init_scale=2.0**16, growth_interval=2000) if precision == "fp16" else dict(init_scale=1.0, growth_interval=2**31 - 1)
+    scaler = torch.amp.GradScaler(device.type, **scale_growth)
+
+    # --- resume
+    start, seconds_before, started = 0, 0.0, time.time()
+    resume = out / "checkpoint.pt" if args.resume in ("auto", "off") else Path(args.resume)
+    if args.resume != "off" and (resume.is_file() or args.resume != "auto"):
+        checkpoint = load_checkpoint(resume, vars(args))
+        model.load_state_dict(checkpoint["state_dict"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        set_rng_state(checkpoint["rng"], device)
+        start, seconds_before = checkpoint["step"], checkpoint["seconds"]
+
+    # --- captions and loader
+    pairs.prepare(tokenizer, model.image_size)
+    if pixels is not None:
+        pixels, pairs.pixel_offsets = pixels.to(device), np.cumsum([0, *sizes[:-1]])
+    if args.text_head == "frozen" and not args.text_embeddings:
+        n_epochs = [math.ceil(steps * args.batch_size * share / size) + 1 for share, size in zip(shares, sizes)]
+        pairs.text_ids, pairs.text_features = embed_captions(model, pairs, n_epochs, out, device, autocast)
+    workers = args.workers if args.workers >= 0 else 0 if pixels is not None and pairs.ids else min(8, os.cpu_count() or 1)
+    sampler = Sampler(sizes, shares, args.batch_size, args.seed, start, steps, rank, world_size)
+    loader = torch.utils.data.DataLoader(pairs, batch_sampler=sampler, collate_fn=as_it_is, num_workers=workers, pin_memory=device.type == "cuda")
+
+    # --- log
+    log, stop_signals = None, []
+    if is_main:
+        log = RunLog(args, start)
+        write_json(out / "args.json", {"args": vars(args), "argv": sys.argv, "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()})
+        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {steps} steps of {args.batch_size} pairs, chance loss ln({args.batch_size}) = {math.log(args.batch_size):.3f}" + (f", continued from step {start}" if start else ""))
+        print(caption_statistics(pairs, sampler), flush=True)
+    signal.signal(signal.SIGTERM, lambda number, frame: stop_signals.append(number))
+
+    # --- loop
+    model.train()
+    bad, n_cut, n_seen, n_logged, logged_at = Counter(), 0, 0, 0, time.time()
+    loss_sum, skipped_in_a_row = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device)
+    progress = tqdm(total=steps, initial=start, disable=not (is_main and sys.stderr.isatty()), unit="step")
+    for step, batch in enumerate(loader, start):
+        lr = lr_at(step, peak_lr, args.warmup_steps, steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        batch = {name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+        images = batch["images"] if pixels is None else crop_pixels(pixels[batch["pixel_rows"]], batch["boxes"], model.image_size)
+        loss_of = functools.partial(info_nce, caption_ids=batch["caption_ids"], dup_captions=args.dup_captions)
+        parts = backward_in_chunks(net, images, batch["texts"], loss_of, args.accumulate, autocast, scaler.scale)
+
+        is_log_step = (step + 1) % args.log_every == 0 or step + 1 == steps
+        scaler.unscale_(optimizer)
+        skipped_in_a_row = torch.where(model.logit_scale.grad.isfinite(), 0, skipped_in_a_row + 1)  # equal on all ranks
+        if args.clip_grad or is_log_step:
+            grad_norm = nn.utils.clip_grad_norm_(params, args.clip_grad or math.inf)
+        if is_log_step or device.type == "cpu":  # Sync
+            check_finite(step, parts, int(skipped_in_a_row), control)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(100))  # CLIP section 2.5
+            loss_sum += parts[0]
+        n_seen, n_cut = n_seen + len(images), n_cut + batch["n_cut"]
+        note_bad_images(bad, batch["bad"])
+        progress.update()
+
+        if is_log_step:
+            n_bad = total(sum(bad.values()), control)
+            line = {"step": step + 1, "samples": (step + 1) * args.batch_size, "epoch": round((step + 1) * args.batch_size / sum(sizes), 4)}
+            line |= {"loss": total(float(loss_sum), control) / world_size / (n_seen - n_logged) * len(images), "lr": lr}  # Sync
+            line |= {"logit_scale": float(model.logit_scale.exp()), "grad_norm": float(grad_norm), "images_per_s": round((n_seen - n_logged) * world_size / (time.time() - logged_at), 1)}
+            line |= {"bad_images": int(n_bad), "truncated": total(n_cut, control) / (n_seen * world_size)}
+            if is_main:
+                log.write(line)
+            if n_bad > args.max_bad * max(1000, n_seen * world_size):
+                raise SystemExit(f"{int(n_bad)} of {n_seen * world_size} images cannot be read ({dict(bad)} on this process), more than --max-bad {args.max_bad}")
+            n_logged, logged_at = n_seen, time.time()
+            loss_sum.zero_()
+        is_stopped = any_rank(bool(stop_signals), control)
+        if is_stopped or step + 1 == steps or (args.save_every and (step + 1) % args.save_every == 0):
+            checkpoint = checkpoint_of(model, tokenizer, world, args, step + 1, device)
+            checkpoint |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng_state(device), "seconds": seconds_before + time.time() - started}
+            on_one_rank(rank, lambda checkpoint=checkpoint: write_atomically(out / "checkpoint.pt", lambda file: torch.save(checkpoint, file)))
+        if is_stopped:
+            if is_main:
+                print(f"SIGTERM: saved at step {step + 1}; the same command continues", flush=True)
+            return
+        if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < steps:
+            metrics = evaluate(model, tokenizer, world, args.workers, args.max_pixels, device)
+            if is_main:
+                log.write({"step": step + 1, **metrics})
+                print_table(metrics)
+            logged_at = time.time()
+
+    progress.close()
+    report(model, tokenizer, world, args, steps, seconds_before + time.time() - started, rank, device, precision)
+
+
+if __name__ == "__main__":
+    try:
+        main(ARGS)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,304 @@
+"""build_datasets.py shapes: the claims of its docstring, on worlds of 2 % of the size, rendered in a few seconds."""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "build_datasets.py"
+SIZE = "0.02"
+COLUMNS = ["image", "label", "caption", "title", "tags", "description", "similarity", "source"]
+TEST_SETS = ["val", "v2", "sketch", "rendition", "objectnet", "adversarial"]
+TRAIN_SETS = ["imagenet", "incaps", "incaps4k", "laionet", "laionet4k", "yfcc", "web"]
+TABLES = [f"{name}.tsv" for name in TEST_SETS] + [f"{name}/train.tsv" for name in TRAIN_SETS]
+
+
+def command(out, *flags):
+    return [sys.executable, str(SCRIPT), "shapes", "--out", str(out), "--size", SIZE, *flags]
+
+
+def build(out, *flags):
+    done = subprocess.run(command(out, *flags), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def hashes(out):
+    files = sorted(p for p in Path(out).rglob("*") if p.is_file())
+    return {str(p.relative_to(out)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def read_tsv(path):
+    """Header and rows, split on tabs alone, as a reader that knows no quoting sees them."""
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    assert lines.pop() == "", "the file ends in a newline"
+    header = lines[0].split("\t")
+    rows = [line.split("\t") for line in lines[1:]]
+    assert all(len(row) == len(header) for row in rows), path
+    return header, [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def class_counts(out, name):
+    return np.bincount([int(row["label"]) for row in read_tsv(out / name / "train.tsv")[1]], minlength=120)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    out = tmp_path_factory.mktemp("one") / "shapes"
+    build(out, "--workers", "1")
+    return out
+
+
+@pytest.fixture(scope="module")
+def atomic_world(tmp_path_factory):
+    out = tmp_path_factory.mktemp("atomic") / "shapes"
+    build(out, "--names", "atomic")
+    return out
+
+
+def test_bytes_do_not_depend_on_workers(world, tmp_path):
+    build(tmp_path / "shapes", "--workers", "2")
+    assert hashes(tmp_path / "shapes") == hashes(world)
+    assert {*TABLES, "classes.tsv", "bpe.txt", "preview.png", "world.json"} <= set(hashes(world))
+
+
+def test_seed_redraws_order_images_and_captions(world, tmp_path):
+    other = tmp_path / "shapes"
+    build(other, "--seed", "1")
+    ranks = [np.argsort(np.argsort(class_counts(w, n))) for w, n in
+             ((world, "laionet"), (other, "laionet"), (world, "incaps"))]  # fmt: skip
+    # Independent orders of 120 classes correlate by 0 +- 0.09.
+    assert abs(np.corrcoef(ranks[0], ranks[1])[0, 1]) < 0.4, "another seed, another order"
+    assert abs(np.corrcoef(ranks[0], ranks[2])[0, 1]) < 0.4, "another set, another order"
+    ours, theirs = hashes(world), hashes(other)
+    same = {name for name in ours if ours[name] == theirs[name]}
+    assert same <= {"classes.tsv"}
+
+
+def test_second_call_is_instant_and_changes_nothing(world):
+    before = {p: p.stat().st_mtime_ns for p in world.rglob("*")}
+    start = time.perf_counter()
+    said = build(world, "--workers", "2")
+    assert time.perf_counter() - start < 1
+    assert said.count("\n") == 1 and "complete" in said
+    assert {p: p.stat().st_mtime_ns for p in world.rglob("*")} == before
+
+
+def test_killed_call_is_redone_whole(world, tmp_path):
+    out, partial = tmp_path / "shapes", tmp_path / "shapes.partial"
+    process = subprocess.Popen(command(out, "--workers", "2"), stderr=subprocess.DEVNULL)
+    pixels = partial / "imagenet" / "train.npy"
+    deadline = time.time() + 30
+    while not (pixels.exists() and any(pixels.read_bytes()[128:])):  # 128: the header; wait for a first image
+        assert time.time() < deadline and process.poll() is None, "the call was to be killed while it renders"
+        time.sleep(0.005)
+    tasks = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    children = tasks.read_text().split() if tasks.exists() else []
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert partial.exists() and not out.exists()
+    build(out)
+    assert hashes(out) == hashes(world)
+    assert not partial.exists()
+    for child in children:  # a worker that waits for ever would hold memory and perhaps the lock
+        status = Path(f"/proc/{child}/status")
+        assert not status.exists() or "(zombie)" in status.read_text()
+
+
+@pytest.mark.parametrize("content", ["notes.txt", "world.json", "val.tsv"])
+def test_foreign_folder_is_refused_and_kept(tmp_path, content):
+    (tmp_path / "shapes").mkdir()
+    (tmp_path / "shapes" / content).write_text('{"world": "mine"}')
+    done = subprocess.run(command(tmp_path / "shapes"), capture_output=True, text=True)
+    assert done.returncode == 1 and "is not a shapes world" in done.stderr and "Traceback" not in done.stderr
+    assert (tmp_path / "shapes" / content).read_text() == '{"world": "mine"}'
+
+
+def test_foreign_partial_folder_is_refused_and_kept(tmp_path):
+    (tmp_path / "shapes.partial").mkdir()
+    (tmp_path / "shapes.partial" / "notes.txt").write_text("mine")
+    done = subprocess.run(command(tmp_path / "shapes"), capture_output=True, text=True)
+    assert done.returncode == 1 and "shapes.partial" in done.stderr and "Traceback" not in done.stderr
+    assert (tmp_path / "shapes.partial" / "notes.txt").read_text() == "mine"
+
+
+def test_other_parameters_are_named_in_the_error(world):
+    before = hashes(world)
+    done = subprocess.run(command(world, "--seed", "7", "--names", "atomic"), capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "seed is 0, asked for 7" in done.stderr and "names is compositional" in done.stderr
+    assert "size" not in done.stderr, "only what differs"
+    assert hashes(world) == before
+
+
+def test_two_simultaneous_calls(world, tmp_path):
+    out = tmp_path / "shapes"
+    pair = [subprocess.Popen(command(out, "--workers", "1"), stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate()[0] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0]
+    assert sum("complete" in text for text in said) == 1, "one rendered, one found it"
+    assert hashes(out) == hashes(world)
+
+
+def test_tables_keep_the_contract(world):
+    header, classes = read_tsv(world / "classes.tsv")
+    assert header == ["name", "synonyms", "definition"] and len(classes) == 120
+    assert len({row["name"] for row in classes}) == 120
+    everything = [phrase for row in classes for phrase in (row["name"], *row["synonyms"].split("|"))]
+    assert len(everything) == len(set(everything)) and all(everything), "no phrase means two classes"
+
+    rows_of = json.loads((world / "world.json").read_text())["rows"]
+    assert set(rows_of) == {*TEST_SETS, *TRAIN_SETS}
+    for table in TABLES:
+        header, rows = read_tsv(world / table)
+        name = table.removesuffix("/train.tsv").removesuffix(".tsv")
+        assert header == COLUMNS and len(rows) == rows_of[name]
+        arrays, used = {}, Counter()
+        for row in rows:
+            file, _, index = row["image"].rpartition(":")
+            path = (world / table).parent / file
+            array = arrays.setdefault(file, np.load(path))
+            assert array.dtype == np.uint8 and array.shape[1:] == (32, 32, 3) and 0 <= int(index) < len(array)
+            assert array[int(index)].std() > 2, "an empty picture"
+            used[row["image"]] += 1
+            if name in ("yfcc", "web"):
+                assert row["label"] == ""
+            else:
+                assert 0 <= int(row["label"]) < 120
+            assert row["caption"] and row["source"] == name
+            if name == "imagenet":
+                assert row["caption"] == f"a photo of a {classes[int(row['label'])]['name']}"
+                assert row["title"] == row["tags"] == row["description"] == ""
+            else:
+                assert row["caption"] == f"{row['title']} {row['tags']} {row['description']}"
+            if name in ("laionet", "laionet4k"):
+                assert re.fullmatch(r"[01]\.\d{4}", row["similarity"])
+            else:
+                assert row["similarity"] == ""
+        assert max(used.values()) == 1, "each image once"
+        if not name.endswith("4k"):
+            assert len(used) == len(array), "every image has a row"
+
+
+def test_frequencies(world):
+    balanced, mild, tail = (class_counts(world, name) for name in ("imagenet", "incaps", "laionet"))
+    assert balanced.max() - balanced.min() <= 1 and balanced.min() >= 1
+    assert tail.min() >= 1 and tail.max() >= 40 * tail.min(), "Zipf's first class has 1 / 5.4 of 300 rows"
+    assert 3 <= mild.max() / mild.min() <= 8, "120 ** 0.3 = 4.2"
+    for name in TEST_SETS:
+        counts = Counter(row["label"] for row in read_tsv(world / f"{name}.tsv")[1])
+        assert len(counts) == 120 and len(set(counts.values())) == 1
+    labels = [int(row["label"]) for row in read_tsv(world / "laionet/train.tsv")[1]]
+    assert labels != sorted(labels), "rows are shuffled"
+
+
+def test_cuts_are_subsets_with_the_same_order(world):
+    for name in ("laionet", "incaps"):
+        whole = {row["image"]: row for row in read_tsv(world / name / "train.tsv")[1]}
+        for row in read_tsv(world / f"{name}4k" / "train.tsv")[1]:
+            original = whole[row["image"].removeprefix(f"../{name}/")]
+            assert (row["label"], row["caption"]) == (original["label"], original["caption"])
+        large, small = class_counts(world, name), class_counts(world, f"{name}4k")
+        assert small.min() >= 1 and small.sum() < large.sum() and (small <= large).all()
+        assert large[small.argmax()] == large.max()
+
+
+def test_web_is_an_open_world(world):
+    known = {word for row in read_tsv(world / "classes.tsv")[1] for phrase in (row["name"], *row["synonyms"].split("|"))
+             for word in phrase.split()}  # fmt: skip
+    for name in ("web", "yfcc"):
+        captions = [set(row["caption"].split()) for row in read_tsv(world / name / "train.tsv")[1]]
+        strangers = [c for c in captions if c & {"tree", "boat", "bowtie", "gear", "mushroom", "gridded", "halved"}]
+        assert len(strangers) > 0.1 * len(captions)
+        assert sum(bool(c & known) for c in captions) > 0.5 * len(captions)
+    assert not {"tree", "gridded", "halved"} & known
+
+
+def test_captions_name_the_class_when_clean_and_seldom_not_when_noisy(world):
+    classes = read_tsv(world / "classes.tsv")[1]
+    words = []  # per class: the set of pattern words, the set of shape words
+    for row in classes:
+        phrases = [phrase.split() for phrase in (row["name"], *row["synonyms"].split("|"))]
+        words.append(({pattern for pattern, _ in phrases}, {shape for _, shape in phrases}))
+
+    def share_named(table, columns=("caption",)):
+        rows = read_tsv(world / table)[1]
+        named = [all(words[int(row["label"])][0] & set(row[c].split()) and words[int(row["label"])][1]
+                     & set(row[c].split()) for c in columns) for row in rows]  # fmt: skip
+        return np.mean(named)
+
+    for table in ("incaps/train.tsv", "val.tsv", "sketch.tsv", "adversarial.tsv"):
+        assert share_named(table, ("title", "tags", "description")) == 1, table
+    exact = [classes[int(row["label"])]["name"] in row["caption"] for row in read_tsv(world / "incaps/train.tsv")[1]]
+    assert 0.6 < np.mean(exact) < 1, "the name itself mostly, a synonym at times"
+    # .04 vague + .025 wrong; 300 rows, so three standard errors are .043. A wrong name may share the pattern or shape.
+    assert 0.88 < share_named("laionet/train.tsv") < 0.99
+    # Nuisances are rare: a colour word in each of five places at p .15 or .05 makes about .44 of the captions.
+    colours = set("red orange yellow green teal blue purple pink brown black grey white".split())
+    rows = read_tsv(world / "incaps/train.tsv")[1]
+    assert 0.3 < np.mean([bool(colours & set(row["caption"].split())) for row in rows]) < 0.6
+    assert 9 < np.mean([len(row["caption"].split()) for row in rows]) < 13.5
+    seen = {word for row in rows for word in row["caption"].split()}
+    assert {"a", "the", "of", "photo", "picture"} <= seen, "prompts are not made of unseen words"
+
+
+def test_atomic_names(atomic_world):
+    classes = read_tsv(atomic_world / "classes.tsv")[1]
+    names = [row["name"] for row in classes]
+    assert len(set(names)) == 120 and all(re.fullmatch("[a-z]{4,8}", name) for name in names)
+    for row in classes:
+        phrase = row["synonyms"].split("|")[0]
+        assert len(phrase.split()) == 2 and phrase in row["definition"]
+    assert classes[6 * 5 + 1]["synonyms"].startswith("striped crescent")
+    for row in read_tsv(atomic_world / "incaps/train.tsv")[1]:
+        c = classes[int(row["label"])]
+        assert c["name"] in row["title"].split() and c["name"] in row["tags"].split()
+        assert c["name"] not in row["description"].split()
+        assert any(phrase in row["description"] for phrase in c["synonyms"].split("|"))
+
+
+def apply_merges(word, rank):
+    """Byte-pair encoding as defined: join the pair that was learned first, until none is left. ASCII words."""
+    symbols = [*word[:-1], word[-1] + "</w>"]
+    while len(symbols) > 1:
+        best = min(range(len(symbols) - 1), key=lambda i: rank.get((symbols[i], symbols[i + 1]), len(rank)))
+        if (symbols[best], symbols[best + 1]) not in rank:
+            break
+        symbols[best : best + 2] = [symbols[best] + symbols[best + 1]]
+    return symbols
+
+
+@pytest.mark.parametrize("kind", ["world", "atomic_world"])
+def test_every_word_is_one_token(kind, request):
+    out = request.getfixturevalue(kind)
+    lines = (out / "bpe.txt").read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("#version") and all(len(line.split(" ")) == 2 for line in lines[1:])
+    rank = {tuple(line.split(" ")): i for i, line in enumerate(lines[1:])}
+    words = {word for table in TABLES for row in read_tsv(out / table)[1] for word in row["caption"].split()}
+    words |= {word for row in read_tsv(out / "classes.tsv")[1] for field in row.values()
+              for word in re.findall("[a-z]+", field)}  # fmt: skip
+    assert len(words) > 150
+    split = {word: apply_merges(word, rank) for word in words if len(apply_merges(word, rank)) != 1}
+    assert not split
+    assert len(apply_merges("xqzvw", rank)) > 1, "an unseen word is not one token, or this test sees nothing"
+
+
+def test_adversarial_set_fools_the_plain_model(world):
+    accuracy = json.loads((world / "world.json").read_text())["plain_model"]
+    assert accuracy["adversarial"] < accuracy["val"]
+
+
+def test_flags_are_checked():
+    for flags in (["--size", "0"], ["--workers", "0"], ["--seed", "-1"], ["--siz", "1"], ["--names", "other"]):
+        done = subprocess.run([sys.executable, str(SCRIPT), "shapes", *flags], capture_output=True, text=True)
+        assert done.returncode == 2 and flags[0] in done.stderr, flags
+    assert os.path.exists(SCRIPT)

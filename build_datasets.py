@@ -8,6 +8,9 @@
     python build_datasets.py shapes --out data/shapes1 --seed 1              # frequencies, images and words redrawn
     python build_datasets.py shapes --out data/atomic --names atomic         # one invented word per class
     python build_datasets.py shapes --out /tmp/small --size 0.02             # a few rows of everything, for tests
+    python build_datasets.py index shards/ --out data/web/train.tsv --holdout 0.1      # tars of img2dataset
+    python build_datasets.py index imagenet/train --out data/imagenet/train.tsv        # class folders
+    python build_datasets.py index photos/ --out data/photos/train.tsv                 # 1.jpg 1.txt 2.jpg 2.txt ...
 
 shapes renders a world from nothing: 32 x 32 pictures of 24 outlines x 5 surface patterns ("striped star"), 120 classes.
 
@@ -23,11 +26,31 @@ Tables have a header, tabs, no quoting, and the columns image (`val.npy:17` is r
 title, tags, description, similarity, source. A world appears whole or not at all: it is rendered in OUT.partial and
 renamed. The same seed gives the same bytes for every number of workers; across machines a pixel may differ by one
 grey level, as the last bit of a float32 sine may.
+
+index lists images where they lie; nothing is unpacked, copied or decoded.
+
+    in    tars: any uncompressed webdataset-like tar. Consecutive members with one key (the path up to the first dot of
+          the base name) are a sample: an image, .txt (caption), .json (further columns), .cls (label). Beside it, if
+          there: NAME.parquet (further columns for the same key; needs pyarrow) and NAME_stats.json (checked)
+          or class folders: FOLDER/n01440764/*.JPEG; label = place of the folder in sorted order, or the row of
+          classes.tsv whose wnid or name is the folder's name
+          or a flat folder of images with .txt and .json of the same name
+    out   OUT.tsv        image (`00000.tar:512:34567` or `photos/1.jpg`, relative to the table's folder), label,
+                         caption, then every further key, sorted; nested values as compact JSON
+          val.tsv        beside it, with --holdout: the rows whose hash of seed and key is below that fraction
+          classes.tsv    beside it, for class folders, if there is none yet
+          OUT.tsv.json   flags, inputs, counts of all that was dropped or repaired, warnings, date
+
+The caption is the .txt, else the JSON's caption, text or title; the label is the .cls, else the JSON's label. The
+JSON's own image, label and caption make no columns; a key in JSON and parquet is taken from the JSON. Rows are in the
+order of the sources, sorted, and inside them of the tar or of the file names, whatever the number of workers.
 """
 
 import argparse
 import fcntl
 import functools
+import hashlib
+import heapq
 import html
 import json
 import math
@@ -37,13 +60,15 @@ import random
 import re
 import shutil
 import sys
+import tempfile
 import threading
 import time
 import unicodedata
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -65,6 +90,14 @@ def parse_args(argv=None):
                         help="'striped star', or one invented word per class (then synonyms and definitions matter)")
     shapes.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; the bytes do not depend on it")
 
+    index = commands.add_parser("index", help="table of the images in tars, class folders or a flat folder", **style)
+    index.add_argument("sources", nargs="+", metavar="SOURCE", help="tars, or folders (of tars, of classes, or flat)")
+    index.add_argument("--out", required=True, help="table to write, ending in .tsv; val.tsv and OUT.json go beside it")
+    index.add_argument("--holdout", type=float, default=0.0, help="fraction of rows that go to val.tsv; 0: none")
+    index.add_argument("--classes", help="classes.tsv that gives folders their labels; default: beside --out, if any")
+    index.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; the rows do not depend on it")
+    index.add_argument("--seed", type=int, default=0, help="redraws which rows --holdout takes")
+
     args = parser.parse_args(argv)
     if args.command == "shapes":
         if args.seed < 0:
@@ -73,7 +106,59 @@ def parse_args(argv=None):
             shapes.error(f"--size: got {args.size}, expected a factor above 0 and at most 1000")
         if args.workers < 1:
             shapes.error(f"--workers: got {args.workers}, expected 1 or more")
+    if args.command == "index":
+        if not args.out.endswith(".tsv"):
+            index.error(f"--out: got {args.out}, expected a file name that ends in .tsv")
+        if not 0 <= args.holdout < 1:
+            index.error(f"--holdout: got {args.holdout}, expected a fraction of at least 0 and below 1")
+        if args.holdout and os.path.basename(args.out) == "val.tsv":
+            index.error("--out: val.tsv is where --holdout writes; call the table train.tsv, or drop --holdout")
+        if args.workers < 1:
+            index.error(f"--workers: got {args.workers}, expected 1 or more")
     return args
+
+
+# ------------------------------------------------------------------------------ tables
+
+# Everything that some reader of text takes for the end of a line or of a field.
+BREAKS = re.compile("\r\n|[\t\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029]")
+
+
+def tsv_field(value) -> str:
+    """One field of a table: tabs and line breaks become spaces; None, NaN are empty; lists, dicts, bools are JSON."""
+    if value is None or value != value:
+        return ""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    elif isinstance(value, (dict, list, bool)):
+        # default=str: parquet nests dates. Escaped line breaks stay escaped inside JSON.
+        value = json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)
+    text = str(value)
+    return text if text.isprintable() else BREAKS.sub(" ", text)  # isprintable: a fast test that nearly all pass
+
+
+def write_tsv(path, columns, rows):
+    """A table with a header, tabs between fields, no quoting. It appears whole or not at all.
+
+    rows: iterable of dicts; a missing key is an empty field. Returns: number of rows.
+    """
+    partial, n = f"{path}.partial", 0
+    with open(partial, "w", encoding="utf-8", errors="replace", newline="\n") as f:
+        f.write("\t".join(map(tsv_field, columns)) + "\n")
+        for n, row in enumerate(rows, 1):  # noqa: B007 (n is the number of rows)
+            f.write("\t".join([tsv_field(row.get(c)) for c in columns]) + "\n")
+    os.replace(partial, path)
+    return n
+
+
+def die_with_parent():
+    """In a worker: end when the main process is gone, even by kill -9, instead of waiting for jobs for ever."""
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 # ------------------------------------------------------------------------------ shapes: words
@@ -248,9 +333,9 @@ MAP_SIDE, MAP_REACH = 128, 1.5  # a distance map covers [-1.5, 1.5] x [-1.5, 1.5
 # rotation: degrees, each way; noise: sigma, of 1 = white; specks: at most so many; contrast: least RGB distance of
 # foreground and background, of sqrt(3); gradient: change of colour from the image's middle to its edge.
 PROCESSES = {
-    "plain": dict(radius=(9.0, 14.0), shift=3.5, rotation=20, noise=0.07, specks=2, contrast=0.55, gradient=0.10),
-    "wide": dict(radius=(8.5, 14.0), shift=4.0, rotation=28, noise=0.08, specks=3, contrast=0.50, gradient=0.14),
-    "harder": dict(radius=(8.5, 13.5), shift=4.0, rotation=30, noise=0.10, specks=4, contrast=0.50, gradient=0.14),
+    "plain": dict(radius=(10.5, 14.0), shift=2.5, rotation=15, noise=0.05, specks=1, contrast=0.65, gradient=0.08),
+    "wide": dict(radius=(10.0, 14.0), shift=2.5, rotation=18, noise=0.05, specks=2, contrast=0.60, gradient=0.10),
+    "harder": dict(radius=(9.0, 13.5), shift=3.5, rotation=25, noise=0.08, specks=4, contrast=0.50, gradient=0.12),
     "sketch": dict(radius=(9.0, 13.5), shift=3.0, rotation=20, noise=0.03, specks=0, contrast=0.50, gradient=0.04),
     "rendition": dict(radius=(9.0, 13.5), shift=3.5, rotation=20, noise=0.04, specks=2, contrast=0.70, gradient=0.15),
     "objectnet": dict(radius=(7.0, 10.0), shift=6.0, rotation=180, noise=0.08, specks=6, contrast=0.55, gradient=0.15),
@@ -383,9 +468,8 @@ def pattern_ink(pattern, distance, u, v, period, is_line_art):
     elif pattern == "gridded":
         mesh = soft(0.55 - np.minimum(to_middle(u), to_middle(v)))
         ink = mesh if is_line_art else 1 - mesh
-    else:  # halved: u has no phase here worth a period, so it is cut near the middle
-        ink = soft(u)
-        return np.maximum(fill * ink, line)
+    else:  # halved, along the line u = 0: its caller gives it no phase
+        return np.maximum(fill * soft(u), line)
     return np.maximum(fill * ink, line) if is_line_art else fill * (FAINT + (1 - FAINT) * ink)
 
 
@@ -549,10 +633,7 @@ def make_chunk(job):
 
 
 def edge_histograms(images):
-    """Histograms of oriented gradients: 8 px cells every 4 px, 8 directions. [n, 7 * 7 * 8] float64, whole numbers
-
-    Whole numbers, so that sums of their products are exact and do not depend on how the matrix product is split.
-    """
+    """Histograms of oriented gradients: 8 px cells every 4 px, 8 directions. [n, 7 * 7 * 8] float64, 0..100"""
     features = []
     for part in np.array_split(images, max(1, len(images) // CHUNK)):
         grey = part.astype(np.float32).mean(axis=3)
@@ -563,30 +644,36 @@ def edge_histograms(images):
         blocks = np.stack([(strength * (direction == d)).reshape(-1, 8, 4, 8, 4).sum(axis=(2, 4)) for d in range(8)], 3)
         cells = blocks[:, :-1, :-1] + blocks[:, 1:, :-1] + blocks[:, :-1, 1:] + blocks[:, 1:, 1:]  # [n, 7, 7, 8]
         cells /= np.sqrt((cells**2).sum(axis=3, keepdims=True)) + 200  # local contrast; 200 is about the noise
-        features.append(np.rint(100 * cells).reshape(len(part), -1))
+        features.append(100 * cells.reshape(len(part), -1))
     return np.concatenate(features).astype(np.float64)
 
 
 def hardest(folder, train_labels, val_labels, pool_labels, keep):
     """Choose the adversarial set as ImageNet-A did: of a pool, the images that a plain model gets most wrong.
 
-    The plain model is ridge regression on edge histograms, fitted to the imagenet set.
+    The plain model is ridge regression on 2,000 random Fourier features of edge histograms (Rahimi and Recht,
+    NeurIPS 2007), fitted to the imagenet set. The features are rounded to whole numbers, so that sums of their
+    products are exact and do not depend on how a matrix product is split.
     folder: holds imagenet/train.npy, val.npy and adversarial.pool.npy; keep: images per class.
     Returns: rows of the pool to keep, sorted, [C * keep]; the model's accuracy on val and on what is kept, fractions.
     Source: arXiv 1907.07174, section 3.
     """
 
-    def edges(name):  # [n, F + 1], the last column is the intercept's
-        features = edge_histograms(np.load(os.path.join(folder, name), mmap_mode="r"))
-        return np.concatenate([features, np.full((len(features), 1), 100.0)], axis=1)
+    rng = np.random.default_rng(0)
+    frequency, phase = rng.normal(0, 0.002, (7 * 7 * 8, 2000)), rng.uniform(0, 2 * np.pi, 2000)
 
-    train = edges("imagenet/train.npy")
+    def features(name):  # [n, 2000] float64
+        histograms = edge_histograms(np.load(os.path.join(folder, name), mmap_mode="r"))
+        return np.rint(100 * np.cos(histograms @ frequency + phase))
+
+    train = features("imagenet/train.npy")
+    gram = train.T @ train
     target = np.where(train_labels[:, None] == np.arange(N_CLASSES), 1.0, 0.0)
-    ridge = 0.01 * np.trace(train.T @ train) / train.shape[1]
-    weight = np.linalg.solve(train.T @ train + ridge * np.eye(train.shape[1]), train.T @ target)
+    ridge = 0.01 * np.trace(gram) / len(gram)
+    weight = np.linalg.solve(gram + ridge * np.eye(len(gram)), train.T @ target)
 
-    val_accuracy = np.mean((edges("val.npy") @ weight).argmax(axis=1) == val_labels)
-    scores = edges("adversarial.pool.npy") @ weight
+    val_accuracy = np.mean((features("val.npy") @ weight).argmax(axis=1) == val_labels)
+    scores = features("adversarial.pool.npy") @ weight
     everyone = np.arange(len(scores))
     is_right = scores.argmax(axis=1) == pool_labels
     true_score = scores[everyone, pool_labels].copy()
@@ -598,16 +685,6 @@ def hardest(folder, train_labels, val_labels, pool_labels, keep):
 
 
 # ------------------------------------------------------------------------------ shapes: files
-
-
-def write_tsv(path, columns, rows):
-    """A table with a header, tabs between fields, no quoting; tabs and newlines in a field become spaces.
-
-    rows: list of dicts; a missing key is an empty field.
-    """
-    with open(path, "w", encoding="utf-8", newline="\n") as f:
-        for row in ({c: c for c in columns}, *rows):
-            f.write("\t".join(" ".join(str(row.get(c, "")).splitlines()).replace("\t", " ") for c in columns) + "\n")
 
 
 def write_preview(path, folder, labels):
@@ -641,21 +718,24 @@ def bytes_to_unicode() -> dict[int, str]:
 
 
 # Copied from clip.py
+@functools.cache
+def word_pattern() -> re.Pattern:
+    """CLIP's word pattern (letters, one digit, other signs, "'s" and its like), written for Python's `re`."""
+    numbers = "".join(c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) in ("Nl", "No"))
+    letter = rf"(?:(?![{numbers}])[^\W\d_])"  # a fraction or a Roman numeral is a letter to \w, a number to CLIP
+    other = rf"(?:(?!{letter})[^\s\d{numbers}])"
+    return re.compile(rf"'s|'t|'re|'ve|'m|'ll|'d|{letter}+|[\d{numbers}]|{other}+", re.IGNORECASE)
+
+
+# Copied from clip.py
 def bpe_words(text: str) -> list[str]:
     """Split a text into the pieces that byte-pair merges never cross: CLIP's cleaning, lower case and word pattern.
 
-    Letters stick together, each digit stands alone, other signs stick together; "'s" and its like are pieces.
-    CLIP also runs `ftfy` first, which repairs mis-decoded text ("â€™" -> "'", full-width forms, curly quotes);
-    that is left out, so ids differ from CLIP's on such texts only.
+    The literals of start and end tokens are dropped. CLIP also runs `ftfy` first, which repairs mis-decoded text
+    (full-width forms, curly quotes, bytes read in a wrong encoding); that is left out, so such texts get other ids.
     """
-    if not hasattr(bpe_words, "pattern"):  # \p{N} beyond the decimal digits ("½", "Ⅷ") is a letter to Python's \w
-        numbers = "".join(c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) in ("Nl", "No"))
-        letter = rf"(?:(?![{numbers}])[^\W\d_])"
-        bpe_words.pattern = re.compile(
-            rf"'s|'t|'re|'ve|'m|'ll|'d|{letter}+|[\d{numbers}]|(?:(?!{letter})[^\s\d{numbers}])+", re.IGNORECASE
-        )
     text = re.sub(r"<\|(?:start|end)oftext\|>|<(?:start|end)_of_text>", " ", html.unescape(html.unescape(text)))
-    return bpe_words.pattern.findall(" ".join(text.split()).lower())
+    return word_pattern().findall(" ".join(text.split()).lower())
 
 
 # Copied from clip.py
@@ -668,22 +748,35 @@ def train_bpe(texts: Iterable[str], n_merges: int) -> list[str]:
     """
     to_unicode = bytes_to_unicode()
     counts = Counter(word for text in texts for word in bpe_words(text))
-    words = []  # one [symbols, count] per distinct word
-    for word, count in sorted(counts.items()):
+    words = []  # symbols of each distinct word
+    for word in counts:
         symbols = [to_unicode[byte] for byte in word.encode("utf-8")]
-        words.append([symbols[:-1] + [symbols[-1] + "</w>"], count])
+        words.append(symbols[:-1] + [symbols[-1] + "</w>"])
+    counts, pairs, where = list(counts.values()), Counter(), defaultdict(set)  # where: pair -> words that have it
+    for i, symbols in enumerate(words):
+        for pair in zip(symbols, symbols[1:]):
+            pairs[pair] += counts[i]
+            where[pair].add(i)
+    queue = [(-count, pair) for pair, count in pairs.items()]
+    heapq.heapify(queue)
     merges = []
-    while len(merges) < n_merges:
-        pairs = Counter()
-        for symbols, count in words:
-            for pair in zip(symbols, symbols[1:]):
-                pairs[pair] += count
-        if not pairs:
-            break
-        left, right = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        merges.append(f"{left} {right}")
-        for word in words:
-            word[0] = merge_pair(word[0], left, right)
+    while queue and len(merges) < n_merges:
+        count, best = heapq.heappop(queue)
+        if -count != pairs[best] or not count:
+            continue  # the count has changed since: the pair stands in the queue again
+        merges.append(" ".join(best))
+        changed = set()
+        for i in where.pop(best):
+            for pair in zip(words[i], words[i][1:]):
+                pairs[pair] -= counts[i]
+                changed.add(pair)
+            words[i] = merge_pair(words[i], *best)
+            for pair in zip(words[i], words[i][1:]):
+                pairs[pair] += counts[i]
+                where[pair].add(i)
+                changed.add(pair)
+        for pair in changed:
+            heapq.heappush(queue, (-pairs[pair], pair))
     return merges
 
 
@@ -699,11 +792,6 @@ def merge_pair(symbols: list[str], left: str, right: str) -> list[str]:
             merged.append(symbols[i])
             i += 1
     return merged
-
-
-def die_with_parent():
-    """In a worker: end when the main process is gone, even by kill -9, instead of waiting for jobs for ever."""
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def render_world(folder, seed, size, names, workers):
@@ -846,12 +934,631 @@ def build_shapes(out, seed, size, names, workers):
     print(f"{out}: {N_CLASSES} classes, {sum(facts['rows'].values()):,} rows, {time.perf_counter() - start:.0f} s")
 
 
+# ------------------------------------------------------------------------------ index: tar
+
+MAX_TEXT_BYTES = 1 << 24  # of one .txt, .json or tar header: more is no caption, and would be held in memory
+TAR_NAME = re.compile(r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$")  # compressed ones too: to refuse them, not to miss them
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+ZEROS = bytes(512)
+
+
+def tar_number(field):
+    """A number of a tar header: octal digits, or base 256 if the first bit is set. Raises ValueError if neither."""
+    if field[0] & 0x80:
+        return int.from_bytes(field, "big", signed=True) + (1 << (8 * len(field) - 1))
+    return int(field.partition(b"\0")[0].strip() or b"0", 8)
+
+
+def pax_records(payload):
+    """{key: value} in bytes of a pax header, records `length key=value\\n`. Raises ValueError if it is damaged."""
+    records, start = {}, 0
+    while start < len(payload) and payload[start]:  # some writers pad with zeros
+        space = payload.index(b" ", start)
+        end = start + int(payload[start:space])
+        key, equals, value = payload[space + 1 : end].partition(b"=")
+        if end <= space or not equals or not value.endswith(b"\n"):
+            raise ValueError("damaged pax record")
+        records[key] = value[:-1]
+        if key == b"size" and int(value) < 0:
+            raise ValueError("negative size")
+        start = end
+    return records
+
+
+class NotATarError(ValueError):
+    """A file that is compressed, or something else altogether."""
+
+
+class TarReader:
+    """The plain files of an uncompressed tar as (name, offset, size in bytes), from one small read per member.
+
+    tarfile builds an object per member and hides where a damaged archive ends; this is several times as fast and says
+    so in `problem` ("" if the tar is sound) once iterated. Equal to tarfile's name, offset_data and size
+    (tests/test_index.py) for the formats ustar, gnu and pax.
+    Raises: NotATarError on the first step if the file is compressed or no tar at all.
+    """
+
+    def __init__(self, path):
+        self.file = open(path, "rb", buffering=8192)  # holds the json and txt that follow an image
+        self.n_bytes = os.fstat(self.file.fileno()).st_size
+        self.problem, self.n_other = "", 0  # n_other: folders, links, sparse files
+
+    def read(self, offset, size):
+        self.file.seek(offset)
+        return self.file.read(size)
+
+    def header(self, pos):
+        """The fields (name, size, kind) of the header at pos; (None, 0, problem) where the members end."""
+        block = self.read(pos, 512)
+        kinds = [kind for magic, kind in COMPRESSED.items() if pos == 0 and block.startswith(magic)]
+        if kinds:
+            hint = "a compressed tar has no positions to read from; decompress it first (gunzip, bunzip2, unxz, unzstd)"
+            raise NotATarError(f"{kinds[0]}: {hint}")
+        if len(block) < 512:
+            if not self.n_bytes:
+                return None, 0, "empty file (0 bytes)"
+            cut = f"truncated at byte {self.n_bytes}, inside the header that starts at byte {pos}"
+            return None, 0, cut if block else f"no end marker at byte {self.n_bytes}; the last samples may be missing"
+        if block == ZEROS:
+            return None, 0, self.after_zeros(pos)
+        try:
+            # The checksum counts its own field as blanks (8 * 32).
+            if tar_number(block[148:156]) != sum(block) - sum(block[148:156]) + 256:
+                raise ValueError("checksum")
+            name, size, kind = block[:100].partition(b"\0")[0], tar_number(block[124:136]), block[156:157]
+            if size < 0 or kind in b"LKxg" and size > MAX_TEXT_BYTES:
+                raise ValueError("size")
+        except ValueError:
+            if pos == 0:
+                raise NotATarError("not a tar (no header in its first 512 bytes)") from None
+            return None, 0, f"damaged header at byte {pos} of {self.n_bytes}; the rest is not read"
+        if block[257:263] == b"ustar\0" and block[345] != 0:
+            name = block[345:500].partition(b"\0")[0] + b"/" + name
+        if kind in b"123456":
+            size = 0
+        if kind == b"S":  # gnu sparse: the map of its holes goes on in extra blocks
+            is_extended, start = block[482], pos
+            while is_extended:
+                pos += 512
+                extra = self.read(pos, 512)
+                is_extended = extra[504] if len(extra) == 512 else 0
+            size += pos - start
+        return name, size, kind
+
+    def after_zeros(self, pos):
+        """What is wrong with a tar whose first zero block is at pos: two end it, more may fill its last record."""
+        rest = self.read(pos, 1 << 20)
+        if rest.count(0) < len(rest):
+            return f"zero block at byte {pos} of {self.n_bytes} but data behind it, which is not read (joined tars?)"
+        return "" if len(rest) >= 1024 else f"half an end marker at byte {pos}"
+
+    def __iter__(self):
+        pos, long_name, local, shared = 0, None, {}, {}
+        while True:
+            name, size, kind = self.header(pos)
+            if name is None:
+                self.problem = kind
+                return
+            start = pos + 512
+            fields = {**shared, **local}
+            if kind not in b"LKxg" and b"size" in fields:  # over 8 GiB
+                size = int(fields[b"size"])
+            if start + size > self.n_bytes:
+                what = os.fsdecode(fields.get(b"path", long_name or name))
+                self.problem = f"truncated at byte {self.n_bytes}, inside {what!r} whose header is at byte {pos}"
+                return
+            pos = start + -(-size // 512) * 512
+            if kind == b"L":
+                long_name = self.read(start, size).partition(b"\0")[0]
+            elif kind in b"xg":
+                try:
+                    records = pax_records(self.read(start, size))
+                except ValueError:
+                    self.problem = f"damaged pax header at byte {start - 512} of {self.n_bytes}; the rest is not read"
+                    return
+                if kind == b"x":
+                    local = records
+                else:
+                    shared.update(records)
+            elif kind != b"K":  # a member of its own: the headers before it are used up
+                name = fields.get(b"path", long_name or name)
+                long_name, local = None, {}
+                is_sparse = any(key.startswith(b"GNU.sparse") for key in fields)
+                if kind in b"0\0" + b"7" and not is_sparse and not name.endswith(b"/"):
+                    yield name.decode("utf-8", "surrogateescape"), start, size
+                else:
+                    self.n_other += 1
+
+
+# ------------------------------------------------------------------------------ index: samples
+
+IMAGE_SUFFIXES = frozenset("jpg jpeg png webp bmp gif tif tiff ppm pgm pbm pnm".split())
+TEXT_SUFFIXES = frozenset(("txt", "json", "cls"))
+
+
+def tar_samples(reader, tar_name, counts):
+    """Group consecutive members with one key, as webdataset does.
+
+    tar_name: relative to the table. counts: Counter, updated.
+    Yields: (key, image as the table names it or None, size of the image in bytes, {suffix: payload of txt, json, cls}).
+    """
+    key, image, n_bytes, texts, suffixes = None, None, 0, {}, set()
+    for name, offset, size in reader:
+        counts["members"] += 1
+        stem, dot, suffix = name[name.rfind("/") + 1 :].partition(".")
+        if not stem or not dot or re.fullmatch("__[^/]*__", name):
+            counts["members whose name has no key and suffix"] += 1
+            continue
+        member_key, suffix = name[: len(name) - len(suffix) - 1], suffix.lower()
+        if member_key != key:
+            if key is not None:
+                yield key, image, n_bytes, texts
+            key, image, n_bytes, texts, suffixes = member_key, None, 0, {}, set()
+        if suffix in suffixes:
+            counts["repeated suffix (first kept)"] += 1
+        elif suffix in IMAGE_SUFFIXES:
+            if image is None:
+                image, n_bytes = f"{tar_name}:{offset}:{size}", size
+            else:
+                counts["second image of a sample (first kept)"] += 1
+        elif suffix in TEXT_SUFFIXES:
+            if size <= MAX_TEXT_BYTES:
+                texts[suffix] = reader.read(offset, size)
+            else:
+                counts["text over 16 MiB (ignored)"] += 1
+        suffixes.add(suffix)
+    if key is not None:
+        yield key, image, n_bytes, texts
+
+
+def folder_samples(folder, prefix, is_recursive, counts):
+    """The images of a folder in the order of their names, as tar_samples. prefix: the folder, seen from the table."""
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(f for f in folders if not f.startswith(".")) if is_recursive else []
+        relative = os.path.relpath(parent, folder).replace(os.sep, "/")
+        inside = "" if relative == "." else relative + "/"
+        present, stems = set(files), set()
+        for name in sorted(files):
+            stem, dot_suffix = os.path.splitext(name)
+            if dot_suffix[1:].lower() not in IMAGE_SUFFIXES or name.startswith("."):
+                continue
+            stems.add(stem)
+            texts = {}
+            for suffix in ("txt", "json"):
+                if f"{stem}.{suffix}" in present:
+                    path = os.path.join(parent, f"{stem}.{suffix}")
+                    if os.path.getsize(path) <= MAX_TEXT_BYTES:
+                        with open(path, "rb") as f:
+                            texts[suffix] = f.read()
+                    else:
+                        counts["text over 16 MiB (ignored)"] += 1
+            path = os.path.join(parent, name)
+            n_bytes = os.path.getsize(path) if os.path.exists(path) else 0  # 0: a dead link
+            yield inside + name, f"{prefix}/{inside}{name}".removeprefix("./"), n_bytes, texts
+        for stem in {os.path.splitext(name)[0] for name in files if name.endswith(".txt")} - stems:
+            yield inside + stem, None, 0, {}
+
+
+def parquet_columns(path):
+    """The columns of a shard's parquet. Returns: ({key: row}, {column: list}), or None without pyarrow."""
+    try:
+        import pyarrow.parquet
+    except ImportError:  # optional: img2dataset writes the same values into the tar's JSON
+        return None
+    table = pyarrow.parquet.read_table(path)
+    if "key" not in table.column_names:
+        raise ValueError(f"no column `key`; found {', '.join(table.column_names)}")
+    columns = table.to_pydict()
+    return {str(key): row for row, key in enumerate(columns["key"])}, columns
+
+
+def decode(payload, counts):
+    """Text of a payload without surrounding blanks; invalid UTF-8 is replaced and counted."""
+    try:
+        return payload.decode("utf-8-sig").strip()
+    except UnicodeDecodeError:
+        counts["invalid UTF-8 (replaced)"] += 1
+        return payload.decode("utf-8-sig", "replace").strip()
+
+
+def sample_fields(texts, label, classes, n_classes, counts):
+    """Label, caption and further columns of a sample.
+
+    texts: {suffix: payload}; label: of a class folder, or None; classes, n_classes: of labels_by_name, or {}, 0
+    Returns: (label int or "", caption, {column: value})
+    """
+    fields = {}
+    if "json" in texts:
+        try:
+            fields = json.loads(decode(texts["json"], counts))
+        except (ValueError, RecursionError):
+            fields = None
+        if not isinstance(fields, dict):
+            fields = {}
+            counts["JSON that cannot be read or is no object (ignored)"] += 1
+    own_label, own_caption = fields.pop("label", None), fields.pop("caption", None)
+    fields.pop("image", None)
+    if "txt" in texts:
+        caption = decode(texts["txt"], counts)
+    else:
+        captions = (tsv_field(c).strip() for c in (own_caption, fields.get("text"), fields.get("title")))
+        caption = next(filter(None, captions), "")
+    if label is None:
+        named = decode(texts["cls"], counts) if "cls" in texts else tsv_field(own_label).strip()
+        label = int(named) if named.isascii() and named.isdigit() else classes.get(named)
+        if label is None or n_classes and label >= n_classes:
+            counts["label that is neither a number nor in --classes, or beyond it (left empty)"] += bool(named)
+            label = ""
+    return label, caption, fields
+
+
+def unit_hash(seed, key):
+    """A number in [0, 1) that depends on the two alone. Source: methods, BLAKE2b of length-prefixed parts."""
+    state = hashlib.blake2b(digest_size=8)
+    for part in (str(seed).encode(), key.encode("utf-8", "surrogateescape")):
+        state.update(len(part).to_bytes(8, "big") + part)
+    return int.from_bytes(state.digest(), "big") / 2**64
+
+
+def is_writable_name(name):
+    """Whether a table can hold a file's name: valid UTF-8 without tabs or line breaks."""
+    return BREAKS.search(name) is None and not re.search("[\ud800-\udfff]", name)
+
+
+def index_source(job):
+    """Write the rows of one tar or folder to two files, JOB.train and JOB.val, whose columns may grow from row to row.
+
+    job: dict with kind (tar | folder), path, name (relative to the table), key (stands before a sample's key in the
+    hash), label, is_recursive, classes (of labels_by_name), rows (path without suffix), holdout, seed. No row is kept,
+    so that memory does not grow with them.
+    Returns: dict with columns, counts, warnings, stats (of img2dataset, or None), and error ("" or why it is refused).
+    """
+    counts, warnings, columns = Counter(), [], {"image": 0, "label": 1, "caption": 2}
+    result = dict(path=job["path"], columns=columns, counts=counts, warnings=warnings, stats=None, error="")
+    result["no_pyarrow"] = False
+    row_of, extra, reader = {}, {}, None
+    try:
+        if job["kind"] == "tar":
+            reader = TarReader(job["path"])
+            samples = tar_samples(reader, job["name"], counts)
+            row_of, extra = read_beside(job["path"], result)
+        else:
+            samples = folder_samples(job["path"], job["name"], job["is_recursive"], counts)
+        with open(job["rows"] + ".train", "wb") as train, open(job["rows"] + ".val", "wb") as val:
+            for key, image, n_bytes, texts in samples:
+                counts["samples"] += 1
+                label, caption, fields = sample_fields(texts, job["label"], *job["classes"], counts)
+                if image is None:
+                    counts["without an image"] += 1
+                elif not is_writable_name(image):
+                    counts["file name with a tab, line break or invalid UTF-8"] += 1
+                elif n_bytes == 0:
+                    counts["empty image"] += 1
+                elif not caption and label == "":
+                    counts["neither caption nor label"] += 1
+                else:
+                    is_val = unit_hash(job["seed"], f"{job['key']}/{key}") < job["holdout"]
+                    counts["rows in val.tsv" if is_val else "rows"] += 1
+                    if extra:
+                        place = row_of.get(key.rpartition("/")[2])
+                        counts["not in the parquet"] += place is None
+                        if place is not None:
+                            fields = {**{column: values[place] for column, values in extra.items()}, **fields}
+                    (val if is_val else train).write(row_bytes(image, label, caption, fields, columns, counts))
+    except (OSError, NotATarError) as error:  # OSError: no permission, bad disk, full disk
+        result["error"] = f"{job['path']}: {error}"
+        return result
+    finally:
+        if reader:
+            reader.file.close()
+    if reader:
+        check_tar(reader.problem, result)
+        counts["members that are no plain files"] = reader.n_other
+        counts["members"] += reader.n_other
+    return result
+
+
+def row_bytes(image, label, caption, fields, columns, counts):
+    """A line of a source's own table. columns: {name: place}, extended by keys not seen before."""
+    row = [image, str(label), tsv_field(caption)] + [""] * (len(columns) - 3)
+    for name, value in fields.items():
+        place = columns.setdefault(tsv_field(name) or "_", len(columns))
+        if place == len(row):
+            row.append("")
+        row[place] = tsv_field(value)
+    line = "\t".join(row) + "\n"
+    try:
+        return line.encode()
+    except UnicodeEncodeError:  # JSON can hold half of a surrogate pair
+        counts["invalid UTF-8 (replaced)"] += 1
+        return line.encode("utf-8", "replace")
+
+
+def read_beside(path, result):
+    """Read NAME_stats.json (into result) and NAME.parquet. Returns: ({key: row}, {column: list}) of the parquet."""
+    stem = os.path.splitext(path)[0]
+    if os.path.exists(stem + "_stats.json"):
+        try:
+            with open(stem + "_stats.json", encoding="utf-8") as f:
+                result["stats"] = {k: v for k, v in json.load(f).items() if isinstance(v, int)}
+        except (ValueError, AttributeError):  # AttributeError: JSON, but no object
+            result["warnings"].append(f"{stem}_stats.json: cannot be read (img2dataset killed while writing?)")
+    if not os.path.exists(stem + ".parquet"):
+        return {}, {}
+    try:
+        found = parquet_columns(stem + ".parquet")
+    except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+        result["warnings"].append(f"{stem}.parquet: not used: {error}")
+        return {}, {}
+    result["no_pyarrow"] = found is None
+    row_of, columns = found or ({}, {})
+    return row_of, {k: v for k, v in columns.items() if k not in ("image", "label", "caption")}
+
+
+def check_tar(problem, result):
+    """Warn of a damaged tar and of one that does not hold the images that img2dataset says it wrote."""
+    counts, path = result["counts"], result["path"]
+    n_images = counts["samples"] - counts["without an image"]
+    if problem:
+        result["warnings"].append(f"{path}: {problem} ({counts['members']} members, {n_images} images kept)")
+    claimed = (result["stats"] or {}).get("successes", n_images)
+    if claimed != n_images:
+        result["warnings"].append(f"{path}: {n_images} images, but its _stats.json counts {claimed} successes")
+
+
+# ------------------------------------------------------------------------------ index: sources
+
+
+def has_images(folder):
+    """Whether a folder or one below it holds a file named like an image."""
+    for _, _, files in os.walk(folder, followlinks=True):
+        if any(os.path.splitext(f)[1][1:].lower() in IMAGE_SUFFIXES for f in files if not f.startswith(".")):
+            return True
+    return False
+
+
+def look_into(folder):
+    """What a folder holds: ("tars", paths), ("class folders", names) or ("flat folder", [folder]).
+
+    Raises: SystemExit if it holds nothing of use, or several kinds.
+    """
+    names = sorted(n for n in os.listdir(folder) if not n.startswith((".", "__")))
+    files = [n for n in names if os.path.isfile(os.path.join(folder, n))]
+    folders = [n for n in names if n not in set(files) and os.path.isdir(os.path.join(folder, n))]
+    tars = [os.path.join(folder, n) for n in files if TAR_NAME.search(n)]
+    images = [n for n in files if os.path.splitext(n)[1][1:].lower() in IMAGE_SUFFIXES]
+    classes = [n for n in folders if has_images(os.path.join(folder, n))]
+    found = [(kind, of) for kind, of in (("tars", tars), ("flat folder", images), ("class folders", classes)) if of]
+    if len(found) > 1:
+        what = ", ".join(f"{len(of)} {'images' if kind == 'flat folder' else kind}" for kind, of in found)
+        raise SystemExit(f"{folder}: holds {what} side by side, so what is meant is unclear; "
+                         "index tars, class folders and flat folders from folders of their own")  # fmt: skip
+    if not found:
+        inner = [n for n in folders if any(f.endswith(".tar") for f in os.listdir(os.path.join(folder, n)))]
+        hint = f"; its subfolders hold tars: pass {os.path.join(folder, '*/')}" if inner else ""
+        raise SystemExit(f"{folder}: no tars, no images and no class folders in it "
+                         f"({len(files)} other files, {len(folders)} folders without images){hint}")  # fmt: skip
+    kind, of = found[0]
+    if kind == "class folders":
+        return kind, folders  # empty ones too: a class without images keeps its label
+    return kind, tars if kind == "tars" else [folder]
+
+
+def find_sources(paths):
+    """What the command line names, as (kind, [(path, class name or None)]) in sorted order. Raises SystemExit."""
+    kinds, sources = {}, []
+    for path in paths:
+        if os.path.isdir(path):
+            kind, found = look_into(path)
+            is_class = kind == "class folders"
+            sources += [(os.path.join(path, n), n) if is_class else (n, None) for n in found]
+        elif os.path.exists(path):
+            if not TAR_NAME.search(path):
+                raise SystemExit(f"{path}: expected a folder or a name that ends in .tar; for shards pass their folder")
+            kind = "tars"
+            sources.append((path, None))
+        else:
+            raise SystemExit(f"{path}: no such file or folder")
+        kinds.setdefault(kind, path)
+    if len(kinds) > 1:
+        what = ", ".join(f"{kind} ({path})" for kind, path in kinds.items())
+        raise SystemExit(f"got {what}; index each kind into a table of its own, and mix them in training")
+    repeated = [path for path, n in Counter(os.path.realpath(path) for path, _ in sources).items() if n > 1]
+    if repeated:
+        raise SystemExit(f"given twice: {', '.join(repeated[:10])}")
+    bad = [path for path, _ in sources if not is_writable_name(path)]
+    if bad:
+        raise SystemExit(f"rename these, a table cannot hold their tabs, line breaks or invalid UTF-8: {bad[:10]}")
+    return next(iter(kinds)), sorted(sources, key=lambda source: (source[1] or "", source[0]))
+
+
+def labels_by_name(path):
+    """Labels by name and by wnid of a classes.tsv, and how many. A name of several classes (crane) is none's.
+
+    Returns: ({name or wnid: row, or None if it has several}, number of rows)
+    """
+    with open(path, encoding="utf-8-sig", errors="replace") as f:
+        header, *rows = [line.split("\t") for line in f.read().rstrip("\n").split("\n")]
+    columns = [header.index(c) for c in ("name", "wnid") if c in header]
+    if not columns:
+        raise SystemExit(f"{path}: got columns {', '.join(header)}, expected name or wnid among them")
+    labels = {}
+    for column in columns:  # wnid last: it wins
+        names = [row[column] if column < len(row) else "" for row in rows]
+        count = Counter(names)
+        labels.update({name: label if count[name] == 1 else None for label, name in enumerate(names)})
+    labels.pop("", None)
+    return labels, len(rows)
+
+
+def folder_labels(names, path, labels):
+    """The label of each class folder. names: sorted; path: of classes.tsv, or None; labels: its labels by name."""
+    if path is None:
+        return {name: label for label, name in enumerate(names)}
+    unknown = [name for name in names if labels.get(name) is None]
+    if unknown:
+        shown = ", ".join(unknown[:20]) + (f" and {len(unknown) - 20} more" if len(unknown) > 20 else "")
+        raise SystemExit(f"{path}: {len(unknown)} of {len(names)} class folders are not wnid or name of exactly one "
+                         f"row: {shown}. Add them, or give another --classes")  # fmt: skip
+    return {name: labels[name] for name in names}
+
+
+# ------------------------------------------------------------------------------ index: table
+
+# What is subtracted on the way from members to rows; every other count is a remark.
+LOSSES = {
+    "members": ("members whose name has no key and suffix", "members that are no plain files"),
+    "samples": ("without an image", "empty image", "file name with a tab, line break or invalid UTF-8",
+                "neither caption nor label"),
+}  # fmt: skip
+
+
+def run_jobs(jobs, workers):
+    """index_source of every job, in order. Raises: SystemExit if a worker dies or a source is refused."""
+    bar = dict(total=len(jobs), unit=" sources", disable=None)
+    if min(workers, len(jobs)) == 1:
+        results = list(tqdm(map(index_source, jobs), **bar))
+    else:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=spawn, initializer=die_with_parent) as pool:
+            try:
+                results = list(tqdm(pool.map(index_source, jobs), **bar))
+            except BrokenProcessPool:
+                raise SystemExit("a worker process was killed (out of memory?); try fewer --workers") from None
+    errors = [r["error"] for r in results if r["error"]]
+    if errors:
+        more = f"\n... and {len(errors) - 20} more" if len(errors) > 20 else ""
+        raise SystemExit("\n".join(errors[:20]) + more + "\nnothing was written")
+    return results
+
+
+def rows_of(results, jobs, suffix):
+    """The rows of all sources, from their own files, as dicts with strings."""
+    for result, job in zip(results, jobs, strict=True):
+        columns = list(result["columns"])
+        with open(job["rows"] + suffix, encoding="utf-8", newline="\n") as f:
+            for line in f:  # rows from before a column was first seen are shorter
+                yield dict(zip(columns, line[:-1].split("\t"), strict=False))
+
+
+def funnel(counts):
+    """The counts as lines: what came in, what was lost and why, what is left; then remarks."""
+    lines, told = [], {"rows", "rows in val.tsv"}
+    for total, losses in LOSSES.items():
+        if counts[total]:
+            lines.append(f"{counts[total]:>12,}  {total}")
+            lines += [f"{-counts[loss]:>12,}    {loss}" for loss in losses if counts[loss]]
+        told.update((total, *losses))
+    lines.append(f"{counts['rows'] + counts['rows in val.tsv']:>12,}  rows")
+    lines += [f"{'':12}  note: {n:,} x {what}" for what, n in sorted(counts.items()) if n and what not in told]
+    return "\n".join(lines)
+
+
+def missing_stats(results):
+    """Warnings of tars without _stats.json, where others have one: img2dataset writes it last."""
+    if all(r["stats"] is None for r in results):
+        return []
+    return [f"{r['path']}: no readable _stats.json, unlike its neighbours; an unfinished shard?"
+            for r in results if r["stats"] is None]  # fmt: skip
+
+
+def build_index(sources, out, holdout, classes, workers, seed):
+    """Write the table out of the images in sources, with what goes beside it. Arguments: as the flags."""
+    start = time.perf_counter()
+    kind, found = find_sources(sources)
+    folder = os.path.dirname(os.path.abspath(out))
+    if os.path.isdir(out):
+        raise SystemExit(f"--out: {out} is a folder, expected a file name, e.g. {os.path.join(out, 'train.tsv')}")
+    beside, val = os.path.join(folder, "classes.tsv"), os.path.join(folder, "val.tsv")
+    if classes is None and kind == "class folders" and os.path.exists(beside):
+        classes = beside
+    if classes and not os.path.isfile(classes):
+        raise SystemExit(f"--classes: no such file: {classes}")
+    labels = labels_by_name(classes) if classes else ({}, 0)
+    names = sorted({name for _, name in found if name is not None})
+    label_of = folder_labels(names, classes, labels[0]) if names else {}
+    os.makedirs(folder, exist_ok=True)
+
+    with tempfile.TemporaryDirectory(prefix=".index-", dir=folder) as partial:
+        jobs = []
+        for i, (path, name) in enumerate(found):
+            # The folder's real place, since `..` after a link leads elsewhere; not the file's: links to shards stay.
+            parent, base = os.path.split(os.path.abspath(path))
+            relative = os.path.relpath(os.path.join(os.path.realpath(parent), base), os.path.realpath(folder))
+            jobs.append(dict(
+                kind="tar" if kind == "tars" else "folder", path=path, name=relative.replace(os.sep, "/"),
+                key=base if kind != "flat folder" else "", label=label_of.get(name), is_recursive=name is not None,
+                classes=labels, rows=os.path.join(partial, str(i)), holdout=holdout, seed=seed))  # fmt: skip
+        results = run_jobs(jobs, workers)
+        counts = sum((r["counts"] for r in results), Counter())
+        n_train, n_val = counts["rows"], counts["rows in val.tsv"]
+        if not n_train + n_val:
+            raise SystemExit(f"no rows; nothing was written. Of {len(found)} sources ({kind}):\n{funnel(counts)}\n"
+                             "An image needs a .txt or a caption, text or title in a .json, or a label")  # fmt: skip
+        keys = {column for r in results for column in r["columns"]} - {"image", "label", "caption"}
+        columns = ["image", "label", "caption", *sorted(keys)]
+        if holdout:
+            write_tsv(val, columns, rows_of(results, jobs, ".val"))
+        write_tsv(out, columns, rows_of(results, jobs, ".train"))
+    if names and not classes:
+        classes = beside
+        write_tsv(beside, ("name", "synonyms", "definition"), [dict(name=name) for name in names])
+
+    warnings = [w for r in results for w in r["warnings"]] + (missing_stats(results) if kind == "tars" else [])
+    if any(r["no_pyarrow"] for r in results):
+        warnings.append(".parquet beside the tars was not read: pip install pyarrow, unless the JSON has all you need")
+    if names:
+        empty = [j["path"] for j, r in zip(jobs, results, strict=True) if not r["counts"]["samples"]]
+        warnings += [f"{path}: a class folder without images" for path in empty]
+    if not holdout and os.path.exists(val):
+        warnings.append(f"{val} is older and may share images with {out}; delete it or use --holdout")
+    if holdout and not (n_train and n_val):
+        warnings.append(f"--holdout {holdout} left {n_train} rows in {out} and {n_val} in val.tsv")
+    of_shards = [r["stats"] for r in results if r["stats"]]
+    steps = ("count", "successes", "failed_to_download", "failed_to_resize") if of_shards else ()
+    stats = {step: sum(shard.get(step, 0) for shard in of_shards) for step in steps}
+    write_index_report(out, folder, kind, jobs, results, counts, warnings, stats,
+           dict(sources=sources, out=out, holdout=holdout, classes=classes, seed=seed, columns=columns))  # fmt: skip
+    for warning in warnings[:20]:
+        print(f"warning: {warning}", file=sys.stderr)
+    if len(warnings) > 20:
+        print(f"warning: {len(warnings) - 20} more in {out}.json", file=sys.stderr)
+    print(f"{len(found):>12,}  {kind if kind != 'flat folder' else 'flat folders'}"
+          + (f", labels from {classes}" if names else ""))  # fmt: skip
+    if stats:
+        print(f"{'':12}  img2dataset: {stats['count']:,} pairs in, {stats['successes']:,} out, "
+              f"{stats['failed_to_download']:,} not downloaded, {stats['failed_to_resize']:,} bad images")  # fmt: skip
+    print(funnel(counts))
+    print(f"{n_train:>12,}    in {out}")
+    if holdout:
+        print(f"{n_val:>12,}    in {os.path.join(os.path.dirname(out), 'val.tsv')}")
+    print(f"{time.perf_counter() - start:12.1f}  s")
+
+
+def write_index_report(out, folder, kind, jobs, results, counts, warnings, stats, flags):
+    """Write OUT.json: equal for equal inputs and flags but for the date, its last key."""
+    inputs = []
+    for job, result in zip(jobs, results, strict=True):
+        c = result["counts"]
+        size = dict(bytes=os.path.getsize(job["path"])) if job["kind"] == "tar" else {}
+        inputs.append(dict(name=job["name"], **size, samples=c["samples"], rows=c["rows"] + c["rows in val.tsv"]))
+    content = dict(
+        **flags, kind=kind, rows=counts["rows"], rows_in_val=counts["rows in val.tsv"],
+        counts={k: n for k, n in sorted(counts.items()) if n}, img2dataset=stats, inputs=inputs,
+        warnings=warnings, date=time.strftime("%Y-%m-%d %H:%M:%S"))  # fmt: skip
+    with open(f"{out}.json.partial", "w", encoding="utf-8", errors="replace") as f:
+        f.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    os.replace(f"{out}.json.partial", f"{out}.json")
+
+
 # ------------------------------------------------------------------------------ main
 
 
 def main(args):
     if args.command == "shapes":
         build_shapes(args.out, args.seed, args.size, args.names, args.workers)
+    elif args.command == "index":
+        build_index(args.sources, args.out, args.holdout, args.classes, args.workers, args.seed)
 
 
 if __name__ == "__main__":

@@ -39,13 +39,13 @@ Deviations from the paper and its code:
 """
 
 import argparse
-import collections
 import contextlib
 import dataclasses
 import datetime
 import functools
 import gzip
 import hashlib
+import heapq
 import html
 import io
 import json
@@ -63,7 +63,7 @@ import time
 import unicodedata
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -480,7 +480,7 @@ class ResidualAttentionBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
         act = QuickGELU() if activation == "quick_gelu" else nn.GELU()
         layers = {"c_fc": nn.Linear(width, 4 * width), "gelu": act, "c_proj": nn.Linear(4 * width, width)}
-        self.mlp = nn.Sequential(collections.OrderedDict(layers))
+        self.mlp = nn.Sequential(OrderedDict(layers))
 
     def forward(self, x: torch.Tensor, is_causal: bool) -> torch.Tensor:  # [B, L, width]
         x = x + self.attn(self.ln_1(x), is_causal)
@@ -664,6 +664,7 @@ def pick_activation(flag: str, checkpoint: dict, path: str) -> str:
 # ------------------------------------------------------------------------------ data
 
 ALIASES = {"image": ("filepath", "path", "file"), "label": ("class", "wnid"), "caption": ("text", "title")}
+IMAGE_FORMATS = ["JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]  # not EPS: Pillow would run Ghostscript on it
 KEEP_TOKENS = 2_000_000  # captions up to this number are tokenised once, before training; beyond it in the workers
 KEEP_PIXELS = 16 * 2**30  # bytes of .npy images kept on the device; beyond it they are read in the workers
 
@@ -757,7 +758,7 @@ def match_classes(captions: Iterable[str], classes: list[dict[str, str]]) -> np.
     A caption counts once for each class it names. Names are looked up by their first word, so the time does not grow
     with the number of classes. Same value as the regex (?<!\\w)(name1|name2|..)(?!\\w) run for each class.
     """
-    by_first_word = collections.defaultdict(list)
+    by_first_word = defaultdict(list)
     for c, row in enumerate(classes):
         for name in {row["name"].lower(), *row.get("synonyms", "").lower().split("|")} - {""}:
             by_first_word[re.search(r"\w+|$", name).group()].append((name, c))
@@ -783,21 +784,23 @@ def bytes_to_unicode() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
+@functools.cache
+def word_pattern() -> re.Pattern:
+    """CLIP's word pattern (letters, one digit, other signs, "'s" and its like), written for Python's `re`."""
+    numbers = "".join(c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) in ("Nl", "No"))
+    letter = rf"(?:(?![{numbers}])[^\W\d_])"  # a fraction or a Roman numeral is a letter to \w, a number to CLIP
+    other = rf"(?:(?!{letter})[^\s\d{numbers}])"
+    return re.compile(rf"'s|'t|'re|'ve|'m|'ll|'d|{letter}+|[\d{numbers}]|{other}+", re.IGNORECASE)
+
+
 def bpe_words(text: str) -> list[str]:
     """Split a text into the pieces that byte-pair merges never cross: CLIP's cleaning, lower case and word pattern.
 
-    Letters stick together, each digit stands alone, other signs stick together; "'s" and its like are pieces.
-    CLIP also runs `ftfy` first, which repairs mis-decoded text ("â€™" -> "'", full-width forms, curly quotes);
-    that is left out, so ids differ from CLIP's on such texts only.
+    The literals of start and end tokens are dropped. CLIP also runs `ftfy` first, which repairs mis-decoded text
+    (full-width forms, curly quotes, bytes read in a wrong encoding); that is left out, so such texts get other ids.
     """
-    if not hasattr(bpe_words, "pattern"):  # \p{N} beyond the decimal digits ("½", "Ⅷ") is a letter to Python's \w
-        numbers = "".join(c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) in ("Nl", "No"))
-        letter = rf"(?:(?![{numbers}])[^\W\d_])"
-        bpe_words.pattern = re.compile(
-            rf"'s|'t|'re|'ve|'m|'ll|'d|{letter}+|[\d{numbers}]|(?:(?!{letter})[^\s\d{numbers}])+", re.IGNORECASE
-        )
     text = re.sub(r"<\|(?:start|end)oftext\|>|<(?:start|end)_of_text>", " ", html.unescape(html.unescape(text)))
-    return bpe_words.pattern.findall(" ".join(text.split()).lower())
+    return word_pattern().findall(" ".join(text.split()).lower())
 
 
 def train_bpe(texts: Iterable[str], n_merges: int) -> list[str]:
@@ -809,22 +812,35 @@ def train_bpe(texts: Iterable[str], n_merges: int) -> list[str]:
     """
     to_unicode = bytes_to_unicode()
     counts = Counter(word for text in texts for word in bpe_words(text))
-    words = []  # one [symbols, count] per distinct word
-    for word, count in sorted(counts.items()):
+    words = []  # symbols of each distinct word
+    for word in counts:
         symbols = [to_unicode[byte] for byte in word.encode("utf-8")]
-        words.append([symbols[:-1] + [symbols[-1] + "</w>"], count])
+        words.append(symbols[:-1] + [symbols[-1] + "</w>"])
+    counts, pairs, where = list(counts.values()), Counter(), defaultdict(set)  # where: pair -> words that have it
+    for i, symbols in enumerate(words):
+        for pair in zip(symbols, symbols[1:]):
+            pairs[pair] += counts[i]
+            where[pair].add(i)
+    queue = [(-count, pair) for pair, count in pairs.items()]
+    heapq.heapify(queue)
     merges = []
-    while len(merges) < n_merges:
-        pairs = Counter()
-        for symbols, count in words:
-            for pair in zip(symbols, symbols[1:]):
-                pairs[pair] += count
-        if not pairs:
-            break
-        left, right = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        merges.append(f"{left} {right}")
-        for word in words:
-            word[0] = merge_pair(word[0], left, right)
+    while queue and len(merges) < n_merges:
+        count, best = heapq.heappop(queue)
+        if -count != pairs[best] or not count:
+            continue  # the count has changed since: the pair stands in the queue again
+        merges.append(" ".join(best))
+        changed = set()
+        for i in where.pop(best):
+            for pair in zip(words[i], words[i][1:]):
+                pairs[pair] -= counts[i]
+                changed.add(pair)
+            words[i] = merge_pair(words[i], *best)
+            for pair in zip(words[i], words[i][1:]):
+                pairs[pair] += counts[i]
+                where[pair].add(i)
+                changed.add(pair)
+        for pair in changed:
+            heapq.heappush(queue, (-pairs[pair], pair))
     return merges
 
 
@@ -1005,7 +1021,7 @@ def read_image(table: Table, row: int, min_side: float, max_pixels: int) -> Imag
             content = file.read(size)
         if len(content) < size:
             return "offset or size beyond the end of the file"
-        image = Image.open(io.BytesIO(content))
+        image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
         if image.width * image.height > max_pixels:
             return "more pixels than --max-pixels"
         image.draft("RGB", (math.ceil(min_side), math.ceil(min_side)))
@@ -1063,7 +1079,7 @@ def crop_pixels(pixels: torch.Tensor, boxes: torch.Tensor, image_size: int) -> t
 
 def load_pixels(tables: list[Table]) -> torch.Tensor | None:
     """All images of tables, one after the other, as [n, H, W, 3] uint8; None if not all are rows of .npy files of one size."""
-    places, n = collections.defaultdict(list), 0
+    places, n = defaultdict(list), 0
     for table in tables:
         if locate_image(table, 0)[0].suffix != ".npy":
             return None
@@ -1207,6 +1223,11 @@ class Pairs(torch.utils.data.Dataset):
 def as_it_is(batch: dict) -> dict:
     """Collate function of a loader whose batches come whole."""
     return batch
+
+
+def default_workers() -> int:
+    """Loader processes for one training process: one a core that this process may use, at most 8."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 class EvalImages(torch.utils.data.Dataset):
@@ -1413,6 +1434,11 @@ def encode_rows(n: int, dim: int, encode: Callable[[int, int], torch.Tensor], de
     return rows
 
 
+def encode_texts(model: CLIP, tokenizer: Tokenizer, texts: list[str], device: torch.device) -> torch.Tensor:
+    """[n, D] embeddings, not normalised. All ranks."""
+    return encode_rows(len(texts), model.embed_dim, lambda a, b: model.encode_text(tokenizer(texts[a:b]).to(device)), device)
+
+
 @torch.no_grad()
 def class_prototypes(model: CLIP, tokenizer: Tokenizer | None, world: World, device: torch.device) -> torch.Tensor | None:
     """[C, D] unit class vectors: the normalised mean of the normalised embeddings of a class's prompts. All ranks.
@@ -1425,7 +1451,7 @@ def class_prototypes(model: CLIP, tokenizer: Tokenizer | None, world: World, dev
         given = torch.from_numpy(np.asarray(world.class_embeddings, np.float32)).to(device)
         return F.normalize(encode_rows(len(given), model.embed_dim, lambda a, b: model.encode_text(given[a:b]), device), dim=1)
     prompts = [template.replace("{}", row["name"]) for row in world.classes for template in world.templates]
-    embed = encode_rows(len(prompts), model.embed_dim, lambda a, b: model.encode_text(tokenizer(prompts[a:b]).to(device)), device)
+    embed = encode_texts(model, tokenizer, prompts, device)
     return F.normalize(F.normalize(embed, dim=1).unflatten(0, (len(world.classes), -1)).mean(1), dim=1)
 
 
@@ -1442,7 +1468,7 @@ def encode_images(model: CLIP, table: Table, workers: int, max_pixels: int, devi
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         blocks = [range(a, min(a + EVAL_BATCH, len(table))) for a in range(rank * EVAL_BATCH, len(table), world_size * EVAL_BATCH)]
         dataset = EvalImages(table, model.image_size, max_pixels)
-        blocks = iter(torch.utils.data.DataLoader(dataset, batch_sampler=blocks, num_workers=workers, collate_fn=list))
+        blocks = iter(torch.utils.data.DataLoader(dataset, batch_sampler=blocks, num_workers=workers if workers >= 0 else default_workers(), collate_fn=list))
 
     def encode(start: int, stop: int) -> torch.Tensor:
         if pixels is not None:
@@ -1576,7 +1602,7 @@ def evaluate(model: CLIP, tokenizer: Tokenizer | None, world: World, workers: in
             images, image_ids = np.unique([table.get(row, "image") for row in rows], return_inverse=True)
             first = torch.from_numpy(np.unique(image_ids, return_index=True)[1]).to(device)
             captions = [table.get(row, "caption") for row in rows]
-            texts = encode_rows(len(rows), features.shape[1], lambda a, b: model.encode_text(tokenizer(captions[a:b]).to(device)), device)
+            texts = encode_texts(model, tokenizer, captions, device)
             result["retrieval"] = retrieval_metrics(features[first], F.normalize(texts, dim=1), image_ids)
         metrics[name] = result
         if npz_folder is not None and (not dist.is_initialized() or dist.get_rank() == 0):
@@ -1982,7 +2008,7 @@ def main(args: argparse.Namespace) -> None:
     if args.text_head == "frozen" and not args.text_embeddings:
         n_epochs = [math.ceil(steps * args.batch_size * share / size) + 1 for share, size in zip(shares, sizes)]
         pairs.text_ids, pairs.text_features = embed_captions(model, pairs, n_epochs, out, device, autocast)
-    workers = args.workers if args.workers >= 0 else 0 if pixels is not None and pairs.ids else min(8, os.cpu_count() or 1)
+    workers = args.workers if args.workers >= 0 else 0 if pixels is not None and pairs.ids else default_workers()
     sampler = Sampler(sizes, shares, args.batch_size, args.seed, start, steps, rank, world_size)
     loader = torch.utils.data.DataLoader(pairs, batch_sampler=sampler, collate_fn=as_it_is, num_workers=workers, pin_memory=device.type == "cuda")
 
@@ -2030,7 +2056,7 @@ def main(args: argparse.Namespace) -> None:
             n_bad = total(sum(bad.values()), control)
             line = {"step": step + 1, "samples": (step + 1) * args.batch_size, "epoch": round((step + 1) * args.batch_size / sum(sizes), 4)}
             line |= {"loss": total(float(loss_sum), control) / world_size / (n_seen - n_logged) * len(images), "lr": lr}  # Sync
-            line |= {"logit_scale": float(model.logit_scale.exp()), "grad_norm": float(grad_norm), "images_per_s": round((n_seen - n_logged) * world_size / (time.time() - logged_at), 1)}
+            line |= {"logit_scale": float(model.logit_scale.detach().exp()), "grad_norm": float(grad_norm), "images_per_s": round((n_seen - n_logged) * world_size / (time.time() - logged_at), 1)}
             line |= {"bad_images": int(n_bad), "truncated": total(n_cut, control) / (n_seen * world_size)}
             if is_main:
                 log.write(line)

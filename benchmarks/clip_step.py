@@ -1,0 +1,117 @@
+"""Training step of clip.py against open_clip's: python benchmarks/clip_step.py [--arch RN50] [--batch-sizes 8 16]
+
+Both sides: same shapes, real caption lengths (WordNet's glosses from --captions), forward, symmetric InfoNCE, backward,
+AdamW. open_clip's side is its model, ClipLoss and torch.optim.AdamW as its trainer builds it, with texts of 77 tokens.
+Sides alternate within one run, since the speed of a shared machine drifts; printed is the median of the ratios of pairs.
+A `frozen` step of clip.py has cached caption embeddings; open_clip's has a locked text tower that runs without gradient.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import open_clip
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import clip  # noqa: E402
+
+
+def gloss_tokens(path: str, batch_size: int) -> torch.Tensor:
+    """[B, 77] tokens of the first glosses of a WordNet data file, spread over the file."""
+    glosses = [line.split("|")[1].strip() for line in open(path, encoding="utf-8") if "|" in line]
+    return open_clip.SimpleTokenizer()(glosses[:: len(glosses) // batch_size][:batch_size])
+
+
+def open_clip_step(arch: str, images: torch.Tensor, texts: torch.Tensor, is_locked: bool):
+    torch.manual_seed(0)
+    model = open_clip.create_model(arch)
+    if is_locked:
+        model.lock_text_tower()
+    is_gain = lambda name, p: p.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))  # noqa: E731
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for name, p in named if is_gain(name, p)], "weight_decay": 0.0},
+        {"params": [p for name, p in named if not is_gain(name, p)], "weight_decay": 0.2},
+    ]
+    optimizer, loss_of = torch.optim.AdamW(groups, lr=1e-5), open_clip.ClipLoss()
+    model.train()
+
+    def step():
+        optimizer.zero_grad()
+        image_features, text_features, scale = model(images, texts)[:3]
+        loss_of(image_features, text_features, scale).backward()
+        optimizer.step()
+
+    return step
+
+
+def our_step(arch: str, images: torch.Tensor, texts: torch.Tensor, is_frozen: bool):
+    torch.manual_seed(0)
+    text = dict(arch="transformer", width=clip.ARCHS[arch]["text_width"], vocab_size=49408, context_length=77)
+    model = clip.CLIP(arch, clip.ARCHS[arch]["embed_dim"], text, "gelu")
+    if arch == "RN50":
+        model.visual.to(memory_format=torch.channels_last)
+    texts = texts[:, : int(texts.argmax(1).max()) + 1]  # as pad_tokens does
+    if is_frozen:
+        for parameter in model.text_parameters().values():
+            parameter.requires_grad_(False)
+        with torch.no_grad():
+            texts = model.encode_text(texts)
+    optimizer = torch.optim.AdamW(clip.param_groups(model, 0.2), lr=1e-5, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=2**31 - 1)
+    model.train()
+
+    def step():
+        autocast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=False)  # noqa: E731
+        clip.backward_in_chunks(model, images, texts, clip.info_nce, 1, autocast, scaler.scale)
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def seconds(step) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def main(args: argparse.Namespace) -> None:
+    print(f"torch {torch.__version__}, open_clip {open_clip.__version__}, {torch.get_num_threads()} threads, {args.arch}")
+    for batch_size in args.batch_sizes:
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randint(0, 256, (batch_size, 3, 224, 224), generator=generator, dtype=torch.uint8)
+        texts = gloss_tokens(args.captions, batch_size)
+        print(f"batch {batch_size}: texts of {int(texts.argmax(1).max()) + 1} of 77 tokens")
+        floats = images.float() / 255
+        steps = {
+            "open_clip": open_clip_step(args.arch, floats, texts, False),
+            "open_clip locked": open_clip_step(args.arch, floats, texts, True),
+            "clip.py": our_step(args.arch, images, texts, False),
+            "clip.py frozen": our_step(args.arch, images, texts, True),
+        }
+        times = {name: [] for name in steps}
+        for i in range(args.pairs + 1):
+            for name, step in steps.items():
+                elapsed = seconds(step)
+                if i:  # the first round warms up
+                    times[name].append(elapsed)
+        for name, values in times.items():
+            print(f"  {name:<17} {statistics.median(values):6.2f} s a step (of {min(values):.2f} to {max(values):.2f})")
+        for ours, theirs in (("clip.py", "open_clip"), ("clip.py frozen", "open_clip locked"), ("clip.py frozen", "open_clip")):
+            ratios = [b / a for a, b in zip(times[ours], times[theirs], strict=True)]
+            print(f"  {theirs} / {ours}: median {statistics.median(ratios):.2f} (of {min(ratios):.2f} to {max(ratios):.2f})")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--arch", default="RN50", choices=["RN50", "ViT-B-32", "ViT-B-16"], help="image tower")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 16], help="pairs of a step")
+    parser.add_argument("--pairs", type=int, default=5, help="counted rounds of the alternation")
+    parser.add_argument("--captions", default="/usr/share/wordnet/data.noun", help="WordNet data file (Debian: wordnet-base)")
+    main(parser.parse_args())

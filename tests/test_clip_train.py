@@ -1,0 +1,535 @@
+"""clip.py as a program: loss and gradients over processes, GradCache, resume, kill, frozen towers, broken input."""
+
+import contextlib
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import clip
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+FLAGS = ["--batch-size", "32", "--log-every", "1", "--warmup-steps", "2", "--precision", "fp32", "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A small shapes world."""
+    root = tmp_path_factory.mktemp("world") / "shapes"
+    command = [sys.executable, ROOT / "build_datasets.py", "shapes", "--out", root, "--size", "0.02", "--workers", "2"]
+    subprocess.run(command, check=True, env=ENV, capture_output=True)
+    return root
+
+
+def run(*flags, processes=1, script=ROOT / "clip.py", check=True, **kwargs):
+    """Run clip.py; returns the finished process, with what it printed in stdout."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    kwargs = {"env": ENV, "timeout": 240, **kwargs}
+    result = subprocess.run([*launcher, script, *map(str, flags)], stdout=-1, stderr=subprocess.STDOUT, text=True, **kwargs)
+    assert not check or result.returncode == 0, result.stdout[-3000:]
+    return result
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def weights_of(out):
+    return torch.load(out / "checkpoint.pt", weights_only=True)["state_dict"]
+
+
+def assert_bit_equal(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+# ------------------------------------------------------------------------------ loss
+
+
+def pair_of_features(B=6, D=5, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, B, D, generator=generator, dtype=dtype)
+    return F.normalize(x, dim=1), F.normalize(y, dim=1)
+
+
+def test_info_nce_by_hand():
+    """Z = [[ln 3, 0], [0, ln 3]] has loss ln(4/3); three equal features with two equal captions, see methods A."""
+    eye = torch.eye(2, dtype=torch.float64)
+    assert math.isclose(clip.info_nce(eye, eye, torch.tensor(math.log(3.0))), math.log(4 / 3), rel_tol=1e-6)
+    image, text = torch.eye(2, dtype=torch.float64)[[0, 0, 0]], torch.eye(2, dtype=torch.float64)[[1, 1, 1]]  # Z = 0
+    ids, scale = torch.tensor([7, 7, 8]), torch.tensor(10.0)
+    expected = {"keep": math.log(3), "mask": (2 * math.log(2) + math.log(3)) / 3, "soft": math.log(3)}
+    for dup_captions, value in expected.items():
+        assert math.isclose(clip.info_nce(image, text, scale, ids, dup_captions), value, rel_tol=1e-6), dup_captions
+
+
+def test_info_nce_is_the_slow_loop():
+    x, y = pair_of_features()
+    z = 9.0 * x.numpy() @ y.numpy().T
+    ids = torch.tensor([0, 1, 0, 2, 1, 0])
+
+    def loss(z, targets):
+        logp = z - np.log(np.exp(z).sum(1, keepdims=True))
+        return -np.where(targets > 0, targets * logp, 0).sum(1).mean()
+
+    same = ids[:, None].numpy() == ids[None].numpy()
+    masked = np.where(same & ~np.eye(6, dtype=bool), -np.inf, z)
+    share = same / same.sum(1, keepdims=True)
+    slow = {"keep": (z, np.eye(6)), "mask": (masked, np.eye(6)), "soft": (z, share)}
+    with np.errstate(invalid="ignore"):
+        for dup_captions, (logits, targets) in slow.items():
+            expected = (loss(logits, targets) + loss(logits.T, targets)) / 2
+            value = clip.info_nce(x, y, torch.tensor(9.0, dtype=torch.float64), ids, dup_captions)
+            assert math.isclose(value, expected, rel_tol=1e-12), dup_captions
+
+
+def test_info_nce_gradient():
+    x, y = pair_of_features()
+    scale = torch.tensor(3.0, dtype=torch.float64)
+    tensors = [t.requires_grad_() for t in (x, y, scale)]
+    assert torch.autograd.gradcheck(lambda *t: clip.info_nce(*t), tensors)
+
+
+# ------------------------------------------------------------------------------ gradients over processes and chunks
+
+
+def small_model(arch, text_arch="transformer"):
+    torch.manual_seed(0)
+    text = dict(arch=text_arch, width=128, vocab_size=600, context_length=77, n_layers=2)
+    model = clip.CLIP(arch, 32, text, "gelu", image_size=32)
+    for module in model.modules():  # zero gains would hide the branches behind them
+        if isinstance(module, clip.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+    return model
+
+
+def batch_of(n):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (n, 3, 32, 32), generator=generator).float()
+    texts = torch.randint(1, 598, (n, 9), generator=generator)
+    texts[:, -1] = 599
+    return images, texts
+
+
+def gradients(net, model, images, texts, n_chunks=1):
+    loss, *_ = clip.backward_in_chunks(net, images, texts, clip.info_nce, n_chunks, contextlib.nullcontext, lambda x: x)
+    return float(loss), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def relative_error(a, b):
+    """The largest over parameters of |a - b| / |b|. Gradients below 1e-7 in norm are rounding (a bias before a norm)."""
+    return max(float((a[k] - b[k]).norm() / b[k].norm().clamp(min=1e-7)) for k in b)
+
+
+def rank_main(rank, world_size, port, arch, n_chunks, path):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
+    model = small_model(arch)
+    net = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    images, texts = (x.chunk(world_size)[rank] for x in batch_of(16))
+    loss, grads = gradients(net, model, images, texts, n_chunks)
+    losses = [None] * world_size
+    torch.distributed.all_gather_object(losses, loss)
+    if rank == 0:
+        torch.save({"loss": np.mean(losses), "grads": grads, "buffers": dict(model.named_buffers())}, path)
+    torch.distributed.destroy_process_group()
+
+
+def on_ranks(arch, n_chunks, tmp_path, world_size=2):
+    port = 20000 + os.getpid() % 20000
+    mp.spawn(rank_main, (world_size, port, arch, n_chunks, tmp_path / "out.pt"), nprocs=world_size)
+    return torch.load(tmp_path / "out.pt", weights_only=False)
+
+
+@pytest.mark.parametrize("arch, n_chunks", [("tiny", 1), ("ViT-S-16", 1), ("ViT-S-16", 4)])
+def test_two_ranks_equal_one_process(arch, n_chunks, tmp_path):
+    """Loss, all gradients (logit_scale included) and batch-norm statistics; with batch norm synchronised or absent."""
+    model = small_model(arch)
+    loss, grads = gradients(model, model, *batch_of(16))
+    other = on_ranks(arch, n_chunks, tmp_path)
+    assert math.isclose(other["loss"], loss, rel_tol=1e-6)
+    assert relative_error(other["grads"], grads) <= 1e-5
+    for name, buffer in model.named_buffers():
+        assert torch.allclose(other["buffers"][name], buffer, rtol=1e-5, atol=1e-6), name
+
+
+def test_grad_cache_equals_full_batch():
+    model = small_model("ViT-S-16")
+    loss, grads = gradients(model, model, *batch_of(16))
+    for n_chunks in (2, 4):
+        other = small_model("ViT-S-16")
+        other_loss, other_grads = gradients(other, other, *batch_of(16), n_chunks)
+        assert math.isclose(other_loss, loss, rel_tol=1e-6) and relative_error(other_grads, grads) <= 1e-5
+
+
+class Noisy(torch.nn.Module):
+    """A model with dropout: the replay must draw the same masks."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = small_model("tiny")
+
+    def forward(self, images, texts):
+        image_features, text_features, scale = self.model(images, texts)
+        return F.dropout(image_features, 0.3), F.dropout(text_features, 0.3), scale
+
+
+def test_grad_cache_replays_dropout_and_batch_norm():
+    """Equal to one graph over the same chunks; running statistics advance once per chunk, not twice."""
+    images, texts = batch_of(16)
+    net = Noisy()
+    torch.manual_seed(5)
+    _, grads = gradients(net, net, images, texts, 4)
+    reference = Noisy()
+    torch.manual_seed(5)
+    features = [reference(*chunk) for chunk in zip(images.chunk(4), texts.chunk(4), strict=True)]
+    x, y = torch.cat([f[0] for f in features]), torch.cat([f[1] for f in features])
+    clip.info_nce(x, y, features[0][2]).backward()
+    assert relative_error(grads, {name: p.grad for name, p in reference.named_parameters()}) <= 1e-5
+    for (name, a), b in zip(net.named_buffers(), reference.buffers(), strict=True):
+        assert torch.allclose(a, b), name
+
+
+class Saved:
+    """Counts the bytes that autograd keeps for the backward pass."""
+
+    now = peak = 0
+
+    class Box:
+        def __init__(self, tensor):
+            self.tensor, self.n = tensor, tensor.numel() * tensor.element_size()
+            Saved.now += self.n
+            Saved.peak = max(Saved.peak, Saved.now)
+
+        def __del__(self):
+            Saved.now -= self.n
+
+
+def peak_of_saved_activations(n_chunks):
+    model = small_model("ViT-S-16")
+    parameters = {p.data_ptr() for p in model.parameters()}
+    Saved.now = Saved.peak = 0
+
+    def pack(tensor):
+        is_weight = tensor.data_ptr() in parameters or tensor._base is not None and tensor._base.data_ptr() in parameters
+        return tensor if is_weight else Saved.Box(tensor)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor if isinstance(box, Saved.Box) else box):
+        gradients(model, model, *batch_of(64), n_chunks)
+    return Saved.peak
+
+
+def test_accumulate_8_needs_a_quarter_of_the_activations():
+    full, cached = peak_of_saved_activations(1), peak_of_saved_activations(8)
+    assert full > 10e6 and cached <= full / 4, (full, cached)
+
+
+# ------------------------------------------------------------------------------ the program
+
+
+def test_one_process_equals_two(world, tmp_path):
+    """The same losses and weights but for rounding, on a mixture, with word dropout and drawn crops."""
+    flags = ["--root", world, "--data", "laionet:2,incaps:1", "--caption", "{title} {tags}", "--word-dropout", "0.2"]
+    flags += ["--steps", "5", "--eval-sets", "val", *FLAGS]
+    run(*flags, "--out", tmp_path / "one")
+    run(*flags, "--out", tmp_path / "two", processes=2)
+    one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
+    assert [line["step"] for line in one] == [1, 2, 3, 4, 5]
+    assert np.allclose([line["loss"] for line in one], [line["loss"] for line in two], rtol=1e-4)
+    assert np.allclose([line["grad_norm"] for line in one], [line["grad_norm"] for line in two], rtol=1e-2)
+    keys = {"step", "samples", "epoch", "loss", "lr", "logit_scale", "grad_norm", "images_per_s", "bad_images", "truncated"}
+    assert set(one[0]) == keys
+
+
+def test_evaluation_is_the_same_for_one_and_three_ranks(world, tmp_path):
+    """Metrics and predictions to the last bit, for a number of rows that 3 does not divide, labelled or not."""
+    for name in ("laionet", "yfcc"):
+        lines = (world / name / "train.tsv").read_text().splitlines(keepends=True)
+        (world / name / "odd.tsv").write_text("".join(lines[:300]))  # 299 rows
+    run("--root", world, "--steps", "3", "--out", tmp_path / "run", "--eval-sets", "val", *FLAGS)
+    flags = ["--root", world, "--eval-only", tmp_path / "run" / "checkpoint.pt", "--device", "cpu", "--precision", "fp32"]
+    flags += ["--eval-sets", world / "laionet" / "odd.tsv", world / "yfcc" / "odd.tsv"]
+    run(*flags, "--out", tmp_path / "one")
+    run(*flags, "--out", tmp_path / "three", processes=3)
+    one, three = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "three"))
+    assert one.pop("run") and three.pop("run") and one == three
+    assert one["laionet-odd"]["n"] == 299 and one["laionet-odd"]["top1"] is not None
+    assert set(one["yfcc-odd"]["retrieval"]) == {f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)}
+    with np.load(tmp_path / "one" / "laionet-odd.npz") as a, np.load(tmp_path / "three" / "laionet-odd.npz") as b:
+        assert all(np.array_equal(a[key], b[key]) for key in a.files)
+        assert a["logits"].shape == (299, 120) and a["logits"].dtype == np.float16 and a["features"].shape == (299, 64)
+        assert a["prototypes"].shape == (120, 64) and a["class_counts"].shape == a["class_names"].shape == (120,)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_kill_and_resume_is_bit_equal(world, tmp_path, processes):
+    """kill -9 after some step, the same command again, and the final weights are those of an undisturbed run."""
+    flags = ["--root", world, "--steps", "40", "--save-every", "4", "--eval-sets", "val", *FLAGS]
+    run(*flags, "--out", tmp_path / "straight", processes=processes)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if processes == 2 else []
+    command = [sys.executable, *launcher, ROOT / "clip.py", *map(str, flags), "--out", str(tmp_path / "killed")]
+    process = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    log, n_lines = tmp_path / "killed" / "log.jsonl", 0
+    while n_lines < 7 and process.poll() is None:
+        time.sleep(0.01)
+        n_lines = len(log.read_text().splitlines()) if log.exists() else 0
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    steps = torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["step"]
+    assert 0 < steps < 40
+    result = run(*flags, "--out", tmp_path / "killed", processes=processes)
+    assert f"continued from step {steps}" in result.stdout
+    assert_bit_equal(weights_of(tmp_path / "straight"), weights_of(tmp_path / "killed"))
+    assert [line["step"] for line in log_of(tmp_path / "killed")] == list(range(1, 41))  # no step is told twice
+    again = run(*flags, "--out", tmp_path / "killed", processes=processes)  # a finished run only reports
+    assert "continued from step 40" in again.stdout and "rho(freq,pred)" in again.stdout
+
+
+def test_sigterm_saves_and_exits_0(world, tmp_path):
+    flags = ["--root", world, "--steps", "30", "--save-every", "0", "--eval-sets", "val", *FLAGS]
+    run(*flags, "--out", tmp_path / "straight")
+    command = [sys.executable, ROOT / "clip.py", *map(str, flags), "--out", str(tmp_path / "stopped")]
+    process = subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step      3"):
+            process.terminate()
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 0 and "SIGTERM: saved at step" in rest
+    run(*flags, "--out", tmp_path / "stopped")
+    assert_bit_equal(weights_of(tmp_path / "straight"), weights_of(tmp_path / "stopped"))
+
+
+def test_other_flags_are_refused_on_resume(world, tmp_path):
+    flags = ["--root", world, "--steps", "2", "--out", tmp_path, "--eval-sets", "val", *FLAGS]
+    run(*flags)
+    result = run(*flags, "--lr", "0.5", check=False)
+    assert result.returncode == 1 and "--lr 0, now 0.5" in result.stdout.replace("0.0,", "0,")
+    run(*flags, "--lr", "0.5", "--resume", "off")
+
+
+@pytest.fixture(scope="session")
+def clip_pt(world, tmp_path_factory):
+    """A (hardly) pretrained clip.pt of the small world."""
+    path = tmp_path_factory.mktemp("clip_pt") / "clip.pt"
+    run("--root", world, "--data", "web", "--steps", "3", "--out", path.parent / "run", "--export", path, "--eval-sets", "val", *FLAGS)
+    return path
+
+
+def test_frozen_text_tower(world, clip_pt, tmp_path):
+    """Bit-equal after training, embeddings as of the tower itself, the rest trained; on 1 and 2 processes."""
+    text = lambda state: {k: v for k, v in state.items() if not k.startswith("visual.") and k != "logit_scale"}  # noqa: E731
+    before = torch.load(clip_pt, weights_only=True)
+    assert "optimizer" not in before and before["prototypes"].shape == (120, 64)
+    flags = ["--root", world, "--text-head", "frozen", "--text-init", clip_pt, "--steps", "4", "--eval-sets", "val", *FLAGS]
+    for processes in (1, 2):
+        run(*flags, "--out", tmp_path / str(processes), processes=processes)
+        after = weights_of(tmp_path / str(processes))
+        assert_bit_equal(text(after), text(before["state_dict"]))
+        assert not torch.equal(after["visual.conv1.weight"], before["state_dict"]["visual.conv1.weight"])
+    losses = [[line["loss"] for line in log_of(tmp_path / n)] for n in "12"]
+    assert np.allclose(*losses, rtol=1e-4)
+    finetuned = run(*flags, "--text-head", "finetune", "--out", tmp_path / "finetune")
+    assert finetuned and not torch.equal(weights_of(tmp_path / "finetune")["token_embedding.weight"], before["state_dict"]["token_embedding.weight"])
+    # The first loss of both is that of the same towers: cached embeddings are those of the tower.
+    assert math.isclose(log_of(tmp_path / "1")[0]["loss"], log_of(tmp_path / "finetune")[0]["loss"], rel_tol=1e-4)
+
+
+def test_frozen_with_drawn_captions(world, clip_pt, tmp_path):
+    """Templates drawn per epoch are all embedded before training: none is looked up in vain."""
+    (tmp_path / "templates.txt").write_text("a {class}\na photo of the {synonym}\n{title} {tags}\n")
+    flags = ["--root", world, "--text-init", clip_pt, "--caption", f"@{tmp_path / 'templates.txt'}", "--steps", "25", "--eval-sets", "val", *FLAGS]
+    run(*flags, "--text-head", "frozen", "--out", tmp_path / "a")
+    run(*flags, "--text-head", "finetune", "--lr", "1e-9", "--out", tmp_path / "b", "--weight-decay", "0")  # the tower runs in the step
+    run(*flags, "--text-head", "frozen", "--lr", "1e-9", "--out", tmp_path / "c", "--weight-decay", "0")
+    losses = [[line["loss"] for line in log_of(tmp_path / name)] for name in "bc"]
+    assert np.allclose(*losses, rtol=1e-4)
+
+
+def test_missing_clip_pt(world, tmp_path, monkeypatch):
+    """The shapes world is pretrained on web, cached in ROOT; another world is told how to make the file."""
+    commands = []
+    monkeypatch.setattr(clip, "run_script", commands.append)
+    clip.ensure_clip_pt(world, "cpu")
+    command = commands[0][1:]
+    args = clip.parse_args(command)
+    assert args.data == "web" and args.export == str(world / "clip.pt") and args.root == str(world)
+    other = tmp_path / "imagenet"
+    shutil.copytree(world, other)
+    (other / "world.json").unlink()
+    with pytest.raises(SystemExit, match="--eval-only RN50.pt"):
+        clip.ensure_clip_pt(other, "cpu")
+
+
+def test_text_embeddings(world, tmp_path):
+    """Given embeddings (as of RoBERTa) with a learned two-layer projection; classes from their own embeddings."""
+    n = len((world / "laionet" / "train.tsv").read_text().splitlines()) - 1
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "train.npy", rng.normal(size=(n, 96)).astype(np.float32))
+    np.save(tmp_path / "classes.npy", rng.normal(size=(120, 96)).astype(np.float32))
+    flags = ["--root", world, "--text-head", "frozen", "--steps", "3", "--eval-sets", "val", *FLAGS, "--out", tmp_path / "run"]
+    run(*flags, "--text-embeddings", tmp_path / "train.npy", tmp_path / "classes.npy")
+    state = weights_of(tmp_path / "run")
+    assert state["text_mlp.0.weight"].shape == (80, 96) and state["text_mlp.2.weight"].shape == (64, 80)
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["val"]["top1"] is not None
+    np.save(tmp_path / "train.npy", np.zeros((n - 1, 96), np.float32))
+    result = run(*flags, "--resume", "off", "--text-embeddings", tmp_path / "train.npy", check=False)
+    assert result.returncode == 1 and f"expected ({n}, width)" in result.stdout
+
+
+def limit_file_size(n):
+    """Writes beyond n bytes fail, as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n, n))
+
+
+def test_full_disk_keeps_the_last_checkpoint(world, tmp_path):
+    flags = ["--root", world, "--out", tmp_path / "run", "--eval-sets", "val", *FLAGS]
+    run(*flags, "--steps", "2")
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    result = run(*flags, "--steps", "4", "--resume", "off", check=False, preexec_fn=lambda: limit_file_size(100_000))
+    assert result.returncode == 1 and "cannot write" in result.stdout and "Traceback" not in result.stdout
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+    assert not list((tmp_path / "run").glob("*.part"))
+    (tmp_path / "file").write_text("")
+    result = run(*flags[:2], "--out", tmp_path / "file" / "run", "--steps", "2", "--eval-sets", "val", *FLAGS, check=False)
+    assert result.returncode == 1 and "cannot write" in result.stdout and "Traceback" not in result.stdout
+
+
+def train_here(world, out, *flags):
+    """main() in this process, so that a test can put something in its way."""
+    torch.set_num_threads(1)
+    clip.main(clip.parse_args(["--root", str(world), "--out", str(out), "--eval-sets", "val", *FLAGS, *flags]))
+
+
+def test_non_finite_steps_are_left_out(world, tmp_path, monkeypatch, capsys):
+    """Two bad steps are skipped: the weights are those before; ten in a row end the run."""
+    calls, info_nce = [], clip.info_nce
+
+    def broken(image_features, *args, **kwargs):
+        calls.append(1)
+        loss = info_nce(image_features, *args, **kwargs)
+        return loss * float("nan") if len(calls) in bad_calls else loss
+
+    monkeypatch.setattr(clip, "info_nce", broken)
+    bad_calls = {3, 4}
+    train_here(world, tmp_path / "a", "--steps", "4", "--lr", "1e-3")
+    printed = capsys.readouterr().out
+    assert "step 3: loss not finite: step left out (1 in a row)" in printed and "(2 in a row)" in printed
+    calls.clear()
+    bad_calls = set()
+    train_here(world, tmp_path / "b", "--steps", "4", "--lr", "1e-3")
+    good = torch.load(tmp_path / "b" / "checkpoint.pt", weights_only=True)["state_dict"]
+    skipped = torch.load(tmp_path / "a" / "checkpoint.pt", weights_only=True)["state_dict"]
+    assert all(value.isfinite().all() for value in skipped.values())
+    assert not torch.equal(good["visual.conv1.weight"], skipped["visual.conv1.weight"])
+    calls.clear()
+    bad_calls = set(range(1, 99))
+    with pytest.raises(SystemExit, match="ten steps in a row"):
+        train_here(world, tmp_path / "c", "--steps", "20")
+    assert len(calls) == 10
+
+
+def test_precisions_and_switches_run(world, tmp_path):
+    """bf16 autocast on the CPU, accumulation, clipping, soft duplicates, periodic evaluation, local batch norm."""
+    flags = ["--root", world, "--eval-sets", "val", *FLAGS]
+    run(*flags, "--out", tmp_path / "a", "--steps", "4", "--precision", "bf16", "--accumulate", "2", "--clip-grad", "1", "--bn", "local")
+    assert all(np.isfinite(line["loss"]) for line in log_of(tmp_path / "a"))
+    run(*flags, "--out", tmp_path / "b", "--steps", "4", "--dup-captions", "soft", "--caption", "a {class}", "--eval-every", "2")
+    lines = log_of(tmp_path / "b")
+    assert [line["step"] for line in lines if "val" in line] == [2]
+    fp32 = run(*flags, "--out", tmp_path / "c", "--steps", "4", "--text-arch", "transformer", "--batch-size", "16")
+    assert "chance loss ln(16) = 2.773" in fp32.stdout
+
+
+# ------------------------------------------------------------------------------ one's own data
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """40 JPEG pairs with captions, without classes; 12 rows of val.tsv."""
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(40):
+        color = rng.integers(0, 256, 3)
+        Image.fromarray(np.full((40, 50, 3), color, np.uint8)).save(tmp_path / f"{i}.jpg")
+        lines.append(f"{i}.jpg\tthe colour {color[0]} {color[1]} {color[2]}\n")
+    (tmp_path / "train.tsv").write_text("filepath\ttitle\n" + "".join(lines))
+    (tmp_path / "val.tsv").write_text("filepath\ttitle\n" + "".join(lines[:12]))
+    return tmp_path
+
+
+OWN = ["--batch-size", "8", "--steps", "6", "--log-every", "2", "--precision", "fp32", "--device", "cpu"]
+
+
+def test_own_pairs(photos):
+    """A TSV of JPEGs with other column names, no classes, no merges: trains, learns its BPE, reports retrieval."""
+    result = run("--data", photos / "train.tsv", "--out", photos / "run", *OWN)
+    metrics = json.loads((photos / "run" / "metrics.json").read_text())
+    assert metrics["val"]["retrieval"]["i2t_r10"] >= 0 and metrics["val"]["top1"] is None and metrics["val"]["n"] == 12
+    assert "retrieval" in result.stdout and "metrics.json" in result.stdout
+    one = weights_of(photos / "run")
+    run("--data", photos / "train.tsv", "--out", photos / "run2", "--workers", "2", *OWN)
+    assert_bit_equal(one, weights_of(photos / "run2"))  # workers do not matter
+
+
+def test_broken_images_are_replaced_and_counted(photos):
+    for name, content in {"3.jpg": b"not an image", "5.jpg": (photos / "5.jpg").read_bytes()[:300]}.items():
+        (photos / name).write_bytes(content)
+    (photos / "7.jpg").unlink()
+    flags = ["--data", photos / "train.tsv", "--out", photos / "run", *OWN, "--epochs", "2", "--workers", "0"]
+    result = run(*flags)
+    for reason in ("not an image", "truncated", "missing file"):
+        assert f"unreadable image ({reason})" in result.stdout
+    assert log_of(photos / "run")[-1]["bad_images"] >= 6
+    val = json.loads((photos / "run" / "metrics.json").read_text())["val"]
+    assert val["n"] == 9 and val["bad_images"] == {"not an image": 1, "truncated": 1, "missing file": 1}
+    result = run(*flags[:-4], "--epochs", "60", "--max-bad", "0.001", "--resume", "off", check=False)
+    assert result.returncode == 1 and "more than --max-bad 0.001" in result.stdout
+
+
+def test_copied_alone(photos, tmp_path):
+    """The script alone in a folder trains on one's own data, and says what to pass when there is none."""
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(ROOT / "clip.py", alone)
+    run("--data", photos / "train.tsv", "--out", "run", *OWN, script="clip.py", cwd=alone)
+    result = run(script="clip.py", cwd=alone, check=False)
+    assert result.returncode == 1 and "pass --data my_pairs.tsv" in result.stdout and "Traceback" not in result.stdout
+
+
+def test_messages(world, photos, tmp_path):
+    """What users get wrong ends with one line that names it, and status 1 or 2."""
+    flags = ["--out", tmp_path / "out", *OWN]
+    cases = {
+        "no file": ["--root", world, "--data", "laion"],
+        "sets in": ["--root", world, "--data", "nothing"],
+        "no such file": ["--root", world, "--eval-sets", "test"],
+        "is larger than the 40 rows": ["--data", photos / "train.tsv", "--batch-size", "64"],
+        "--caption names ['titel']": ["--root", world, "--caption", "{titel}"],
+        "have no label": ["--root", world, "--data", "web", "--caption", "a {class}"],
+        "no such checkpoint": ["--root", world, "--eval-only", "nothing.pt"],
+        "give every set a weight": ["--root", world, "--data", "laionet:2,incaps"],
+        "needs --text-head frozen": ["--root", world, "--text-embeddings", "a.npy"],
+        "choose one": ["--root", world, "--word-dropout", "0.5", "--text-head", "frozen"],
+    }
+    for message, wrong in cases.items():
+        result = run(*flags, *wrong, check=False)
+        assert result.returncode in (1, 2) and message in result.stdout and "Traceback" not in result.stdout, (message, result.stdout[-500:])

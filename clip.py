@@ -231,7 +231,7 @@ def info_nce(
             logits_per_image = logits_per_image.masked_fill(others, -torch.inf)
             logits_per_text = logits_per_text.masked_fill(others, -torch.inf)
         else:
-            targets = same / same.sum(1, keepdim=True)  # [B, N] probabilities
+            targets = same.to(scale.dtype) / same.sum(1, keepdim=True)  # [B, N] probabilities
     return (F.cross_entropy(logits_per_image, targets) + F.cross_entropy(logits_per_text, targets)) / 2
 
 
@@ -664,7 +664,7 @@ def pick_activation(flag: str, checkpoint: dict, path: str) -> str:
 # ------------------------------------------------------------------------------ data
 
 ALIASES = {"image": ("filepath", "path", "file"), "label": ("class", "wnid"), "caption": ("text", "title")}
-IMAGE_FORMATS = ["JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]  # not EPS: Pillow would run Ghostscript on it
+IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]  # not EPS: Pillow would run Ghostscript on it
 KEEP_TOKENS = 2_000_000  # captions up to this number are tokenised once, before training; beyond it in the workers
 KEEP_PIXELS = 16 * 2**30  # bytes of .npy images kept on the device; beyond it they are read in the workers
 
@@ -1934,8 +1934,6 @@ def main(args: argparse.Namespace) -> None:
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)  # the same on all processes, so they start from the same weights
-    if args.batch_size % world_size or args.batch_size // world_size < args.accumulate:
-        raise SystemExit(f"--batch-size {args.batch_size} does not split into {world_size} processes of {args.accumulate} chunks")
 
     # --- data
     files = [part for part in args.data.split(",") if re.sub(r":[\d.]+$", "", part).endswith(".tsv")]
@@ -1947,6 +1945,8 @@ def main(args: argparse.Namespace) -> None:
     if args.eval_only:
         evaluate_checkpoint(args, world, rank, device, precision)
         return
+    if args.batch_size % world_size or args.batch_size // world_size < args.accumulate:
+        raise SystemExit(f"--batch-size {args.batch_size} does not split into {world_size} processes of {args.accumulate} chunks")
     captions, shares = read_training_sets(args, world)
     tables, sizes = [c.table for c in captions], [len(c.table) for c in captions]
     if is_main:

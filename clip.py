@@ -4,38 +4,38 @@
 # ///
 """CLIP: an image tower and a text tower learn to find each other's pair among the pairs of a batch.
 
-Paper: Radford et al., arXiv 2103.00020, section 2. The study this file serves is Wen et al., arXiv 2405.21070: the batch
+Paper: Radford et al., arXiv 2103.00020, section 2. The study this file serves is Wen et al., arXiv 2405.21070: a batch
 is a small vocabulary drawn anew at every step, and that makes CLIP far less biased by long-tailed data than supervised
-learning (`sl_vocab_subsample.py`). Everything is here: data, towers, loss, optimisation, zero-shot evaluation.
+learning. Everything is here: data, towers, loss, optimisation, zero-shot evaluation.
 
-    python clip.py                                              # the built-in shapes world, 2 CPU cores, 3 minutes
-    torchrun clip.py --data laionet --text-head frozen          # the image tower learns towards a frozen text tower
+    python clip.py                                           # the built-in shapes world, 4 minutes on 2 CPU cores
+    torchrun clip.py --data laionet --text-head frozen       # the image tower learns towards a frozen text tower
     torchrun --nproc-per-node 2 clip.py --data laionet:2,incaps:1 --caption "{title} {tags}"
-    python clip.py --data my_pairs.tsv --arch RN50 --batch-size 1024 --epochs 32                      # one's own pairs
+    python clip.py --data my_pairs.tsv --arch RN50 --batch-size 1024 --epochs 32       # one's own pairs
     python clip.py --eval-only runs/clip/checkpoint.pt --eval-sets val.tsv sketch.tsv
-    python clip.py --eval-only RN50.pt --root ROOT --bpe bpe_simple_vocab_16e6.txt.gz --export ROOT/clip.pt
-        # released weights (ours, open_clip's, OpenAI's) become the clip.pt of a world; open_clip files need
-        # --arch and --activation, which they do not state
-The paper's recipe (section 0.5 of its code: RN50, 32 epochs of ImageNet-Captions):
-    torchrun --nproc-per-node 4 clip.py --root ROOT --data incaps --arch RN50 --batch-size 1024 --epochs 32 --lr 1e-3 --weight-decay 0.2 --beta2 0.999 --warmup-steps 500
 
-A data set is a TSV (columns image, label, caption, any others); an image is `photos/1.jpg`, `00000.tar:512:34567` (offset
-and size in an uncompressed tar) or `val.npy:17` (row of a uint8 array). `build_datasets.py index` writes such files.
-Written to --out: args.json, log.jsonl, checkpoint.pt, metrics.json and <set>.npz for each test set.
+Released weights (ours, open_clip's, OpenAI's) become the clip.pt of a world; open_clip's need --arch and --activation:
+    python clip.py --eval-only RN50.pt --arch RN50 --root ROOT --bpe bpe_simple_vocab_16e6.txt.gz --export ROOT/clip.pt
+The paper's recipe (RN50, 32 epochs of ImageNet-Captions) adds these flags to --root ROOT --data incaps --arch RN50:
+    --batch-size 1024 --epochs 32 --lr 1e-3 --weight-decay 0.2 --beta2 0.999 --warmup-steps 500
 
-Dimension key: B pairs of this process, N = B * world_size pairs of the step, D embedding width, L tokens, P image tokens,
-C classes, H heads. Features are unit vectors unless called *_embed.
+A data set is a TSV (columns image, label, caption, any others); an image is `photos/1.jpg`, `00000.tar:512:34567`
+(offset and size in an uncompressed tar) or `val.npy:17` (row of a uint8 array); `build_datasets.py index` writes such
+files. Written to --out: args.json, log.jsonl, checkpoint.pt, metrics.json and <set>.npz for each test set.
 
-Expected on the default world: val top-1 about 0.80, Spearman(frequency, predictions) about 0.15 (README).
+Dimension key: B pairs of this process, N = B * world_size pairs of the step, D embedding width, L tokens, P image
+tokens, C classes, H heads. Features are unit vectors unless called *_embed.
+
+Expected on the default world: val top-1 near 0.79, Spearman(frequency, predictions) near 0.15 (README).
 
 Deviations from the paper and its code:
- 1. Gathered features carry gradients between processes, so encoders get the one-process gradient (theirs: 1 / world_size).
+ 1. Gathered features carry gradients between processes: encoders get the one-process gradient (theirs: 1 / processes).
  2. Texts are cut to the longest of the batch: exact, since the text transformer is causal and pooled at the end token.
  3. Gradient accumulation is GradCache (arXiv 2101.06983) with replayed random states: the exact full-batch gradient.
  4. A frozen text tower embeds each distinct caption once, before training, and is not run again.
  5. The tokenizer leaves out `ftfy` (repairs mis-decoded text); ids differ from CLIP's on such texts only.
  6. A broken image is replaced by another pair and counted, up to --max-bad.
- 7. Templates of --caption @file are drawn per example and epoch, not once per image.
+ 7. Templates of --caption @FILE are drawn per example and epoch, not once per image.
 """
 
 import argparse
@@ -79,64 +79,111 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     data = parser.add_argument_group("data")
-    data.add_argument("--root", default="auto", help=f"folder of the world: classes.tsv, test sets, SET/train.tsv, clip.pt; auto is {SHAPES_ROOT}, or the folder of the first --data file")
-    data.add_argument("--data", default="laionet", help="training sets: NAME (ROOT/NAME/train.tsv) or FILE.tsv, mixed as A:2,B:1; without weights each set counts by its size")
-    data.add_argument("--caption", default="{caption}", help="text of an example from {column}, {class} and {synonym}, or @FILE with one such template a line, drawn per example and epoch")
-    data.add_argument("--word-dropout", type=float, default=0.0, help="probability of leaving out each word of a caption, drawn anew every epoch; keeps small sets with long captions from being memorised")
-    data.add_argument("--crop-scale", type=float, default=0.9, help="smallest area of the random crop, as a fraction of the image; 1 is no crop")
-    data.add_argument("--bpe", default="auto", help="byte-pair merges in CLIP's file format (.txt or .gz); auto: those of the loaded weights, else ROOT/bpe.txt, else learned from the captions")
-    data.add_argument("--templates", default="auto", help="prompts of the zero-shot classifier, one a line with {} for the class name; auto is a short built-in list")
-    data.add_argument("--eval-sets", nargs="*", default=["auto"], help=f"test sets: names in ROOT or TSV files; auto takes those of {', '.join(TEST_SETS)} that ROOT has")
-    data.add_argument("--max-bad", type=float, default=0.01, help="end the run when more than this fraction of the images cannot be read")
-    data.add_argument("--max-pixels", type=int, default=89_478_485, help="refuse images whose header announces more pixels than this")
+    data.add_argument("--root", default="auto",
+                      help=f"folder of the world: classes.tsv, test sets, SET/train.tsv, clip.pt; auto is "
+                           f"{SHAPES_ROOT}, or the folder of the first --data file")
+    data.add_argument("--data", default="laionet",
+                      help="training sets: NAME (ROOT/NAME/train.tsv) or FILE.tsv, mixed as A:2,B:1; without weights "
+                           "each set counts by its size")
+    data.add_argument("--caption", default="{caption}",
+                      help="text of an example from {column}, {class} and {synonym}, or @FILE with one such template a "
+                           "line, drawn per example and epoch")
+    data.add_argument("--word-dropout", type=float, default=0.0,
+                      help="probability of leaving out each word of a caption, drawn anew every epoch; keeps small "
+                           "sets with long captions from being memorised")
+    data.add_argument("--crop-scale", type=float, default=0.9,
+                      help="smallest area of the random crop, as a fraction of the image; 1 is no crop")
+    data.add_argument("--bpe", default="auto",
+                      help="byte-pair merges in CLIP's file format (.txt or .gz); auto: those of the loaded weights, "
+                           "else ROOT/bpe.txt, else learned from the captions")
+    data.add_argument("--templates", default="auto",
+                      help="prompts of the zero-shot classifier, one a line with {} for the class name; auto is a "
+                           "short built-in list")
+    data.add_argument("--eval-sets", nargs="*", default=["auto"],
+                      help=f"test sets: names in ROOT or TSV files; auto takes those of {', '.join(TEST_SETS)} that "
+                           "ROOT has")
+    data.add_argument("--max-bad", type=float, default=0.01,
+                      help="end the run when more than this fraction of the images cannot be read")
+    data.add_argument("--max-pixels", type=int, default=89_478_485,
+                      help="refuse images whose header announces more pixels than this")
 
     model = parser.add_argument_group("model")
-    model.add_argument("--arch", default="tiny", choices=["tiny", "RN50", "ViT-B-32", "ViT-B-16", "ViT-S-16"], help="image tower; tiny is a small residual net for 32 px images")
-    model.add_argument("--text-arch", default="auto", choices=["auto", "cbow", "transformer"], help="text tower; auto is cbow for tiny, else transformer")
-    model.add_argument("--activation", default="auto", choices=["auto", "gelu", "quick_gelu"], help="of the transformers; auto: as in the loaded weights, else gelu (OpenAI's weights need quick_gelu)")
+    model.add_argument("--arch", default="tiny", choices=["tiny", "RN50", "ViT-B-32", "ViT-B-16", "ViT-S-16"],
+                       help="image tower; tiny is a small residual net for 32 px images")
+    model.add_argument("--text-arch", default="auto", choices=["auto", "cbow", "transformer"],
+                       help="text tower; auto is cbow for tiny, else transformer")
+    model.add_argument("--activation", default="auto", choices=["auto", "gelu", "quick_gelu"],
+                       help="of the transformers; auto: as in the loaded weights, else gelu (OpenAI's weights need "
+                            "quick_gelu)")
     model.add_argument("--init", default="", help="checkpoint to start the whole model from; empty is a random start")
-    model.add_argument("--text-head", default="scratch", choices=["scratch", "frozen", "finetune"], help="text tower: trained from a random start, fixed to --text-init, or trained from it")
-    model.add_argument("--text-init", default="auto", help="checkpoint whose text tower is used by frozen and finetune; auto is ROOT/clip.pt")
-    model.add_argument("--text-embeddings", nargs="+", default=[], metavar="NPY", help="TRAIN.npy [CLASSES.npy]: caption embeddings of any language model, a row for each row of the one --data set, and of the class prompts; with --text-head frozen; a two-layer projection is trained on them")
+    model.add_argument("--text-head", default="scratch", choices=["scratch", "frozen", "finetune"],
+                       help="text tower: trained from a random start, fixed to --text-init, or trained from it")
+    model.add_argument("--text-init", default="auto",
+                       help="checkpoint whose text tower is used by frozen and finetune; auto is ROOT/clip.pt")
+    model.add_argument("--text-embeddings", nargs="+", default=[], metavar="NPY",
+                       help="TRAIN.npy [CLASSES.npy]: caption embeddings of any language model, a row for each row of "
+                            "the one --data set, and of the class prompts; with --text-head frozen; a two-layer "
+                            "projection is trained on them")
 
     method = parser.add_argument_group("method")
-    method.add_argument("--dup-captions", default="keep", choices=["keep", "mask", "soft"], help="other pairs of the batch with the same caption: negatives (the paper), left out, or further positives")
-    method.add_argument("--accumulate", type=int, default=1, help="split each process's part of the batch into this many chunks (GradCache); the loss is still over the whole batch")
-    method.add_argument("--bn", default="sync", choices=["sync", "local"], help="batch norm statistics over all processes or over each one's own part")
+    method.add_argument("--dup-captions", default="keep", choices=["keep", "mask", "soft"],
+                        help="other pairs of the batch with the same caption: negatives (the paper), left out, or "
+                             "further positives")
+    method.add_argument("--accumulate", type=int, default=1,
+                        help="split each process's part of the batch into this many chunks (GradCache); the loss is "
+                             "still over the whole batch")
+    method.add_argument("--bn", default="sync", choices=["sync", "local"],
+                        help="batch norm statistics over all processes or over each one's own part")
 
     optimization = parser.add_argument_group("optimization")
-    optimization.add_argument("--steps", type=int, default=1600, help="optimiser steps; --epochs takes its place when given")
+    optimization.add_argument("--steps", type=int, default=1600,
+                              help="optimiser steps; --epochs takes its place when given")
     optimization.add_argument("--epochs", type=float, default=0, help="passes over the data; 0 leaves it to --steps")
     optimization.add_argument("--batch-size", type=int, default=128, help="pairs of a step over all processes")
-    optimization.add_argument("--lr", type=float, default=0, help="peak learning rate; 0 is 3e-3 for tiny and 1e-3 (the paper's) for the others")
-    optimization.add_argument("--weight-decay", type=float, default=0.1, help="of AdamW, on matrices only: not on gains, biases, logit_scale")
-    optimization.add_argument("--beta2", type=float, default=0.98, help="second AdamW beta; the paper's runs used 0.999")
-    optimization.add_argument("--warmup-steps", type=int, default=50, help="steps of linear warm-up, before the cosine to 0")
+    optimization.add_argument("--lr", type=float, default=0,
+                              help="peak learning rate; 0 is 3e-3 for tiny and 1e-3 (the paper's) for the others")
+    optimization.add_argument("--weight-decay", type=float, default=0.1,
+                              help="of AdamW, on matrices only: not on gains, biases, logit_scale")
+    optimization.add_argument("--beta2", type=float, default=0.98,
+                              help="second AdamW beta; the paper's runs used 0.999")
+    optimization.add_argument("--warmup-steps", type=int, default=50,
+                              help="steps of linear warm-up, before the cosine to 0")
     optimization.add_argument("--clip-grad", type=float, default=0.0, help="largest gradient norm; 0 is off")
 
     run = parser.add_argument_group("run")
     run.add_argument("--out", default="runs/clip", help="folder for log, checkpoint, metrics and predictions")
-    run.add_argument("--resume", default="auto", help="auto continues OUT/checkpoint.pt if there is one, off starts over and replaces it, or a checkpoint to continue")
-    run.add_argument("--export", default="", help="also write the final model, with class prototypes and without optimiser state, to this file (ROOT/clip.pt is made so)")
+    run.add_argument("--resume", default="auto",
+                     help="auto continues OUT/checkpoint.pt if there is one, off starts over and replaces it, or a "
+                          "checkpoint to continue")
+    run.add_argument("--export", default="",
+                     help="also write the final model, with class prototypes and without optimiser state, to this file "
+                          "(ROOT/clip.pt is made so)")
     run.add_argument("--eval-only", default="", help="evaluate this checkpoint on --eval-sets and end")
     run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto is cuda where there is one")
-    run.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="of the towers; auto is bf16 on CUDA and on CPUs with AMX, else fp32; normalisation, logits and loss are always fp32")
+    run.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
+                     help="of the towers; auto is bf16 on CUDA and on CPUs with AMX, else fp32; normalisation, logits "
+                          "and loss are always fp32")
     run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the towers")
-    run.add_argument("--workers", type=int, default=-1, help="loader processes per process; -1 is none for .npy images with fixed captions, else up to 8")
+    run.add_argument("--workers", type=int, default=-1,
+                     help="loader processes per process; -1 is none for .npy images with fixed captions, else up to 8")
     run.add_argument("--seed", type=int, default=0, help="of the weights, the order, the crops and the drawn captions")
     run.add_argument("--log-every", type=int, default=50, help="steps between log lines")
     run.add_argument("--save-every", type=int, default=500, help="steps between checkpoints; 0 is only at the end")
     run.add_argument("--eval-every", type=int, default=0, help="steps between evaluations; 0 is only at the end")
-    run.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="also log to OUT for TensorBoard (pip install tensorboard)")
-    run.add_argument("--wandb", default="", help="also log to this Weights & Biases project (pip install wandb); empty is off")
+    run.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=False,
+                     help="also log to OUT for TensorBoard (pip install tensorboard)")
+    run.add_argument("--wandb", default="",
+                     help="also log to this Weights & Biases project (pip install wandb); empty is off")
 
     args = parser.parse_args(argv)
     if args.text_embeddings and args.text_head != "frozen":
         parser.error("--text-embeddings holds fixed embeddings: it needs --text-head frozen")
     if args.text_embeddings and (len(args.text_embeddings) > 2 or args.data.count(",") or args.caption != "{caption}"):
-        parser.error("--text-embeddings takes TRAIN.npy and perhaps CLASSES.npy, and one --data set with its own captions")
+        parser.error("--text-embeddings takes TRAIN.npy and perhaps CLASSES.npy, and one --data set with its own "
+                     "captions")
     if args.word_dropout and args.text_head == "frozen":
-        parser.error("--word-dropout changes captions at every epoch, --text-head frozen embeds each caption once: choose one")
+        parser.error("--word-dropout changes captions at every epoch, --text-head frozen embeds each caption once: "
+                     "choose one")
     if not 0 <= args.word_dropout < 1 or not 0 < args.crop_scale <= 1:
         parser.error("--word-dropout must be in [0, 1) and --crop-scale in (0, 1]")
     for flag in ("batch_size", "accumulate", "log_every", "max_pixels"):
@@ -431,7 +478,8 @@ class ModifiedResNet(nn.Module):
         inplanes = width
         for i, n_blocks in enumerate(layers):
             planes = width * 2**i
-            blocks = [Bottleneck(inplanes if j == 0 else 4 * planes, planes, 2 if i and not j else 1) for j in range(n_blocks)]
+            blocks = [Bottleneck(inplanes if j == 0 else 4 * planes, planes,
+                                 2 if i and not j else 1) for j in range(n_blocks)]
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
             inplanes = 4 * planes
         self.attnpool = AttentionPool2d(image_size // 32, inplanes, inplanes // 64, embed_dim)
@@ -541,7 +589,8 @@ class CLIP(nn.Module):
         self.text_arch, width = text["arch"], text["width"]
         if self.text_arch == "embeddings":
             hidden = (width + embed_dim) // 2  # 896 for 768 -> 1024
-            self.text_mlp = nn.Sequential(nn.Linear(width, hidden, bias=False), nn.GELU(), nn.Linear(hidden, embed_dim, bias=False))
+            self.text_mlp = nn.Sequential(nn.Linear(width, hidden, bias=False), nn.GELU(),
+                                          nn.Linear(hidden, embed_dim, bias=False))
             return
         self.token_embedding = nn.Embedding(text["vocab_size"], width)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
@@ -636,7 +685,8 @@ def load_weights(path: str) -> dict:
         raise SystemExit(f"{path}: cannot be read as a checkpoint: {str(error)[:300]}") from None
     if "state_dict" not in checkpoint:
         checkpoint = {"state_dict": checkpoint}
-    names = {re.sub(r"^(module\.|_orig_mod\.)+", "", k).replace("._orig_mod", ""): v for k, v in checkpoint["state_dict"].items()}
+    names = {re.sub(r"^(module\.|_orig_mod\.)+", "", k).replace("._orig_mod", ""): v for k,
+             v in checkpoint["state_dict"].items()}
     return checkpoint | {"state_dict": names}
 
 
@@ -644,9 +694,11 @@ def load_state(model: CLIP, state_dict: dict[str, torch.Tensor], path: str) -> N
     """Load strictly; a difference in names or shapes ends with both lists."""
     own = model.state_dict()
     missing, unexpected = sorted(own.keys() - state_dict), sorted(state_dict.keys() - own)
-    shapes = [f"{k} {tuple(state_dict[k].shape)} for {tuple(own[k].shape)}" for k in own.keys() & state_dict.keys() if own[k].shape != state_dict[k].shape]
+    shapes = [f"{k} {tuple(state_dict[k].shape)} for {tuple(own[k].shape)}" for k in own.keys() & state_dict.keys()
+              if own[k].shape != state_dict[k].shape]
     if missing or unexpected or shapes:
-        raise SystemExit(f"{path} does not fit the model (another --arch?): missing {missing[:5]}, unexpected {unexpected[:5]}, shapes {shapes[:5]}")
+        raise SystemExit(f"{path} does not fit the model (another --arch?): missing {missing[:5]}, unexpected "
+                         f"{unexpected[:5]}, shapes {shapes[:5]}")
     model.load_state_dict(state_dict)
 
 
@@ -656,7 +708,8 @@ def pick_activation(flag: str, checkpoint: dict, path: str) -> str:
     if not any("resblocks" in k for k in checkpoint["state_dict"]):
         return stored or ("gelu" if flag == "auto" else flag)  # no transformer: nothing to mistake
     if stored is None and flag == "auto":
-        raise SystemExit(f"{path} does not say its activation: pass --activation quick_gelu (OpenAI's weights and open_clip models named -quickgelu) or --activation gelu")
+        raise SystemExit(f"{path} does not say its activation: pass --activation quick_gelu (OpenAI's weights and "
+                         "open_clip models named -quickgelu) or --activation gelu")
     if stored is not None and flag not in ("auto", stored):
         raise SystemExit(f"{path} was trained with {stored}, --activation says {flag}")
     return stored or flag
@@ -673,7 +726,7 @@ class Table:
     """A TSV with a header line, held as a memory map and one int64 offset a row.
 
     Rows are split when asked for, so 100 M rows and any number of workers share one copy (the page cache).
-    columns: name -> place, with `image`, `label`, `caption` also known by their aliases. folder: images are relative to it.
+    columns: name -> place, with `image`, `label`, `caption` by their aliases too. folder: images are relative to it.
     Raises: SystemExit for a missing or empty file, a missing image column, a row with another number of fields.
     """
 
@@ -691,7 +744,8 @@ class Table:
                 self.columns[name] = self.columns[found[0]]
         self.n_fields = len(names)
         if "image" not in self.columns:
-            raise SystemExit(f"{path}: no image column; found {names}; expected a tab-separated header with image (or {', '.join(ALIASES['image'])}), label, caption")
+            raise SystemExit(f"{path}: no image column; found {names}; expected a tab-separated header with image (or "
+                             f"{', '.join(ALIASES['image'])}), label, caption")
         content = np.memmap(path, np.uint8, "r")
         starts = [np.array([len(header)])]
         for block in range(len(header), len(content), 2**26):
@@ -719,7 +773,8 @@ class Table:
         line = self.file[start : end if end >= 0 else None].decode("utf-8", "replace").removesuffix("\r")
         fields = line.split("\t")
         if len(fields) != self.n_fields:
-            raise SystemExit(f"{self.path}: row {row + 1} has {len(fields)} fields, the header {self.n_fields}: {line[:100]!r}")
+            raise SystemExit(f"{self.path}: row {row + 1} has {len(fields)} fields, the header {self.n_fields}: "
+                             f"{line[:100]!r}")
         return fields
 
     def get(self, row: int, name: str) -> str:
@@ -747,7 +802,8 @@ def read_labels(table: Table, class_names: list[str]) -> np.ndarray:
         if field:
             label = int(field) if field.isdecimal() else ids.get(field, -1)
             if not 0 <= label < (len(class_names) or label + 1):
-                raise SystemExit(f"{table.path}: row {row + 1} has label {field!r}; classes.tsv has {len(class_names)} classes")
+                raise SystemExit(f"{table.path}: row {row + 1} has label {field!r}; classes.tsv has {len(class_names)} "
+                                 "classes")
             labels[row] = label
     return labels
 
@@ -892,7 +948,8 @@ class Tokenizer:
     def encode(self, text: str) -> tuple[list[int], bool]:
         """Start, tokens, end, at most context_length of them, the last one the end token; and whether it was cut."""
         ids = [self.start_id, *(i for word in bpe_words(text) for i in self.encode_word(word)), self.end_id]
-        return ids[: self.context_length - 1] + ids[-1:] if len(ids) > self.context_length else ids, len(ids) > self.context_length
+        is_cut = len(ids) > self.context_length
+        return ids[: self.context_length - 1] + ids[-1:] if is_cut else ids, is_cut
 
     def __call__(self, texts: Iterable[str]) -> torch.Tensor:
         """[B, L] int64, padded with zeros to the longest text."""
@@ -908,7 +965,7 @@ def pad_tokens(rows: list) -> torch.Tensor:
 
 
 def read_merges(path: str | Path) -> list[str]:
-    """Lines of a merges file in CLIP's format (first line a version), plain or gzipped; as many as CLIP's vocabulary uses."""
+    """Lines of a merges file in CLIP's format (first line a version), plain or gzipped; at most CLIP's 48,894."""
     try:
         raw = gzip.open(path).read() if str(path).endswith(".gz") else Path(path).read_bytes()
     except OSError as error:
@@ -954,16 +1011,19 @@ class Captions:
     is_fixed: the text does not depend on the epoch. Raises: SystemExit for an unknown field, or {class} without labels.
     """
 
-    def __init__(self, table: Table, labels: np.ndarray, templates: list[str], classes: list[dict[str, str]], seed: int):
+    def __init__(self, table: Table, labels: np.ndarray, templates: list[str], classes: list[dict[str, str]],
+                 seed: int):
         self.table, self.labels, self.seed = table, labels, seed
         self.templates = [re.split(r"\{(\w+)\}", template) for template in templates]  # literal, field, literal, ...
         self.names = [[row["name"], *filter(None, row.get("synonyms", "").split("|"))] for row in classes]
         fields = {field for parts in self.templates for field in parts[1::2]}
         unknown = fields - {*table.columns, "class", "synonym"}
         if unknown:
-            raise SystemExit(f"--caption names {sorted(unknown)}; {table.path} has {sorted(table.columns)}, and there are class and synonym")
+            raise SystemExit(f"--caption names {sorted(unknown)}; {table.path} has {sorted(table.columns)}, and there "
+                             "are class and synonym")
         if fields & {"class", "synonym"} and (labels.min() < 0 or not classes):
-            raise SystemExit(f"--caption uses the class name, but {(labels < 0).sum()} of {len(labels)} rows of {table.path} have no label, and there are {len(classes)} classes")
+            raise SystemExit(f"--caption uses the class name, but {(labels < 0).sum()} of {len(labels)} rows of "
+                             f"{table.path} have no label, and there are {len(classes)} classes")
         self.is_fixed = len(templates) == 1 and "synonym" not in fields
 
     def __call__(self, row: int, epoch: int) -> str:
@@ -1078,7 +1138,7 @@ def crop_pixels(pixels: torch.Tensor, boxes: torch.Tensor, image_size: int) -> t
 
 
 def load_pixels(tables: list[Table]) -> torch.Tensor | None:
-    """All images of tables, one after the other, as [n, H, W, 3] uint8; None if not all are rows of .npy files of one size."""
+    """All images of tables, one after the other, [n, H, W, 3] uint8; None if not all are rows of .npy of one size."""
     places, n = defaultdict(list), 0
     for table in tables:
         if locate_image(table, 0)[0].suffix != ".npy":
@@ -1110,7 +1170,8 @@ class Sampler:
     gives, from step `start` on, this process's part of the batch as [B, 3] rows (set, row, epoch).
     """
 
-    def __init__(self, sizes: list[int], shares: np.ndarray, batch_size: int, seed: int, start: int, stop: int, rank: int, world_size: int):
+    def __init__(self, sizes: list[int], shares: np.ndarray, batch_size: int, seed: int, start: int, stop: int,
+                 rank: int, world_size: int):
         self.sizes, self.batch_size, self.seed = sizes, batch_size, seed
         self.cumulative_shares = np.append(0, np.cumsum(shares))
         self.cumulative_shares[-1] = 1
@@ -1192,7 +1253,8 @@ class Pairs(torch.utils.data.Dataset):
                 image, box, tries = None, None, 0
                 while image is None:
                     s, row, epoch = map(int, examples[i])
-                    image = read_image(self.tables[s], row, self.image_size / math.sqrt(0.75 * self.crop_scale), self.max_pixels)
+                    image = read_image(self.tables[s], row, self.image_size / math.sqrt(0.75 * self.crop_scale),
+                                       self.max_pixels)
                     if isinstance(image, str):  # another pair takes its place, the same one for any number of workers
                         bad.append((image, f"{self.tables[s].path} row {row + 1}: {self.tables[s].get(row, 'image')}"))
                         tries += 1
@@ -1200,22 +1262,26 @@ class Pairs(torch.utils.data.Dataset):
                             raise SystemExit(f"100 unreadable images in a row, the last: {bad[-1]}")
                         examples[i, 1] = int(uniform_hash(self.seed, 3, s, row, epoch) * len(self.tables[s]))
                         image = None
-                box = crop_boxes(self.crop_scale, np.array([image.width / image.height]), self.seed, 2, *examples[i : i + 1].T)[0]
+                box = crop_boxes(self.crop_scale, np.array([image.width / image.height]), self.seed, 2,
+                                 *examples[i : i + 1].T)[0]
                 box = box * (image.width, image.height, image.width, image.height)
                 image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC, tuple(box))
                 images.append(torch.from_numpy(np.array(image)))
             batch = {"images": torch.stack(images).permute(0, 3, 1, 2)}  # [B, 3, S, S] uint8, channels last in memory
         else:
             boxes = crop_boxes(self.crop_scale, np.ones(len(examples)), self.seed, 2, *examples.T)
-            batch = {"pixel_rows": torch.from_numpy(self.pixel_offsets[examples[:, 0]] + examples[:, 1]), "boxes": torch.from_numpy(boxes)}
+            batch = {"pixel_rows": torch.from_numpy(self.pixel_offsets[examples[:, 0]] + examples[:, 1]),
+                     "boxes": torch.from_numpy(boxes)}
         batch["caption_ids"] = torch.tensor([self.caption_id(*example) for example in examples.tolist()])
         if self.text_features is None:
             ids, cut = zip(*(self.encode(*example) for example in examples.tolist()))
             batch["texts"] = pad_tokens(ids)
             if self.word_dropout:
-                batch["texts"] = drop_words(batch["texts"], self.tokenizer.ends_word, self.word_dropout, np.full(len(ids), self.seed + 4), *examples.T)
+                batch["texts"] = drop_words(batch["texts"], self.tokenizer.ends_word, self.word_dropout,
+                                            np.full(len(ids), self.seed + 4), *examples.T)
         else:
-            rows = examples[:, 1] if self.text_ids is None else np.searchsorted(self.text_ids, batch["caption_ids"].numpy())
+            rows = examples[:, 1] if self.text_ids is None else np.searchsorted(self.text_ids,
+                                                                                batch["caption_ids"].numpy())
             batch["texts"], cut = torch.from_numpy(np.asarray(self.text_features[rows], np.float32)), ()
         return batch | {"bad": bad, "n_cut": sum(cut)}
 
@@ -1290,7 +1356,8 @@ def on_one_rank(rank: int, work: Callable[[], None]) -> None:
 
 def run_script(command: list[str]) -> None:
     """Run another process outside this one's process group; SystemExit if it fails."""
-    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
+                "OMP_NUM_THREADS")
     environment = {k: v for k, v in os.environ.items() if k not in launcher and not k.startswith("TORCHELASTIC")}
     status = subprocess.run([sys.executable, *command], env=environment).returncode
     if status:
@@ -1303,7 +1370,8 @@ def ensure_shapes(root: Path) -> None:
         return
     builder = Path(__file__).parent / "build_datasets.py"
     if not builder.is_file():
-        raise SystemExit(f"{root} is not there, and no build_datasets.py beside {Path(__file__).name} to render it: pass --data my_pairs.tsv, or --root a folder with classes.tsv, val.tsv and laionet/train.tsv")
+        raise SystemExit(f"{root} is not there, and no build_datasets.py beside {Path(__file__).name} to render it: "
+                         "pass --data my_pairs.tsv, or --root a folder with classes.tsv, val.tsv and laionet/train.tsv")
     print(f"{root} is not there: rendering the shapes world (once)", flush=True)
     run_script([str(builder), "shapes", "--out", str(root)])
 
@@ -1314,9 +1382,12 @@ def ensure_clip_pt(root: Path, device: str) -> None:
     if path.is_file():
         return
     if not world.is_file() or json.loads(world.read_text()).get("world") != "shapes":
-        raise SystemExit(f"--text-head frozen and finetune start from {path}, which is not there: make it from released weights (python clip.py --eval-only RN50.pt --root {root} --bpe bpe_simple_vocab_16e6.txt.gz --export {path}), or pass --text-init")
+        raise SystemExit(f"--text-head frozen and finetune start from {path}, which is not there: make it from "
+                         f"released weights (python clip.py --eval-only RN50.pt --root {root} --bpe "
+                         f"bpe_simple_vocab_16e6.txt.gz --export {path}), or pass --text-init")
     print(f"{path} is not there: pretraining on web (once, about 5 minutes on 2 CPU cores)", flush=True)
-    run_script([__file__, "--root", str(root), "--data", "web", "--steps", "3200", "--out", str(root / "clip_pretraining"), "--export", str(path), "--eval-sets", "val", "--device", device])
+    run_script([__file__, "--root", str(root), "--data", "web", "--steps", "3200", "--out",
+                str(root / "clip_pretraining"), "--export", str(path), "--eval-sets", "val", "--device", device])
 
 
 def lr_at(step: int, peak: float, warmup_steps: int, steps: int) -> float:
@@ -1337,7 +1408,8 @@ def rng_state(device: torch.device) -> dict:
     """States of all random generators, as tensors and builtins."""
     name, keys, *rest = np.random.get_state()
     state = {"python": list(random.getstate()[1]), "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest]}
-    return state | {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+    return state | {"torch": torch.get_rng_state(),
+                    "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
 
 
 def set_rng_state(state: dict, device: torch.device) -> None:
@@ -1375,7 +1447,8 @@ def write_json(path: Path, content: dict) -> None:
 
 
 # Flags that do not change what is computed: a run may be continued with others.
-RUN_FLAGS = {"out", "resume", "export", "eval_only", "eval_sets", "device", "compile", "workers", "log_every", "save_every", "eval_every", "tensorboard", "wandb", "max_bad"}
+RUN_FLAGS = {"out", "resume", "export", "eval_only", "eval_sets", "device", "compile", "workers", "log_every",
+             "save_every", "eval_every", "tensorboard", "wandb", "max_bad"}
 
 
 def load_checkpoint(path: Path, args: dict, step: int | None = None) -> dict:
@@ -1436,11 +1509,13 @@ def encode_rows(n: int, dim: int, encode: Callable[[int, int], torch.Tensor], de
 
 def encode_texts(model: CLIP, tokenizer: Tokenizer, texts: list[str], device: torch.device) -> torch.Tensor:
     """[n, D] embeddings, not normalised. All ranks."""
-    return encode_rows(len(texts), model.embed_dim, lambda a, b: model.encode_text(tokenizer(texts[a:b]).to(device)), device)
+    return encode_rows(len(texts), model.embed_dim, lambda a, b: model.encode_text(tokenizer(texts[a:b]).to(device)),
+                       device)
 
 
 @torch.no_grad()
-def class_prototypes(model: CLIP, tokenizer: Tokenizer | None, world: World, device: torch.device) -> torch.Tensor | None:
+def class_prototypes(model: CLIP, tokenizer: Tokenizer | None, world: World,
+                     device: torch.device) -> torch.Tensor | None:
     """[C, D] unit class vectors: the normalised mean of the normalised embeddings of a class's prompts. All ranks.
 
     None if there are no classes, or no embeddings of their prompts. Source: openai/CLIP's zero-shot notebook.
@@ -1449,14 +1524,17 @@ def class_prototypes(model: CLIP, tokenizer: Tokenizer | None, world: World, dev
         return None
     if tokenizer is None:
         given = torch.from_numpy(np.asarray(world.class_embeddings, np.float32)).to(device)
-        return F.normalize(encode_rows(len(given), model.embed_dim, lambda a, b: model.encode_text(given[a:b]), device), dim=1)
+        return F.normalize(encode_rows(len(given), model.embed_dim, lambda a, b: model.encode_text(given[a:b]), device),
+                           dim=1)
     prompts = [template.replace("{}", row["name"]) for row in world.classes for template in world.templates]
     embed = encode_texts(model, tokenizer, prompts, device)
     return F.normalize(F.normalize(embed, dim=1).unflatten(0, (len(world.classes), -1)).mean(1), dim=1)
 
 
 @torch.no_grad()
-def encode_images(model: CLIP, table: Table, workers: int, max_pixels: int, device: torch.device) -> tuple[torch.Tensor, np.ndarray, Counter]:
+def encode_images(
+    model: CLIP, table: Table, workers: int, max_pixels: int, device: torch.device
+) -> tuple[torch.Tensor, np.ndarray, Counter]:
     """Image embeddings of a test set, not normalised.
 
     Returns: [n, D]; [n] bool, whether the image could be read (its embedding is zero if not); counts of the reasons.
@@ -1466,9 +1544,12 @@ def encode_images(model: CLIP, table: Table, workers: int, max_pixels: int, devi
     blocks = range(0)
     if pixels is None:
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        blocks = [range(a, min(a + EVAL_BATCH, len(table))) for a in range(rank * EVAL_BATCH, len(table), world_size * EVAL_BATCH)]
+        blocks = [range(a, min(a + EVAL_BATCH, len(table))) for a in range(rank * EVAL_BATCH, len(table),
+                                                                           world_size * EVAL_BATCH)]
         dataset = EvalImages(table, model.image_size, max_pixels)
-        blocks = iter(torch.utils.data.DataLoader(dataset, batch_sampler=blocks, num_workers=workers if workers >= 0 else default_workers(), collate_fn=list))
+        blocks = iter(torch.utils.data.DataLoader(dataset, batch_sampler=blocks,
+                                                  num_workers=workers if workers >= 0 else default_workers(),
+                                                  collate_fn=list))
 
     def encode(start: int, stop: int) -> torch.Tensor:
         if pixels is not None:
@@ -1533,7 +1614,8 @@ def imbalance_metrics(predictions: np.ndarray, labels: np.ndarray, class_counts:
     }
 
 
-def retrieval_metrics(image_features: torch.Tensor, text_features: torch.Tensor, image_ids: np.ndarray) -> dict[str, float]:
+def retrieval_metrics(image_features: torch.Tensor, text_features: torch.Tensor, image_ids: np.ndarray) -> dict[str,
+                                                                                                                float]:
     """Recall at 1, 5 and 10 of texts for an image and of images for a text; any text of an image is right for it.
 
     image_features: [n_images, D]; text_features: [n, D]; image_ids: [n] the image of each text. Unit vectors.
@@ -1557,14 +1639,17 @@ def retrieval_metrics(image_features: torch.Tensor, text_features: torch.Tensor,
 
 def print_table(metrics: dict[str, dict]) -> None:
     """One aligned line a test set; accuracies in percent, - for what cannot be computed."""
-    columns = {"n": "n", "top1": "top-1", "balanced": "balanced", "head": "head", "medium": "medium", "tail": "tail", "spearman_acc": "rho(freq,acc)", "spearman_pred": "rho(freq,pred)", "chance": "chance"}
+    columns = {"n": "n", "top1": "top-1", "balanced": "balanced", "head": "head", "medium": "medium", "tail": "tail",
+               "spearman_acc": "rho(freq,acc)", "spearman_pred": "rho(freq,pred)", "chance": "chance"}
     percent = {"top1", "balanced", "head", "medium", "tail", "chance"}
     rows = {name: m for name, m in metrics.items() if name != "run" and m["top1"] is not None}
     if rows:
         print(f"{'test set':<14}" + "".join(f"{title:>{max(9, len(title) + 2)}}" for title in columns.values()))
     for name, m in rows.items():
-        cells = ["-" if m[k] is None else f"{100 * m[k]:.1f}%" if k in percent else f"{m[k]:.3f}" if k != "n" else str(m[k]) for k in columns]
-        print(f"{name:<14}" + "".join(f"{cell:>{max(9, len(title) + 2)}}" for cell, title in zip(cells, columns.values())))
+        cells = ["-" if m[k] is None else f"{100 * m[k]:.1f}%" if k in percent else f"{m[k]:.3f}" if k != "n"
+                 else str(m[k]) for k in columns]
+        print(f"{name:<14}" + "".join(f"{cell:>{max(9, len(title) + 2)}}" for cell,
+                                      title in zip(cells, columns.values())))
     rows = {name: m for name, m in metrics.items() if name != "run" and m["retrieval"]}
     if rows:
         print(f"{'retrieval':<14}{'n':>9}" + "".join(f"{key:>9}" for key in next(iter(rows.values()))["retrieval"]))
@@ -1573,7 +1658,8 @@ def print_table(metrics: dict[str, dict]) -> None:
 
 
 @torch.no_grad()
-def evaluate(model: CLIP, tokenizer: Tokenizer | None, world: World, workers: int, max_pixels: int, device: torch.device, npz_folder: Path | None = None) -> dict[str, dict]:
+def evaluate(model: CLIP, tokenizer: Tokenizer | None, world: World, workers: int, max_pixels: int,
+             device: torch.device, npz_folder: Path | None = None) -> dict[str, dict]:
     """Zero-shot classification of labelled sets, image-text retrieval of those without labels. All ranks.
 
     npz_folder: where the first process writes <set>.npz; rows of unreadable images are left out, `rows` says which are
@@ -1584,7 +1670,8 @@ def evaluate(model: CLIP, tokenizer: Tokenizer | None, world: World, workers: in
     for name, table in world.test_sets.items():
         embed, readable, bad = encode_images(model, table, workers, max_pixels, device)
         rows = np.flatnonzero(readable)
-        result = dict.fromkeys(("n", "top1", "balanced", "head", "medium", "tail", "spearman_acc", "spearman_pred", "chance", "retrieval", "knn", "probe"))
+        result = dict.fromkeys(("n", "top1", "balanced", "head", "medium", "tail", "spearman_acc", "spearman_pred",
+                                "chance", "retrieval", "knn", "probe"))
         result |= {"n": len(rows), "bad_images": dict(bad)}
         labels = read_labels(table, names)[rows]
         embed = embed[torch.from_numpy(rows).to(device)]
@@ -1606,9 +1693,11 @@ def evaluate(model: CLIP, tokenizer: Tokenizer | None, world: World, workers: in
             result["retrieval"] = retrieval_metrics(features[first], F.normalize(texts, dim=1), image_ids)
         metrics[name] = result
         if npz_folder is not None and (not dist.is_initialized() or dist.get_rank() == 0):
-            arrays = {"features": embed.cpu().numpy().astype(np.float16), "labels": labels, "rows": rows, "class_counts": world.class_counts, "class_names": np.array(names, str)}
+            arrays = {"features": embed.cpu().numpy().astype(np.float16), "labels": labels, "rows": rows,
+                      "class_counts": world.class_counts, "class_names": np.array(names, str)}
             if logits is not None:
-                arrays |= {"logits": logits.numpy().astype(np.float16), "prototypes": prototypes.cpu().numpy().astype(np.float16)}
+                arrays |= {"logits": logits.numpy().astype(np.float16),
+                           "prototypes": prototypes.cpu().numpy().astype(np.float16)}
             write_atomically(npz_folder / f"{name}.npz", lambda file, arrays=arrays: np.savez(file, **arrays))
     model.train()
     return metrics
@@ -1624,7 +1713,8 @@ def find_sets(data: str, root: Path) -> tuple[list[Path], list[float | None]]:
         path = Path(name) if name.endswith(".tsv") else root / name / "train.tsv"
         if not path.is_file():
             there = ", ".join(sorted(p.parent.name for p in root.glob("*/train.tsv"))) or "none"
-            raise SystemExit(f"--data {name}: no file {path}; sets in {root}: {there}. build_datasets.py index makes one from tars or folders")
+            raise SystemExit(f"--data {name}: no file {path}; sets in {root}: {there}. build_datasets.py index makes "
+                             "one from tars or folders")
         paths.append(path)
         weights.append(float(weight) if weight else None)
     if None in weights and any(weights):
@@ -1658,14 +1748,15 @@ def read_world(args: argparse.Namespace, root: Path) -> World:
     classes = read_classes(root)
     class_embeddings = np.load(args.text_embeddings[1]) if len(args.text_embeddings) > 1 else None
     if class_embeddings is not None and (class_embeddings.ndim != 2 or len(class_embeddings) != len(classes)):
-        raise SystemExit(f"{args.text_embeddings[1]} is {class_embeddings.shape}, expected a row for each of {len(classes)} classes")
+        raise SystemExit(f"{args.text_embeddings[1]} is {class_embeddings.shape}, expected a row for each of "
+                         f"{len(classes)} classes")
     templates = TEMPLATES if args.templates == "auto" else read_lines(args.templates)
     counts = np.zeros(len(classes), np.int64)
     return World(root, classes, counts, find_test_sets(args.eval_sets, root), templates, class_embeddings)
 
 
 def read_training_sets(args: argparse.Namespace, world: World) -> tuple[list[Captions], np.ndarray]:
-    """Captions (each with its table) of the sets of --data, and the share of the pairs that each gives; fills class_counts."""
+    """Captions (each with its table) of --data, and the share of the pairs that each set gives; fills class_counts."""
     paths, weights = find_sets(args.data, world.root)
     templates = read_lines(args.caption[1:]) if args.caption.startswith("@") else [args.caption]
     captions = []
@@ -1681,11 +1772,13 @@ def read_training_sets(args: argparse.Namespace, world: World) -> tuple[list[Cap
 
 def describe(world: World, tables: list[Table], shares: np.ndarray) -> str:
     """The first line of a run's log."""
-    sets = [f"{len(table):,} rows of {table.path}" + f" (share {share:.3f})" * (len(tables) > 1) for table, share in zip(tables, shares)]
+    sets = [f"{len(table):,} rows of {table.path}" + f" (share {share:.3f})" * (len(tables) > 1) for table,
+            share in zip(tables, shares)]
     line = f"world {world.root}: {', '.join(sets)}, {len(world.classes)} classes"
     if world.class_counts.any():
         most, least = world.class_counts.argmax(), world.class_counts.argmin()
-        line += ", " + ", ".join(f"{word} frequent {world.classes[c]['name']!r} {world.class_counts[c]:,}" for word, c in (("most", most), ("least", least)))
+        line += ", " + ", ".join(f"{word} frequent {world.classes[c]['name']!r} {world.class_counts[c]:,}" for word,
+                                 c in (("most", most), ("least", least)))
     return line
 
 
@@ -1719,12 +1812,14 @@ def caption_statistics(pairs: Pairs, sampler: Sampler) -> str:
     same = []
     for step in range(min(4, sampler.stop)):
         ids = np.array([pairs.caption_id(*example) for example in sampler.batch(step).tolist()])
-        same.append((np.unique(ids, return_inverse=True, return_counts=True)[2][np.unique(ids, return_inverse=True)[1]] > 1).mean())
+        same.append((np.unique(ids, return_inverse=True,
+                               return_counts=True)[2][np.unique(ids, return_inverse=True)[1]] > 1).mean())
     return ", ".join(["captions: " + f"{np.mean(same):.1%} of a batch share theirs with another pair", *parts])
 
 
 @torch.no_grad()
-def embed_captions(model: CLIP, pairs: Pairs, n_epochs: list[int], out: Path, device: torch.device, autocast: Callable) -> tuple[np.ndarray, np.ndarray]:
+def embed_captions(model: CLIP, pairs: Pairs, n_epochs: list[int], out: Path, device: torch.device,
+                   autocast: Callable) -> tuple[np.ndarray, np.ndarray]:
     """Embed each distinct caption of a run once with the frozen text tower, the work shared by all processes.
 
     n_epochs: per set, epochs for which captions are drawn. Returns: [n] sorted caption ids; [n, D] embeddings, in
@@ -1761,7 +1856,9 @@ def embed_captions(model: CLIP, pairs: Pairs, n_epochs: list[int], out: Path, de
     return ids, np.load(path, mmap_mode="r")
 
 
-def build_model(args: argparse.Namespace, root: Path, captions: list[Captions], text_width: int) -> tuple[CLIP, Tokenizer | None, dict]:
+def build_model(args: argparse.Namespace, root: Path, captions: list[Captions], text_width: int) -> tuple[CLIP,
+                                                                                                          Tokenizer
+                                                                                                          | None, dict]:
     """Model and tokenizer from flags and loaded weights.
 
     captions: to learn byte-pair merges from, if no others are at hand. text_width: of given embeddings, or 0.
@@ -1797,7 +1894,8 @@ def build_model(args: argparse.Namespace, root: Path, captions: list[Captions], 
             merges = train_bpe((c(row, 0) for c in captions for row in range(min(len(c.table), 200_000))), 8192)
         tokenizer = Tokenizer(merges, text["context_length"])
         if text.setdefault("vocab_size", tokenizer.vocab_size) != tokenizer.vocab_size:
-            raise SystemExit(f"{source} has {text['vocab_size']} tokens, the merges make {tokenizer.vocab_size}: pass the --bpe it was made with (CLIP's is bpe_simple_vocab_16e6.txt.gz)")
+            raise SystemExit(f"{source} has {text['vocab_size']} tokens, the merges make {tokenizer.vocab_size}: pass "
+                             "the --bpe it was made with (CLIP's is bpe_simple_vocab_16e6.txt.gz)")
     model = CLIP(arch, embed_dim, text, activation)
     if whole:
         load_state(model, loaded["state_dict"], source)
@@ -1807,7 +1905,8 @@ def build_model(args: argparse.Namespace, root: Path, captions: list[Captions], 
     return model, tokenizer, loaded
 
 
-def checkpoint_of(model: CLIP, tokenizer: Tokenizer | None, world: World, args: argparse.Namespace, step: int, device: torch.device) -> dict:
+def checkpoint_of(model: CLIP, tokenizer: Tokenizer | None, world: World, args: argparse.Namespace, step: int,
+                  device: torch.device) -> dict:
     """What a checkpoint or an export holds, in tensors and builtins. All ranks."""
     prototypes = class_prototypes(model, tokenizer, world, device)
     return {
@@ -1831,7 +1930,8 @@ def total(value: float, group: dist.ProcessGroup | None) -> float:
     return float(value)
 
 
-def check_finite(step: int, parts: tuple[torch.Tensor, ...], skipped_in_a_row: int, group: dist.ProcessGroup | None) -> None:
+def check_finite(step: int, parts: tuple[torch.Tensor, ...], skipped_in_a_row: int,
+                 group: dist.ProcessGroup | None) -> None:
     """Report a step left out for its non-finite gradient, and what was not finite; SystemExit after ten in a row.
 
     parts: loss, image_features, text_features. skipped_in_a_row: equal on all processes.
@@ -1841,9 +1941,11 @@ def check_finite(step: int, parts: tuple[torch.Tensor, ...], skipped_in_a_row: i
     is_bad = [any_rank(not bool(part.isfinite().all()), group) for part in parts]
     names = [name for name, bad in zip(("loss", "image_features", "text_features"), is_bad) if bad] or ["gradients"]
     if not dist.is_initialized() or dist.get_rank() == 0:
-        print(f"step {step + 1}: {', '.join(names)} not finite: step left out ({skipped_in_a_row} in a row)", flush=True)
+        print(f"step {step + 1}: {', '.join(names)} not finite: step left out ({skipped_in_a_row} in a row)",
+              flush=True)
     if skipped_in_a_row >= 10:
-        raise SystemExit(f"ended at step {step + 1}: ten steps in a row were not finite; try a lower --lr, --clip-grad 1 or --precision fp32")
+        raise SystemExit(f"ended at step {step + 1}: ten steps in a row were not finite; try a lower --lr, --clip-grad "
+                         "1 or --precision fp32")
 
 
 def note_bad_images(counts: Counter, bad: list[tuple[str, str]]) -> None:
@@ -1860,7 +1962,8 @@ class RunLog:
     def __init__(self, args: argparse.Namespace, start: int):
         path, self.writer, self.wandb = Path(args.out) / "log.jsonl", None, None
         lines = path.read_text().splitlines(keepends=True) if start and path.is_file() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]  # later steps are redone
+        kept = [line for line in lines if line.endswith("\n")
+                and json.loads(line)["step"] <= start]  # later steps are redone
         write_atomically(path, lambda file: file.write("".join(kept).encode()))
         self.file = open(path, "a", buffering=1)
         try:
@@ -1871,46 +1974,56 @@ class RunLog:
             if args.wandb:
                 import wandb
 
-                self.wandb = wandb.init(project=args.wandb, name=Path(args.out).name, config=vars(args), id=hashlib.sha1(str(path.resolve()).encode()).hexdigest()[:12], resume="allow")
+                self.wandb = wandb.init(project=args.wandb, name=Path(args.out).name, config=vars(args),
+                                        id=hashlib.sha1(str(path.resolve()).encode()).hexdigest()[:12], resume="allow")
         except ImportError as error:
-            raise SystemExit(f"{error}: pip install {'tensorboard' if self.writer is None and args.tensorboard else 'wandb'}") from None
+            raise SystemExit(f"{error}: pip install "
+                             f"{'tensorboard' if self.writer is None and args.tensorboard else 'wandb'}") from None
 
     def write(self, line: dict) -> None:
         """line: {"step": int, name: number, ...}; nested dicts are kept in the file, flattened elsewhere."""
         self.file.write(json.dumps(line) + "\n")
         numbers = {k: v for k, v in line.items() if isinstance(v, int | float)}
-        numbers |= {f"{name}/{k}": v for name, m in line.items() if isinstance(m, dict) for k, v in m.items() if isinstance(v, int | float)}
+        numbers |= {f"{name}/{k}": v for name, m in line.items() if isinstance(m, dict) for k,
+                    v in m.items() if isinstance(v, int | float)}
         if self.writer:
             for name, value in numbers.items():
                 self.writer.add_scalar(name, value, line["step"])
         if self.wandb:
             self.wandb.log(numbers, step=line["step"])
         if "loss" in line:
-            tqdm.write(f"step {line['step']:>6}  loss {line['loss']:.4f}  lr {line['lr']:.2e}  scale {line['logit_scale']:6.2f}  grad {line['grad_norm']:7.3f}  {line['images_per_s']:8.1f} images/s  bad {line['bad_images']}")
+            tqdm.write(f"step {line['step']:>6}  loss {line['loss']:.4f}  lr {line['lr']:.2e}  scale "
+                       f"{line['logit_scale']:6.2f}  grad {line['grad_norm']:7.3f}  {line['images_per_s']:8.1f} "
+                       f"images/s  bad {line['bad_images']}")
             sys.stdout.flush()
 
 
-def evaluate_checkpoint(args: argparse.Namespace, world: World, rank: int, device: torch.device, precision: str) -> None:
+def evaluate_checkpoint(args: argparse.Namespace, world: World, rank: int, device: torch.device,
+                        precision: str) -> None:
     """--eval-only: class counts are those the checkpoint was trained with, else those of --data, if it is there."""
     model, tokenizer, loaded = build_model(args, world.root, [], 0)
     if "class_counts" in loaded:
         world.class_counts = loaded["class_counts"].numpy()
         if len(world.class_counts) != len(world.classes):
-            raise SystemExit(f"{args.eval_only} was trained with {len(world.class_counts)} classes, {world.root}/classes.tsv has {len(world.classes)}")
+            raise SystemExit(f"{args.eval_only} was trained with {len(world.class_counts)} classes, "
+                             f"{world.root}/classes.tsv has {len(world.classes)}")
         args.data = loaded["args"]["data"]
     elif (world.root / args.data / "train.tsv").is_file() or args.data.endswith(".tsv"):
         read_training_sets(args, world)
     elif rank == 0:
-        print(f"frequencies of the classes are not known: the checkpoint has none, and there is no --data {args.data} in {world.root}")
+        print(f"frequencies of the classes are not known: the checkpoint has none, and there is no --data {args.data} "
+              f"in {world.root}")
     report(model.to(device), tokenizer, world, args, loaded.get("step", 0), 0.0, rank, device, precision)
 
 
-def report(model: CLIP, tokenizer: Tokenizer | None, world: World, args: argparse.Namespace, step: int, seconds: float, rank: int, device: torch.device, precision: str) -> None:
+def report(model: CLIP, tokenizer: Tokenizer | None, world: World, args: argparse.Namespace, step: int, seconds: float,
+           rank: int, device: torch.device, precision: str) -> None:
     """Evaluate, write metrics.json, <set>.npz and the export, print the table. All ranks."""
     out = Path(args.out)
     metrics = evaluate(model, tokenizer, world, args.workers, args.max_pixels, device, out)
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-    run = {"step": step, "seconds": round(seconds, 1), "data": args.data, "seed": args.seed, "precision": precision, "versions": versions}
+    run = {"step": step, "seconds": round(seconds, 1), "data": args.data, "seed": args.seed, "precision": precision,
+           "versions": versions}
     on_one_rank(rank, lambda: write_json(out / "metrics.json", metrics | {"run": run}))
     if args.export:
         export = checkpoint_of(model, tokenizer, world, args, step, device)
@@ -1939,19 +2052,22 @@ def main(args: argparse.Namespace) -> None:
     files = [part for part in args.data.split(",") if re.sub(r":[\d.]+$", "", part).endswith(".tsv")]
     root = Path(args.root) if args.root != "auto" else Path(files[0]).parent if files else Path(SHAPES_ROOT)
     on_one_rank(rank, lambda: ensure_shapes(root))
-    if args.text_head != "scratch" and args.text_init == "auto" and not (args.text_embeddings or args.eval_only or args.init):
+    if args.text_head != "scratch" and args.text_init == "auto" and not (args.text_embeddings or args.eval_only
+                                                                         or args.init):
         on_one_rank(rank, lambda: ensure_clip_pt(root, args.device))
     world = read_world(args, root)
     if args.eval_only:
         evaluate_checkpoint(args, world, rank, device, precision)
         return
     if args.batch_size % world_size or args.batch_size // world_size < args.accumulate:
-        raise SystemExit(f"--batch-size {args.batch_size} does not split into {world_size} processes of {args.accumulate} chunks")
+        raise SystemExit(f"--batch-size {args.batch_size} does not split into {world_size} processes of "
+                         f"{args.accumulate} chunks")
     captions, shares = read_training_sets(args, world)
     tables, sizes = [c.table for c in captions], [len(c.table) for c in captions]
     if is_main:
         print(describe(world, tables, shares))
-        print(f"precision {precision} ({reason}), {device}, {world_size} process{'es' if world_size > 1 else ''}", flush=True)
+        print(f"precision {precision} ({reason}), {device}, {world_size} process{'es' if world_size > 1 else ''}",
+              flush=True)
     if sum(sizes) < args.batch_size:
         raise SystemExit(f"--batch-size {args.batch_size} is larger than the {sum(sizes)} rows of --data {args.data}")
     pairs = Pairs(captions, args.crop_scale, args.word_dropout, args.max_pixels, args.seed)
@@ -1961,7 +2077,8 @@ def main(args: argparse.Namespace) -> None:
         pairs.text_features = np.load(args.text_embeddings[0], mmap_mode="r")
         text_width = pairs.text_features.shape[-1]
         if pairs.text_features.shape != (sizes[0], text_width):
-            raise SystemExit(f"{args.text_embeddings[0]} is {pairs.text_features.shape}, expected ({sizes[0]}, width): a row for each of {tables[0].path}")
+            raise SystemExit(f"{args.text_embeddings[0]} is {pairs.text_features.shape}, expected ({sizes[0]}, width): "
+                             f"a row for each of {tables[0].path}")
 
     # --- model
     model, tokenizer, _ = build_model(args, root, captions, text_width)
@@ -1979,16 +2096,18 @@ def main(args: argparse.Namespace) -> None:
         if model.text_arch == "transformer":
             model.transformer.compile()
     device_ids = [device] if device.type == "cuda" else None
-    net = DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True) if world_size > 1 else model
+    net = DistributedDataParallel(model, device_ids, broadcast_buffers=False,
+                                  gradient_as_bucket_view=True) if world_size > 1 else model
 
     # --- optimizer
     steps = math.ceil(args.epochs * sum(sizes) / args.batch_size) if args.epochs else args.steps
     peak_lr = args.lr or (3e-3 if args.arch == "tiny" else 1e-3)
-    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), peak_lr, (0.9, args.beta2), eps=1e-8, fused=True)
+    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), peak_lr, (0.9, args.beta2), eps=1e-8,
+                                  fused=True)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     # One path for all precisions: the scaler skips steps with non-finite gradients, on the device; only fp16 is scaled.
-    scale_growth = dict(init_scale=2.0**16, growth_interval=2000) if precision == "fp16" else dict(init_scale=1.0, growth_interval=2**31 - 1)
-    scaler = torch.amp.GradScaler(device.type, **scale_growth)
+    init_scale, growth_interval = (2.0**16, 2000) if precision == "fp16" else (1.0, 2**31 - 1)
+    scaler = torch.amp.GradScaler(device.type, init_scale=init_scale, growth_interval=growth_interval)
 
     # --- resume
     start, seconds_before, started = 0, 0.0, time.time()
@@ -2010,14 +2129,19 @@ def main(args: argparse.Namespace) -> None:
         pairs.text_ids, pairs.text_features = embed_captions(model, pairs, n_epochs, out, device, autocast)
     workers = args.workers if args.workers >= 0 else 0 if pixels is not None and pairs.ids else default_workers()
     sampler = Sampler(sizes, shares, args.batch_size, args.seed, start, steps, rank, world_size)
-    loader = torch.utils.data.DataLoader(pairs, batch_sampler=sampler, collate_fn=as_it_is, num_workers=workers, pin_memory=device.type == "cuda")
+    loader = torch.utils.data.DataLoader(pairs, batch_sampler=sampler, collate_fn=as_it_is, num_workers=workers,
+                                         pin_memory=device.type == "cuda")
 
     # --- log
     log, stop_signals = None, []
     if is_main:
         log = RunLog(args, start)
-        write_json(out / "args.json", {"args": vars(args), "argv": sys.argv, "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()})
-        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {steps} steps of {args.batch_size} pairs, chance loss ln({args.batch_size}) = {math.log(args.batch_size):.3f}" + (f", continued from step {start}" if start else ""))
+        write_json(out / "args.json",
+                   {"args": vars(args), "argv": sys.argv,
+                    "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()})
+        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {steps} steps of "
+              f"{args.batch_size} pairs, chance loss ln({args.batch_size}) = {math.log(args.batch_size):.3f}"
+              + (f", continued from step {start}" if start else ""))
         print(caption_statistics(pairs, sampler), flush=True)
     signal.signal(signal.SIGTERM, lambda number, frame: stop_signals.append(number))
 
@@ -2030,8 +2154,10 @@ def main(args: argparse.Namespace) -> None:
         lr = lr_at(step, peak_lr, args.warmup_steps, steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        batch = {name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-        images = batch["images"] if pixels is None else crop_pixels(pixels[batch["pixel_rows"]], batch["boxes"], model.image_size)
+        batch = {name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value for name,
+                 value in batch.items()}
+        images = batch["images"] if pixels is None else crop_pixels(pixels[batch["pixel_rows"]], batch["boxes"],
+                                                                    model.image_size)
         loss_of = functools.partial(info_nce, caption_ids=batch["caption_ids"], dup_captions=args.dup_captions)
         parts = backward_in_chunks(net, images, batch["texts"], loss_of, args.accumulate, autocast, scaler.scale)
 
@@ -2054,21 +2180,28 @@ def main(args: argparse.Namespace) -> None:
 
         if is_log_step:
             n_bad = total(sum(bad.values()), control)
-            line = {"step": step + 1, "samples": (step + 1) * args.batch_size, "epoch": round((step + 1) * args.batch_size / sum(sizes), 4)}
-            line |= {"loss": total(float(loss_sum), control) / world_size / (n_seen - n_logged) * len(images), "lr": lr}  # Sync
-            line |= {"logit_scale": float(model.logit_scale.detach().exp()), "grad_norm": float(grad_norm), "images_per_s": round((n_seen - n_logged) * world_size / (time.time() - logged_at), 1)}
+            line = {"step": step + 1, "samples": (step + 1) * args.batch_size,
+                    "epoch": round((step + 1) * args.batch_size / sum(sizes), 4)}
+            line |= {"loss": total(float(loss_sum), control) / world_size / (n_seen - n_logged) * len(images),
+                     "lr": lr}  # Sync
+            line |= {"logit_scale": float(model.logit_scale.detach().exp()), "grad_norm": float(grad_norm),
+                     "images_per_s": round((n_seen - n_logged) * world_size / (time.time() - logged_at), 1)}
             line |= {"bad_images": int(n_bad), "truncated": total(n_cut, control) / (n_seen * world_size)}
             if is_main:
                 log.write(line)
             if n_bad > args.max_bad * max(1000, n_seen * world_size):
-                raise SystemExit(f"{int(n_bad)} of {n_seen * world_size} images cannot be read ({dict(bad)} on this process), more than --max-bad {args.max_bad}")
+                raise SystemExit(f"{int(n_bad)} of {n_seen * world_size} images cannot be read ({dict(bad)} on this "
+                                 f"process), more than --max-bad {args.max_bad}")
             n_logged, logged_at = n_seen, time.time()
             loss_sum.zero_()
         is_stopped = any_rank(bool(stop_signals), control)
         if is_stopped or step + 1 == steps or (args.save_every and (step + 1) % args.save_every == 0):
             checkpoint = checkpoint_of(model, tokenizer, world, args, step + 1, device)
-            checkpoint |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng_state(device), "seconds": seconds_before + time.time() - started}
-            on_one_rank(rank, lambda checkpoint=checkpoint: write_atomically(out / "checkpoint.pt", lambda file: torch.save(checkpoint, file)))
+            checkpoint |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng_state(device),
+                           "seconds": seconds_before + time.time() - started}
+            on_one_rank(rank,
+                        lambda checkpoint=checkpoint: write_atomically(out / "checkpoint.pt",
+                                                                       lambda file: torch.save(checkpoint, file)))
         if is_stopped:
             if is_main:
                 print(f"SIGTERM: saved at step {step + 1}; the same command continues", flush=True)

@@ -2,11 +2,12 @@
 
 Both sides: same shapes, real caption lengths (WordNet's glosses from --captions), forward, symmetric InfoNCE, backward,
 AdamW. open_clip's side is its model, ClipLoss and torch.optim.AdamW as its trainer builds it, with texts of 77 tokens.
-Sides alternate within one run, since the speed of a shared machine drifts; printed is the median of the ratios of pairs.
-A `frozen` step of clip.py has cached caption embeddings; open_clip's has a locked text tower that runs without gradient.
+Sides alternate within one run, since the speed of a shared machine drifts; printed is the median of paired ratios.
+A `frozen` step of clip.py has cached caption embeddings; open_clip's locked text tower runs without gradient.
 """
 
 import argparse
+import contextlib
 import statistics
 import sys
 import time
@@ -30,7 +31,10 @@ def open_clip_step(arch: str, images: torch.Tensor, texts: torch.Tensor, is_lock
     model = open_clip.create_model(arch)
     if is_locked:
         model.lock_text_tower()
-    is_gain = lambda name, p: p.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))  # noqa: E731
+
+    def is_gain(name, p):
+        return p.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
+
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
         {"params": [p for name, p in named if is_gain(name, p)], "weight_decay": 0.0},
@@ -65,8 +69,7 @@ def our_step(arch: str, images: torch.Tensor, texts: torch.Tensor, is_frozen: bo
     model.train()
 
     def step():
-        autocast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=False)  # noqa: E731
-        clip.backward_in_chunks(model, images, texts, clip.info_nce, 1, autocast, scaler.scale)
+        clip.backward_in_chunks(model, images, texts, clip.info_nce, 1, contextlib.nullcontext, scaler.scale)
         scaler.unscale_(optimizer)
         scaler.step(optimizer)
         scaler.update()
@@ -82,7 +85,9 @@ def seconds(step) -> float:
 
 
 def main(args: argparse.Namespace) -> None:
-    print(f"torch {torch.__version__}, open_clip {open_clip.__version__}, {torch.get_num_threads()} threads, {args.arch}")
+    print(
+        f"torch {torch.__version__}, open_clip {open_clip.__version__}, {torch.get_num_threads()} threads, {args.arch}"
+    )
     for batch_size in args.batch_sizes:
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, (batch_size, 3, 224, 224), generator=generator, dtype=torch.uint8)
@@ -103,15 +108,26 @@ def main(args: argparse.Namespace) -> None:
                     times[name].append(elapsed)
         for name, values in times.items():
             print(f"  {name:<17} {statistics.median(values):6.2f} s a step (of {min(values):.2f} to {max(values):.2f})")
-        for ours, theirs in (("clip.py", "open_clip"), ("clip.py frozen", "open_clip locked"), ("clip.py frozen", "open_clip")):
+        for ours, theirs in (
+            ("clip.py", "open_clip"),
+            ("clip.py frozen", "open_clip locked"),
+            ("clip.py frozen", "open_clip"),
+        ):
             ratios = [b / a for a, b in zip(times[ours], times[theirs], strict=True)]
-            print(f"  {theirs} / {ours}: median {statistics.median(ratios):.2f} (of {min(ratios):.2f} to {max(ratios):.2f})")
+            print(
+                f"  {theirs} / {ours}: median {statistics.median(ratios):.2f} (of {min(ratios):.2f} to "
+                f"{max(ratios):.2f})"
+            )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--arch", default="RN50", choices=["RN50", "ViT-B-32", "ViT-B-16"], help="image tower")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 16], help="pairs of a step")
     parser.add_argument("--pairs", type=int, default=5, help="counted rounds of the alternation")
-    parser.add_argument("--captions", default="/usr/share/wordnet/data.noun", help="WordNet data file (Debian: wordnet-base)")
+    parser.add_argument(
+        "--captions", default="/usr/share/wordnet/data.noun", help="WordNet data file (Debian: wordnet-base)"
+    )
     main(parser.parse_args())

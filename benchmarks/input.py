@@ -1,7 +1,7 @@
 """Input pipeline of clip.py against torchvision's: python benchmarks/input.py
 
-Throughput: JPEGs read from tars by `clip.Pairs` in a DataLoader, against ImageFolder + DataLoader on the same files with
-torchvision's RandomResizedCrop(224, scale (0.9, 1), bicubic) and ToTensor-free uint8 output, at 1 and 2 workers,
+Throughput: JPEGs read from tars by `clip.Pairs` in a DataLoader, against ImageFolder + DataLoader on the same files
+with torchvision's RandomResizedCrop(224, scale (0.9, 1), bicubic), both to uint8 batches, at 1 and 2 workers,
 alternating; printed is the median of the ratios. Memory: a table of 1 M rows and 4 workers.
 """
 
@@ -31,7 +31,9 @@ def make_jpegs(folder: Path, n: int, width: int, height: int) -> None:
     (folder / "images" / "class").mkdir(parents=True)
     with tarfile.open(folder / "0.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
         for i in range(n):
-            coarse = Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+            coarse = Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).resize(
+                (width, height), Image.Resampling.BICUBIC
+            )
             pixels = np.asarray(coarse, np.int16) + rng.normal(0, 8, (height, width, 3)).astype(np.int16)
             buffer = io.BytesIO()
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
@@ -69,17 +71,21 @@ def images_per_s(loader, n: int) -> float:
 
 
 def memory_gib(rows: int, workers: int, folder: Path) -> tuple[float, float]:
-    """Memory of this process and its workers in GiB while they load: sums of the proportional and of the resident sizes."""
+    """Memory of this process and its workers in GiB while they load: sums of PSS and of RSS."""
     line = (folder / "train.tsv").read_text().splitlines()[1].split("\t")[0]
     with open(folder / "large.tsv", "w") as file:
         file.write("image\tcaption\n")
-        file.writelines(f"{line}\ta caption of ordinary length with the number {i} and some more words\n" for i in range(rows))
+        file.writelines(
+            f"{line}\ta caption of ordinary length with the number {i} and some more words\n" for i in range(rows)
+        )
     table = clip.Table(folder / "large.tsv")
     captions = clip.Captions(table, np.full(rows, -1), ["{caption}"], [], 0)
     pairs = clip.Pairs([captions], 0.9, 0.0, 10**9, 0)
     pairs.prepare(clip.Tokenizer([]), 224)
     sampler = clip.Sampler([rows], np.ones(1), 64, 0, 0, 20, 0, 1)
-    batches = iter(torch.utils.data.DataLoader(pairs, batch_sampler=sampler, collate_fn=clip.as_it_is, num_workers=workers))
+    batches = iter(
+        torch.utils.data.DataLoader(pairs, batch_sampler=sampler, collate_fn=clip.as_it_is, num_workers=workers)
+    )
     for _ in range(15):
         next(batches)
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
@@ -95,20 +101,38 @@ def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_jpegs(folder, args.images, *args.size)
-        print(f"{args.images} JPEGs of {args.size[0]} x {args.size[1]}, torch {torch.__version__}, {os.cpu_count()} cores")
+        print(
+            f"{args.images} JPEGs of {args.size[0]} x {args.size[1]}, torch {torch.__version__}, {os.cpu_count()} cores"
+        )
         for workers in (1, 2):
-            rates = [(images_per_s(our_loader(folder, workers, 32), args.images), images_per_s(their_loader(folder, workers, 32), args.images)) for _ in range(args.pairs)]
+            rates = [
+                (
+                    images_per_s(our_loader(folder, workers, 32), args.images),
+                    images_per_s(their_loader(folder, workers, 32), args.images),
+                )
+                for _ in range(args.pairs)
+            ]
             ours, theirs = (statistics.median(rate) for rate in zip(*rates, strict=True))
             ratios = [a / b for a, b in rates]
-            print(f"{workers} workers: clip.py {ours:.0f}, torchvision {theirs:.0f} images/s, median ratio {statistics.median(ratios):.2f} (of {min(ratios):.2f} to {max(ratios):.2f})")
+            print(
+                f"{workers} workers: clip.py {ours:.0f}, torchvision {theirs:.0f} images/s, median ratio "
+                f"{statistics.median(ratios):.2f} (of {min(ratios):.2f} to {max(ratios):.2f})"
+            )
         pss, rss = memory_gib(args.rows, 4, folder)
-        print(f"{args.rows:,} rows, 4 workers: {pss:.2f} GiB (each shared page once), {rss:.2f} GiB (each page once a process)")
+        print(
+            f"{args.rows:,} rows, 4 workers: {pss:.2f} GiB (each shared page once), {rss:.2f} GiB (each page once a "
+            "process)"
+        )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=1600, help="JPEGs to make")
-    parser.add_argument("--size", type=int, nargs=2, default=[341, 256], help="their width and height; img2dataset's short side is 256")
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=[341, 256], help="their width and height; img2dataset's short side is 256"
+    )
     parser.add_argument("--pairs", type=int, default=5, help="rounds of the alternation")
     parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the table of the memory test")
     main(parser.parse_args())

@@ -6,11 +6,13 @@ import math
 import warnings
 from pathlib import Path
 
-import clip
 import numpy as np
 import pytest
 import torch
 from torch import nn
+
+import clip
+
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
@@ -63,8 +65,12 @@ def random_inputs():
     for row, n in zip(texts, (9, 77)):  # one short text, one of full length
         row[:n] = torch.randint(1, 49406, (n,), generator=generator)
         row[0], row[n - 1] = 49406, 49407
-    blocks = torch.randint(0, 256, (2, 3, 7, 7), generator=generator).to(torch.uint8)  # noise alone looks the same everywhere
-    return blocks.repeat_interleave(32, 2).repeat_interleave(32, 3) ^ torch.randint(0, 64, (2, 3, 224, 224), generator=generator).to(torch.uint8), texts
+    blocks = torch.randint(0, 256, (2, 3, 7, 7), generator=generator).to(
+        torch.uint8
+    )  # noise alone looks the same everywhere
+    return blocks.repeat_interleave(32, 2).repeat_interleave(32, 3) ^ torch.randint(
+        0, 64, (2, 3, 224, 224), generator=generator
+    ).to(torch.uint8), texts
 
 
 def assert_equal_features(ours, theirs):
@@ -83,7 +89,9 @@ def saved(request, tmp_path_factory):
     pytest.importorskip("open_clip")
     torch.manual_seed(0)
     model = clip.CLIP(request.param, clip.ARCHS[request.param]["embed_dim"], dict(TEXT), "gelu").eval()
-    initial = {k: (float(v.mean()), float(v.std(correction=0))) for k, v in model.state_dict().items() if v.is_floating_point()}
+    initial = {
+        k: (float(v.mean()), float(v.std(correction=0))) for k, v in model.state_dict().items() if v.is_floating_point()
+    }
     perturb(model)
     if request.param == "RN50":  # running statistics that fit, or all images give nearly the same features
         for module in model.modules():
@@ -142,10 +150,15 @@ def test_open_clip_weights_load_here_with_equal_features(activation, tmp_path):
     theirs = CLIP(384, vision, text, quick_gelu=activation == "quick_gelu").eval()
     perturb(theirs)
     path = tmp_path / "epoch_1.pt"  # as open_clip's trainer writes it
-    torch.save({"epoch": 1, "name": "run", "state_dict": {f"module.{k}": v for k, v in theirs.state_dict().items()}}, path)
+    torch.save(
+        {"epoch": 1, "name": "run", "state_dict": {f"module.{k}": v for k, v in theirs.state_dict().items()}}, path
+    )
     loaded = clip.load_weights(str(path))
     text, embed_dim = clip.text_config(loaded["state_dict"])
-    assert (text, embed_dim) == (dict(arch="transformer", width=64, vocab_size=49408, context_length=77, n_layers=3), 384)
+    assert (text, embed_dim) == (
+        dict(arch="transformer", width=64, vocab_size=49408, context_length=77, n_layers=3),
+        384,
+    )
     model = clip.CLIP("ViT-S-16", embed_dim, text, clip.pick_activation(activation, loaded, str(path))).eval()
     clip.load_state(model, loaded["state_dict"], str(path))
     images, texts = random_inputs()
@@ -170,18 +183,33 @@ def test_initial_weights(saved):
         block = f"transformer.resblocks.{i}."
         expected |= {block + "attn.in_proj_weight": 0.04419, block + "attn.out_proj.weight": 0.009021}
         expected |= {block + "mlp.c_fc.weight": 0.03125, block + "mlp.c_proj.weight": 0.009021}
-    constants = {"logit_scale": math.log(1 / 0.07), "transformer.resblocks.3.ln_1.weight": 1, "transformer.resblocks.3.attn.in_proj_bias": 0, "transformer.resblocks.3.attn.out_proj.bias": 0}
+    constants = {
+        "logit_scale": math.log(1 / 0.07),
+        "transformer.resblocks.3.ln_1.weight": 1,
+        "transformer.resblocks.3.attn.in_proj_bias": 0,
+        "transformer.resblocks.3.attn.out_proj.bias": 0,
+    }
     if model.arch == "RN50":
         expected |= {f"visual.attnpool.{k}.weight": 2048**-0.5 for k in ("q_proj", "k_proj", "v_proj", "c_proj")}
         expected |= {"visual.attnpool.positional_embedding": 2048**-0.5}
         gains = [k for k in initial if k.startswith("visual.layer") and k.endswith("bn3.weight")]
         assert len(gains) == 16
-        constants |= dict.fromkeys(gains, 0) | {"visual.bn3.weight": 1, "visual.layer1.0.bn2.weight": 1, "visual.layer2.0.downsample.1.weight": 1}
+        constants |= dict.fromkeys(gains, 0) | {
+            "visual.bn3.weight": 1,
+            "visual.layer1.0.bn2.weight": 1,
+            "visual.layer2.0.downsample.1.weight": 1,
+        }
     else:
         expected |= {"visual.positional_embedding": vision**-0.5, "visual.proj": vision**-0.5}
         block = "visual.transformer.resblocks.5."  # torch's defaults: Xavier and Kaiming uniform laws
-        expected |= {block + "attn.in_proj_weight": (2 * vision) ** -0.5, block + "attn.out_proj.weight": (3 * vision) ** -0.5}
-        expected |= {block + "mlp.c_fc.weight": (3 * vision) ** -0.5, block + "mlp.c_proj.weight": (12 * vision) ** -0.5}
+        expected |= {
+            block + "attn.in_proj_weight": (2 * vision) ** -0.5,
+            block + "attn.out_proj.weight": (3 * vision) ** -0.5,
+        }
+        expected |= {
+            block + "mlp.c_fc.weight": (3 * vision) ** -0.5,
+            block + "mlp.c_proj.weight": (12 * vision) ** -0.5,
+        }
         assert initial["visual.class_embedding"][1] == pytest.approx(vision**-0.5, rel=0.1)  # 768 numbers only
         constants |= {"visual.ln_pre.weight": 1, block + "attn.in_proj_bias": 0, block + "attn.out_proj.bias": 0}
     for name, std in expected.items():
@@ -206,7 +234,9 @@ def scripted(model, extra):
                 module.add_module(part, nn.Module())
             module = module._modules[part]
         is_parameter = tensor.is_floating_point() and "running" not in last
-        module.register_parameter(last, nn.Parameter(tensor.half())) if is_parameter else module.register_buffer(last, tensor)
+        module.register_parameter(last, nn.Parameter(tensor.half())) if is_parameter else module.register_buffer(
+            last, tensor
+        )
     for name, value in extra.items():
         root.register_buffer(name, torch.tensor(value))
     root.forward = lambda x: x + 1
@@ -227,7 +257,10 @@ def write_as(source, model, folder):
     elif source == "compiled in DDP":
         torch.save({"state_dict": {f"module._orig_mod.{k}": v for k, v in state.items()}}, path)
     elif source == "compiled tower":
-        names = {k: k.replace("visual.", "visual._orig_mod.").replace("transformer.", "transformer._orig_mod.") for k in state}
+        names = {
+            k: k.replace("visual.", "visual._orig_mod.").replace("transformer.", "transformer._orig_mod.")
+            for k in state
+        }
         torch.save({"state_dict": {names[k]: v for k, v in state.items()}}, path)
     elif source == "bare":
         torch.save(state, path)
@@ -242,7 +275,10 @@ def write_as(source, model, folder):
     return str(path), state
 
 
-@pytest.mark.parametrize("source", ["ours", "open_clip", "compiled", "compiled in DDP", "compiled tower", "bare", "safetensors", "TorchScript"])
+@pytest.mark.parametrize(
+    "source",
+    ["ours", "open_clip", "compiled", "compiled in DDP", "compiled tower", "bare", "safetensors", "TorchScript"],
+)
 @torch.no_grad()
 def test_load_weights_reads(source, tmp_path):
     model = small_clip()
@@ -257,7 +293,9 @@ def test_load_weights_reads(source, tmp_path):
     assert (loaded["arch"], loaded["step"]) == ("tiny", 7) if source == "ours" else "arch" not in loaded
     other = small_clip()
     clip.load_state(other, loaded["state_dict"], path)
-    assert torch.equal(other.text_projection, expected["text_projection"]) and other.text_projection.dtype == torch.float32
+    assert (
+        torch.equal(other.text_projection, expected["text_projection"]) and other.text_projection.dtype == torch.float32
+    )
 
 
 def saved_bytes(content):
@@ -307,7 +345,12 @@ def test_load_state_mismatch_lists_names_and_shapes():
     state["token_embedding.weight"] = before + 1
     with pytest.raises(SystemExit) as error:
         clip.load_state(model, state, "some/file.pt")
-    for words in ("some/file.pt", "missing ['text_projection']", "unexpected ['text_proj']", "positional_embedding (5, 64) for (77, 64)"):
+    for words in (
+        "some/file.pt",
+        "missing ['text_projection']",
+        "unexpected ['text_proj']",
+        "positional_embedding (5, 64) for (77, 64)",
+    ):
         assert words in str(error.value)
     assert torch.equal(model.token_embedding.weight, before)  # nothing was loaded
 
@@ -318,14 +361,22 @@ def test_pick_activation():
         clip.pick_activation("auto", transformer, "x.pt")
     with pytest.raises(SystemExit, match=r"x\.pt was trained with quick_gelu, --activation says gelu"):
         clip.pick_activation("gelu", transformer | {"activation": "quick_gelu"}, "x.pt")
-    for flag, stored, expected in [("gelu", None, "gelu"), ("quick_gelu", None, "quick_gelu"), ("auto", "quick_gelu", "quick_gelu"), ("gelu", "gelu", "gelu")]:
+    for flag, stored, expected in [
+        ("gelu", None, "gelu"),
+        ("quick_gelu", None, "quick_gelu"),
+        ("auto", "quick_gelu", "quick_gelu"),
+        ("gelu", "gelu", "gelu"),
+    ]:
         assert clip.pick_activation(flag, transformer | ({"activation": stored} if stored else {}), "x.pt") == expected
     assert clip.pick_activation("auto", cbow, "x.pt") == "gelu"  # nothing to mistake
 
 
 def test_text_config_of_each_text_tower():
     for model, expected in [
-        (small_clip(context_length=20), dict(arch="transformer", width=64, vocab_size=514, context_length=20, n_layers=2)),
+        (
+            small_clip(context_length=20),
+            dict(arch="transformer", width=64, vocab_size=514, context_length=20, n_layers=2),
+        ),
         (small_clip("cbow"), dict(arch="cbow", width=64, vocab_size=514, context_length=77)),
         (small_clip("embeddings"), dict(arch="embeddings", width=64)),
     ]:
@@ -339,14 +390,18 @@ def test_export_rebuilds_model_and_tokenizer(tmp_path):
     merges = clip.train_bpe(["a cat and a hat"] * 3, 8)
     model, path = small_clip(activation="quick_gelu", merges=merges), tmp_path / "clip.pt"
     torch.save(checkpoint_of(model, clip.Tokenizer(merges)), path)
-    again, tokenizer, loaded = clip.build_model(clip.parse_args(["--eval-only", str(path), "--arch", "RN50"]), tmp_path, [], 0)
+    again, tokenizer, loaded = clip.build_model(
+        clip.parse_args(["--eval-only", str(path), "--arch", "RN50"]), tmp_path, [], 0
+    )
     assert (again.arch, again.activation, again.embed_dim, loaded["step"]) == ("tiny", "quick_gelu", 16, 7)
     texts, images = tokenizer(["a cat", "hats"]), torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     assert torch.equal(again.eval().encode_text(texts), model.encode_text(texts))
     assert torch.equal(again.encode_image(images), model.encode_image(images))
     (tmp_path / "other.txt").write_text("version\na b\n")
     with pytest.raises(SystemExit, match=f"{514 + len(merges)} tokens, the merges make 515"):
-        clip.build_model(clip.parse_args(["--eval-only", str(path), "--bpe", str(tmp_path / "other.txt")]), tmp_path, [], 0)
+        clip.build_model(
+            clip.parse_args(["--eval-only", str(path), "--bpe", str(tmp_path / "other.txt")]), tmp_path, [], 0
+        )
 
 
 # ------------------------------------------------------------------------------ text towers

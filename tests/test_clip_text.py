@@ -7,22 +7,83 @@ import unicodedata
 from collections import Counter
 from pathlib import Path
 
-import clip
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import clip
+
 WORDNET = Path("/usr/share/wordnet/data.noun")
 LITERALS = ["<|startoftext|>", "<|endoftext|>", "<start_of_text>", "<end_of_text>"]
 PIECES = [
-    *("café", "CAFE\u0301", "naïve", "Ångström", "straße", "ﬁn", "İstanbul", "ОДИН", "猫が好き", "한국어", "ไทย", "हिन्दी", "ŉ", "ǅ"),
-    *("don't", "I'M", "we'll", "she'd", "they've", "you're", "dog's", "'s", "''s", "'T", "o'clock", "'\u017f", "'", "rock'n'roll"),
+    *(
+        "café",
+        "CAFE\u0301",
+        "naïve",
+        "Ångström",
+        "straße",
+        "ﬁn",
+        "İstanbul",
+        "ОДИН",
+        "猫が好き",
+        "한국어",
+        "ไทย",
+        "हिन्दी",
+        "ŉ",
+        "ǅ",
+    ),
+    *(
+        "don't",
+        "I'M",
+        "we'll",
+        "she'd",
+        "they've",
+        "you're",
+        "dog's",
+        "'s",
+        "''s",
+        "'T",
+        "o'clock",
+        "'\u017f",
+        "'",
+        "rock'n'roll",
+    ),
     *("2024", "3.14", "½", "²", "Ⅷ", "٣", "4K", "1,000", "10%", "①", "𝟘"),
     *("snake_case", "_", "__", "#tag", "@user", "...", "!!", "?!", "--", "C++", "(a)", "a.b", "$5", "\\n", "~^`|"),
-    *("&amp;", "&lt;b&gt;", "&eacute;", "&#39;s", "&#x1F600;", "&amp;amp;", "&nbsp;", "&copy", "&;", "<b>", "</i>", "<"),
-    *("😀", "👩‍👩‍👧", "👍🏽", "🇩🇪", "❤️", "☃", "e\u0323\u0302", "\u0301", "\u200b", "\u00ad", "\u3000", "\u00a0", "\t", "\n", " \r\n", "\x1c"),
+    *(
+        "&amp;",
+        "&lt;b&gt;",
+        "&eacute;",
+        "&#39;s",
+        "&#x1F600;",
+        "&amp;amp;",
+        "&nbsp;",
+        "&copy",
+        "&;",
+        "<b>",
+        "</i>",
+        "<",
+    ),
+    *(
+        "😀",
+        "👩‍👩‍👧",
+        "👍🏽",
+        "🇩🇪",
+        "❤️",
+        "☃",
+        "e\u0323\u0302",
+        "\u0301",
+        "\u200b",
+        "\u00ad",
+        "\u3000",
+        "\u00a0",
+        "\t",
+        "\n",
+        " \r\n",
+        "\x1c",
+    ),
     *LITERALS,
 ]
 
@@ -89,7 +150,9 @@ ANY_TEXT = st.text(st.characters(exclude_categories=("Cs", "Cn"), exclude_charac
 @given(st.lists(st.one_of(st.sampled_from(PIECES), ANY_TEXT), max_size=12), st.sampled_from(["", " "]))
 def test_ids_equal_open_clips_on_any_text(ours, theirs, pieces, separator):
     text = separator.join(pieces)
-    if is_left_alone_by_ftfy(text) and not re.search("<(start|end)_of_text>", re.sub("|".join(LITERALS[2:]), "", text), re.I):
+    if is_left_alone_by_ftfy(text) and not re.search(
+        "<(start|end)_of_text>", re.sub("|".join(LITERALS[2:]), "", text), re.I
+    ):
         assert padded(ours, text) == ids_of(theirs, text)
 
 
@@ -113,14 +176,19 @@ def test_character_classes_equal_open_clips_on_all_of_unicode(theirs):
     differing = [k for k, (a, b) in enumerate(zip(*found)) if a != b]
     chars = [c for k in differing for c in chars[k * 20_000 : (k + 1) * 20_000]]
     differing = [c for c in chars if clip.word_pattern().findall(f"a{c}!") != theirs.pat.findall(f"a{c}!")]
-    assert differing == ["\u0345"]  # neither [\\p{L}] nor [^\\p{L}] to `regex` when it ignores case, so open_clip drops it
+    assert differing == [
+        "\u0345"
+    ]  # neither [\\p{L}] nor [^\\p{L}] to `regex` when it ignores case, so open_clip drops it
 
 
 def test_oracle_ids(ours):
     assert ours.encode("a photo of a cat") == ([49406, 320, 1125, 539, 320, 2368, 49407], False)
     assert ours.encode("!")[0] == [49406, 256, 49407] and ours.encode("!!")[0] == [49406, 748, 49407]
     assert ours.encode("")[0] == ours.encode(" \n ")[0] == ours.encode("<|endoftext|>")[0] == [49406, 49407]
-    assert ours(["a photo of a cat", ""]).tolist() == [[49406, 320, 1125, 539, 320, 2368, 49407], [49406, 49407, 0, 0, 0, 0, 0]]
+    assert ours(["a photo of a cat", ""]).tolist() == [
+        [49406, 320, 1125, 539, 320, 2368, 49407],
+        [49406, 49407, 0, 0, 0, 0, 0],
+    ]
 
 
 def test_too_long_texts_keep_the_end_token(ours, theirs):
@@ -148,7 +216,10 @@ def test_literals_of_special_tokens_make_no_special_token(ours):
 
 
 def test_read_merges(tmp_path):
-    for name, write in (("a.txt", lambda b: (tmp_path / "a.txt").write_bytes(b)), ("a.txt.gz", lambda b: (tmp_path / "a.txt.gz").write_bytes(clip.gzip.compress(b)))):
+    for name, write in (
+        ("a.txt", lambda b: (tmp_path / "a.txt").write_bytes(b)),
+        ("a.txt.gz", lambda b: (tmp_path / "a.txt.gz").write_bytes(clip.gzip.compress(b))),
+    ):
         write("#version: 0.2\na b\nab Ã\n\n".encode())
         assert clip.read_merges(tmp_path / name) == ["a b", "ab Ã"]
     with pytest.raises(SystemExit, match="--bpe .*none.txt"):
@@ -201,7 +272,21 @@ def slow_bpe(texts, n_merges):
 def test_train_bpe_by_hand():
     """The example of Sennrich et al.: low x5, lower x2, newest x6, widest x3; ties go to the pair that sorts first."""
     texts = ["low " * 5, "lower lower", "newest " * 6 + "widest widest", "Widest"]
-    merges = ["e s", "es t</w>", "l o", "e w", "ew est</w>", "n ewest</w>", "lo w</w>", "d est</w>", "i dest</w>", "w idest</w>", "e r</w>", "lo w", "low er</w>"]
+    merges = [
+        "e s",
+        "es t</w>",
+        "l o",
+        "e w",
+        "ew est</w>",
+        "n ewest</w>",
+        "lo w</w>",
+        "d est</w>",
+        "i dest</w>",
+        "w idest</w>",
+        "e r</w>",
+        "lo w",
+        "low er</w>",
+    ]
     assert clip.train_bpe(texts, 100) == merges
     assert clip.train_bpe(texts, 4) == merges[:4] and clip.train_bpe([], 4) == [] == clip.train_bpe(["a b c"], 4)
     assert clip.train_bpe(["aaaa aaa"], 9) == ["a a", "a a</w>", "aa a</w>", "aa aa</w>"]
@@ -292,7 +377,9 @@ def test_drop_words_depends_on_its_keys_alone():
         assert torch.equal(whole[i, :length], alone) and not whole[i, length:].any()
     shuffled = clip.drop_words(tokens[order], tokenizer.ends_word, 0.4, rows[order], epoch[order])
     assert torch.equal(shuffled, whole[order])
-    assert not torch.equal(whole, clip.drop_words(tokens, tokenizer.ends_word, 0.4, rows, epoch + 1)[:, : whole.shape[1]])
+    assert not torch.equal(
+        whole, clip.drop_words(tokens, tokenizer.ends_word, 0.4, rows, epoch + 1)[:, : whole.shape[1]]
+    )
 
 
 def test_drop_words_with_probability_0_is_identity():
@@ -322,11 +409,15 @@ def captions_of(table, *templates, labels=None, seed=0, classes=CLASSES):
 def test_captions_fill_in_fields(table):
     assert captions_of(table, "{caption}")(7, 0) == "caption 7"
     assert captions_of(table, "a {class}: {tags}, {caption}!")(1, 5) == "a sea lion: tags of 1, caption 1!"
-    assert captions_of(table, "{odd}{}{ x } {{caption}}")(2, 0) == "{caption}{}{ x } {caption 2}"  # only {word} is a field
+    assert (
+        captions_of(table, "{odd}{}{ x } {{caption}}")(2, 0) == "{caption}{}{ x } {caption 2}"
+    )  # only {word} is a field
 
 
 def test_captions_errors(table):
-    with pytest.raises(SystemExit, match=r"--caption names \['nothing'\].*train.tsv has \['caption', .*class and synonym"):
+    with pytest.raises(
+        SystemExit, match=r"--caption names \['nothing'\].*train.tsv has \['caption', .*class and synonym"
+    ):
         captions_of(table, "{caption} {nothing}")
     labels = np.arange(300) % 2
     labels[4] = -1
@@ -393,27 +484,57 @@ def classes_of(*names):
 
 def test_match_classes_by_hand():
     classes = classes_of("lion", "sea lion|otaria", "cat|house cat", "C++", "zebra", "jack-o'-lantern")
-    captions = ["A Sea Lion.", "lions", "lion, lion; LION", "sealion", "sea  lion", "my house cat's cat", "otaria", "catfish_cat", "C++!", "c++x", "jack-o'-lantern", ""]
+    captions = [
+        "A Sea Lion.",
+        "lions",
+        "lion, lion; LION",
+        "sealion",
+        "sea  lion",
+        "my house cat's cat",
+        "otaria",
+        "catfish_cat",
+        "C++!",
+        "c++x",
+        "jack-o'-lantern",
+        "",
+    ]
     assert clip.match_classes(captions, classes).tolist() == [3, 2, 1, 1, 0, 1]
     assert clip.match_classes([], classes).tolist() == [0] * 6 and clip.match_classes(["a"], []).tolist() == []
     both = classes_of("crane", "crane")  # two classes of one name: the bird and the machine
     assert clip.match_classes(["a crane"], both).tolist() == [1, 1]
 
 
-WORD = st.sampled_from(["sea", "lion", "cat", "s", "é", "été", "C++", "o'", "x-ray", "3", "_", "İ", "ß"])
+WORD = st.sampled_from(["sea", "lion", "cat", "s", "é", "été", "C++", "o'", "x-ray", "3", "_", "İ", "ß", ".net", "@s"])
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.lists(st.lists(WORD, min_size=1, max_size=3).map(" ".join), min_size=1, max_size=6), st.lists(st.lists(st.one_of(WORD, st.sampled_from([" ", " ", ".", "-", "'", "LION", "Sea", "\n"])), max_size=9).map("".join), max_size=5))
+@given(
+    st.lists(st.lists(WORD, min_size=1, max_size=3).map(" ".join), min_size=1, max_size=6),
+    st.lists(
+        st.lists(st.one_of(WORD, st.sampled_from([" ", " ", ".", "-", "'", "LION", "Sea", "\n"])), max_size=9).map(
+            "".join
+        ),
+        max_size=5,
+    ),
+)
 def test_match_classes_equals_the_regex(names, captions):
     classes = classes_of(*names, "|".join(names[:2]))
     assert clip.match_classes(captions, classes).tolist() == slow_match(captions, classes)
 
 
 def test_match_classes_of_names_that_begin_with_a_sign():
-    """Such names are met in real vocabularies: ".22 rifle", "'s-Hertogenbosch", "(band)"."""
-    classes, captions = classes_of(".22 rifle", "@home", "#|++"), ["a .22 rifle", "5.22 rifle", "at @home", "# ++", "a++", "."]
-    assert clip.match_classes(captions, classes).tolist() == slow_match(captions, classes) == [1, 1, 1]
+    classes = classes_of(".22 rifle", "@home", "'s-hertogenbosch", "sea lion")
+    captions = [
+        ".22 rifle",
+        "a .22 Rifles",
+        "a 5.22 rifle",
+        "a 5 .22 rifle",
+        "at @home @home",
+        "at home",
+        "a@home",
+        "in 's-Hertogenbosch",
+    ]
+    assert clip.match_classes(captions, classes).tolist() == slow_match(captions, classes) == [2, 1, 1, 0]
 
 
 def test_caption_id():
@@ -421,4 +542,6 @@ def test_caption_id():
     ids = [clip.caption_id(text) for text in texts]
     assert len(set(ids)) == len(texts) and all(-(2**63) <= i < 2**63 for i in ids)
     assert torch.tensor(ids).dtype == torch.int64 and min(ids) < 0 < max(ids)
-    assert clip.caption_id("a cat") == int.from_bytes(clip.hashlib.blake2b(b"a cat", digest_size=8).digest(), "little", signed=True)
+    assert clip.caption_id("a cat") == int.from_bytes(
+        clip.hashlib.blake2b(b"a cat", digest_size=8).digest(), "little", signed=True
+    )

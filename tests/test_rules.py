@@ -28,7 +28,9 @@ def test_same_name_has_same_text():
             if name in seen:
                 home, home_text = seen[name]
                 assert text == home_text, f"{name} differs between {home} and {script}: run python tests/sync_copies.py"
-                assert lines[start - 1] == f"# Copied from {home}", f"{script}: {name} needs the line # Copied from {home}"
+                assert lines[start - 1] == f"# Copied from {home}", (
+                    f"{script}: {name} needs the line # Copied from {home}"
+                )
             else:
                 seen[name] = script, text
                 assert not lines[start - 1].startswith("# Copied from"), f"{script}: {name} is marked but has no home"
@@ -60,7 +62,9 @@ def test_no_broad_except_and_no_args_outside_main(script):
     for node in ast.walk(TREES[script]):
         if isinstance(node, ast.ExceptHandler):
             caught = ast.unparse(node.type) if node.type else "everything"
-            assert caught not in ("everything", "Exception", "BaseException"), f"{script}:{node.lineno} catches {caught}"
+            assert caught not in ("everything", "Exception", "BaseException"), (
+                f"{script}:{node.lineno} catches {caught}"
+            )
     for node in TREES[script].body:
         is_guard = isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)
         plain = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.Expr)

@@ -670,10 +670,14 @@ def load_weights(path: str) -> dict:
     try:
         if path.endswith(".safetensors"):
             try:
+                from safetensors import SafetensorError
                 from safetensors.torch import load_file
             except ImportError:
                 raise SystemExit(f"{path}: needs safetensors (pip install safetensors)") from None
-            checkpoint = load_file(path)
+            try:
+                checkpoint = load_file(path)
+            except SafetensorError as error:
+                raise ValueError(error) from None
         elif zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
             checkpoint = {k: v.float() for k, v in torch.jit.load(path, map_location="cpu").state_dict().items()}
             for key in ("input_resolution", "context_length", "vocab_size"):
@@ -681,7 +685,11 @@ def load_weights(path: str) -> dict:
             checkpoint = {"state_dict": checkpoint, "activation": "quick_gelu"}  # OpenAI's archives
         else:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        if not isinstance(checkpoint, dict):
+            raise ValueError(f"it holds a {type(checkpoint).__name__}, not a dictionary of weights")
+    except (OSError, RuntimeError, ValueError, EOFError, LookupError, AttributeError) as error:
+        raise SystemExit(f"{path}: cannot be read as a checkpoint: {str(error)[:300]}") from None
+    except (struct.error, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         raise SystemExit(f"{path}: cannot be read as a checkpoint: {str(error)[:300]}") from None
     if "state_dict" not in checkpoint:
         checkpoint = {"state_dict": checkpoint}
@@ -751,8 +759,8 @@ class Table:
         for block in range(len(header), len(content), 2**26):
             starts.append(np.flatnonzero(content[block : block + 2**26] == ord("\n")) + block + 1)
         starts = np.concatenate(starts)
-        lengths = np.diff(starts, append=len(content))
-        starts = starts[(lengths > 1) & (content[np.minimum(starts, len(content) - 1)] != ord("\r"))]  # no blank lines
+        starts = starts[starts < len(content)]
+        starts = starts[~np.isin(content[starts], (ord("\n"), ord("\r")))]  # no blank lines
         if not len(starts):
             raise SystemExit(f"{path}: no rows below the header")
         self.starts = torch.from_numpy(starts)  # a tensor, since it goes to worker processes without a copy
@@ -817,14 +825,17 @@ def match_classes(captions: Iterable[str], classes: list[dict[str, str]]) -> np.
     by_first_word = defaultdict(list)
     for c, row in enumerate(classes):
         for name in {row["name"].lower(), *row.get("synonyms", "").lower().split("|")} - {""}:
-            by_first_word[re.search(r"\w+|$", name).group()].append((name, c))
+            word = re.search(r"\w+|$", name)
+            by_first_word[word.group()].append((name, word.start(), c))
     counts = np.zeros(len(classes), np.int64)
     for caption in captions:
         caption, found = caption.lower(), set()
         for word in re.finditer(r"\w+", caption):
-            for name, c in by_first_word.get(word.group(), ()):
-                end = word.start() + len(name)
-                if caption.startswith(name, word.start()) and not re.match(r"\w", caption[end : end + 1]):
+            for name, offset, c in by_first_word.get(word.group(), ()):
+                start, end = word.start() - offset, word.start() - offset + len(name)
+                is_there = start >= 0 and caption.startswith(name, start)
+                before, after = caption[start - 1 : start], caption[end : end + 1]
+                if is_there and not re.match(r"\w", before) and not re.match(r"\w", after):
                     found.add(c)
         counts[list(found)] += 1
     return counts
@@ -1115,9 +1126,12 @@ def crop_boxes(min_area: float, aspect: np.ndarray, *keys: int | np.ndarray) -> 
     area = min_area + (1 - min_area) * draws[:, :10]
     ratio = (4 / 3) ** (2 * draws[:, 10:20] - 1)
     width, height = np.sqrt(area * ratio / aspect[:, None]), np.sqrt(area / ratio * aspect[:, None])  # [B, 10] of 1
-    first = (np.arange(B), ((width <= 1) & (height <= 1)).argmax(1))  # the first try that fits, else try 0, cut to fit
-    width, height = width[first].clip(max=1), height[first].clip(max=1)
-    left, top = draws[:, 20] * (1 - width), draws[:, 21] * (1 - height)
+    fits = (width <= 1) & (height <= 1)
+    first, any_fits = (np.arange(B), fits.argmax(1)), fits.any(1)
+    largest = aspect.clip(3 / 4, 4 / 3)  # width / height of the largest crop, taken from the centre when no try fits
+    width = np.where(any_fits, width[first], np.minimum(1, largest / aspect))
+    height = np.where(any_fits, height[first], np.minimum(1, aspect / largest))
+    left, top = (np.where(any_fits, draws[:, k], 0.5) * (1 - side) for k, side in ((20, width), (21, height)))
     return np.stack([left, top, left + width, top + height], 1)
 
 
@@ -1173,15 +1187,21 @@ class Sampler:
     def __init__(self, sizes: list[int], shares: np.ndarray, batch_size: int, seed: int, start: int, stop: int,
                  rank: int, world_size: int):
         self.sizes, self.batch_size, self.seed = sizes, batch_size, seed
-        self.cumulative_shares = np.append(0, np.cumsum(shares))
-        self.cumulative_shares[-1] = 1
+        self.shares = [round(float(share) * 2**40) for share in shares]  # integers: what follows is exact
         self.start, self.stop, self.rank, self.world_size = start, stop, rank, world_size
         self.orders = {}  # set -> (epoch, permutation)
 
+    def given(self, n: int) -> list[int]:
+        """How many of the first n pairs come from each set: n in all, never less than for fewer pairs."""
+        counts, rest = [], sum(self.shares)
+        for share in self.shares:  # each takes its part, rounded, of what the sets before it left
+            counts.append((n * share + rest // 2) // rest if rest else 0)
+            n, rest = n - counts[-1], rest - share
+        return counts
+
     def batch(self, step: int) -> np.ndarray:
         """[N, 3] int64: set, row, epoch of each example of a step, over all processes."""
-        before = np.diff(np.floor(self.cumulative_shares * step * self.batch_size)).astype(np.int64)
-        after = np.diff(np.floor(self.cumulative_shares * (step + 1) * self.batch_size)).astype(np.int64)
+        before, after = self.given(step * self.batch_size), self.given((step + 1) * self.batch_size)
         examples = []
         for s, size in enumerate(self.sizes):
             positions = np.arange(before[s], after[s])
@@ -1280,8 +1300,9 @@ class Pairs(torch.utils.data.Dataset):
                 batch["texts"] = drop_words(batch["texts"], self.tokenizer.ends_word, self.word_dropout,
                                             np.full(len(ids), self.seed + 4), *examples.T)
         else:
-            rows = examples[:, 1] if self.text_ids is None else np.searchsorted(self.text_ids,
-                                                                                batch["caption_ids"].numpy())
+            rows = examples[:, 1]
+            if self.text_ids is not None:
+                rows = np.searchsorted(self.text_ids, batch["caption_ids"].numpy())
             batch["texts"], cut = torch.from_numpy(np.asarray(self.text_features[rows], np.float32)), ()
         return batch | {"bad": bad, "n_cut": sum(cut)}
 
@@ -1386,7 +1407,7 @@ def ensure_clip_pt(root: Path, device: str) -> None:
                          f"released weights (python clip.py --eval-only RN50.pt --root {root} --bpe "
                          f"bpe_simple_vocab_16e6.txt.gz --export {path}), or pass --text-init")
     print(f"{path} is not there: pretraining on web (once, about 5 minutes on 2 CPU cores)", flush=True)
-    run_script([__file__, "--root", str(root), "--data", "web", "--steps", "3200", "--out",
+    run_script([__file__, "--root", str(root), "--data", "web", "--steps", "2200", "--out",
                 str(root / "clip_pretraining"), "--export", str(path), "--eval-sets", "val", "--device", device])
 
 
@@ -1544,8 +1565,8 @@ def encode_images(
     blocks = range(0)
     if pixels is None:
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        blocks = [range(a, min(a + EVAL_BATCH, len(table))) for a in range(rank * EVAL_BATCH, len(table),
-                                                                           world_size * EVAL_BATCH)]
+        starts = range(rank * EVAL_BATCH, len(table), world_size * EVAL_BATCH)
+        blocks = [range(start, min(start + EVAL_BATCH, len(table))) for start in starts]
         dataset = EvalImages(table, model.image_size, max_pixels)
         blocks = iter(torch.utils.data.DataLoader(dataset, batch_sampler=blocks,
                                                   num_workers=workers if workers >= 0 else default_workers(),
@@ -1614,8 +1635,9 @@ def imbalance_metrics(predictions: np.ndarray, labels: np.ndarray, class_counts:
     }
 
 
-def retrieval_metrics(image_features: torch.Tensor, text_features: torch.Tensor, image_ids: np.ndarray) -> dict[str,
-                                                                                                                float]:
+def retrieval_metrics(
+    image_features: torch.Tensor, text_features: torch.Tensor, image_ids: np.ndarray
+) -> dict[str, float]:
     """Recall at 1, 5 and 10 of texts for an image and of images for a text; any text of an image is right for it.
 
     image_features: [n_images, D]; text_features: [n, D]; image_ids: [n] the image of each text. Unit vectors.
@@ -1665,6 +1687,9 @@ def evaluate(model: CLIP, tokenizer: Tokenizer | None, world: World, workers: in
     npz_folder: where the first process writes <set>.npz; rows of unreadable images are left out, `rows` says which are
     there. Returns: {set: metrics}.
     """
+    if dist.is_initialized():
+        for buffer in model.buffers():  # with --bn local each process has its own statistics
+            dist.broadcast(buffer, 0)  # All ranks
     prototypes = class_prototypes(model.eval(), tokenizer, world, device)
     names, metrics = [row["name"] for row in world.classes], {}
     for name, table in world.test_sets.items():
@@ -1726,7 +1751,8 @@ def find_test_sets(names: list[str], root: Path) -> dict[str, Table]:
     """Test sets by name: those given, or the ones of TEST_SETS that the root has."""
     if names == ["auto"]:
         names = [name for name in TEST_SETS if (root / f"{name}.tsv").is_file()]
-    paths = [Path(name) if name.endswith(".tsv") else root / f"{name}.tsv" for name in names]
+    files = [name if name.endswith(".tsv") else f"{name}.tsv" for name in names]
+    paths = [Path(name) if Path(name).is_file() else root / name for name in files]
     is_unique = [sum(path.stem == other.stem for other in paths) == 1 for path in paths]
     stems = [path.stem if unique else f"{path.parent.name}-{path.stem}" for path, unique in zip(paths, is_unique)]
     return {stem: Table(path) for stem, path in zip(stems, paths)}
@@ -1856,9 +1882,9 @@ def embed_captions(model: CLIP, pairs: Pairs, n_epochs: list[int], out: Path, de
     return ids, np.load(path, mmap_mode="r")
 
 
-def build_model(args: argparse.Namespace, root: Path, captions: list[Captions], text_width: int) -> tuple[CLIP,
-                                                                                                          Tokenizer
-                                                                                                          | None, dict]:
+def build_model(
+    args: argparse.Namespace, root: Path, captions: list[Captions], text_width: int
+) -> tuple[CLIP, Tokenizer | None, dict]:
     """Model and tokenizer from flags and loaded weights.
 
     captions: to learn byte-pair merges from, if no others are at hand. text_width: of given embeddings, or 0.
@@ -2002,15 +2028,15 @@ def evaluate_checkpoint(args: argparse.Namespace, world: World, rank: int, devic
                         precision: str) -> None:
     """--eval-only: class counts are those the checkpoint was trained with, else those of --data, if it is there."""
     model, tokenizer, loaded = build_model(args, world.root, [], 0)
-    if "class_counts" in loaded:
+    if "class_counts" in loaded and world.classes:
         world.class_counts = loaded["class_counts"].numpy()
         if len(world.class_counts) != len(world.classes):
             raise SystemExit(f"{args.eval_only} was trained with {len(world.class_counts)} classes, "
                              f"{world.root}/classes.tsv has {len(world.classes)}")
         args.data = loaded["args"]["data"]
-    elif (world.root / args.data / "train.tsv").is_file() or args.data.endswith(".tsv"):
+    elif world.classes and ((world.root / args.data / "train.tsv").is_file() or args.data.endswith(".tsv")):
         read_training_sets(args, world)
-    elif rank == 0:
+    elif world.classes and rank == 0:
         print(f"frequencies of the classes are not known: the checkpoint has none, and there is no --data {args.data} "
               f"in {world.root}")
     report(model.to(device), tokenizer, world, args, loaded.get("step", 0), 0.0, rank, device, precision)
@@ -2052,8 +2078,8 @@ def main(args: argparse.Namespace) -> None:
     files = [part for part in args.data.split(",") if re.sub(r":[\d.]+$", "", part).endswith(".tsv")]
     root = Path(args.root) if args.root != "auto" else Path(files[0]).parent if files else Path(SHAPES_ROOT)
     on_one_rank(rank, lambda: ensure_shapes(root))
-    if args.text_head != "scratch" and args.text_init == "auto" and not (args.text_embeddings or args.eval_only
-                                                                         or args.init):
+    has_text_tower = args.text_head == "scratch" or args.text_embeddings or args.eval_only or args.init
+    if args.text_init == "auto" and not has_text_tower:
         on_one_rank(rank, lambda: ensure_clip_pt(root, args.device))
     world = read_world(args, root)
     if args.eval_only:
@@ -2096,8 +2122,9 @@ def main(args: argparse.Namespace) -> None:
         if model.text_arch == "transformer":
             model.transformer.compile()
     device_ids = [device] if device.type == "cuda" else None
-    net = DistributedDataParallel(model, device_ids, broadcast_buffers=False,
-                                  gradient_as_bucket_view=True) if world_size > 1 else model
+    net = model
+    if world_size > 1:
+        net = DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     # --- optimizer
     steps = math.ceil(args.epochs * sum(sizes) / args.batch_size) if args.epochs else args.steps
@@ -2154,10 +2181,13 @@ def main(args: argparse.Namespace) -> None:
         lr = lr_at(step, peak_lr, args.warmup_steps, steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        batch = {name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value for name,
-                 value in batch.items()}
-        images = batch["images"] if pixels is None else crop_pixels(pixels[batch["pixel_rows"]], batch["boxes"],
-                                                                    model.image_size)
+        for name, value in batch.items():
+            if isinstance(value, torch.Tensor):
+                batch[name] = value.to(device, non_blocking=True)
+        if pixels is None:
+            images = batch["images"]
+        else:
+            images = crop_pixels(pixels[batch["pixel_rows"]], batch["boxes"], model.image_size)
         loss_of = functools.partial(info_nce, caption_ids=batch["caption_ids"], dup_captions=args.dup_captions)
         parts = backward_in_chunks(net, images, batch["texts"], loss_of, args.accumulate, autocast, scaler.scale)
 
@@ -2173,7 +2203,7 @@ def main(args: argparse.Namespace) -> None:
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))  # CLIP section 2.5
-            loss_sum += parts[0]
+            loss_sum += parts[0].nan_to_num(0, 0, 0)  # of a step that was left out
         n_seen, n_cut = n_seen + len(images), n_cut + batch["n_cut"]
         note_bad_images(bad, batch["bad"])
         progress.update()
@@ -2199,9 +2229,8 @@ def main(args: argparse.Namespace) -> None:
             checkpoint = checkpoint_of(model, tokenizer, world, args, step + 1, device)
             checkpoint |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng_state(device),
                            "seconds": seconds_before + time.time() - started}
-            on_one_rank(rank,
-                        lambda checkpoint=checkpoint: write_atomically(out / "checkpoint.pt",
-                                                                       lambda file: torch.save(checkpoint, file)))
+            save = functools.partial(torch.save, checkpoint)
+            on_one_rank(rank, functools.partial(write_atomically, out / "checkpoint.pt", save))
         if is_stopped:
             if is_main:
                 print(f"SIGTERM: saved at step {step + 1}; the same command continues", flush=True)

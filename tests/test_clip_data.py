@@ -337,20 +337,21 @@ def test_images_in_npy_files(tmp_path):
 @pytest.mark.filterwarnings("ignore")  # Pillow's, of spoilt EXIF data
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM"])
 def test_spoilt_bytes_never_end_the_run(kind, tmp_path):
-    """400 copies with a few random bytes: an image or a reason, and no exception but those for the reader."""
+    """200 copies with a few random bytes: an image or a reason, and no exception."""
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "a text"
     content = encoded(two_colours(), kind, **({"exif": exif} if kind in ("JPEG", "PNG", "WEBP", "TIFF") else {}))
-    draw, results = random.Random(0), Counter()
-    for _ in range(400):
+    draw, results, table = random.Random(0), Counter(), table_of(tmp_path, "image\nx\n")
+    for _ in range(200):
         spoilt = bytearray(content)
         for _ in range(draw.choice([1, 2, 5, 20])):
             spoilt[draw.randrange(min(len(spoilt), draw.choice([40, 200, 10**6])))] = draw.choice(
                 [0, 255, draw.randrange(256)]
             )
-        result = read(tmp_path, bytes(spoilt))
+        (tmp_path / "x").write_bytes(spoilt)
+        result = clip.read_image(table, 0, 64, 10**6)
         results[result if isinstance(result, str) else "image"] += 1
-    assert len(results) > 1 and sum(results.values()) == 400
+    assert len(results) > 1 and sum(results.values()) == 200
 
 
 def test_eps_is_refused_without_a_word_to_ghostscript(tmp_path, monkeypatch):
@@ -522,12 +523,14 @@ def test_batches_are_the_same_for_any_number_of_processes_and_after_a_restart():
 
 
 def test_orders_differ_by_epoch_seed_and_set():
-    def order(seed, epoch, s=0):
-        examples = np.concatenate(list(sampler([60, 60], [1, 1], seed=seed)))
-        return examples[(examples[:, 0] == s) & (examples[:, 2] == epoch), 1].tolist()
+    def order(seed, epoch):
+        examples = np.concatenate(list(sampler([60], [1], seed=seed)))
+        return examples[examples[:, 2] == epoch, 1].tolist()
 
-    orders = [order(0, 0), order(0, 1), order(1, 0), order(0, 0, 1)]
+    orders = [order(0, 0), order(0, 1), order(1, 0), list(range(60))]
     assert all(sorted(rows) == list(range(60)) for rows in orders) and len(set(map(tuple, orders))) == 4
+    batch = sampler([60, 60], [1, 1]).batch(0)
+    assert set(batch[batch[:, 0] == 0, 1]) != set(batch[batch[:, 0] == 1, 1])
     single = np.concatenate(list(sampler([600], [1], batch_size=60, stop=10)))[:, 1]
     assert abs(np.corrcoef(single, np.arange(600))[0, 1]) < 0.2
 

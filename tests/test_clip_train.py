@@ -1,9 +1,12 @@
 """clip.py as a program: loss and gradients over processes, GradCache, resume, kill, frozen towers, broken input."""
 
 import contextlib
+import functools
+import io
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -46,6 +49,14 @@ def run(*flags, processes=1, script=ROOT / "clip.py", check=True, **kwargs):
     )
     assert not check or result.returncode == 0, result.stdout[-3000:]
     return result
+
+
+def run_here(*flags):
+    """The same in this process, which spares the imports; returns what was printed."""
+    torch.set_num_threads(1)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        clip.main(clip.parse_args([str(flag) for flag in flags]))
+    return printed.getvalue()
 
 
 def log_of(out):
@@ -346,17 +357,17 @@ def test_sigterm_saves_and_exits_0(world, tmp_path):
 
 def test_other_flags_are_refused_on_resume(world, tmp_path):
     flags = ["--root", world, "--steps", "2", "--out", tmp_path, "--eval-sets", "val", *FLAGS]
-    run(*flags)
-    result = run(*flags, "--lr", "0.5", check=False)
-    assert result.returncode == 1 and "--lr 0, now 0.5" in result.stdout.replace("0.0,", "0,")
-    run(*flags, "--lr", "0.5", "--resume", "off")
+    run_here(*flags)
+    with pytest.raises(SystemExit, match="--lr 0.*, now 0.5"):
+        run_here(*flags, "--lr", "0.5")
+    run_here(*flags, "--lr", "0.5", "--resume", "off")
 
 
 @pytest.fixture(scope="session")
 def clip_pt(world, tmp_path_factory):
     """A (hardly) pretrained clip.pt of the small world."""
     path = tmp_path_factory.mktemp("clip_pt") / "clip.pt"
-    run(
+    run_here(
         "--root",
         world,
         "--data",
@@ -396,13 +407,14 @@ def test_frozen_text_tower(world, clip_pt, tmp_path):
         *FLAGS,
     ]
     for processes in (1, 2):
-        run(*flags, "--out", tmp_path / str(processes), processes=processes)
+        start = functools.partial(run, processes=2) if processes == 2 else run_here
+        start(*flags, "--out", tmp_path / str(processes))
         after = weights_of(tmp_path / str(processes))
         assert_bit_equal(text(after), text(before["state_dict"]))
         assert not torch.equal(after["visual.conv1.weight"], before["state_dict"]["visual.conv1.weight"])
     losses = [[line["loss"] for line in log_of(tmp_path / n)] for n in "12"]
     assert np.allclose(*losses, rtol=1e-4)
-    finetuned = run(*flags, "--text-head", "finetune", "--out", tmp_path / "finetune")
+    finetuned = run_here(*flags, "--text-head", "finetune", "--out", tmp_path / "finetune")
     assert finetuned and not torch.equal(
         weights_of(tmp_path / "finetune")["token_embedding.weight"], before["state_dict"]["token_embedding.weight"]
     )
@@ -426,11 +438,11 @@ def test_frozen_with_drawn_captions(world, clip_pt, tmp_path):
         "val",
         *FLAGS,
     ]
-    run(*flags, "--text-head", "frozen", "--out", tmp_path / "a")
-    run(
+    run_here(*flags, "--text-head", "frozen", "--out", tmp_path / "a")
+    run_here(
         *flags, "--text-head", "finetune", "--lr", "1e-9", "--out", tmp_path / "b", "--weight-decay", "0"
     )  # the tower runs in the step
-    run(*flags, "--text-head", "frozen", "--lr", "1e-9", "--out", tmp_path / "c", "--weight-decay", "0")
+    run_here(*flags, "--text-head", "frozen", "--lr", "1e-9", "--out", tmp_path / "c", "--weight-decay", "0")
     losses = [[line["loss"] for line in log_of(tmp_path / name)] for name in "bc"]
     assert np.allclose(*losses, rtol=1e-4)
 
@@ -469,13 +481,13 @@ def test_text_embeddings(world, tmp_path):
         "--out",
         tmp_path / "run",
     ]
-    run(*flags, "--text-embeddings", tmp_path / "train.npy", tmp_path / "classes.npy")
+    run_here(*flags, "--text-embeddings", tmp_path / "train.npy", tmp_path / "classes.npy")
     state = weights_of(tmp_path / "run")
     assert state["text_mlp.0.weight"].shape == (80, 96) and state["text_mlp.2.weight"].shape == (64, 80)
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["val"]["top1"] is not None
     np.save(tmp_path / "train.npy", np.zeros((n - 1, 96), np.float32))
-    result = run(*flags, "--resume", "off", "--text-embeddings", tmp_path / "train.npy", check=False)
-    assert result.returncode == 1 and f"expected ({n}, width)" in result.stdout
+    with pytest.raises(SystemExit, match=re.escape(f"expected ({n}, width)")):
+        run_here(*flags, "--resume", "off", "--text-embeddings", tmp_path / "train.npy")
 
 
 def limit_file_size(n):
@@ -536,7 +548,7 @@ def test_non_finite_steps_are_left_out(world, tmp_path, monkeypatch, capsys):
 def test_precisions_and_switches_run(world, tmp_path):
     """bf16 autocast on the CPU, accumulation, clipping, soft duplicates, periodic evaluation, local batch norm."""
     flags = ["--root", world, "--eval-sets", "val", *FLAGS]
-    run(
+    run_here(
         *flags,
         "--out",
         tmp_path / "a",
@@ -552,7 +564,7 @@ def test_precisions_and_switches_run(world, tmp_path):
         "local",
     )
     assert all(np.isfinite(line["loss"]) for line in log_of(tmp_path / "a"))
-    run(
+    run_here(
         *flags,
         "--out",
         tmp_path / "b",
@@ -567,8 +579,10 @@ def test_precisions_and_switches_run(world, tmp_path):
     )
     lines = log_of(tmp_path / "b")
     assert [line["step"] for line in lines if "val" in line] == [2]
-    fp32 = run(*flags, "--out", tmp_path / "c", "--steps", "4", "--text-arch", "transformer", "--batch-size", "16")
-    assert "chance loss ln(16) = 2.773" in fp32.stdout
+    printed = run_here(
+        *flags, "--out", tmp_path / "c", "--steps", "4", "--text-arch", "transformer", "--batch-size", "16"
+    )
+    assert "chance loss ln(16) = 2.773" in printed
 
 
 # ------------------------------------------------------------------------------ one's own data
@@ -603,7 +617,7 @@ def test_own_pairs(photos):
 
 
 def test_broken_images_are_replaced_and_counted(photos):
-    for name, content in {"3.jpg": b"not an image", "5.jpg": (photos / "5.jpg").read_bytes()[:300]}.items():
+    for name, content in {"3.jpg": b"not an image", "5.jpg": (photos / "5.jpg").read_bytes()[:-60]}.items():
         (photos / name).write_bytes(content)
     (photos / "7.jpg").unlink()
     flags = ["--data", photos / "train.tsv", "--out", photos / "run", *OWN, "--epochs", "2", "--workers", "0"]

@@ -659,6 +659,11 @@ def text_config(state_dict: dict[str, torch.Tensor]) -> tuple[dict, int]:
     return text, state_dict["text_projection"].shape[1]
 
 
+# What torch.load, torch.jit.load and safetensors raise for a file that is something else, or cut or damaged.
+UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, LookupError, AttributeError, struct.error)
+UNREADABLE += (zipfile.BadZipFile, pickle.UnpicklingError)
+
+
 def load_weights(path: str) -> dict:
     """Read weights of clip.py, open_clip (.pt, .safetensors) or OpenAI (TorchScript).
 
@@ -687,14 +692,12 @@ def load_weights(path: str) -> dict:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(checkpoint, dict):
             raise ValueError(f"it holds a {type(checkpoint).__name__}, not a dictionary of weights")
-    except (OSError, RuntimeError, ValueError, EOFError, LookupError, AttributeError) as error:
-        raise SystemExit(f"{path}: cannot be read as a checkpoint: {str(error)[:300]}") from None
-    except (struct.error, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+    except UNREADABLE as error:
         raise SystemExit(f"{path}: cannot be read as a checkpoint: {str(error)[:300]}") from None
     if "state_dict" not in checkpoint:
         checkpoint = {"state_dict": checkpoint}
-    names = {re.sub(r"^(module\.|_orig_mod\.)+", "", k).replace("._orig_mod", ""): v for k,
-             v in checkpoint["state_dict"].items()}
+    prefix = re.compile(r"^(module\.|_orig_mod\.)+")
+    names = {prefix.sub("", k).replace("._orig_mod", ""): v for k, v in checkpoint["state_dict"].items()}
     return checkpoint | {"state_dict": names}
 
 
@@ -1112,7 +1115,7 @@ def read_image(table: Table, row: int, min_side: float, max_pixels: int) -> Imag
     except Image.DecompressionBombError:
         return "more pixels than --max-pixels"
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, OverflowError) as error:  # Pillow's
-        return "truncated" if "truncated" in str(error) else "cannot be decoded"
+        return "truncated" if "truncated" in str(error).lower() else "cannot be decoded"
 
 
 def crop_boxes(min_area: float, aspect: np.ndarray, *keys: int | np.ndarray) -> np.ndarray:
@@ -1476,7 +1479,7 @@ def load_checkpoint(path: Path, args: dict, step: int | None = None) -> dict:
     """Read a checkpoint to continue; SystemExit if it was made with other flags."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except UNREADABLE as error:
         raise SystemExit(f"{path}: cannot be read ({str(error)[:200]}); --resume off starts over") from None
     if "optimizer" not in checkpoint:
         raise SystemExit(f"{path} has no optimiser state: it is an export, pass it as --init")

@@ -3,18 +3,23 @@
 Both sides: same shapes, real caption lengths (WordNet's glosses from --captions), forward, symmetric InfoNCE, backward,
 AdamW. open_clip's side is its model, ClipLoss and torch.optim.AdamW as its trainer builds it, with texts of 77 tokens.
 Sides alternate within one run, since the speed of a shared machine drifts; printed is the median of paired ratios.
+Each side has a process of its own, since clip.py sets how memory is kept between steps (keep_freed_memory).
 A `frozen` step of clip.py has cached caption embeddings; open_clip's locked text tower runs without gradient.
 """
 
 import argparse
 import contextlib
+import os
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
 
-import open_clip
-import torch
+if any(arg.startswith("clip.py") for arg in sys.argv):
+    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # before torch is imported, as clip.py does when it is run
+import open_clip  # noqa: E402
+import torch  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import clip  # noqa: E402
@@ -78,46 +83,50 @@ def our_step(arch: str, images: torch.Tensor, texts: torch.Tensor, is_frozen: bo
     return step
 
 
-def seconds(step) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
+def run_side(side: str, arch: str, batch_size: int, captions: str) -> None:
+    """Answer each line on stdin with the seconds of one step."""
+    images = torch.randint(0, 256, (batch_size, 3, 224, 224), dtype=torch.uint8)
+    texts = gloss_tokens(captions, batch_size)
+    if side.startswith("clip.py"):
+        clip.keep_freed_memory()
+        step = our_step(arch, images, texts, side.endswith("frozen"))
+    else:
+        step = open_clip_step(arch, images.float() / 255, texts, side.endswith("locked"))
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        step()
+        print(time.perf_counter() - start, flush=True)
 
 
 def main(args: argparse.Namespace) -> None:
-    print(
-        f"torch {torch.__version__}, open_clip {open_clip.__version__}, {torch.get_num_threads()} threads, {args.arch}"
-    )
+    if args.side:
+        run_side(args.side, args.arch, args.batch_sizes[0], args.captions)
+        return
+    threads = torch.get_num_threads()
+    print(f"torch {torch.__version__}, open_clip {open_clip.__version__}, {threads} threads, {args.arch}")
+    sides = ("open_clip", "open_clip locked", "clip.py", "clip.py frozen")
     for batch_size in args.batch_sizes:
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randint(0, 256, (batch_size, 3, 224, 224), generator=generator, dtype=torch.uint8)
-        texts = gloss_tokens(args.captions, batch_size)
-        print(f"batch {batch_size}: texts of {int(texts.argmax(1).max()) + 1} of 77 tokens")
-        floats = images.float() / 255
-        steps = {
-            "open_clip": open_clip_step(args.arch, floats, texts, False),
-            "open_clip locked": open_clip_step(args.arch, floats, texts, True),
-            "clip.py": our_step(args.arch, images, texts, False),
-            "clip.py frozen": our_step(args.arch, images, texts, True),
-        }
-        times = {name: [] for name in steps}
-        for i in range(args.pairs + 1):
-            for name, step in steps.items():
-                elapsed = seconds(step)
-                if i:  # the first round warms up
-                    times[name].append(elapsed)
+        length = int(gloss_tokens(args.captions, batch_size).argmax(1).max()) + 1
+        print(f"batch {batch_size}: texts of {length} of 77 tokens")
+        command = [sys.executable, __file__, "--arch", args.arch, "--batch-sizes", str(batch_size)]
+        command += ["--captions", args.captions, "--side"]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        processes = {side: subprocess.Popen([*command, side], **pipes) for side in sides}
+        times = {side: [] for side in sides}
+        for i in range(args.pairs + 2):
+            for side, process in processes.items():
+                print(file=process.stdin, flush=True)
+                elapsed = float(process.stdout.readline())
+                if i > 1:  # the first two rounds warm up
+                    times[side].append(elapsed)
+        for process in processes.values():
+            process.communicate()
         for name, values in times.items():
             print(f"  {name:<17} {statistics.median(values):6.2f} s a step (of {min(values):.2f} to {max(values):.2f})")
-        for ours, theirs in (
-            ("clip.py", "open_clip"),
-            ("clip.py frozen", "open_clip locked"),
-            ("clip.py frozen", "open_clip"),
-        ):
-            ratios = [b / a for a, b in zip(times[ours], times[theirs], strict=True)]
-            print(
-                f"  {theirs} / {ours}: median {statistics.median(ratios):.2f} (of {min(ratios):.2f} to "
-                f"{max(ratios):.2f})"
-            )
+        for ours, theirs in ((2, 0), (3, 1), (3, 0)):
+            ratios = [b / a for a, b in zip(times[sides[ours]], times[sides[theirs]], strict=True)]
+            bounds = f"{min(ratios):.2f} to {max(ratios):.2f}"
+            print(f"  {sides[theirs]} / {sides[ours]}: median {statistics.median(ratios):.2f} (of {bounds})")
 
 
 if __name__ == "__main__":
@@ -130,4 +139,5 @@ if __name__ == "__main__":
     parser.add_argument(
         "--captions", default="/usr/share/wordnet/data.noun", help="WordNet data file (Debian: wordnet-base)"
     )
+    parser.add_argument("--side", default="", help="used by the script itself: the one side that this process times")
     main(parser.parse_args())

@@ -166,7 +166,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                           "and loss are always fp32")
     run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the towers")
     run.add_argument("--workers", type=int, default=-1,
-                     help="loader processes per process; -1 is none for .npy images with fixed captions, else up to 8")
+                     help="loader processes per process; -1 is 1 for .npy images, else up to 8")
     run.add_argument("--seed", type=int, default=0, help="of the weights, the order, the crops and the drawn captions")
     run.add_argument("--log-every", type=int, default=50, help="steps between log lines")
     run.add_argument("--save-every", type=int, default=500, help="steps between checkpoints; 0 is only at the end")
@@ -483,8 +483,8 @@ class ModifiedResNet(nn.Module):
         inplanes = width
         for i, n_blocks in enumerate(layers):
             planes = width * 2**i
-            blocks = [Bottleneck(inplanes if j == 0 else 4 * planes, planes,
-                                 2 if i and not j else 1) for j in range(n_blocks)]
+            blocks = [Bottleneck(inplanes, planes, 2 if i else 1)]
+            blocks += [Bottleneck(4 * planes, planes, 1) for _ in range(n_blocks - 1)]
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
             inplanes = 4 * planes
         self.attnpool = AttentionPool2d(image_size // 32, inplanes, inplanes // 64, embed_dim)
@@ -734,7 +734,7 @@ def pick_activation(flag: str, checkpoint: dict, path: str) -> str:
 
 ALIASES = {"image": ("filepath", "path", "file"), "label": ("class", "wnid"), "caption": ("text", "title")}
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]  # not EPS: Pillow would run Ghostscript on it
-KEEP_TOKENS = 2_000_000  # captions up to this number are tokenised once, before training; beyond it in the workers
+COUNT_CAPTIONS = 2_000_000  # of larger sets an even sample of the captions is matched with class names
 KEEP_PIXELS = 16 * 2**30  # bytes of .npy images kept on the device; beyond it they are read in the workers
 
 
@@ -1033,7 +1033,7 @@ class Captions:
     def __init__(self, table: Table, labels: np.ndarray, templates: list[str], classes: list[dict[str, str]],
                  seed: int):
         self.table, self.labels, self.seed = table, labels, seed
-        self.templates = [re.split(r"\{(\w+)\}", template) for template in templates]  # literal, field, literal, ...
+        self.templates = [re.split(r"\{([\w-]+)\}", template) for template in templates]  # literal, field, literal, ...
         self.names = [[row["name"], *filter(None, row.get("synonyms", "").split("|"))] for row in classes]
         fields = {field for parts in self.templates for field in parts[1::2]}
         unknown = fields - {*table.columns, "class", "synonym"}
@@ -1066,13 +1066,13 @@ def caption_id(caption: str) -> int:
 
 
 def locate_image(table: Table, row: int) -> tuple[Path, int, int]:
-    """Where the image of a row is: path, offset (or row of an .npy), size in bytes; -1 for "the whole file"."""
+    """Where the image of a row is: path, offset (row of an .npy, -1 if none is named), size in bytes or -1 for all."""
     field = table.get(row, "image")
     if match := re.fullmatch(r"(.+\.tar):(\d+):(\d+)", field):
         return table.folder / match[1], int(match[2]), int(match[3])
     if match := re.fullmatch(r"(.+\.npy):(\d+)", field):
         return table.folder / match[1], int(match[2]), -1
-    return table.folder / field, 0, -1
+    return table.folder / field, -1 if field.endswith(".npy") else 0, -1
 
 
 @functools.lru_cache(maxsize=64)
@@ -1093,6 +1093,8 @@ def read_image(table: Table, row: int, min_side: float, max_pixels: int) -> Imag
     Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns at a fixed size; ours is a flag and comes before decoding
     path, offset, size = locate_image(table, row)
     try:
+        if offset < 0:
+            return "no row of the .npy file is named"
         if path.suffix == ".npy":
             return Image.fromarray(open_npy(path)[offset])
         with open(path, "rb", buffering=0) as file:
@@ -1143,6 +1145,36 @@ def crop_boxes(min_area: float, aspect: np.ndarray, *keys: int | np.ndarray) -> 
     return np.stack([left, top, left + width, top + height], 1)
 
 
+def read_crops(tables: list[Table], examples: np.ndarray, image_size: int, min_side: float, crop_scale: float,
+               max_pixels: int, seed: int) -> tuple[np.ndarray, torch.Tensor, list[tuple[str, str]]]:
+    """Read and crop the images of a batch; another example takes the place of one that cannot be read.
+
+    examples: [B, 3] (set, row, epoch). min_side: px, see read_image. Crops and replacements are drawn by example.
+    Returns: the examples that were read; [B, 3, S, S] uint8, channels last in memory; (reason, place) of bad images.
+    """
+    examples, bad = np.array(examples), []
+    pixels = np.empty((len(examples), image_size, image_size, 3), np.uint8)
+    for first in range(0, len(examples), 16):  # a few decoded images at a time, and their boxes at once
+        images = []
+        for example in examples[first : first + 16]:
+            for _ in range(100):
+                s, row, epoch = map(int, example)
+                image = read_image(tables[s], row, min_side, max_pixels)
+                if not isinstance(image, str):
+                    break
+                bad.append((image, f"{tables[s].path} row {row + 1}: {tables[s].get(row, 'image')}"))
+                example[1] = int(uniform_hash(seed, 3, s, row, epoch) * len(tables[s]))
+            else:
+                raise SystemExit(f"100 unreadable images in a row, the last: {bad[-1]}")
+            images.append(image)
+        aspect = np.array([image.width / image.height for image in images])
+        boxes = crop_boxes(crop_scale, aspect, seed, 2, *examples[first : first + 16].T)
+        for i, (image, box) in enumerate(zip(images, boxes), first):
+            box = tuple(box * (image.width, image.height, image.width, image.height))
+            pixels[i] = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box)
+    return examples, torch.from_numpy(pixels).permute(0, 3, 1, 2), bad
+
+
 def center_box(width: int, height: int) -> tuple[float, float, float, float]:
     """The largest centred square: what is left by "resize the short side, then crop the centre"."""
     side = min(width, height)
@@ -1169,7 +1201,7 @@ def load_pixels(tables: list[Table]) -> torch.Tensor | None:
             path, index, _ = locate_image(table, row)
             places[path].append((n, index))
             n += 1
-    if any(path.suffix != ".npy" for path in places):
+    if any(path.suffix != ".npy" or min(index for _, index in rows) < 0 for path, rows in places.items()):
         return None
     try:
         arrays = {path: open_npy(path) for path in places}
@@ -1233,76 +1265,37 @@ class Sampler:
 class Pairs(torch.utils.data.Dataset):
     """Training pairs of several sets; whole batches at a time, in the loader's workers or in the main process.
 
-    captions: one for each set, with its table. Set from outside: pixel_offsets [sets], where the rows of a set start
-    among the images on the device; text_features [n, D], embeddings in the place of tokens, and text_ids [n], the
-    sorted caption ids they belong to (None: a row for each row of the set).
+    captions: one for each set, with its table. tokenizer: None if text_features stand in the place of tokens.
+    Set from outside: pixel_offsets [sets], where the rows of a set start among the images on the device;
+    text_features [n, D] and text_ids [n], the sorted caption ids they belong to (None: a row for each row of the set).
     """
 
-    def __init__(self, captions: list[Captions], crop_scale: float, word_dropout: float, max_pixels: int, seed: int):
-        self.captions, self.tables = captions, [c.table for c in captions]
-        self.crop_scale, self.word_dropout, self.max_pixels, self.seed = crop_scale, word_dropout, max_pixels, seed
+    def __init__(self, captions: list[Captions], tokenizer: Tokenizer | None, image_size: int, crop_scale: float,
+                 word_dropout: float, max_pixels: int, seed: int):
+        self.captions, self.tables, self.tokenizer = captions, [c.table for c in captions], tokenizer
+        self.image_size, self.crop_scale, self.word_dropout = image_size, crop_scale, word_dropout
+        self.max_pixels, self.seed = max_pixels, seed
         self.pixel_offsets, self.text_features, self.text_ids = None, None, None
-        self.tokens, self.ids = None, None
 
-    def prepare(self, tokenizer: Tokenizer | None, image_size: int) -> None:
-        """Tokenise all captions once, if they are fixed and not too many; else the workers do it.
-
-        ids: per set, caption id of each row. tokens: per set, token ids of all captions one after the other, where
-        each caption starts, and whether it was cut.
-        """
-        self.tokenizer, self.image_size = tokenizer, image_size
-        if sum(map(len, self.tables)) > KEEP_TOKENS or not all(captions.is_fixed for captions in self.captions):
-            return
-        self.ids, self.tokens = [], [] if tokenizer else None
-        for captions in self.captions:
-            texts = [captions(row, 0) for row in range(len(captions.table))]
-            self.ids.append(torch.tensor([caption_id(text) for text in texts]))
-            if tokenizer:
-                ids, cut = zip(*map(tokenizer.encode, texts))
-                starts = np.cumsum([0, *map(len, ids)])
-                arrays = np.fromiter((i for row in ids for i in row), np.int32, starts[-1]), starts, np.array(cut)
-                self.tokens.append([torch.from_numpy(array) for array in arrays])
-
-    def caption_id(self, s: int, row: int, epoch: int) -> int:
-        return int(self.ids[s][row]) if self.ids else caption_id(self.captions[s](row, epoch))
-
-    def encode(self, s: int, row: int, epoch: int) -> tuple[np.ndarray | list[int], bool]:
-        """Token ids of an example, and whether they were cut."""
-        if self.tokens is None:
-            return self.tokenizer.encode(self.captions[s](row, epoch))
-        ids, starts, cut = self.tokens[s]
-        return ids[starts[row] : starts[row + 1]].numpy(), bool(cut[row])
+    def caption(self, s: int, row: int, epoch: int) -> str:
+        return self.captions[s](row, epoch)
 
     def __getitems__(self, examples: np.ndarray) -> dict:
-        """[B, 3] (set, row, epoch) -> a batch: images or pixel_rows, boxes, texts, caption_ids, bad, n_cut."""
-        examples, bad, images = np.array(examples), [], []
+        """[B, 3] (set, row, epoch) -> a batch: images or pixel_rows and boxes, texts, caption_ids, bad, n_cut."""
+        bad = []
         if self.pixel_offsets is None:
-            for i in range(len(examples)):
-                image, box, tries = None, None, 0
-                while image is None:
-                    s, row, epoch = map(int, examples[i])
-                    image = read_image(self.tables[s], row, self.image_size / math.sqrt(0.75 * self.crop_scale),
-                                       self.max_pixels)
-                    if isinstance(image, str):  # another pair takes its place, the same one for any number of workers
-                        bad.append((image, f"{self.tables[s].path} row {row + 1}: {self.tables[s].get(row, 'image')}"))
-                        tries += 1
-                        if tries == 100:
-                            raise SystemExit(f"100 unreadable images in a row, the last: {bad[-1]}")
-                        examples[i, 1] = int(uniform_hash(self.seed, 3, s, row, epoch) * len(self.tables[s]))
-                        image = None
-                box = crop_boxes(self.crop_scale, np.array([image.width / image.height]), self.seed, 2,
-                                 *examples[i : i + 1].T)[0]
-                box = box * (image.width, image.height, image.width, image.height)
-                image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC, tuple(box))
-                images.append(torch.from_numpy(np.array(image)))
-            batch = {"images": torch.stack(images).permute(0, 3, 1, 2)}  # [B, 3, S, S] uint8, channels last in memory
+            min_side = self.image_size / math.sqrt(0.75 * self.crop_scale)  # of the smallest crop
+            examples, images, bad = read_crops(self.tables, examples, self.image_size, min_side, self.crop_scale,
+                                               self.max_pixels, self.seed)
+            batch = {"images": images}
         else:
             boxes = crop_boxes(self.crop_scale, np.ones(len(examples)), self.seed, 2, *examples.T)
             batch = {"pixel_rows": torch.from_numpy(self.pixel_offsets[examples[:, 0]] + examples[:, 1]),
                      "boxes": torch.from_numpy(boxes)}
-        batch["caption_ids"] = torch.tensor([self.caption_id(*example) for example in examples.tolist()])
+        texts = [self.caption(*example) for example in examples.tolist()]
+        batch["caption_ids"] = torch.tensor([caption_id(text) for text in texts])
         if self.text_features is None:
-            ids, cut = zip(*(self.encode(*example) for example in examples.tolist()))
+            ids, cut = zip(*map(self.tokenizer.encode, texts))
             batch["texts"] = pad_tokens(ids)
             if self.word_dropout:
                 batch["texts"] = drop_words(batch["texts"], self.tokenizer.ends_word, self.word_dropout,
@@ -1486,20 +1479,15 @@ def write_json(path: Path, content: dict) -> None:
     write_atomically(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
 
 
-# Flags that do not change what is computed: a run may be continued with others.
-RUN_FLAGS = {"out", "resume", "export", "eval_only", "eval_sets", "device", "compile", "workers", "log_every",
-             "save_every", "eval_every", "tensorboard", "wandb", "max_bad"}
-
-
-def load_checkpoint(path: Path, args: dict, step: int | None = None) -> dict:
-    """Read a checkpoint to continue; SystemExit if it was made with other flags."""
+def load_checkpoint(path: Path, args: dict, run_flags: set[str]) -> dict:
+    """Read a checkpoint to continue; SystemExit if it was made with other flags than `args`, run_flags left aside."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         raise SystemExit(f"{path}: cannot be read ({str(error)[:200]}); --resume off starts over") from None
     if "optimizer" not in checkpoint:
         raise SystemExit(f"{path} has no optimiser state: it is an export, pass it as --init")
-    differing = [k for k in args if k not in RUN_FLAGS and args[k] != checkpoint["args"].get(k)]
+    differing = [k for k in args if k not in run_flags and args[k] != checkpoint["args"].get(k)]
     if differing:
         flags = ", ".join(f"--{k.replace('_', '-')} {checkpoint['args'].get(k)}, now {args[k]}" for k in differing)
         raise SystemExit(f"{path} was made with {flags}: pass another --out, or --resume off to replace it")
@@ -1682,15 +1670,14 @@ def print_table(metrics: dict[str, dict]) -> None:
     """One aligned line a test set; accuracies in percent, - for what cannot be computed."""
     columns = {"n": "n", "top1": "top-1", "balanced": "balanced", "head": "head", "medium": "medium", "tail": "tail",
                "spearman_acc": "rho(freq,acc)", "spearman_pred": "rho(freq,pred)", "chance": "chance"}
-    percent = {"top1", "balanced", "head", "medium", "tail", "chance"}
+    formats = {"n": "{}", "spearman_acc": "{:.3f}", "spearman_pred": "{:.3f}"}
+    widths = {k: max(9, len(title) + 2) for k, title in columns.items()}
     rows = {name: m for name, m in metrics.items() if name != "run" and m["top1"] is not None}
     if rows:
-        print(f"{'test set':<14}" + "".join(f"{title:>{max(9, len(title) + 2)}}" for title in columns.values()))
+        print(f"{'test set':<14}" + "".join(f"{title:>{widths[k]}}" for k, title in columns.items()))
     for name, m in rows.items():
-        cells = ["-" if m[k] is None else f"{100 * m[k]:.1f}%" if k in percent else f"{m[k]:.3f}" if k != "n"
-                 else str(m[k]) for k in columns]
-        print(f"{name:<14}" + "".join(f"{cell:>{max(9, len(title) + 2)}}" for cell,
-                                      title in zip(cells, columns.values())))
+        cells = {k: "-" if m[k] is None else formats.get(k, "{:.1%}").format(m[k]) for k in columns}
+        print(f"{name:<14}" + "".join(f"{cell:>{widths[k]}}" for k, cell in cells.items()))
     rows = {name: m for name, m in metrics.items() if name != "run" and m["retrieval"]}
     if rows:
         print(f"{'retrieval':<14}{'n':>9}" + "".join(f"{key:>9}" for key in next(iter(rows.values()))["retrieval"]))
@@ -1747,6 +1734,10 @@ def evaluate(model: CLIP, tokenizer: Tokenizer | None, world: World, workers: in
     return metrics
 
 # ------------------------------------------------------------------------------ train
+
+# Flags that do not change what is computed: a run may be continued with others.
+RUN_FLAGS = {"out", "resume", "export", "eval_only", "eval_sets", "device", "compile", "workers", "log_every",
+             "save_every", "eval_every", "tensorboard", "wandb", "max_bad"}
 
 
 def find_sets(data: str, root: Path) -> tuple[list[Path], list[float | None]]:
@@ -1817,21 +1808,21 @@ def read_training_sets(args: argparse.Namespace, world: World) -> tuple[list[Cap
 
 def describe(world: World, tables: list[Table], shares: np.ndarray) -> str:
     """The first line of a run's log."""
-    sets = [f"{len(table):,} rows of {table.path}" + f" (share {share:.3f})" * (len(tables) > 1) for table,
-            share in zip(tables, shares)]
+    sets = [f"{len(table):,} rows of {table.path}" + f" (share {share:.3f})" * (len(tables) > 1)
+            for table, share in zip(tables, shares)]
     line = f"world {world.root}: {', '.join(sets)}, {len(world.classes)} classes"
     if world.class_counts.any():
         most, least = world.class_counts.argmax(), world.class_counts.argmin()
-        line += ", " + ", ".join(f"{word} frequent {world.classes[c]['name']!r} {world.class_counts[c]:,}" for word,
-                                 c in (("most", most), ("least", least)))
+        for word, c in ("most", most), ("least", least):
+            line += f", {word} frequent {world.classes[c]['name']!r} {world.class_counts[c]:,}"
     return line
 
 
 def count_classes(captions: list[Captions], shares: np.ndarray, classes: list[dict[str, str]]) -> np.ndarray:
     """[C] int64 training images a class: by label, or, in sets without labels, by captions that name the class.
 
-    shares: [sets] part of the training pairs that a set gives. Of a set without labels beyond KEEP_TOKENS rows an even
-    sample of the captions is matched.
+    shares: [sets] part of the training pairs that a set gives. Of a set without labels and with more than
+    COUNT_CAPTIONS rows an even sample of the captions is matched.
     """
     total, counts = sum(len(c.table) for c in captions), np.zeros(len(classes))
     for source, share in zip(captions, shares):
@@ -1839,27 +1830,27 @@ def count_classes(captions: list[Captions], shares: np.ndarray, classes: list[di
         if (source.labels >= 0).any():
             found = np.bincount(source.labels[source.labels >= 0], minlength=len(classes))[: len(classes)]
         else:
-            rows = range(0, n_rows, math.ceil(n_rows / KEEP_TOKENS))
+            rows = range(0, n_rows, math.ceil(n_rows / COUNT_CAPTIONS))
             found, seen = match_classes((source(row, 0) for row in rows), classes), len(rows)
         counts += found * (share * total / seen)
     return np.rint(counts).astype(np.int64)
 
 
 def caption_statistics(pairs: Pairs, sampler: Sampler) -> str:
-    """Distinct captions, empty and cut ones, and how often a caption occurs twice in a batch (first four batches)."""
-    parts = []
-    if pairs.ids:
-        ids = torch.cat(pairs.ids)
-        parts.append(f"{len(torch.unique(ids)):,} distinct captions in {len(ids):,} rows")
-    if pairs.tokens:
-        cut, lengths = torch.cat([t[2] for t in pairs.tokens]), torch.cat([t[1].diff() for t in pairs.tokens])
-        parts.append(f"{(lengths == 2).double().mean():.1%} empty, {cut.double().mean():.1%} truncated")
+    """How often a caption occurs twice in a batch (of the first four), and the number of distinct captions.
+
+    The latter is counted up to COUNT_CAPTIONS rows.
+    """
     same = []
     for step in range(min(4, sampler.stop)):
-        ids = np.array([pairs.caption_id(*example) for example in sampler.batch(step).tolist()])
-        same.append((np.unique(ids, return_inverse=True,
-                               return_counts=True)[2][np.unique(ids, return_inverse=True)[1]] > 1).mean())
-    return ", ".join(["captions: " + f"{np.mean(same):.1%} of a batch share theirs with another pair", *parts])
+        ids = [caption_id(pairs.caption(*example)) for example in sampler.batch(step).tolist()]
+        same.append(sum(n for n in Counter(ids).values() if n > 1) / len(ids))
+    line = f"captions: {np.mean(same):.1%} of a batch share theirs with another pair"
+    n_rows = sum(map(len, pairs.tables))
+    if n_rows <= COUNT_CAPTIONS:
+        ids = {caption_id(captions(row, 0)) for captions in pairs.captions for row in range(len(captions.table))}
+        line += f", {len(ids):,} distinct in {n_rows:,} rows (first epoch)"
+    return line
 
 
 @torch.no_grad()
@@ -1874,16 +1865,16 @@ def embed_captions(model: CLIP, pairs: Pairs, n_epochs: list[int], out: Path, de
     for s, captions in enumerate(pairs.captions):
         for epoch in range(1 if captions.is_fixed else n_epochs[s]):
             n = len(captions.table)
-            ids.append(np.fromiter((pairs.caption_id(s, row, epoch) for row in range(n)), np.int64, n))
+            ids.append(np.fromiter((caption_id(captions(row, epoch)) for row in range(n)), np.int64, n))
             examples.append(np.stack([np.full(n, s), np.arange(n), np.full(n, epoch)], 1))
     ids, first = np.unique(np.concatenate(ids), return_index=True)
     examples = np.concatenate(examples)[first]
     model.eval()
 
     def encode(start: int, stop: int) -> torch.Tensor:
-        texts = pad_tokens([pairs.encode(*example)[0] for example in examples[start:stop].tolist()])
+        texts = [pairs.caption(*example) for example in examples[start:stop].tolist()]
         with autocast():
-            return model.encode_text(texts.to(device)).float()
+            return model.encode_text(pairs.tokenizer(texts).to(device)).float()
 
     if len(ids) * model.embed_dim * 4 <= 2**30:
         return ids, encode_rows(len(ids), model.embed_dim, encode, device).cpu().numpy()
@@ -1975,16 +1966,15 @@ def total(value: float, group: dist.ProcessGroup | None) -> float:
     return float(value)
 
 
-def check_finite(step: int, parts: tuple[torch.Tensor, ...], skipped_in_a_row: int,
+def check_finite(step: int, parts: dict[str, torch.Tensor], skipped_in_a_row: int,
                  group: dist.ProcessGroup | None) -> None:
     """Report a step left out for its non-finite gradient, and what was not finite; SystemExit after ten in a row.
 
-    parts: loss, image_features, text_features. skipped_in_a_row: equal on all processes.
+    parts: tensors by name, to be looked at. skipped_in_a_row: equal on all processes.
     """
     if not skipped_in_a_row:
         return
-    is_bad = [any_rank(not bool(part.isfinite().all()), group) for part in parts]
-    names = [name for name, bad in zip(("loss", "image_features", "text_features"), is_bad) if bad] or ["gradients"]
+    names = [name for name, part in parts.items() if any_rank(not bool(part.isfinite().all()), group)] or ["gradients"]
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(f"step {step + 1}: {', '.join(names)} not finite: step left out ({skipped_in_a_row} in a row)",
               flush=True)
@@ -2002,44 +1992,45 @@ def note_bad_images(counts: Counter, bad: list[tuple[str, str]]) -> None:
 
 
 class RunLog:
-    """Log lines of a run: OUT/log.jsonl, the terminal, and TensorBoard or Weights & Biases if asked for."""
+    """Log lines of a run: OUT/log.jsonl, the terminal, and TensorBoard or Weights & Biases if asked for.
 
-    def __init__(self, args: argparse.Namespace, start: int):
-        path, self.writer, self.wandb = Path(args.out) / "log.jsonl", None, None
+    start: first step to come; lines of later steps, of a run that was killed, are dropped. wandb: project, or "".
+    """
+
+    def __init__(self, out: Path, start: int, tensorboard: bool, wandb: str, flags: dict):
+        path, self.writer, self.wandb = out / "log.jsonl", None, None
         lines = path.read_text().splitlines(keepends=True) if start and path.is_file() else []
-        kept = [line for line in lines if line.endswith("\n")
-                and json.loads(line)["step"] <= start]  # later steps are redone
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
         write_atomically(path, lambda file: file.write("".join(kept).encode()))
         self.file = open(path, "a", buffering=1)
-        try:
-            if args.tensorboard:
+        if tensorboard:
+            try:
                 from torch.utils.tensorboard import SummaryWriter
-
-                self.writer = SummaryWriter(args.out)
-            if args.wandb:
-                import wandb
-
-                self.wandb = wandb.init(project=args.wandb, name=Path(args.out).name, config=vars(args),
-                                        id=hashlib.sha1(str(path.resolve()).encode()).hexdigest()[:12], resume="allow")
-        except ImportError as error:
-            raise SystemExit(f"{error}: pip install "
-                             f"{'tensorboard' if self.writer is None and args.tensorboard else 'wandb'}") from None
+            except ImportError:
+                raise SystemExit("--tensorboard needs tensorboard: pip install tensorboard") from None
+            self.writer = SummaryWriter(out)
+        if wandb:
+            try:
+                import wandb as client
+            except ImportError:
+                raise SystemExit("--wandb needs wandb: pip install wandb") from None
+            run_id = hashlib.sha1(str(path.resolve()).encode()).hexdigest()[:12]  # the same for a continued run
+            self.wandb = client.init(project=wandb, name=out.name, config=flags, id=run_id, resume="allow")
 
     def write(self, line: dict) -> None:
         """line: {"step": int, name: number, ...}; nested dicts are kept in the file, flattened elsewhere."""
         self.file.write(json.dumps(line) + "\n")
         numbers = {k: v for k, v in line.items() if isinstance(v, int | float)}
-        numbers |= {f"{name}/{k}": v for name, m in line.items() if isinstance(m, dict) for k,
-                    v in m.items() if isinstance(v, int | float)}
+        for name, metrics in line.items():
+            if isinstance(metrics, dict):
+                numbers |= {f"{name}/{k}": v for k, v in metrics.items() if isinstance(v, int | float)}
         if self.writer:
             for name, value in numbers.items():
                 self.writer.add_scalar(name, value, line["step"])
         if self.wandb:
             self.wandb.log(numbers, step=line["step"])
         if "loss" in line:
-            tqdm.write(f"step {line['step']:>6}  loss {line['loss']:.4f}  lr {line['lr']:.2e}  scale "
-                       f"{line['logit_scale']:6.2f}  grad {line['grad_norm']:7.3f}  {line['images_per_s']:8.1f} "
-                       f"images/s  bad {line['bad_images']}")
+            tqdm.write(f"step {line['step']:>6}  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "step"))
             sys.stdout.flush()
 
 
@@ -2117,15 +2108,14 @@ def main(args: argparse.Namespace) -> None:
               flush=True)
     if sum(sizes) < args.batch_size:
         raise SystemExit(f"--batch-size {args.batch_size} is larger than the {sum(sizes)} rows of --data {args.data}")
-    pairs = Pairs(captions, args.crop_scale, args.word_dropout, args.max_pixels, args.seed)
     pixels = load_pixels(tables)  # [rows of all sets, H, W, 3] uint8, or None
-    text_width = 0
+    text_width, text_features = 0, None
     if args.text_embeddings:
-        pairs.text_features = np.load(args.text_embeddings[0], mmap_mode="r")
-        text_width = pairs.text_features.shape[-1]
-        if pairs.text_features.shape != (sizes[0], text_width):
-            raise SystemExit(f"{args.text_embeddings[0]} is {pairs.text_features.shape}, expected ({sizes[0]}, width): "
-                             f"a row for each of {tables[0].path}")
+        text_features = np.load(args.text_embeddings[0], mmap_mode="r")
+        text_width = text_features.shape[-1]
+        if text_features.shape != (sizes[0], text_width):
+            raise SystemExit(f"{args.text_embeddings[0]} is {text_features.shape}, expected ({sizes[0]}, width): a row "
+                             f"for each of {tables[0].path}")
 
     # --- model
     model, tokenizer, _ = build_model(args, root, captions, text_width)
@@ -2161,21 +2151,22 @@ def main(args: argparse.Namespace) -> None:
     start, seconds_before, started = 0, 0.0, time.time()
     resume = out / "checkpoint.pt" if args.resume in ("auto", "off") else Path(args.resume)
     if args.resume != "off" and (resume.is_file() or args.resume != "auto"):
-        checkpoint = load_checkpoint(resume, vars(args))
+        checkpoint = load_checkpoint(resume, vars(args), RUN_FLAGS)
         model.load_state_dict(checkpoint["state_dict"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
         set_rng_state(checkpoint["rng"], device)
         start, seconds_before = checkpoint["step"], checkpoint["seconds"]
 
-    # --- captions and loader
-    pairs.prepare(tokenizer, model.image_size)
+    # --- loader
+    pairs = Pairs(captions, tokenizer, model.image_size, args.crop_scale, args.word_dropout, args.max_pixels, args.seed)
+    pairs.text_features = text_features
     if pixels is not None:
         pixels, pairs.pixel_offsets = pixels.to(device), np.cumsum([0, *sizes[:-1]])
     if args.text_head == "frozen" and not args.text_embeddings:
         n_epochs = [math.ceil(steps * args.batch_size * share / size) + 1 for share, size in zip(shares, sizes)]
         pairs.text_ids, pairs.text_features = embed_captions(model, pairs, n_epochs, out, device, autocast)
-    workers = args.workers if args.workers >= 0 else 0 if pixels is not None and pairs.ids else default_workers()
+    workers = args.workers if args.workers >= 0 else default_workers() if pixels is None else 1
     sampler = Sampler(sizes, shares, args.batch_size, args.seed, start, steps, rank, world_size)
     loader = torch.utils.data.DataLoader(pairs, batch_sampler=sampler, collate_fn=as_it_is, num_workers=workers,
                                          pin_memory=device.type == "cuda")
@@ -2183,7 +2174,7 @@ def main(args: argparse.Namespace) -> None:
     # --- log
     log, stop_signals = None, []
     if is_main:
-        log = RunLog(args, start)
+        log = RunLog(out, start, args.tensorboard, args.wandb, vars(args))
         write_json(out / "args.json",
                    {"args": vars(args), "argv": sys.argv,
                     "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()})
@@ -2218,7 +2209,8 @@ def main(args: argparse.Namespace) -> None:
         if args.clip_grad or is_log_step:
             grad_norm = nn.utils.clip_grad_norm_(params, args.clip_grad or math.inf)
         if is_log_step or device.type == "cpu":  # Sync
-            check_finite(step, parts, int(skipped_in_a_row), control)
+            check_finite(step, dict(zip(("loss", "image_features", "text_features"), parts)), int(skipped_in_a_row),
+                         control)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -2230,19 +2222,19 @@ def main(args: argparse.Namespace) -> None:
         progress.update()
 
         if is_log_step:
+            n_done, n_seen_all = (step + 1) * args.batch_size, n_seen * world_size
             n_bad = total(sum(bad.values()), control)
-            line = {"step": step + 1, "samples": (step + 1) * args.batch_size,
-                    "epoch": round((step + 1) * args.batch_size / sum(sizes), 4)}
-            line |= {"loss": total(float(loss_sum), control) / world_size / (n_seen - n_logged) * len(images),
-                     "lr": lr}  # Sync
-            line |= {"logit_scale": float(model.logit_scale.detach().exp()), "grad_norm": float(grad_norm),
-                     "images_per_s": round((n_seen - n_logged) * world_size / (time.time() - logged_at), 1)}
-            line |= {"bad_images": int(n_bad), "truncated": total(n_cut, control) / (n_seen * world_size)}
+            n_steps = (n_seen - n_logged) // len(images)
+            line = {"step": step + 1, "samples": n_done, "epoch": round(n_done / sum(sizes), 4),
+                    "loss": total(float(loss_sum), control) / world_size / n_steps, "lr": lr,  # Sync
+                    "logit_scale": float(model.logit_scale.detach().exp()), "grad_norm": float(grad_norm),
+                    "images_per_s": round((n_seen - n_logged) * world_size / (time.time() - logged_at), 1),
+                    "bad_images": int(n_bad), "truncated": total(n_cut, control) / n_seen_all}
             if is_main:
                 log.write(line)
-            if n_bad > args.max_bad * max(1000, n_seen * world_size):
-                raise SystemExit(f"{int(n_bad)} of {n_seen * world_size} images cannot be read ({dict(bad)} on this "
-                                 f"process), more than --max-bad {args.max_bad}")
+            if n_bad > args.max_bad * max(1000, n_seen_all):
+                raise SystemExit(f"{int(n_bad)} of {n_seen_all} images cannot be read ({dict(bad)} on this process), "
+                                 f"more than --max-bad {args.max_bad}")
             n_logged, logged_at = n_seen, time.time()
             loss_sum.zero_()
         is_stopped = any_rank(bool(stop_signals), control)

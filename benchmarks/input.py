@@ -48,8 +48,7 @@ def make_jpegs(folder: Path, n: int, width: int, height: int) -> None:
 def our_loader(folder: Path, workers: int, batch_size: int):
     table = clip.Table(folder / "train.tsv")
     captions = clip.Captions(table, np.full(len(table), -1), ["{caption}"], [], 0)
-    pairs = clip.Pairs([captions], 0.9, 0.0, 10**9, 0)
-    pairs.prepare(clip.Tokenizer([]), 224)
+    pairs = clip.Pairs([captions], clip.Tokenizer([]), 224, 0.9, 0.0, 10**9, 0)
     sampler = clip.Sampler([len(table)], np.ones(1), batch_size, 0, 0, len(table) // batch_size, 0, 1)
     return torch.utils.data.DataLoader(pairs, batch_sampler=sampler, collate_fn=clip.as_it_is, num_workers=workers)
 
@@ -80,8 +79,7 @@ def memory_gib(rows: int, workers: int, folder: Path) -> tuple[float, float]:
         )
     table = clip.Table(folder / "large.tsv")
     captions = clip.Captions(table, np.full(rows, -1), ["{caption}"], [], 0)
-    pairs = clip.Pairs([captions], 0.9, 0.0, 10**9, 0)
-    pairs.prepare(clip.Tokenizer([]), 224)
+    pairs = clip.Pairs([captions], clip.Tokenizer([]), 224, 0.9, 0.0, 10**9, 0)
     sampler = clip.Sampler([rows], np.ones(1), 64, 0, 0, 20, 0, 1)
     batches = iter(
         torch.utils.data.DataLoader(pairs, batch_sampler=sampler, collate_fn=clip.as_it_is, num_workers=workers)

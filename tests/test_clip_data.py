@@ -328,6 +328,7 @@ def test_images_in_npy_files(tmp_path):
     np.save(tmp_path / "a.npy", pixels)
     assert np.array_equal(read(tmp_path, None, "a.npy:2"), pixels[2])
     assert read(tmp_path, None, "a.npy:3") == "row beyond the end of the .npy file"
+    assert read(tmp_path, None, "a.npy") == "no row of the .npy file is named"
     np.save(tmp_path / "b.npy", pixels.astype(np.float32))
     np.save(tmp_path / "c.npy", pixels[..., 0])
     (tmp_path / "d.npy").write_bytes(b"no array")

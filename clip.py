@@ -572,6 +572,14 @@ class VisionTransformer(nn.Module):
         return self.ln_post(x[:, 0]) @ self.proj
 
 
+def standardize(images: torch.Tensor) -> torch.Tensor:
+    """[B, 3, S, S], 0..255 -> float32 by CLIP's mean and deviation, channels last, which is faster for convolutions."""
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073], device=images.device)  # openai/CLIP clip.py
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711], device=images.device)
+    images = (images.float() / 255 - mean[:, None, None]) / std[:, None, None]
+    return images.contiguous(memory_format=torch.channels_last)
+
+
 class CLIP(nn.Module):
     """Two towers and a learned temperature.
 
@@ -619,11 +627,8 @@ class CLIP(nn.Module):
         return {k: p for k, p in self.named_parameters() if not k.startswith("visual.") and k != "logit_scale"}
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        """[B, 3, S, S] uint8 -> [B, D], not normalised; the pixels are standardised by CLIP's mean and deviation."""
-        mean = torch.tensor([0.48145466, 0.4578275, 0.40821073], device=images.device)  # openai/CLIP clip.py
-        std = torch.tensor([0.26862954, 0.26130258, 0.27577711], device=images.device)
-        images = (images.float() / 255 - mean[:, None, None]) / std[:, None, None]
-        return self.visual(images.contiguous(memory_format=torch.channels_last))  # faster for convolutions
+        """[B, 3, S, S], 0..255 -> [B, D], not normalised."""
+        return self.visual(standardize(images))
 
     def encode_text(self, texts: torch.Tensor) -> torch.Tensor:
         """[B, L] tokens, zeros after the end token, L up to the context length -> [B, D], not normalised.
@@ -1409,17 +1414,21 @@ def ensure_shapes(root: Path) -> None:
     run_script([str(builder), "shapes", "--out", str(root)])
 
 
-def ensure_clip_pt(root: Path, device: str) -> None:
-    """Pretrain the text tower of the built-in world if it is not there; of another world, say how to make it."""
-    path, world = root / "clip.pt", root / "world.json"
+def ensure_clip_pt(root: Path, device: str, flags: str) -> None:
+    """Pretrain ROOT/clip.pt, text tower and class prototypes, of the built-in world; of another, say how to make it.
+
+    flags: what needs it, for the message.
+    """
+    path, world, script = root / "clip.pt", root / "world.json", Path(__file__).with_name("clip.py")
     if path.is_file():
         return
-    if not world.is_file() or json.loads(world.read_text()).get("world") != "shapes":
-        raise SystemExit(f"--text-head frozen and finetune start from {path}, which is not there: make it from "
-                         f"released weights (python clip.py --eval-only RN50.pt --root {root} --bpe "
-                         f"bpe_simple_vocab_16e6.txt.gz --export {path}), or pass --text-init")
+    is_shapes = world.is_file() and json.loads(world.read_text()).get("world") == "shapes"
+    if not is_shapes or not script.is_file():
+        raise SystemExit(f"{flags}: {path} is not there: make it from released weights (python clip.py --eval-only "
+                         f"RN50.pt --root {root} --bpe bpe_simple_vocab_16e6.txt.gz --export {path}), or pass another "
+                         "file")
     print(f"{path} is not there: pretraining on web (once, about 5 minutes on 2 CPU cores)", flush=True)
-    run_script([__file__, "--root", str(root), "--data", "web", "--steps", "2200", "--out",
+    run_script([str(script), "--root", str(root), "--data", "web", "--steps", "2200", "--out",
                 str(root / "clip_pretraining"), "--export", str(path), "--eval-sets", "val", "--device", device])
 
 
@@ -1560,11 +1569,11 @@ def class_prototypes(model: CLIP, tokenizer: Tokenizer | None, world: World,
 
 
 @torch.no_grad()
-def encode_images(
-    model: CLIP, table: Table, workers: int, max_pixels: int, device: torch.device
-) -> tuple[torch.Tensor, np.ndarray, Counter]:
-    """Image embeddings of a test set, not normalised.
+def encode_images(model: nn.Module, table: Table, workers: int, max_pixels: int,
+                  device: torch.device) -> tuple[torch.Tensor, np.ndarray, Counter]:
+    """Image embeddings of a test set, not normalised. All ranks.
 
+    model: has encode_image, image_size and embed_dim.
     Returns: [n, D]; [n] bool, whether the image could be read (its embedding is zero if not); counts of the reasons.
     """
     pixels = load_pixels([table])
@@ -1806,15 +1815,15 @@ def read_training_sets(args: argparse.Namespace, world: World) -> tuple[list[Cap
     return captions, shares
 
 
-def describe(world: World, tables: list[Table], shares: np.ndarray) -> str:
+def describe(root: Path, tables: list[Table], shares: np.ndarray, class_names: list[str],
+             class_counts: np.ndarray) -> str:
     """The first line of a run's log."""
     sets = [f"{len(table):,} rows of {table.path}" + f" (share {share:.3f})" * (len(tables) > 1)
             for table, share in zip(tables, shares)]
-    line = f"world {world.root}: {', '.join(sets)}, {len(world.classes)} classes"
-    if world.class_counts.any():
-        most, least = world.class_counts.argmax(), world.class_counts.argmin()
-        for word, c in ("most", most), ("least", least):
-            line += f", {word} frequent {world.classes[c]['name']!r} {world.class_counts[c]:,}"
+    line = f"world {root}: {', '.join(sets)}, {len(class_names)} classes"
+    if class_counts.any():
+        for word, c in ("most", class_counts.argmax()), ("least", class_counts.argmin()):
+            line += f", {word} frequent {class_names[c]!r} {class_counts[c]:,}"
     return line
 
 
@@ -2092,7 +2101,7 @@ def main(args: argparse.Namespace) -> None:
     on_one_rank(rank, lambda: ensure_shapes(root))
     has_text_tower = args.text_head == "scratch" or args.text_embeddings or args.eval_only or args.init
     if args.text_init == "auto" and not has_text_tower:
-        on_one_rank(rank, lambda: ensure_clip_pt(root, args.device))
+        on_one_rank(rank, lambda: ensure_clip_pt(root, args.device, "--text-head frozen and finetune"))
     world = read_world(args, root)
     if args.eval_only:
         evaluate_checkpoint(args, world, rank, device, precision)
@@ -2103,7 +2112,7 @@ def main(args: argparse.Namespace) -> None:
     captions, shares = read_training_sets(args, world)
     tables, sizes = [c.table for c in captions], [len(c.table) for c in captions]
     if is_main:
-        print(describe(world, tables, shares))
+        print(describe(root, tables, shares, [row["name"] for row in world.classes], world.class_counts))
         print(f"precision {precision} ({reason}), {device}, {world_size} process{'es' if world_size > 1 else ''}",
               flush=True)
     if sum(sizes) < args.batch_size:
@@ -2262,6 +2271,10 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         main(ARGS)
+    except SystemExit as error:  # a message to the user: the input cannot be used, or the disk is full
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+        raise SystemExit(2 if isinstance(error.code, str) else error.code) from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

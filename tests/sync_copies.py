@@ -5,6 +5,7 @@ are copied, without a change; tests/test_rules.py fails when a copy and its home
 """
 
 import ast
+import functools
 import re
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["clip.py", "sl_vocab_subsample.py", "dino_laionet.py", "build_datasets.py", "evaluate.py"]
 
 
+@functools.cache
 def blocks(text: str) -> dict[str, tuple[int, int]]:
     """Top-level functions and classes of a script: name -> (first line, line after the last), from 0, with decorators."""
     nodes = [n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef | ast.ClassDef)]

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import io
 import json
 import math
 import os
@@ -12,65 +11,20 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
+import programs
 import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from PIL import Image
+from programs import ENV, ROOT, assert_bit_equal, log_of, weights_of
 
 import clip
 
-ROOT = Path(__file__).resolve().parent.parent
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 FLAGS = ["--batch-size", "32", "--log-every", "1", "--warmup-steps", "2", "--precision", "fp32", "--device", "cpu"]
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    """A small shapes world."""
-    root = tmp_path_factory.mktemp("world") / "shapes"
-    command = [sys.executable, ROOT / "build_datasets.py", "shapes", "--out", root, "--size", "0.02", "--workers", "2"]
-    subprocess.run(command, check=True, env=ENV, capture_output=True)
-    return root
-
-
-def run(*flags, processes=1, script=ROOT / "clip.py", check=True, **kwargs):
-    """Run clip.py; returns the finished process, with what it printed in stdout."""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    kwargs = {"env": ENV, "timeout": 240, **kwargs}
-    result = subprocess.run(
-        [*launcher, script, *map(str, flags)], stdout=-1, stderr=subprocess.STDOUT, text=True, **kwargs
-    )
-    assert not check or result.returncode == 0, result.stdout[-3000:]
-    return result
-
-
-def run_here(*flags):
-    """The same in this process, which spares the imports; returns what was printed."""
-    torch.set_num_threads(1)
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        clip.main(clip.parse_args([str(flag) for flag in flags]))
-    return printed.getvalue()
-
-
-def log_of(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def weights_of(out):
-    return torch.load(out / "checkpoint.pt", weights_only=True)["state_dict"]
-
-
-def assert_bit_equal(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
+run, run_here = functools.partial(programs.run, "clip.py"), functools.partial(programs.run_here, clip)
 
 
 # ------------------------------------------------------------------------------ loss
@@ -319,17 +273,7 @@ def test_kill_and_resume_is_bit_equal(world, tmp_path, processes):
     """kill -9 after some step, the same command again, and the final weights are those of an undisturbed run."""
     flags = ["--root", world, "--steps", "40", "--save-every", "4", "--eval-sets", "val", *FLAGS]
     run(*flags, "--out", tmp_path / "straight", processes=processes)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if processes == 2 else []
-    command = [sys.executable, *launcher, ROOT / "clip.py", *map(str, flags), "--out", str(tmp_path / "killed")]
-    process = subprocess.Popen(
-        command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    log, n_lines = tmp_path / "killed" / "log.jsonl", 0
-    while n_lines < 7 and process.poll() is None:
-        time.sleep(0.01)
-        n_lines = len(log.read_text().splitlines()) if log.exists() else 0
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    programs.kill_after(7, tmp_path / "killed", "clip.py", *flags, processes=processes)
     steps = torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["step"]
     assert 0 < steps < 40
     result = run(*flags, "--out", tmp_path / "killed", processes=processes)
@@ -451,7 +395,7 @@ def test_missing_clip_pt(world, tmp_path, monkeypatch):
     """The shapes world is pretrained on web, cached in ROOT; another world is told how to make the file."""
     commands = []
     monkeypatch.setattr(clip, "run_script", commands.append)
-    clip.ensure_clip_pt(world, "cpu")
+    clip.ensure_clip_pt(world, "cpu", "--text-head frozen")
     command = commands[0][1:]
     args = clip.parse_args(command)
     assert args.data == "web" and args.export == str(world / "clip.pt") and args.root == str(world)
@@ -459,7 +403,7 @@ def test_missing_clip_pt(world, tmp_path, monkeypatch):
     shutil.copytree(world, other)
     (other / "world.json").unlink()
     with pytest.raises(SystemExit, match="--eval-only RN50.pt"):
-        clip.ensure_clip_pt(other, "cpu")
+        clip.ensure_clip_pt(other, "cpu", "--text-head frozen")
 
 
 def test_text_embeddings(world, tmp_path):
@@ -501,14 +445,14 @@ def test_full_disk_keeps_the_last_checkpoint(world, tmp_path):
     run(*flags, "--steps", "2")
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
     result = run(*flags, "--steps", "4", "--resume", "off", check=False, preexec_fn=lambda: limit_file_size(100_000))
-    assert result.returncode == 1 and "cannot write" in result.stdout and "Traceback" not in result.stdout
+    assert result.returncode == 2 and "cannot write" in result.stdout and "Traceback" not in result.stdout
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
     assert not list((tmp_path / "run").glob("*.part"))
     (tmp_path / "file").write_text("")
     result = run(
         *flags[:2], "--out", tmp_path / "file" / "run", "--steps", "2", "--eval-sets", "val", *FLAGS, check=False
     )
-    assert result.returncode == 1 and "cannot write" in result.stdout and "Traceback" not in result.stdout
+    assert result.returncode == 2 and "cannot write" in result.stdout and "Traceback" not in result.stdout
 
 
 def train_here(world, out, *flags):
@@ -628,7 +572,7 @@ def test_broken_images_are_replaced_and_counted(photos):
     val = json.loads((photos / "run" / "metrics.json").read_text())["val"]
     assert val["n"] == 9 and val["bad_images"] == {"not an image": 1, "truncated": 1, "missing file": 1}
     result = run(*flags[:-4], "--epochs", "60", "--max-bad", "0.001", "--resume", "off", check=False)
-    assert result.returncode == 1 and "more than --max-bad 0.001" in result.stdout
+    assert result.returncode == 2 and "more than --max-bad 0.001" in result.stdout
 
 
 def test_copied_alone(photos, tmp_path):
@@ -636,9 +580,9 @@ def test_copied_alone(photos, tmp_path):
     alone = tmp_path / "alone"
     alone.mkdir()
     shutil.copy(ROOT / "clip.py", alone)
-    run("--data", photos / "train.tsv", "--out", "run", *OWN, script="clip.py", cwd=alone)
-    result = run(script="clip.py", cwd=alone, check=False)
-    assert result.returncode == 1 and "pass --data my_pairs.tsv" in result.stdout and "Traceback" not in result.stdout
+    run("--data", photos / "train.tsv", "--out", "run", *OWN, folder=alone, cwd=alone)
+    result = run(folder=alone, cwd=alone, check=False)
+    assert result.returncode == 2 and "pass --data my_pairs.tsv" in result.stdout and "Traceback" not in result.stdout
 
 
 def test_messages(world, photos, tmp_path, capsys):

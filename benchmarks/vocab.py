@@ -1,0 +1,91 @@
+"""Head and loss of sl_vocab_subsample.py with a vocabulary against the full softmax: python benchmarks/vocab.py
+
+Forward and backward of cosine head and cross-entropy on given features, fp32, CPU; counts are Zipf's. Sides alternate;
+printed are medians, the time of drawing alone, and the peak of memory beyond what stands before the step (weights and
+their gradient buffer), from the kernel's high-water mark in a process of its own.
+"""
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import sl_vocab_subsample as sl  # noqa: E402
+
+
+def make(C, D, B):
+    """Features, weights with a gradient buffer, labels by frequency, counts."""
+    torch.manual_seed(0)
+    counts = (1e6 / torch.arange(1, C + 1)).ceil().long()
+    features = F.normalize(torch.randn(B, D), dim=1).requires_grad_()
+    weights = torch.randn(C, D).requires_grad_()
+    weights.grad = torch.zeros_like(weights)
+    return features, weights, torch.multinomial(counts.double(), B, replacement=True)[:, None], counts
+
+
+def step(features, weights, labels, counts, M, group, number):
+    """One forward and backward pass; returns the seconds of drawing."""
+    features.grad, vocab = None, None
+    start = time.perf_counter()
+    if M:
+        vocab, *_ = sl.vocab_of_batch(labels, 0, len(labels), group, counts, M, 1.0, 0, number)
+        labels = labels if vocab.ids is None else torch.searchsorted(vocab.ids, labels)
+    drawn = time.perf_counter() - start
+    logits = sl.vocab_logits(features, weights, torch.tensor(14.3), vocab)
+    sl.cross_entropy(logits, labels).backward()
+    return drawn
+
+
+def peak_mib(*arguments):
+    """Peak memory of steps in a process of its own, beyond what was there before the first."""
+    command = [sys.executable, __file__, "--peak", *map(str, arguments)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def main(args):
+    if args.peak:
+        C, D, B, M, group = args.peak
+        given = make(C, D, B)
+        F.normalize(torch.randn(64, 64)) @ torch.randn(64, 64)  # libraries are loaded
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for number in range(2):
+            step(*given, M, group, number)
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+        return
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, fp32")
+    for C, D, B, M, group in ((21_841, 1024, 256, 1000, 64), (1_000_000, 128, 1024, 1000, 64)):
+        sl.keep_freed_memory()
+        given, sides, times = make(C, D, B), {"full": 0, "sampled": M}, {"full": [], "sampled": []}
+        draws = []
+        for number in range(args.pairs + 1):
+            for side, size in sides.items():
+                start = time.perf_counter()
+                drawn = step(*given, size, group, number)
+                if number:
+                    times[side].append(time.perf_counter() - start)
+                    draws += [drawn] if size else []
+        full, sampled = (statistics.median(times[side]) for side in sides)
+        ratio = statistics.median(a / b for a, b in zip(times["full"], times["sampled"], strict=True))
+        peaks = [peak_mib(C, D, B, size, group) for size in sides.values()]
+        print(
+            f"C {C:,}, D {D}, batch {B}, M {M}, groups of {group}: full {full * 1e3:.0f} ms, sampled {sampled * 1e3:.0f}"
+            f" ms, {ratio:.1f} times as fast; drawing {statistics.median(draws) * 1e3:.1f} ms; peak extra memory full "
+            f"{peaks[0]:.0f} MiB, sampled {peaks[1]:.0f} MiB ({peaks[1] / peaks[0]:.2f})"
+        )
+        del given
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--pairs", type=int, default=7, help="counted rounds of the alternation")
+    parser.add_argument("--peak", type=int, nargs=5, help="used by the script itself: C D B M GROUP of one side")
+    main(parser.parse_args())

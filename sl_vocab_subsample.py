@@ -1,0 +1,2003 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision>=0.21", "numpy>=1.26", "scipy>=1.11", "pillow>=10.1", "tqdm>=4.66"]
+# ///
+"""Supervised learning with a sampled vocabulary: at each step a group of images is classified among few classes only.
+
+Paper: Wen et al., arXiv 2405.21070, section 3.3. CLIP's batch is a small vocabulary drawn anew at every step; here a
+classifier gets the same: the classes of a group of images, and others drawn by frequency until there are M (federated
+softmax). With --head frozen the classes are fixed vectors of a pretrained CLIP, so unseen classes have a place too.
+
+    python sl_vocab_subsample.py                                    # plain softmax on the shapes world, 4 minutes
+    python sl_vocab_subsample.py --vocab 32 --vocab-group 32 --out runs/vocab
+    torchrun sl_vocab_subsample.py --data laionet --head frozen --vocab 64 --vocab-group 32 --out runs/frozen
+    python sl_vocab_subsample.py --trim-tail 30 --trim-shots 0 --head frozen --vocab 32 --vocab-group 32
+    python sl_vocab_subsample.py --loss balanced --out runs/balanced                     # a baseline
+    python sl_vocab_subsample.py --eval-only runs/sl/checkpoint.pt --eval-sets val.tsv sketch.tsv
+
+The defaults are the matched protocol: a run differs from one of clip.py in the loss only (same tower, AdamW, steps,
+batch, warm-up, crops, batch norm, evaluation). The paper's protocol, on ImageNet-Captions or LAIONet, is instead
+    torchrun --nproc-per-node 4 sl_vocab_subsample.py --root ROOT --data incaps --arch RN50 --batch-size 256 --epochs 90
+with --optimizer sgd --weight-decay 1e-4 --warmup-steps 0 --bn local --crop-scale 0.08 --vocab 200 --vocab-group 64
+Self-supervised weights to classification: --init backbone.pt (of clip.py, dino_laionet.py, torchvision).
+
+A data set is a TSV with columns image and label (clip.py's docstring has the formats); rows without a label are
+dropped, several labels are written 3|17. Written to --out: args.json, log.jsonl, checkpoint.pt, metrics.json and
+<set>.npz for each test set (logits, features, labels, class_counts, class_names, prototypes).
+
+Dimension key: B images of this process, N = B * world_size images of the step, D embedding width, C classes, M classes
+of a vocabulary, G images of a group, U classes in the union of this process's vocabularies, J labels of an image.
+
+Expected on the default world: val top-1 near 0.7, Spearman(frequency, predictions) near 0.7 (README).
+
+Deviations from the paper and its code:
+ 1. Vocabularies belong to groups of G images of the global batch, not to processes: M has one meaning for any number
+    of processes, and draws come from (seed, step, group). Theirs held all classes of a process's images, so M = 50 was
+    about 62, or 222 at 256 images a process; the realised size is logged here, and a nominal one that is too small is
+    named.
+ 2. Classes without a training image are never drawn by frequency, and no class twice (theirs could be near M = C).
+ 3. The default optimiser and augmentation are clip.py's, so that the two compare; theirs differ in both.
+ 4. Momentum and weight decay act on all rows of a learned head: decay on the length of a row only, which a cosine does
+    not see; momentum carries on the rows that left the vocabulary, as it does in theirs.
+ 5. The schedule is the cosine (theirs had the names of cosine and step exchanged).
+"""
+
+import argparse
+import contextlib
+import ctypes
+import datetime
+import functools
+import hashlib
+import io
+import json
+import math
+import mmap
+import os
+import pickle
+import random
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+import zlib
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+# ------------------------------------------------------------------------------ flags
+
+SHAPES_ROOT = "data/shapes"  # rendered by build_datasets.py on first use
+TEST_SETS = ("val", "v2", "sketch", "rendition", "objectnet", "adversarial")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Flags of sl_vocab_subsample.py; wrong combinations end here."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--root", default="auto",
+                      help=f"folder of the world: classes.tsv, test sets, SET/train.tsv, clip.pt; auto is "
+                           f"{SHAPES_ROOT}, or the folder of the first --data file")
+    data.add_argument("--data", default="laionet",
+                      help="training sets: NAME (ROOT/NAME/train.tsv) or FILE.tsv, mixed as A:2,B:1; without weights "
+                           "each set counts by its size")
+    data.add_argument("--multi-label", default="first", choices=["first", "all", "random", "drop"],
+                      help="images with several labels (3|17): the first one, all with equal weight, one drawn per "
+                           "epoch, or left out")
+    data.add_argument("--sampler", default="instance", choices=["instance", "class", "sqrt"],
+                      help="images are drawn evenly, or first a class, evenly or by the root of its frequency")
+    data.add_argument("--trim-tail", type=int, default=0,
+                      help="keep only --trim-shots images of each of this many least frequent classes, and report "
+                           "them apart")
+    data.add_argument("--trim-shots", type=int, default=0, help="images kept of a trimmed class; 0: a zero-shot tail")
+    data.add_argument("--crop-scale", type=float, default=0.9,
+                      help="smallest area of the random crop, as a fraction of the image; 1 is no crop")
+    data.add_argument("--eval-sets", nargs="*", default=["auto"],
+                      help=f"test sets: names in ROOT or TSV files; auto takes those of {', '.join(TEST_SETS)} that "
+                           "ROOT has")
+    data.add_argument("--max-bad", type=float, default=0.01,
+                      help="end the run when more than this fraction of the images cannot be read")
+    data.add_argument("--max-pixels", type=int, default=89_478_485,
+                      help="refuse images whose header announces more pixels than this")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--arch", default="tiny",
+                       choices=["tiny", "RN50", "ViT-B-32", "ViT-B-16", "ViT-S-16", "resnet50"],
+                       help="image tower; tiny is a small residual net for 32 px images")
+    model.add_argument("--head", default="learned", choices=["learned", "frozen", "finetune"],
+                       help="class vectors: trained from a random start, fixed to --head-init, or trained from it")
+    model.add_argument("--head-init", default="auto",
+                       help="class vectors of frozen and finetune: a checkpoint with prototypes and class names, or an "
+                            "array (C, D) as .npy or .pt; auto is ROOT/clip.pt")
+    model.add_argument("--init", default="",
+                       help="checkpoint to start the image tower from: of clip.py, of dino_laionet.py --export, or a "
+                            "torchvision state dict (resnet50)")
+    model.add_argument("--freeze-backbone", action=argparse.BooleanOptionalAction, default=False,
+                       help="train the head and the scale only")
+
+    method = parser.add_argument_group("method")
+    method.add_argument("--vocab", type=int, default=0,
+                        help="classes M of a group's vocabulary, those of its images and drawn ones; 0 is all")
+    method.add_argument("--vocab-power", type=float, default=1.0,
+                        help="classes are drawn with weight (training images) ** this; 0 is evenly")
+    method.add_argument("--vocab-group", type=int, default=64,
+                        help="images that share a vocabulary; 0 is the whole batch")
+    method.add_argument("--loss", default="softmax",
+                        choices=["softmax", "balanced", "logit-adjusted", "log-q", "focal"],
+                        help="cross-entropy; with logits + ln(class count); with --tau times that; minus "
+                             "ln(probability of being drawn), which undoes --vocab; weighted by (1 - p)^2")
+    method.add_argument("--tau", type=float, default=1.0, help="strength of --loss logit-adjusted")
+    method.add_argument("--label-smoothing", type=float, default=0.0,
+                        help="part of the target spread evenly over the vocabulary")
+    method.add_argument("--bn", default="sync", choices=["sync", "local"],
+                        help="batch norm statistics over all processes or over each one's own part")
+
+    optimization = parser.add_argument_group("optimization")
+    optimization.add_argument("--steps", type=int, default=1600,
+                              help="optimiser steps; --epochs takes its place when given")
+    optimization.add_argument("--epochs", type=float, default=0, help="passes over the data; 0 leaves it to --steps")
+    optimization.add_argument("--batch-size", type=int, default=128, help="images of a step over all processes")
+    optimization.add_argument("--optimizer", default="adamw", choices=["adamw", "sgd"],
+                              help="AdamW with betas 0.9, 0.98, or SGD with momentum 0.9")
+    optimization.add_argument("--lr", type=float, default=0,
+                              help="peak learning rate; 0 is 3e-3 for tiny, 1e-3 for the others, and with sgd 0.1 per "
+                                   "256 images")
+    optimization.add_argument("--weight-decay", type=float, default=0.1,
+                              help="on matrices only: not on gains, biases, logit_scale")
+    optimization.add_argument("--warmup-steps", type=int, default=50,
+                              help="steps of linear warm-up, before the cosine to 0")
+    optimization.add_argument("--clip-grad", type=float, default=0.0, help="largest gradient norm; 0 is off")
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", default="runs/sl", help="folder for log, checkpoint, metrics and predictions")
+    run.add_argument("--resume", default="auto",
+                     help="auto continues OUT/checkpoint.pt if there is one, off starts over and replaces it, or a "
+                          "checkpoint to continue")
+    run.add_argument("--eval-only", default="", help="evaluate this checkpoint on --eval-sets and end")
+    run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto is cuda where there is one")
+    run.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
+                     help="of the towers; auto is bf16 on CUDA and on CPUs with AMX, else fp32; normalisation, logits "
+                          "and loss are always fp32")
+    run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the towers")
+    run.add_argument("--workers", type=int, default=-1,
+                     help="loader processes per process; -1 is 1 for .npy images, else up to 8")
+    run.add_argument("--seed", type=int, default=0, help="of the weights, the order, the crops and what is drawn")
+    run.add_argument("--log-every", type=int, default=50, help="steps between log lines")
+    run.add_argument("--save-every", type=int, default=500, help="steps between checkpoints; 0 is only at the end")
+    run.add_argument("--eval-every", type=int, default=0, help="steps between evaluations; 0 is only at the end")
+    run.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=False,
+                     help="also log to OUT for TensorBoard (pip install tensorboard)")
+    run.add_argument("--wandb", default="",
+                     help="also log to this Weights & Biases project (pip install wandb); empty is off")
+
+    args = parser.parse_args(argv)
+    if args.vocab and args.vocab < 2:
+        parser.error(f"--vocab {args.vocab}: a vocabulary needs at least 2 classes (0 is all classes)")
+    if args.loss == "log-q" and not args.vocab:
+        parser.error("--loss log-q corrects for sampling: it needs --vocab")
+    if not 0 <= args.label_smoothing < 1 or not 0 < args.crop_scale <= 1:
+        parser.error("--label-smoothing must be in [0, 1) and --crop-scale in (0, 1]")
+    for flag in ("batch_size", "log_every", "max_pixels"):
+        if getattr(args, flag) < 1:
+            parser.error(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
+    for flag in ("steps", "epochs", "lr", "weight_decay", "warmup_steps", "clip_grad", "save_every", "eval_every",
+                 "vocab_power", "vocab_group", "trim_tail", "trim_shots"):
+        if getattr(args, flag) < 0:
+            parser.error(f"--{flag.replace('_', '-')} must not be negative, got {getattr(args, flag)}")
+    return args
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # before the heavy imports: --help and a mistyped flag are answered at once
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it once: huge pages for large CPU tensors
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torch.nn as nn  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+import torchvision  # noqa: E402
+from PIL import Image, ImageOps  # noqa: E402
+from scipy.stats import spearmanr  # noqa: E402
+from torch.nn.parallel import DistributedDataParallel  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+# ------------------------------------------------------------------------------ method
+
+
+class Vocab(NamedTuple):
+    """Vocabularies of this process's groups, within their union of U classes."""
+
+    ids: torch.Tensor | None  # [U] int64 sorted class ids; None: all C classes stand in the columns
+    inside: torch.Tensor  # [groups, U] bool
+    log_q: torch.Tensor  # [groups, U] float32, ln of the probability of being in the vocabulary; 0 for present classes
+    groups: torch.Tensor  # [B] int64 group of each image
+
+
+def draw_vocab(present: torch.Tensor, class_counts: torch.Tensor, M: int, power: float,
+               seeds: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vocabulary of each group: its present classes, and others drawn without replacement until there are M.
+
+    present: [groups, C] bool. class_counts: [C] training images; the weight of a class is its count ** power.
+    seeds: one integer a group. Returns: [groups, C] bool, the vocabularies, of max(M, present) classes or of fewer when
+        no class with a weight is left; [groups, C] float32, ln of each class's probability to be in it.
+    An exponential race: class c arrives at time e_c / weight_c, the first ones are drawn, which has the law of draws
+    one after the other with weights renormalised. Given t, the time at which the first class too many arrives, a class
+    is in with probability 1 - exp(-weight t). The rule (classes of the batch first, then by count ** 0.5) is that of
+    the federated loss of Zhou et al., arXiv 2103.07461; power 1 is Wen et al., section 3.3.
+    """
+    n_groups, C = present.shape
+    weights = class_counts.double() ** power  # 0 ** 0 = 1: classes without images are drawn by power 0 only
+    race = torch.empty(n_groups, C, dtype=torch.float64)
+    for times, seed in zip(race, seeds):
+        times.exponential_(generator=torch.Generator().manual_seed(seed))
+    race = (race / weights).masked_fill(present, -1.0)  # a weight of 0 never arrives
+    times, first = race.topk(min(M + 1, C), largest=False)  # [groups, M + 1], ascending
+    drawn = times[:, :M].isfinite()
+    vocab = torch.zeros_like(present).scatter_(1, first[:, :M], drawn) | present
+    t = times[:, M:] if M < C else torch.full((n_groups, 1), math.inf, dtype=torch.float64)
+    probability = -torch.expm1(-weights * t)
+    return vocab, probability.log().masked_fill(present | ~vocab, 0.0).float()
+
+
+def vocab_of_batch(labels: torch.Tensor, first: int, B: int, group_size: int, class_counts: torch.Tensor, M: int,
+                   power: float, seed: int, step: int) -> tuple[Vocab, int, int]:
+    """Vocabularies of the groups that hold rows first .. first + B of the global batch, the same for any such split.
+
+    labels: [N, J] int64 of all processes, -1 pads. group_size: images of a group, cut from the global batch in order.
+    Returns: the vocabularies; summed over these groups, their sizes and the number of drawn classes.
+    The union's rows alone are multiplied when they are at most half of the classes: beyond that copying rows costs more
+    than it saves (benchmarks/vocab.py).
+    """
+    C, ids = len(class_counts), range(first // group_size, (first + B - 1) // group_size + 1)
+    present = torch.zeros(len(ids), C + 1, dtype=torch.bool)  # column C takes the padding
+    for row, group in enumerate(ids):
+        present[row, labels[group * group_size : (group + 1) * group_size].flatten()] = True
+    present = present[:, :C].contiguous()
+    seeds = [int(uniform_hash(seed, 6, step, group) * 2**53) for group in ids]
+    vocab, log_q = draw_vocab(present, class_counts, M, power, seeds)
+    union = vocab.any(0).nonzero().squeeze(1)  # [U]
+    groups = torch.arange(first, first + B) // group_size - ids[0]
+    size, n_drawn = int(vocab.sum()), int((vocab & ~present).sum())
+    if 2 * len(union) > C:
+        return Vocab(None, vocab, log_q, groups), size, n_drawn
+    return Vocab(union, vocab[:, union], log_q[:, union], groups), size, n_drawn
+
+
+def vocab_logits(features: torch.Tensor, prototypes: torch.Tensor, scale: torch.Tensor, vocab: Vocab | None,
+                 adjustment: torch.Tensor | None = None, correct: bool = False) -> torch.Tensor:
+    """Cosine logits, -inf outside of a row's vocabulary: [B, U], or [B, C] without a vocabulary.
+
+    features: [B, D] unit. prototypes: [C, D] of any length. adjustment: [C], added. correct: subtract log_q, which
+    makes the sum of exponentials an unbiased estimate of the one over all classes (sampled softmax).
+    """
+    if vocab is not None and vocab.ids is not None:
+        prototypes = prototypes[vocab.ids]
+        adjustment = None if adjustment is None else adjustment[vocab.ids]
+    with exact_matmul():
+        logits = scale * features @ F.normalize(prototypes.float(), dim=1).T
+    if adjustment is not None:
+        logits = logits + adjustment
+    if vocab is None:
+        return logits
+    if correct:
+        logits = logits - vocab.log_q[vocab.groups]
+    return logits.masked_fill(~vocab.inside[vocab.groups], -torch.inf)
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0,
+                  gamma: float = 0.0) -> torch.Tensor:
+    """Mean cross-entropy, nats, over rows; classes with a logit of -inf are not there.
+
+    logits: [B, U]. labels: [B, J] columns, -1 pads; an image's labels share its target evenly. smoothing: part of the
+    target that is spread over all classes that are there. gamma: each row weighs (1 - p) ** gamma, p the probability of
+    its target (focal loss, Lin et al., arXiv 1708.02002, equation 4).
+    """
+    log_p = logits.log_softmax(1)
+    is_label = labels >= 0
+    nll = -log_p.gather(1, labels.clamp(0)).masked_fill(~is_label, 0.0).sum(1) / is_label.sum(1)  # [B]
+    if smoothing:
+        there = logits > -torch.inf
+        nll = (1 - smoothing) * nll - smoothing * log_p.masked_fill(~there, 0.0).sum(1) / there.sum(1)
+    return ((1 - (-nll).exp()) ** gamma * nll).mean() if gamma else nll.mean()
+
+
+def adjustment_of(loss: str, tau: float, class_counts: torch.Tensor) -> torch.Tensor | None:
+    """[C] what is added to the logits in training: tau ln(count share); -inf for a class without images.
+
+    balanced: Ren et al., arXiv 2007.10740, equation 4. logit-adjusted: Menon et al., arXiv 2007.07314, equation 10, the
+    same at tau 1. Predictions are made without it.
+    """
+    if loss not in ("balanced", "logit-adjusted"):
+        return None
+    return (tau if loss == "logit-adjusted" else 1.0) * (class_counts.double() / class_counts.sum()).log().float()
+
+
+# Copied from clip.py
+class GatherRows(torch.autograd.Function):
+    """Concatenate equal blocks of rows of all processes, in rank order; gradients flow back to their owners.
+
+    Each process has its own loss, so backward sums the gradients that all of them have for a row; with DDP's mean over
+    processes this is the gradient of the mean loss. Source: SLIP utils.py GatherLayer.
+    """
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor) -> torch.Tensor:
+        blocks = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(blocks, rows.contiguous())  # All ranks
+        return torch.cat(blocks)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        grad = grad.contiguous()
+        dist.all_reduce(grad)  # All ranks; the sum
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+# Copied from clip.py
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """[B, ...] of each process -> [N, ...] in rank order, differentiable; the input itself for one process."""
+    return GatherRows.apply(rows) if dist.is_initialized() and dist.get_world_size() > 1 else rows
+
+
+# Copied from clip.py
+@contextlib.contextmanager
+def exact_matmul() -> Iterator[None]:
+    """Matrix products in full fp32 inside: TF32 rounds logits near 100 to steps of 0.06."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+# ------------------------------------------------------------------------------ model
+
+TOWERS = {
+    "tiny": dict(embed_dim=64, image_size=32),
+    "RN50": dict(embed_dim=1024, image_size=224),
+    "ViT-B-32": dict(embed_dim=512, image_size=224, width=768, patch_size=32),
+    "ViT-B-16": dict(embed_dim=512, image_size=224, width=768, patch_size=16),
+    "ViT-S-16": dict(embed_dim=384, image_size=224, width=384, patch_size=16),
+    "resnet50": dict(embed_dim=1024, image_size=224),
+}
+
+
+# Copied from clip.py
+def standardize(images: torch.Tensor) -> torch.Tensor:
+    """[B, 3, S, S], 0..255 -> float32 by CLIP's mean and deviation, channels last, which is faster for convolutions."""
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073], device=images.device)  # openai/CLIP clip.py
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711], device=images.device)
+    images = (images.float() / 255 - mean[:, None, None]) / std[:, None, None]
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+# Copied from clip.py
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch norm whose statistics are those of all processes (torch's SyncBatchNorm is for CUDA only).
+
+    Means and variances of the processes are gathered with gradient and combined by the law of total variance.
+    With `sync` false, with one process, and in eval mode it is nn.BatchNorm2d.
+    """
+
+    sync = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, C, H, W]
+        if not (self.training and self.sync and dist.is_initialized() and dist.get_world_size() > 1):
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            xf = x.float()
+            var, mean = torch.var_mean(xf, dim=(0, 2, 3), correction=0)  # [C] each
+            means, variances = gather_rows(torch.stack([mean, var])[None]).unbind(1)  # [ranks, C] each; All ranks
+            mean = means.mean(0)  # processes hold equally many pixels
+            var = (variances + (means - mean) ** 2).mean(0)
+            n = x.numel() // x.shape[1] * len(means)
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(var * n / max(n - 1, 1), self.momentum)
+            gain = self.weight * (var + self.eps).rsqrt()
+            return (xf * gain[:, None, None] + (self.bias - mean * gain)[:, None, None]).to(x.dtype)
+
+
+# Copied from clip.py
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut; the last gain starts at 0, so the block starts as its shortcut."""
+
+    def __init__(self, inplanes: int, planes: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inplanes, planes, 3, stride, 1, bias=False)
+        self.bn1 = BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.bn2 = BatchNorm2d(planes)
+        nn.init.zeros_(self.bn2.weight)
+        self.downsample = None
+        if stride > 1 or inplanes != planes:
+            self.downsample = nn.Sequential(nn.Conv2d(inplanes, planes, 1, stride, bias=False), BatchNorm2d(planes))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return F.relu(self.bn2(self.conv2(x)) + shortcut, inplace=True)
+
+
+# Copied from clip.py
+class TinyResNet(nn.Module):
+    """A residual net for 32 px images: 0.32 M parameters, about 2,500 training images/s on 2 CPU cores."""
+
+    def __init__(self, embed_dim: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 32, 5, 2, 2, bias=False)
+        self.bn1 = BatchNorm2d(32)
+        self.layers = nn.Sequential(BasicBlock(32, 32, 1), BasicBlock(32, 64, 2), BasicBlock(64, 128, 2))
+        self.proj = nn.Linear(128, embed_dim)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:  # [B, 3, 32, 32] -> [B, D]
+        x = F.relu(self.bn1(self.conv1(images)), inplace=True)  # [B, 32, 16, 16]
+        x = self.layers(x)  # [B, 128, 4, 4]
+        return self.proj(x.mean((2, 3)))
+
+
+# Copied from clip.py
+class Bottleneck(nn.Module):
+    """CLIP's bottleneck: all convolutions have stride 1, an average pool before the last one does the striding."""
+
+    def __init__(self, inplanes: int, planes: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
+        self.bn1 = BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = BatchNorm2d(planes)
+        self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.conv3 = nn.Conv2d(planes, 4 * planes, 1, bias=False)
+        self.bn3 = BatchNorm2d(4 * planes)
+        nn.init.zeros_(self.bn3.weight)
+        self.downsample = None
+        if stride > 1 or inplanes != 4 * planes:  # keys "0" and "1" are CLIP's; the pool has no parameters
+            self.downsample = nn.Sequential(nn.Conv2d(inplanes, 4 * planes, 1, bias=False), BatchNorm2d(4 * planes))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = x if self.downsample is None else self.downsample(self.avgpool(x))
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
+        return F.relu(self.bn3(self.conv3(self.avgpool(x))) + shortcut, inplace=True)
+
+
+# Copied from clip.py
+class AttentionPool2d(nn.Module):
+    """Multi-head attention with one query, the mean token; c_proj's output is the image embedding."""
+
+    def __init__(self, side: int, width: int, n_heads: int, embed_dim: int):
+        super().__init__()
+        self.n_heads = n_heads
+        self.positional_embedding = nn.Parameter(torch.randn(side**2 + 1, width) * width**-0.5)
+        self.k_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.c_proj = nn.Linear(width, embed_dim)
+        for linear in (self.k_proj, self.q_proj, self.v_proj, self.c_proj):
+            nn.init.normal_(linear.weight, std=width**-0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, width, h, w] -> [B, D]
+        x = x.flatten(2).transpose(1, 2)  # [B, P, width]
+        x = torch.cat([x.mean(1, keepdim=True), x], 1) + self.positional_embedding.to(x.dtype)  # [B, 1 + P, width]
+        # With one query, q (Wk x) = (q Wk) x and sum a (Wv x) = Wv (sum a x): no token is projected. Per head, 64 wide:
+        q = self.q_proj(x[:, 0]).unflatten(1, (self.n_heads, -1))  # [B, H, 64]
+        k_weight, v_weight = (p.weight.unflatten(0, (self.n_heads, -1)) for p in (self.k_proj, self.v_proj))
+        k_bias, v_bias = (p.bias.unflatten(0, (self.n_heads, -1)) for p in (self.k_proj, self.v_proj))
+        scores = torch.einsum("bhw,hwc->bhc", q, k_weight) @ x.transpose(1, 2) + (q * k_bias).sum(2, keepdim=True)
+        pooled = (scores * q.shape[2] ** -0.5).softmax(2) @ x  # [B, H, width]
+        return self.c_proj((torch.einsum("bhc,hwc->bhw", pooled, v_weight) + v_bias).flatten(1))
+
+
+# Copied from clip.py
+class ModifiedResNet(nn.Module):
+    """CLIP's ResNet-50: a stem of three convolutions, anti-aliased strides, attention pooling."""
+
+    def __init__(self, embed_dim: int, image_size: int, layers: tuple[int, ...] = (3, 4, 6, 3), width: int = 64):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
+        self.bn1 = BatchNorm2d(width // 2)
+        self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
+        self.bn2 = BatchNorm2d(width // 2)
+        self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
+        self.bn3 = BatchNorm2d(width)
+        inplanes = width
+        for i, n_blocks in enumerate(layers):
+            planes = width * 2**i
+            blocks = [Bottleneck(inplanes, planes, 2 if i else 1)]
+            blocks += [Bottleneck(4 * planes, planes, 1) for _ in range(n_blocks - 1)]
+            setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
+            inplanes = 4 * planes
+        self.attnpool = AttentionPool2d(image_size // 32, inplanes, inplanes // 64, embed_dim)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:  # [B, 3, S, S] -> [B, D]
+        x = F.relu(self.bn1(self.conv1(images)), inplace=True)
+        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
+        x = F.avg_pool2d(F.relu(self.bn3(self.conv3(x)), inplace=True), 2)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # [B, 2048, S / 32, S / 32]
+        return self.attnpool(x)
+
+
+# Copied from clip.py
+class QuickGELU(nn.Module):
+    """The cheap GELU of OpenAI's weights."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+# Copied from clip.py
+class Attention(nn.Module):
+    """Multi-head self-attention with head width 64 and nn.MultiheadAttention's parameter names."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.n_heads = width // 64
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: torch.Tensor, is_causal: bool) -> torch.Tensor:  # [B, L, width]
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = qkv.unflatten(2, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, L, 64] each
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+        return self.out_proj(x.transpose(1, 2).flatten(2))
+
+
+# Copied from clip.py
+class ResidualAttentionBlock(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width: int, activation: str):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = Attention(width)
+        self.ln_2 = nn.LayerNorm(width)
+        act = QuickGELU() if activation == "quick_gelu" else nn.GELU()
+        layers = {"c_fc": nn.Linear(width, 4 * width), "gelu": act, "c_proj": nn.Linear(4 * width, width)}
+        self.mlp = nn.Sequential(OrderedDict(layers))
+
+    def forward(self, x: torch.Tensor, is_causal: bool) -> torch.Tensor:  # [B, L, width]
+        x = x + self.attn(self.ln_1(x), is_causal)
+        return x + self.mlp(self.ln_2(x))
+
+
+# Copied from clip.py
+class Transformer(nn.Module):
+    def __init__(self, width: int, n_layers: int, activation: str, is_causal: bool):
+        super().__init__()
+        self.is_causal = is_causal
+        self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, activation) for _ in range(n_layers))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, L, width]
+        for block in self.resblocks:
+            x = block(x, self.is_causal)
+        return x
+
+
+# Copied from clip.py
+class VisionTransformer(nn.Module):
+    """CLIP's ViT: class token first, layer norm before and after the blocks, linear projection."""
+
+    def __init__(self, embed_dim: int, image_size: int, patch_size: int, width: int, activation: str):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, patch_size, patch_size, bias=False)
+        self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.positional_embedding = nn.Parameter(torch.randn((image_size // patch_size) ** 2 + 1, width) * width**-0.5)
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = Transformer(width, 12, activation, is_causal=False)
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(torch.randn(width, embed_dim) * width**-0.5)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:  # [B, 3, S, S] -> [B, D]
+        x = self.conv1(images).flatten(2).transpose(1, 2)  # [B, P, width]
+        x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], 1)  # [B, 1 + P, width]
+        x = self.transformer(self.ln_pre(x + self.positional_embedding.to(x.dtype)))
+        return self.ln_post(x[:, 0]) @ self.proj
+
+
+class Classifier(nn.Module):
+    """Cosine classifier: logits = scale * cos(image, prototype); the scale is learned, clamped at 100 as CLIP's.
+
+    prototypes: [C, D] given class vectors, or None for a random start. is_frozen: they are a buffer, not trained.
+    """
+
+    def __init__(self, arch: str, n_classes: int, prototypes: torch.Tensor | None, is_frozen: bool):
+        super().__init__()
+        spec = TOWERS[arch]
+        self.arch, self.image_size = arch, spec["image_size"]
+        self.embed_dim = spec["embed_dim"] if prototypes is None else prototypes.shape[1]
+        if arch == "tiny":
+            self.visual = TinyResNet(self.embed_dim)
+        elif arch == "RN50":
+            self.visual = ModifiedResNet(self.embed_dim, self.image_size)
+        elif arch == "resnet50":
+            self.visual = torchvision.models.resnet50(norm_layer=BatchNorm2d, num_classes=self.embed_dim)
+        else:
+            self.visual = VisionTransformer(self.embed_dim, self.image_size, spec["patch_size"], spec["width"], "gelu")
+        if prototypes is None:
+            prototypes = F.normalize(torch.randn(n_classes, self.embed_dim), dim=1)
+        if is_frozen:
+            self.register_buffer("prototypes", prototypes.clone())
+        else:
+            self.prototypes = nn.Parameter(prototypes.clone())
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP section 2.5
+
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        """[B, 3, S, S], 0..255 -> [B, D], not normalised."""
+        return self.visual(standardize(images))
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Unit features [B, D], float32; prototypes [C, D]; the scale exp(logit_scale)."""
+        return F.normalize(self.encode_image(images).float(), dim=1), self.prototypes, self.logit_scale.exp()
+
+
+# What torch.load, torch.jit.load and safetensors raise for a file that is something else, or cut or damaged.
+UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, LookupError, AttributeError, struct.error)
+UNREADABLE += (zipfile.BadZipFile, pickle.UnpicklingError)
+
+
+# Copied from clip.py
+def load_weights(path: str) -> dict:
+    """Read weights of clip.py, open_clip (.pt, .safetensors) or OpenAI (TorchScript).
+
+    Returns: {"state_dict", ...} as save_checkpoint writes it; other sources have "state_dict" and perhaps "activation".
+    Raises: SystemExit for a missing or unreadable file.
+    """
+    if not Path(path).is_file():
+        raise SystemExit(f"{path}: no such checkpoint")
+    try:
+        if path.endswith(".safetensors"):
+            try:
+                from safetensors import SafetensorError
+                from safetensors.torch import load_file
+            except ImportError:
+                raise SystemExit(f"{path}: needs safetensors (pip install safetensors)") from None
+            try:
+                checkpoint = load_file(path)
+            except SafetensorError as error:
+                raise ValueError(error) from None
+        elif zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
+            checkpoint = {k: v.float() for k, v in torch.jit.load(path, map_location="cpu").state_dict().items()}
+            for key in ("input_resolution", "context_length", "vocab_size"):
+                checkpoint.pop(key, None)
+            checkpoint = {"state_dict": checkpoint, "activation": "quick_gelu"}  # OpenAI's archives
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, dict):
+            raise ValueError(f"it holds a {type(checkpoint).__name__}, not a dictionary of weights")
+    except UNREADABLE as error:
+        raise SystemExit(f"{path}: cannot be read as a checkpoint: {str(error)[:300]}") from None
+    if "state_dict" not in checkpoint:
+        checkpoint = {"state_dict": checkpoint}
+    prefix = re.compile(r"^(module\.|_orig_mod\.)+")
+    names = {prefix.sub("", k).replace("._orig_mod", ""): v for k, v in checkpoint["state_dict"].items()}
+    return checkpoint | {"state_dict": names}
+
+
+def load_tower(model: Classifier, path: str) -> None:
+    """Load the image tower of a checkpoint: keys visual.* (clip.py, this script), or those of the tower itself.
+
+    torchvision's classification layer (fc) is another one than ours, and is left at its random start.
+    """
+    weights = load_weights(path)["state_dict"]
+    own = model.visual.state_dict()
+    if any(name.startswith("visual.") for name in weights):
+        weights = {name[len("visual.") :]: value for name, value in weights.items() if name.startswith("visual.")}
+    elif model.arch == "resnet50":
+        weights = {name: value for name, value in weights.items() if not name.startswith("fc.")}
+        weights |= {name: value for name, value in own.items() if name.startswith("fc.")}
+    missing, unexpected = sorted(own.keys() - weights), sorted(weights.keys() - own)
+    shapes = [f"{k} {tuple(weights[k].shape)} for {tuple(own[k].shape)}" for k in own.keys() & weights.keys()
+              if own[k].shape != weights[k].shape]
+    if missing or unexpected or shapes:
+        raise SystemExit(f"--init {path} does not fit --arch {model.arch}: missing {missing[:5]}, unexpected "
+                         f"{unexpected[:5]}, shapes {shapes[:5]}")
+    model.visual.load_state_dict(weights)
+
+
+def read_prototypes(path: str, class_names: list[str]) -> torch.Tensor:
+    """[C, D] float32 class vectors of a file, in the order of class_names.
+
+    A checkpoint has `prototypes` and `class_names`, by which rows are matched; an array (.npy, .pt) has a row for each
+    class in label order. Raises: SystemExit for an unreadable file, classes that are missing, a wrong shape, NaN.
+    """
+    names = None
+    if path.endswith(".npy"):
+        try:
+            prototypes = torch.from_numpy(np.load(path))
+        except (OSError, ValueError, TypeError) as error:
+            raise SystemExit(f"--head-init {path}: {error}") from None
+    else:
+        try:
+            prototypes = torch.load(path, map_location="cpu", weights_only=True)
+        except UNREADABLE as error:
+            raise SystemExit(f"--head-init {path}: cannot be read: {str(error)[:200]}") from None
+        if isinstance(prototypes, dict):
+            names, prototypes = prototypes.get("class_names"), prototypes.get("prototypes")
+    if not isinstance(prototypes, torch.Tensor) or prototypes.ndim != 2:
+        found = "no prototypes" if prototypes is None else f"{tuple(getattr(prototypes, 'shape', ()))}"
+        raise SystemExit(f"--head-init {path} holds {found}, expected an array (classes, width)")
+    if names:
+        rows = {name: row for row, name in enumerate(names)}
+        missing = [name for name in class_names if name not in rows]
+        if missing:
+            raise SystemExit(f"--head-init {path} has no vector for {len(missing)} of {len(class_names)} classes: "
+                             f"{', '.join(missing[:10])}")
+        prototypes = prototypes[[rows[name] for name in class_names]]
+    if len(prototypes) != len(class_names):
+        raise SystemExit(f"--head-init {path} has {len(prototypes)} rows for {len(class_names)} classes")
+    prototypes = prototypes.float()
+    if not bool(prototypes.isfinite().all()):
+        raise SystemExit(f"--head-init {path} holds values that are not finite")
+    return prototypes
+
+
+# ------------------------------------------------------------------------------ data
+
+ALIASES = {"image": ("filepath", "path", "file"), "label": ("class", "wnid"), "caption": ("text", "title")}
+IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]  # not EPS: Pillow would run Ghostscript on it
+KEEP_PIXELS = 16 * 2**30  # bytes of .npy images kept on the device; beyond it they are read in the workers
+
+
+# Copied from clip.py
+class Table:
+    """A TSV with a header line, held as a memory map and one int64 offset a row.
+
+    Rows are split when asked for, so 100 M rows and any number of workers share one copy (the page cache).
+    columns: name -> place, with `image`, `label`, `caption` by their aliases too. folder: images are relative to it.
+    Raises: SystemExit for a missing or empty file, a missing image column, a row with another number of fields.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path, self.folder, self.file = Path(path), Path(path).parent, None
+        if not self.path.is_file():
+            raise SystemExit(f"{path}: no such file")
+        with open(path, "rb") as file:
+            header = file.readline()
+        names = header.decode("utf-8-sig", "replace").rstrip("\r\n").split("\t")
+        self.columns = {name: i for i, name in enumerate(names)}
+        for name, aliases in ALIASES.items():
+            found = [alias for alias in aliases if alias in self.columns]
+            if name not in self.columns and found:
+                self.columns[name] = self.columns[found[0]]
+        self.n_fields = len(names)
+        if "image" not in self.columns:
+            raise SystemExit(f"{path}: no image column; found {names}; expected a tab-separated header with image (or "
+                             f"{', '.join(ALIASES['image'])}), label, caption")
+        content = np.memmap(path, np.uint8, "r")
+        starts = [np.array([len(header)])]
+        for block in range(len(header), len(content), 2**26):
+            starts.append(np.flatnonzero(content[block : block + 2**26] == ord("\n")) + block + 1)
+        starts = np.concatenate(starts)
+        starts = starts[starts < len(content)]
+        starts = starts[~np.isin(content[starts], (ord("\n"), ord("\r")))]  # no blank lines
+        if not len(starts):
+            raise SystemExit(f"{path}: no rows below the header")
+        self.starts = torch.from_numpy(starts)  # a tensor, since it goes to worker processes without a copy
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"file": None}  # a map cannot be pickled: each process opens its own
+
+    def __getitem__(self, row: int) -> list[str]:
+        """Fields of a row."""
+        if self.file is None:
+            with open(self.path, "rb") as file:
+                self.file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        start = int(self.starts[row])
+        end = self.file.find(b"\n", start)
+        line = self.file[start : end if end >= 0 else None].decode("utf-8", "replace").removesuffix("\r")
+        fields = line.split("\t")
+        if len(fields) != self.n_fields:
+            raise SystemExit(f"{self.path}: row {row + 1} has {len(fields)} fields, the header {self.n_fields}: "
+                             f"{line[:100]!r}")
+        return fields
+
+    def get(self, row: int, name: str) -> str:
+        """One field of a row; empty when there is no such column."""
+        return self[row][self.columns[name]] if name in self.columns else ""
+
+
+# Copied from clip.py
+def read_classes(root: Path) -> list[dict[str, str]]:
+    """Rows of ROOT/classes.tsv (name, synonyms, definition), in label order; empty if there is no such file."""
+    path = root / "classes.tsv"
+    if not path.is_file():
+        return []
+    lines = [line.split("\t") for line in path.read_text("utf-8").splitlines() if line.strip()]
+    if not lines or "name" not in lines[0]:
+        raise SystemExit(f"{path}: no column name in {lines[:1]}")
+    return [dict(zip(lines[0], line + [""] * len(lines[0]))) for line in lines[1:]]
+
+
+# Copied from clip.py
+def read_labels(table: Table, class_names: list[str]) -> np.ndarray:
+    """[n] int64 labels, -1 for none. A field is a class number, several (`3|17`, the first counts), or a class name."""
+    ids = {name: i for i, name in enumerate(class_names)}
+    labels = np.full(len(table), -1)
+    for row in range(len(table)):
+        field = table.get(row, "label").split("|")[0].strip()
+        if field:
+            label = int(field) if field.isdecimal() else ids.get(field, -1)
+            if not 0 <= label < (len(class_names) or label + 1):
+                raise SystemExit(f"{table.path}: row {row + 1} has label {field!r}; classes.tsv has {len(class_names)} "
+                                 "classes")
+            labels[row] = label
+    return labels
+
+
+def read_label_sets(table: Table, class_names: list[str]) -> np.ndarray:
+    """[n, J] int64 labels of each row, -1 pads; a field is empty, a class number or name, or several (`3|17`)."""
+    ids = {name: i for i, name in enumerate(class_names)}
+    rows = []
+    for row in range(len(table)):
+        fields = [field.strip() for field in table.get(row, "label").split("|")]
+        labels = [int(field) if field.isdecimal() else ids.get(field, -1) for field in fields if field]
+        if any(not 0 <= label < len(class_names) for label in labels):
+            raise SystemExit(f"{table.path}: row {row + 1} has label {'|'.join(fields)!r}; classes.tsv has "
+                             f"{len(class_names)} classes")
+        rows.append(labels)
+    label_sets = np.full((len(rows), max(1, *map(len, rows))), -1)
+    for row, labels in enumerate(rows):
+        label_sets[row, : len(labels)] = labels
+    return label_sets
+
+
+def trim_tail(labels: np.ndarray, class_counts: np.ndarray, K: int, shots: int, seed: int) -> np.ndarray:
+    """[n] bool: rows that stay when the K least frequent classes (ties by id) keep `shots` random images each."""
+    tail = np.argsort(class_counts, kind="stable")[:K]
+    keep = ~np.isin(labels, tail)
+    luck = uniform_hash(seed, 7, np.arange(len(labels)))
+    for c in tail:
+        rows = np.flatnonzero(labels == c)
+        keep[rows[np.argsort(luck[rows], kind="stable")[:shots]]] = True
+    return keep
+
+
+# Copied from clip.py
+def uniform_hash(*keys: int | np.ndarray) -> np.ndarray:
+    """Uniform numbers in [0, 1), float64, a function of the (broadcast) integer keys alone.
+
+    So what is drawn for an example depends on seed, example and epoch, never on ranks, workers or a restart.
+    Source: the finaliser of splitmix64 (Steele et al., OOPSLA 2014), chained over the keys.
+    """
+    x = np.uint64(0)
+    with np.errstate(over="ignore"):
+        for key in keys:
+            x = (x ^ np.asarray(key).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+            x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            x = x ^ (x >> np.uint64(31))
+    return (x >> np.uint64(11)) * 2.0**-53
+
+
+# Copied from clip.py
+def locate_image(table: Table, row: int) -> tuple[Path, int, int]:
+    """Where the image of a row is: path, offset (row of an .npy, -1 if none is named), size in bytes or -1 for all."""
+    field = table.get(row, "image")
+    if match := re.fullmatch(r"(.+\.tar):(\d+):(\d+)", field):
+        return table.folder / match[1], int(match[2]), int(match[3])
+    if match := re.fullmatch(r"(.+\.npy):(\d+)", field):
+        return table.folder / match[1], int(match[2]), -1
+    return table.folder / field, -1 if field.endswith(".npy") else 0, -1
+
+
+# Copied from clip.py
+@functools.lru_cache(maxsize=64)
+def open_npy(path: Path) -> np.ndarray:
+    """Memory map of a uint8 array (N, H, W, 3)."""
+    array = np.load(path, mmap_mode="r")
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
+        raise ValueError(f"{path} holds {array.dtype} {array.shape}, expected uint8 (N, H, W, 3)")
+    return array
+
+
+# Copied from clip.py
+def read_image(table: Table, row: int, min_side: float, max_pixels: int) -> Image.Image | str:
+    """Decode an image to RGB, turned as its EXIF says, alpha on white; or the reason why that cannot be done.
+
+    min_side: px that the caller needs of each side; JPEGs are decoded at 1/2, 1/4 or 1/8 where that leaves enough.
+    max_pixels: limit on what the header announces, checked before a pixel is decoded.
+    """
+    Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns at a fixed size; ours is a flag and comes before decoding
+    path, offset, size = locate_image(table, row)
+    try:
+        if offset < 0:
+            return "no row of the .npy file is named"
+        if path.suffix == ".npy":
+            return Image.fromarray(open_npy(path)[offset])
+        with open(path, "rb", buffering=0) as file:
+            file.seek(offset)
+            content = file.read(size)
+        if len(content) < size:
+            return "offset or size beyond the end of the file"
+        image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
+        if image.width * image.height > max_pixels:
+            return "more pixels than --max-pixels"
+        image.draft("RGB", (math.ceil(min_side), math.ceil(min_side)))
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16") or image.mode == "I":  # 16-bit grey: Pillow's convert would clip at 255
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except FileNotFoundError:
+        return "missing file"
+    except IndexError:
+        return "row beyond the end of the .npy file"
+    except Image.UnidentifiedImageError:
+        return "not an image"
+    except Image.DecompressionBombError:
+        return "more pixels than --max-pixels"
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, OverflowError) as error:  # Pillow's
+        return "truncated" if "truncated" in str(error).lower() else "cannot be decoded"
+
+
+# Copied from clip.py
+def crop_boxes(min_area: float, aspect: np.ndarray, *keys: int | np.ndarray) -> np.ndarray:
+    """Random crops with the law of torchvision's RandomResizedCrop(scale=(min_area, 1), ratio=(3/4, 4/3)).
+
+    aspect: [B] image width / height. keys: integers [B] that seed the draws.
+    Returns [B, 4] left, top, right, bottom as fractions of width and height. Ten tries to fit, else the largest crop.
+    """
+    B = len(aspect)
+    draws = uniform_hash(*(np.reshape(key, (-1, 1)) for key in keys), np.arange(22)) + np.zeros((B, 1))  # [B, 22]
+    area = min_area + (1 - min_area) * draws[:, :10]
+    ratio = (4 / 3) ** (2 * draws[:, 10:20] - 1)
+    width, height = np.sqrt(area * ratio / aspect[:, None]), np.sqrt(area / ratio * aspect[:, None])  # [B, 10] of 1
+    fits = (width <= 1) & (height <= 1)
+    first, any_fits = (np.arange(B), fits.argmax(1)), fits.any(1)
+    largest = aspect.clip(3 / 4, 4 / 3)  # width / height of the largest crop, taken from the centre when no try fits
+    width = np.where(any_fits, width[first], np.minimum(1, largest / aspect))
+    height = np.where(any_fits, height[first], np.minimum(1, aspect / largest))
+    left, top = (np.where(any_fits, draws[:, k], 0.5) * (1 - side) for k, side in ((20, width), (21, height)))
+    return np.stack([left, top, left + width, top + height], 1)
+
+
+# Copied from clip.py
+def read_crops(tables: list[Table], examples: np.ndarray, image_size: int, min_side: float, crop_scale: float,
+               max_pixels: int, seed: int) -> tuple[np.ndarray, torch.Tensor, list[tuple[str, str]]]:
+    """Read and crop the images of a batch; another example takes the place of one that cannot be read.
+
+    examples: [B, 3] (set, row, epoch). min_side: px, see read_image. Crops and replacements are drawn by example.
+    Returns: the examples that were read; [B, 3, S, S] uint8, channels last in memory; (reason, place) of bad images.
+    """
+    examples, bad = np.array(examples), []
+    pixels = np.empty((len(examples), image_size, image_size, 3), np.uint8)
+    for first in range(0, len(examples), 16):  # a few decoded images at a time, and their boxes at once
+        images = []
+        for example in examples[first : first + 16]:
+            for _ in range(100):
+                s, row, epoch = map(int, example)
+                image = read_image(tables[s], row, min_side, max_pixels)
+                if not isinstance(image, str):
+                    break
+                bad.append((image, f"{tables[s].path} row {row + 1}: {tables[s].get(row, 'image')}"))
+                example[1] = int(uniform_hash(seed, 3, s, row, epoch) * len(tables[s]))
+            else:
+                raise SystemExit(f"100 unreadable images in a row, the last: {bad[-1]}")
+            images.append(image)
+        aspect = np.array([image.width / image.height for image in images])
+        boxes = crop_boxes(crop_scale, aspect, seed, 2, *examples[first : first + 16].T)
+        for i, (image, box) in enumerate(zip(images, boxes), first):
+            box = tuple(box * (image.width, image.height, image.width, image.height))
+            pixels[i] = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box)
+    return examples, torch.from_numpy(pixels).permute(0, 3, 1, 2), bad
+
+
+# Copied from clip.py
+def center_box(width: int, height: int) -> tuple[float, float, float, float]:
+    """The largest centred square: what is left by "resize the short side, then crop the centre"."""
+    side = min(width, height)
+    return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
+
+
+# Copied from clip.py
+def crop_pixels(pixels: torch.Tensor, boxes: torch.Tensor, image_size: int) -> torch.Tensor:
+    """Crop and resize images on the device: [B, H, W, 3] uint8, [B, 4] fractions -> [B, 3, S, S] float, 0..255."""
+    x = pixels.permute(0, 3, 1, 2).float()
+    left, top, right, bottom = boxes.float().unbind(1)
+    zero = torch.zeros_like(left)  # affine_grid's coordinates run from -1 to 1
+    theta = torch.stack([right - left, zero, left + right - 1, zero, bottom - top, top + bottom - 1], 1).view(-1, 2, 3)
+    grid = F.affine_grid(theta, [len(x), 3, image_size, image_size], align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
+# Copied from clip.py
+def load_pixels(tables: list[Table]) -> torch.Tensor | None:
+    """All images of tables, one after the other, [n, H, W, 3] uint8; None if not all are rows of .npy of one size."""
+    places, n = defaultdict(list), 0
+    for table in tables:
+        if locate_image(table, 0)[0].suffix != ".npy":
+            return None
+        for row in range(len(table)):
+            path, index, _ = locate_image(table, row)
+            places[path].append((n, index))
+            n += 1
+    if any(path.suffix != ".npy" or min(index for _, index in rows) < 0 for path, rows in places.items()):
+        return None
+    try:
+        arrays = {path: open_npy(path) for path in places}
+        shapes = {array.shape[1:] for array in arrays.values()}
+        if len(shapes) > 1 or n * math.prod(*shapes) > KEEP_PIXELS:
+            return None
+        pixels = np.empty((n, *shapes.pop()), np.uint8)
+        for path, rows in places.items():
+            rows = np.array(rows)
+            pixels[rows[:, 0]] = arrays[path][rows[:, 1]]
+    except (OSError, ValueError, IndexError) as error:
+        raise SystemExit(f"images of {', '.join(str(table.path) for table in tables)}: {error}") from None
+    return torch.from_numpy(pixels)
+
+
+# Copied from clip.py
+class Sampler:
+    """Which examples make up each step: a function of seed and step, the same for any number of processes.
+
+    Each set runs through its own shuffled epochs, without a remainder; a step takes its share from each. Iterating
+    gives, from step `start` on, this process's part of the batch as [B, 3] rows (set, row, epoch).
+    """
+
+    def __init__(self, sizes: list[int], shares: np.ndarray, batch_size: int, seed: int, start: int, stop: int,
+                 rank: int, world_size: int):
+        self.sizes, self.batch_size, self.seed = sizes, batch_size, seed
+        self.shares = [round(float(share) * 2**40) for share in shares]  # integers: what follows is exact
+        self.start, self.stop, self.rank, self.world_size = start, stop, rank, world_size
+        self.orders = {}  # set -> (epoch, permutation)
+
+    def given(self, n: int) -> list[int]:
+        """How many of the first n pairs come from each set: n in all, never less than for fewer pairs."""
+        counts, rest = [], sum(self.shares)
+        for share in self.shares:  # each takes its part, rounded, of what the sets before it left
+            counts.append((n * share + rest // 2) // rest if rest else 0)
+            n, rest = n - counts[-1], rest - share
+        return counts
+
+    def batch(self, step: int) -> np.ndarray:
+        """[N, 3] int64: set, row, epoch of each example of a step, over all processes."""
+        before, after = self.given(step * self.batch_size), self.given((step + 1) * self.batch_size)
+        examples = []
+        for s, size in enumerate(self.sizes):
+            positions = np.arange(before[s], after[s])
+            for epoch in np.unique(positions // size):
+                if self.orders.get(s, (None,))[0] != epoch:
+                    self.orders[s] = (epoch, np.random.default_rng([self.seed, s, epoch]).permutation(size))
+                rows = self.orders[s][1][positions[positions // size == epoch] % size]
+                examples.append(np.stack([np.full_like(rows, s), rows, np.full_like(rows, epoch)], 1))
+        examples = np.concatenate(examples)
+        return examples if len(self.sizes) == 1 else np.random.default_rng([self.seed, step]).permutation(examples)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        B = self.batch_size // self.world_size
+        for step in range(self.start, self.stop):
+            yield self.batch(step)[self.rank * B : (self.rank + 1) * B]
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+class ClassSampler:
+    """As Sampler, but each image is drawn by class: a class with weight count ** power, then one of its images.
+
+    labels: per set, [n] first label of each row. A row can come twice; `epoch` is the number of the draw, so that the
+    crops differ.
+    """
+
+    def __init__(self, labels: list[np.ndarray], power: float, batch_size: int, seed: int, start: int, stop: int,
+                 rank: int, world_size: int):
+        self.batch_size, self.seed, self.start, self.stop = batch_size, seed, start, stop
+        self.rank, self.world_size = rank, world_size
+        self.rows = np.concatenate([np.stack([np.full(len(x), s), np.arange(len(x))], 1) for s, x in enumerate(labels)])
+        labels = np.concatenate(labels)
+        self.rows = self.rows[np.argsort(labels, kind="stable")]  # [n, 2] set, row, by class
+        self.counts = np.bincount(labels)
+        self.starts = np.cumsum(self.counts) - self.counts
+        weights = np.where(self.counts > 0, self.counts.astype(float) ** power, 0.0)
+        self.law = np.cumsum(weights) / weights.sum()
+
+    def batch(self, step: int) -> np.ndarray:
+        """[N, 3] int64: set, row, number of the draw."""
+        draws = step * self.batch_size + np.arange(self.batch_size)
+        classes = np.searchsorted(self.law, uniform_hash(self.seed, 8, draws), side="right")
+        places = self.starts[classes] + (uniform_hash(self.seed, 9, draws) * self.counts[classes]).astype(np.int64)
+        return np.concatenate([self.rows[places], draws[:, None]], 1)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        B = self.batch_size // self.world_size
+        for step in range(self.start, self.stop):
+            yield self.batch(step)[self.rank * B : (self.rank + 1) * B]
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+class LabelledImages(torch.utils.data.Dataset):
+    """Training images of several sets with their labels; whole batches at a time, as in clip.py.
+
+    label_sets: per set, [n, J]. is_random: one of an image's labels is drawn at each epoch. Set from outside:
+    pixel_offsets [sets], where the rows of a set start among the images on the device.
+    """
+
+    def __init__(self, tables: list[Table], label_sets: list[np.ndarray], is_random: bool, image_size: int,
+                 crop_scale: float, max_pixels: int, seed: int):
+        self.tables, self.is_random, self.image_size = tables, is_random, image_size
+        self.crop_scale, self.max_pixels, self.seed, self.pixel_offsets = crop_scale, max_pixels, seed, None
+        n_labels = max(labels.shape[1] for labels in label_sets)
+        padded = [np.pad(x, ((0, 0), (0, n_labels - x.shape[1])), constant_values=-1) for x in label_sets]
+        self.offsets = np.cumsum([0, *map(len, padded[:-1])])
+        self.labels = torch.from_numpy(np.concatenate(padded))  # a tensor: workers share it
+
+    def __getitems__(self, examples: np.ndarray) -> dict:
+        """[B, 3] (set, row, epoch) -> a batch: images or pixel_rows and boxes, labels [B, J], bad."""
+        bad = []
+        if self.pixel_offsets is None:
+            min_side = self.image_size / math.sqrt(0.75 * self.crop_scale)  # of the smallest crop
+            examples, images, bad = read_crops(self.tables, examples, self.image_size, min_side, self.crop_scale,
+                                               self.max_pixels, self.seed)
+            batch = {"images": images}
+        else:
+            boxes = crop_boxes(self.crop_scale, np.ones(len(examples)), self.seed, 2, *examples.T)
+            batch = {"pixel_rows": torch.from_numpy(self.pixel_offsets[examples[:, 0]] + examples[:, 1]),
+                     "boxes": torch.from_numpy(boxes)}
+        labels = self.labels[self.offsets[examples[:, 0]] + examples[:, 1]]
+        if self.is_random:
+            draw = torch.from_numpy(uniform_hash(self.seed, 5, *examples.T))
+            labels = labels.gather(1, (draw * (labels >= 0).sum(1)).long()[:, None])
+        return batch | {"labels": labels, "bad": bad}
+
+
+# Copied from clip.py
+def as_it_is(batch: dict) -> dict:
+    """Collate function of a loader whose batches come whole."""
+    return batch
+
+
+# Copied from clip.py
+def default_workers() -> int:
+    """Loader processes for one training process: one a core that this process may use, at most 8."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+# Copied from clip.py
+class EvalImages(torch.utils.data.Dataset):
+    """Images of a test set as [3, S, S] uint8, the centre square; or the reason why one cannot be read."""
+
+    def __init__(self, table: Table, image_size: int, max_pixels: int):
+        self.table, self.image_size, self.max_pixels = table, image_size, max_pixels
+
+    def __getitem__(self, row: int) -> torch.Tensor | str:
+        image = read_image(self.table, row, self.image_size, self.max_pixels)
+        if isinstance(image, str):
+            return image
+        box = center_box(*image.size)
+        image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC, box)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+# ------------------------------------------------------------------------------ plumbing
+
+
+# Copied from clip.py
+def setup_distributed(device: str) -> tuple[int, int, torch.device]:
+    """Rank, number of processes and device; joins the process group when started by torchrun."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise SystemExit(f"--device {device}: this torch finds no CUDA device")
+    if "RANK" not in os.environ:
+        return 0, 1, torch.device(device)
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    # An hour, since one process may render data or pretrain a text tower while the others wait.
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=datetime.timedelta(hours=1))
+    return dist.get_rank(), dist.get_world_size(), torch.device(device)
+
+
+# Copied from clip.py
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory for the next step, which else maps and zeroes the pages of its activations anew.
+
+    With huge pages 20 % of an RN50 step on a CPU (benchmarks/clip_step.py). Without glibc nothing happens.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which is not given back
+
+
+# Copied from clip.py
+def pick_precision(precision: str, device: torch.device) -> tuple[str, str]:
+    """`auto` resolved, and why."""
+    if precision != "auto":
+        return precision, "--precision"
+    if device.type == "cuda":
+        return ("bf16", "CUDA") if torch.cuda.is_bf16_supported() else ("fp16", "CUDA without bf16")
+    if device.type == "cpu" and os.path.exists("/proc/cpuinfo") and "amx_bf16" in Path("/proc/cpuinfo").read_text():
+        return "bf16", "CPU with AMX"
+    return "fp32", f"{device.type} without fast bf16"
+
+
+# Copied from clip.py
+def on_one_rank(rank: int, work: Callable[[], None]) -> None:
+    """Run on the first process while the others wait; if it ends with a message, all end."""
+    message = [None]
+    if rank == 0:
+        try:
+            work()
+        except SystemExit as error:
+            message[0] = error.code
+    if dist.is_initialized():
+        dist.broadcast_object_list(message, src=0)  # All ranks
+    if message[0] is not None:
+        raise SystemExit(message[0] if rank == 0 else 1)
+
+
+# Copied from clip.py
+def run_script(command: list[str]) -> None:
+    """Run another process outside this one's process group; SystemExit if it fails."""
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
+                "OMP_NUM_THREADS")
+    environment = {k: v for k, v in os.environ.items() if k not in launcher and not k.startswith("TORCHELASTIC")}
+    status = subprocess.run([sys.executable, *command], env=environment).returncode
+    if status:
+        raise SystemExit(f"{' '.join(command)} ended with status {status}")
+
+
+# Copied from clip.py
+def ensure_shapes(root: Path) -> None:
+    """Render the built-in world if it is not there."""
+    if (root / "classes.tsv").is_file() or str(root) != SHAPES_ROOT:
+        return
+    builder = Path(__file__).parent / "build_datasets.py"
+    if not builder.is_file():
+        raise SystemExit(f"{root} is not there, and no build_datasets.py beside {Path(__file__).name} to render it: "
+                         "pass --data my_pairs.tsv, or --root a folder with classes.tsv, val.tsv and laionet/train.tsv")
+    print(f"{root} is not there: rendering the shapes world (once)", flush=True)
+    run_script([str(builder), "shapes", "--out", str(root)])
+
+
+# Copied from clip.py
+def ensure_clip_pt(root: Path, device: str, flags: str) -> None:
+    """Pretrain ROOT/clip.pt, text tower and class prototypes, of the built-in world; of another, say how to make it.
+
+    flags: what needs it, for the message.
+    """
+    path, world, script = root / "clip.pt", root / "world.json", Path(__file__).with_name("clip.py")
+    if path.is_file():
+        return
+    is_shapes = world.is_file() and json.loads(world.read_text()).get("world") == "shapes"
+    if not is_shapes or not script.is_file():
+        raise SystemExit(f"{flags}: {path} is not there: make it from released weights (python clip.py --eval-only "
+                         f"RN50.pt --root {root} --bpe bpe_simple_vocab_16e6.txt.gz --export {path}), or pass another "
+                         "file")
+    print(f"{path} is not there: pretraining on web (once, about 5 minutes on 2 CPU cores)", flush=True)
+    run_script([str(script), "--root", str(root), "--data", "web", "--steps", "2200", "--out",
+                str(root / "clip_pretraining"), "--export", str(path), "--eval-sets", "val", "--device", device])
+
+
+# Copied from clip.py
+def lr_at(step: int, peak: float, warmup_steps: int, steps: int) -> float:
+    """Learning rate of a step: linear warm-up to the peak, then a cosine to 0 (open_clip's scheduler)."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
+
+
+# Copied from clip.py
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Trainable parameters: matrices with weight decay; gains, biases and logit_scale without."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    decay, no_decay = [p for p in params if p.ndim >= 2], [p for p in params if p.ndim < 2]
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+
+
+# Copied from clip.py
+def rng_state(device: torch.device) -> dict:
+    """States of all random generators, as tensors and builtins."""
+    name, keys, *rest = np.random.get_state()
+    state = {"python": list(random.getstate()[1]), "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest]}
+    return state | {"torch": torch.get_rng_state(),
+                    "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+
+
+# Copied from clip.py
+def set_rng_state(state: dict, device: torch.device) -> None:
+    """Undo of rng_state."""
+    random.setstate((3, tuple(state["python"]), None))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+# Copied from clip.py
+def write_atomically(path: Path, write: Callable) -> None:
+    """Write a file under a temporary name, then put it in its place: a reader never sees half of it.
+
+    write: called with the open binary file. Raises: SystemExit if the disk is full or the folder cannot be written;
+    what was there before is kept.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise SystemExit(f"cannot write {path}: {str(error)[:200]}; a checkpoint written before is kept") from None
+
+
+# Copied from clip.py
+def write_json(path: Path, content: dict) -> None:
+    write_atomically(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
+
+
+# Copied from clip.py
+def load_checkpoint(path: Path, args: dict, run_flags: set[str]) -> dict:
+    """Read a checkpoint to continue; SystemExit if it was made with other flags than `args`, run_flags left aside."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        raise SystemExit(f"{path}: cannot be read ({str(error)[:200]}); --resume off starts over") from None
+    if "optimizer" not in checkpoint:
+        raise SystemExit(f"{path} has no optimiser state: it is an export, pass it as --init")
+    differing = [k for k in args if k not in run_flags and args[k] != checkpoint["args"].get(k)]
+    if differing:
+        flags = ", ".join(f"--{k.replace('_', '-')} {checkpoint['args'].get(k)}, now {args[k]}" for k in differing)
+        raise SystemExit(f"{path} was made with {flags}: pass another --out, or --resume off to replace it")
+    return checkpoint
+
+
+# Copied from clip.py
+def any_rank(flag: bool, group: dist.ProcessGroup | None) -> bool:
+    """Whether a flag is set on any process; over the CPU, so that no GPU is waited for."""
+    if group is None:
+        return flag
+    value = torch.tensor([int(flag)])
+    dist.all_reduce(value, dist.ReduceOp.MAX, group=group)  # All ranks
+    return bool(value)
+
+# ------------------------------------------------------------------------------ evaluate
+
+EVAL_BATCH = 128  # rows are encoded in the same blocks whatever the number of processes, so metrics are identical
+
+
+# Copied from clip.py
+def encode_rows(n: int, dim: int, encode: Callable[[int, int], torch.Tensor], device: torch.device) -> torch.Tensor:
+    """[n, dim] float32 on every process; block k of rows is encoded by process k modulo their number.
+
+    encode: (first row, row after the last) -> [rows, dim].
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rows = torch.zeros(n, dim, device=device)
+    for start in range(rank * EVAL_BATCH, n, world_size * EVAL_BATCH):
+        stop = min(start + EVAL_BATCH, n)
+        rows[start:stop] = encode(start, stop).float()
+    if world_size > 1:
+        dist.all_reduce(rows)  # All ranks; each row is zero on all processes but one, so the sum is exact
+    return rows
+
+
+# Copied from clip.py
+@torch.no_grad()
+def encode_images(model: nn.Module, table: Table, workers: int, max_pixels: int,
+                  device: torch.device) -> tuple[torch.Tensor, np.ndarray, Counter]:
+    """Image embeddings of a test set, not normalised. All ranks.
+
+    model: has encode_image, image_size and embed_dim.
+    Returns: [n, D]; [n] bool, whether the image could be read (its embedding is zero if not); counts of the reasons.
+    """
+    pixels = load_pixels([table])
+    reasons = np.zeros(len(table), object)
+    blocks = range(0)
+    if pixels is None:
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        starts = range(rank * EVAL_BATCH, len(table), world_size * EVAL_BATCH)
+        blocks = [range(start, min(start + EVAL_BATCH, len(table))) for start in starts]
+        dataset = EvalImages(table, model.image_size, max_pixels)
+        blocks = iter(torch.utils.data.DataLoader(dataset, batch_sampler=blocks,
+                                                  num_workers=workers if workers >= 0 else default_workers(),
+                                                  collate_fn=list))
+
+    def encode(start: int, stop: int) -> torch.Tensor:
+        if pixels is not None:
+            images = pixels[start:stop].to(device).permute(0, 3, 1, 2)
+            left, top, right, bottom = map(int, center_box(images.shape[3], images.shape[2]))
+            images = images[:, :, top:bottom, left:right]
+            if images.shape[2] != model.image_size:
+                images = F.interpolate(images.float(), model.image_size, mode="bicubic", antialias=True).clamp(0, 255)
+            return model.encode_image(images)
+        images = next(blocks)
+        for i, image in enumerate(images):
+            if isinstance(image, str):
+                reasons[start + i] = image
+                images[i] = torch.zeros(3, model.image_size, model.image_size, dtype=torch.uint8)
+        embed = model.encode_image(torch.stack(images).to(device))
+        embed[[reason != 0 for reason in reasons[start:stop].tolist()]] = 0
+        return embed
+
+    embed = encode_rows(len(table), model.embed_dim, encode, device)
+    if dist.is_initialized():
+        gathered = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, reasons)  # All ranks
+        reasons = np.select([part != 0 for part in gathered], gathered, 0)
+    return embed, reasons == 0, Counter(reasons[reasons != 0].tolist())
+
+
+# Copied from clip.py
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> float | None:
+    """Spearman's rank correlation, average ranks for ties; None if one side is constant."""
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return None
+    return float(spearmanr(x, y).statistic)
+
+
+# Copied from clip.py
+def imbalance_metrics(predictions: np.ndarray, labels: np.ndarray, class_counts: np.ndarray) -> dict[str, float | None]:
+    """Accuracy, and how much it and the predictions follow the training frequency of the classes.
+
+    predictions, labels: [n] class ids. class_counts: [C] training images a class; classes without any count too.
+    Returns: fractions in 0..1 and Spearman correlations over all classes; a class without test images has no accuracy
+        and is left out of means of accuracies. head, medium, tail: the classes by falling count (ties by id), in
+        thirds of C // 3, C // 3 and the rest. What cannot be computed is None.
+    Source: Wen et al., arXiv 2405.21070, section 2 (their notebooks: all classes, average ranks).
+    """
+    C = len(class_counts)
+    n_test = np.bincount(labels, minlength=C)
+    n_predicted = np.bincount(predictions, minlength=C)
+    tested = n_test > 0
+    accuracy = np.bincount(labels[predictions == labels], minlength=C)[tested] / n_test[tested]
+    per_class = np.full(C, np.nan)
+    per_class[tested] = accuracy
+    thirds = np.split(per_class[np.argsort(-class_counts, kind="stable")], [C // 3, 2 * (C // 3)])
+    head, medium, tail = (float(np.nanmean(third)) if np.isfinite(third).any() else None for third in thirds)
+    return {
+        "n": len(labels),
+        "top1": float((predictions == labels).mean()),
+        "balanced": float(accuracy.mean()),
+        "head": head,
+        "medium": medium,
+        "tail": tail,
+        "spearman_acc": rank_correlation(class_counts[tested], accuracy),
+        "spearman_pred": rank_correlation(class_counts, n_predicted),
+        "chance": 1 / C,
+    }
+
+
+# Copied from clip.py
+def print_table(metrics: dict[str, dict]) -> None:
+    """One aligned line a test set; accuracies in percent, - for what cannot be computed."""
+    columns = {"n": "n", "top1": "top-1", "balanced": "balanced", "head": "head", "medium": "medium", "tail": "tail",
+               "spearman_acc": "rho(freq,acc)", "spearman_pred": "rho(freq,pred)", "chance": "chance"}
+    formats = {"n": "{}", "spearman_acc": "{:.3f}", "spearman_pred": "{:.3f}"}
+    widths = {k: max(9, len(title) + 2) for k, title in columns.items()}
+    rows = {name: m for name, m in metrics.items() if name != "run" and m["top1"] is not None}
+    if rows:
+        print(f"{'test set':<14}" + "".join(f"{title:>{widths[k]}}" for k, title in columns.items()))
+    for name, m in rows.items():
+        cells = {k: "-" if m[k] is None else formats.get(k, "{:.1%}").format(m[k]) for k in columns}
+        print(f"{name:<14}" + "".join(f"{cell:>{widths[k]}}" for k, cell in cells.items()))
+    rows = {name: m for name, m in metrics.items() if name != "run" and m["retrieval"]}
+    if rows:
+        print(f"{'retrieval':<14}{'n':>9}" + "".join(f"{key:>9}" for key in next(iter(rows.values()))["retrieval"]))
+    for name, m in rows.items():
+        print(f"{name:<14}{m['n']:>9}" + "".join(f"{100 * value:>8.1f}%" for value in m["retrieval"].values()))
+
+
+@torch.no_grad()
+def evaluate_classifier(model: Classifier, class_names: list[str], class_counts: np.ndarray, trimmed: np.ndarray,
+                        test_sets: dict[str, Table], workers: int, max_pixels: int, device: torch.device,
+                        npz_folder: Path | None = None) -> dict[str, dict]:
+    """Accuracy and imbalance metrics of labelled test sets. All ranks.
+
+    trimmed: ids of the classes that --trim-tail cut; their mean accuracy and that of the others are reported apart.
+    npz_folder: where the first process writes <set>.npz; `rows` says which rows are in it. Returns: {set: metrics}.
+    """
+    if dist.is_initialized():
+        for buffer in model.buffers():  # with --bn local each process has its own statistics
+            dist.broadcast(buffer, 0)  # All ranks
+    model.eval()
+    prototypes, metrics = F.normalize(model.prototypes.float(), dim=1), {}
+    for name, table in test_sets.items():
+        embed, readable, bad = encode_images(model, table, workers, max_pixels, device)
+        labels = read_labels(table, class_names)
+        rows = np.flatnonzero(readable)
+        embed, labels = embed[torch.from_numpy(rows).to(device)], labels[rows]
+        if not bool(embed.isfinite().all()):
+            raise SystemExit(f"{name}: the image features are not finite: the model has diverged")
+        with exact_matmul():
+            logits = (model.logit_scale.exp() * F.normalize(embed, dim=1) @ prototypes.T).cpu()
+        result = dict.fromkeys(("n", "top1", "balanced", "head", "medium", "tail", "spearman_acc", "spearman_pred",
+                                "chance", "retrieval", "knn", "probe"))
+        result |= {"n": len(rows), "bad_images": dict(bad)}
+        labelled = labels >= 0
+        predictions = logits.argmax(1).numpy()[labelled]
+        if labelled.any():
+            result |= imbalance_metrics(predictions, labels[labelled], class_counts)
+        if len(trimmed):
+            of_trimmed, is_right = np.isin(labels[labelled], trimmed), predictions == labels[labelled]
+            for key, part in ("trimmed", of_trimmed), ("untrimmed", ~of_trimmed):
+                result[key] = float(is_right[part].mean()) if part.any() else None
+        metrics[name] = result
+        if npz_folder is not None and (not dist.is_initialized() or dist.get_rank() == 0):
+            arrays = {"logits": logits.numpy().astype(np.float16), "features": embed.cpu().numpy().astype(np.float16),
+                      "labels": labels, "rows": rows, "class_counts": class_counts,
+                      "class_names": np.array(class_names, str),
+                      "prototypes": prototypes.cpu().numpy().astype(np.float16)}
+            write_atomically(npz_folder / f"{name}.npz", lambda file, arrays=arrays: np.savez(file, **arrays))
+    model.train()
+    return metrics
+
+
+# ------------------------------------------------------------------------------ train
+
+# Flags that do not change what is computed: a run may be continued with others.
+RUN_FLAGS = {"out", "resume", "eval_only", "eval_sets", "device", "compile", "workers", "log_every", "save_every",
+             "eval_every", "tensorboard", "wandb", "max_bad"}
+
+
+# Copied from clip.py
+def find_sets(data: str, root: Path) -> tuple[list[Path], list[float | None]]:
+    """Paths and weights of `A:2,B:1`; each name is a file, or ROOT/NAME/train.tsv."""
+    paths, weights = [], []
+    for part in data.split(","):
+        name, weight = re.fullmatch(r"(.*?)(?::(\d*\.?\d+))?", part.strip()).groups()
+        path = Path(name) if name.endswith(".tsv") else root / name / "train.tsv"
+        if not path.is_file():
+            there = ", ".join(sorted(p.parent.name for p in root.glob("*/train.tsv"))) or "none"
+            raise SystemExit(f"--data {name}: no file {path}; sets in {root}: {there}. build_datasets.py index makes "
+                             "one from tars or folders")
+        paths.append(path)
+        weights.append(float(weight) if weight else None)
+    if None in weights and any(weights):
+        raise SystemExit(f"--data {data}: give every set a weight, or none")
+    return paths, weights
+
+
+# Copied from clip.py
+def find_test_sets(names: list[str], root: Path) -> dict[str, Table]:
+    """Test sets by name: those given, or the ones of TEST_SETS that the root has."""
+    if names == ["auto"]:
+        names = [name for name in TEST_SETS if (root / f"{name}.tsv").is_file()]
+    files = [name if name.endswith(".tsv") else f"{name}.tsv" for name in names]
+    paths = [Path(name) if Path(name).is_file() else root / name for name in files]
+    is_unique = [sum(path.stem == other.stem for other in paths) == 1 for path in paths]
+    stems = [path.stem if unique else f"{path.parent.name}-{path.stem}" for path, unique in zip(paths, is_unique)]
+    return {stem: Table(path) for stem, path in zip(stems, paths)}
+
+
+# Copied from clip.py
+def describe(root: Path, tables: list[Table], shares: np.ndarray, class_names: list[str],
+             class_counts: np.ndarray) -> str:
+    """The first line of a run's log."""
+    sets = [f"{len(table):,} rows of {table.path}" + f" (share {share:.3f})" * (len(tables) > 1)
+            for table, share in zip(tables, shares)]
+    line = f"world {root}: {', '.join(sets)}, {len(class_names)} classes"
+    if class_counts.any():
+        for word, c in ("most", class_counts.argmax()), ("least", class_counts.argmin()):
+            line += f", {word} frequent {class_names[c]!r} {class_counts[c]:,}"
+    return line
+
+
+# Copied from clip.py
+def total(value: float, group: dist.ProcessGroup | None) -> float:
+    """Sum of a number over the processes."""
+    if group is None:
+        return value
+    value = torch.tensor(float(value), dtype=torch.float64)
+    dist.all_reduce(value, group=group)  # All ranks
+    return float(value)
+
+
+# Copied from clip.py
+def check_finite(step: int, parts: dict[str, torch.Tensor], skipped_in_a_row: int,
+                 group: dist.ProcessGroup | None) -> None:
+    """Report a step left out for its non-finite gradient, and what was not finite; SystemExit after ten in a row.
+
+    parts: tensors by name, to be looked at. skipped_in_a_row: equal on all processes.
+    """
+    if not skipped_in_a_row:
+        return
+    names = [name for name, part in parts.items() if any_rank(not bool(part.isfinite().all()), group)] or ["gradients"]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(f"step {step + 1}: {', '.join(names)} not finite: step left out ({skipped_in_a_row} in a row)",
+              flush=True)
+    if skipped_in_a_row >= 10:
+        raise SystemExit(f"ended at step {step + 1}: ten steps in a row were not finite; try a lower --lr, --clip-grad "
+                         "1 or --precision fp32")
+
+
+# Copied from clip.py
+def note_bad_images(counts: Counter, bad: list[tuple[str, str]]) -> None:
+    """Count unreadable images by reason; the first of each reason is printed."""
+    for reason, example in bad:
+        if reason not in counts:
+            print(f"unreadable image ({reason}), replaced by another pair: {example}", flush=True)
+        counts[reason] += 1
+
+
+# Copied from clip.py
+class RunLog:
+    """Log lines of a run: OUT/log.jsonl, the terminal, and TensorBoard or Weights & Biases if asked for.
+
+    start: first step to come; lines of later steps, of a run that was killed, are dropped. wandb: project, or "".
+    """
+
+    def __init__(self, out: Path, start: int, tensorboard: bool, wandb: str, flags: dict):
+        path, self.writer, self.wandb = out / "log.jsonl", None, None
+        lines = path.read_text().splitlines(keepends=True) if start and path.is_file() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+        write_atomically(path, lambda file: file.write("".join(kept).encode()))
+        self.file = open(path, "a", buffering=1)
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise SystemExit("--tensorboard needs tensorboard: pip install tensorboard") from None
+            self.writer = SummaryWriter(out)
+        if wandb:
+            try:
+                import wandb as client
+            except ImportError:
+                raise SystemExit("--wandb needs wandb: pip install wandb") from None
+            run_id = hashlib.sha1(str(path.resolve()).encode()).hexdigest()[:12]  # the same for a continued run
+            self.wandb = client.init(project=wandb, name=out.name, config=flags, id=run_id, resume="allow")
+
+    def write(self, line: dict) -> None:
+        """line: {"step": int, name: number, ...}; nested dicts are kept in the file, flattened elsewhere."""
+        self.file.write(json.dumps(line) + "\n")
+        numbers = {k: v for k, v in line.items() if isinstance(v, int | float)}
+        for name, metrics in line.items():
+            if isinstance(metrics, dict):
+                numbers |= {f"{name}/{k}": v for k, v in metrics.items() if isinstance(v, int | float)}
+        if self.writer:
+            for name, value in numbers.items():
+                self.writer.add_scalar(name, value, line["step"])
+        if self.wandb:
+            self.wandb.log(numbers, step=line["step"])
+        if "loss" in line:
+            tqdm.write(f"step {line['step']:>6}  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "step"))
+            sys.stdout.flush()
+
+
+def read_labelled_sets(args: argparse.Namespace, root: Path, class_names: list[str]
+                       ) -> tuple[list[Table], list[np.ndarray], np.ndarray, np.ndarray, np.ndarray, str]:
+    """Tables with the rows that are trained on, their labels [n, J], the sets' shares, class counts, trimmed classes.
+
+    Also a sentence on the rows left out. Counts are those of the labels (an image's labels share it), weighted by the
+    sets' shares.
+    """
+    if not class_names:
+        raise SystemExit(f"{root}/classes.tsv is missing or has no classes: a classifier needs their names, one a row "
+                         "below the header name")
+    paths, weights = find_sets(args.data, root)
+    tables, label_sets, lost = [Table(path) for path in paths], [], Counter()
+    for table in tables:
+        labels = read_label_sets(table, class_names)
+        n_labels = (labels >= 0).sum(1)
+        keep = n_labels == 1 if args.multi_label == "drop" else n_labels > 0
+        lost += Counter({"without a label": int((n_labels == 0).sum()), "with several labels": int((~keep).sum())
+                         - int((n_labels == 0).sum())})
+        labels = labels[keep, :1] if args.multi_label in ("first", "drop") else labels[keep]
+        table.starts = table.starts[torch.from_numpy(keep)]
+        label_sets.append(labels)
+    trimmed = np.zeros(0, np.int64)
+    if args.trim_tail:
+        first = np.concatenate([labels[:, 0] for labels in label_sets])
+        counts = np.bincount(first, minlength=len(class_names))
+        keep = trim_tail(first, counts, args.trim_tail, args.trim_shots, args.seed)
+        trimmed = np.argsort(counts, kind="stable")[: args.trim_tail]
+        lost["trimmed from the tail"] = int((~keep).sum())
+        for s, part in enumerate(np.split(keep, np.cumsum([len(labels) for labels in label_sets])[:-1])):
+            tables[s].starts, label_sets[s] = tables[s].starts[torch.from_numpy(part)], label_sets[s][part]
+    for table in tables:
+        if not len(table):
+            raise SystemExit(f"{table.path}: no row with a label is left")
+    shares = np.array([weight or len(table) for weight, table in zip(weights, tables)], float)
+    shares /= shares.sum()
+    n, class_counts = sum(map(len, tables)), np.zeros(len(class_names))
+    for labels, share in zip(label_sets, shares):
+        is_label = labels >= 0
+        part = np.broadcast_to(1 / is_label.sum(1, keepdims=True), labels.shape)[is_label]
+        class_counts += np.bincount(labels[is_label], part, len(class_names)) * share * n / len(labels)
+    class_counts = np.where(class_counts > 0, np.rint(class_counts).clip(1), 0).astype(np.int64)
+    left_out = ", ".join(f"{number:,} {reason}" for reason, number in lost.items() if number) or "none"
+    return tables, label_sets, shares, class_counts, trimmed, f"rows left out: {left_out}"
+
+
+def checkpoint_of_classifier(model: Classifier, class_names: list[str], class_counts: np.ndarray, trimmed: np.ndarray,
+                             args: argparse.Namespace, step: int) -> dict:
+    """What a checkpoint holds, in tensors and builtins."""
+    return {
+        "state_dict": {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()},
+        "args": vars(args),
+        "step": step,
+        "arch": model.arch,
+        "prototypes": F.normalize(model.prototypes.detach().float(), dim=1).cpu(),  # [C, D]
+        "class_names": class_names,
+        "class_counts": torch.from_numpy(class_counts),
+        "trimmed": torch.from_numpy(trimmed),
+    }
+
+
+def report_classifier(model: Classifier, class_names: list[str], class_counts: np.ndarray, trimmed: np.ndarray,
+                      test_sets: dict[str, Table], args: argparse.Namespace, step: int, seconds: float, rank: int,
+                      device: torch.device, precision: str) -> None:
+    """Evaluate, write metrics.json and <set>.npz, print the table. All ranks."""
+    out = Path(args.out)
+    metrics = evaluate_classifier(model, class_names, class_counts, trimmed, test_sets, args.workers, args.max_pixels,
+                                  device, out)
+    run = {"script": Path(__file__).name, "step": step, "seconds": round(seconds, 1), "data": args.data,
+           "seed": args.seed, "precision": precision, "versions": {"torch": torch.__version__, "numpy": np.__version__}}
+    on_one_rank(rank, lambda: write_json(out / "metrics.json", metrics | {"run": run}))
+    if rank:
+        return
+    print_table(metrics)
+    if len(trimmed):
+        for name, m in metrics.items():
+            parts = [f"{m[key]:.1%}" if m[key] is not None else "-" for key in ("trimmed", "untrimmed")]
+            print(f"{name}: accuracy of the {len(trimmed)} trimmed classes {parts[0]}, of the others {parts[1]}")
+    if not test_sets:
+        print("no test sets: put val.tsv into the root or pass --eval-sets")
+    print(f"metrics: {out / 'metrics.json'}", flush=True)
+
+
+def evaluate_file(args: argparse.Namespace, root: Path, rank: int, device: torch.device, precision: str) -> None:
+    """--eval-only: the classes and their counts are those the checkpoint was trained with."""
+    loaded = load_weights(args.eval_only)
+    if "class_counts" not in loaded or "prototypes" not in loaded["state_dict"]:
+        raise SystemExit(f"{args.eval_only} is no checkpoint of this script: no class_counts or prototypes in it")
+    class_names = [row["name"] for row in read_classes(root)] or loaded["class_names"]
+    if class_names != loaded["class_names"]:
+        raise SystemExit(f"{args.eval_only} was trained with other classes ({len(loaded['class_names'])}) than "
+                         f"{root}/classes.tsv has ({len(class_names)})")
+    model = Classifier(loaded["arch"], len(class_names), loaded["state_dict"]["prototypes"], True)
+    model.load_state_dict(loaded["state_dict"])
+    args.data = loaded["args"]["data"]
+    report_classifier(model.to(device), class_names, loaded["class_counts"].numpy(), loaded["trimmed"].numpy(),
+                      find_test_sets(args.eval_sets, root), args, loaded["step"], 0.0, rank, device, precision)
+
+
+def main(args: argparse.Namespace) -> None:
+    # --- setup
+    rank, world_size, device = setup_distributed(args.device)
+    is_main, out = rank == 0, Path(args.out)
+    control = dist.new_group(backend="gloo") if world_size > 1 else None  # words between CPUs, past the GPU's queue
+    precision, reason = pick_precision(args.precision, device)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    autocast = functools.partial(torch.autocast, device.type, dtype, enabled=precision != "fp32")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    if device.type == "cpu":
+        keep_freed_memory()
+    torch.manual_seed(args.seed)  # the same on all processes, so they start from the same weights
+
+    # --- data
+    files = [part for part in args.data.split(",") if re.sub(r":[\d.]+$", "", part).endswith(".tsv")]
+    root = Path(args.root) if args.root != "auto" else Path(files[0]).parent if files else Path(SHAPES_ROOT)
+    on_one_rank(rank, lambda: ensure_shapes(root))
+    if args.eval_only:
+        evaluate_file(args, root, rank, device, precision)
+        return
+    head_init = str(root / "clip.pt") if args.head_init == "auto" else args.head_init
+    if args.head != "learned" and args.head_init == "auto":
+        on_one_rank(rank, lambda: ensure_clip_pt(root, args.device, "--head frozen and finetune"))
+    class_names, test_sets = [row["name"] for row in read_classes(root)], find_test_sets(args.eval_sets, root)
+    tables, label_sets, shares, class_counts, trimmed, left_out = read_labelled_sets(args, root, class_names)
+    C, sizes, counts = len(class_names), [len(table) for table in tables], torch.from_numpy(class_counts)
+    has_vocab = 0 < args.vocab < C
+    if is_main:
+        print(describe(root, tables, shares, class_names, class_counts), left_out, sep="\n")
+        print(f"precision {precision} ({reason}), {device}, {world_size} process{'es' if world_size > 1 else ''}",
+              flush=True)
+    if args.batch_size % world_size or sum(sizes) < args.batch_size:
+        raise SystemExit(f"--batch-size {args.batch_size} must split into {world_size} processes and not be larger "
+                         f"than the {sum(sizes)} rows of --data {args.data}")
+    pixels = load_pixels(tables)  # [rows of all sets, H, W, 3] uint8, or None
+
+    # --- model
+    prototypes = None if args.head == "learned" else read_prototypes(head_init, class_names)
+    model = Classifier(args.arch, C, prototypes, args.head == "frozen")
+    if args.init:
+        load_tower(model, args.init)
+    model.to(device)
+    if args.arch in ("tiny", "RN50", "resnet50"):
+        model.visual.to(memory_format=torch.channels_last)
+    model.visual.requires_grad_(not args.freeze_backbone)
+    for module in model.modules():
+        if isinstance(module, BatchNorm2d):
+            module.sync = args.bn == "sync"
+    if args.compile:
+        model.visual.compile()
+    device_ids = [device] if device.type == "cuda" else None
+    net = model
+    if world_size > 1:
+        net = DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    adjustment = adjustment_of(args.loss, args.tau, counts)
+    adjustment = None if adjustment is None else adjustment.to(device)
+
+    # --- optimizer
+    steps = math.ceil(args.epochs * sum(sizes) / args.batch_size) if args.epochs else args.steps
+    groups = param_groups(model, args.weight_decay)
+    if args.optimizer == "sgd":
+        peak_lr = args.lr or 0.1 * args.batch_size / 256  # the paper's appendix C
+        optimizer = torch.optim.SGD(groups, peak_lr, 0.9, fused=True)
+    else:
+        peak_lr = args.lr or (3e-3 if args.arch == "tiny" else 1e-3)
+        optimizer = torch.optim.AdamW(groups, peak_lr, (0.9, 0.98), eps=1e-8, fused=True)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    # One path for all precisions: the scaler skips steps with non-finite gradients, on the device; only fp16 is scaled.
+    init_scale, growth_interval = (2.0**16, 2000) if precision == "fp16" else (1.0, 2**31 - 1)
+    scaler = torch.amp.GradScaler(device.type, init_scale=init_scale, growth_interval=growth_interval)
+
+    # --- resume
+    start, seconds_before, started = 0, 0.0, time.time()
+    resume = out / "checkpoint.pt" if args.resume in ("auto", "off") else Path(args.resume)
+    if args.resume != "off" and (resume.is_file() or args.resume != "auto"):
+        checkpoint = load_checkpoint(resume, vars(args), RUN_FLAGS)
+        model.load_state_dict(checkpoint["state_dict"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        set_rng_state(checkpoint["rng"], device)
+        start, seconds_before = checkpoint["step"], checkpoint["seconds"]
+
+    # --- loader
+    dataset = LabelledImages(tables, label_sets, args.multi_label == "random", model.image_size, args.crop_scale,
+                             args.max_pixels, args.seed)
+    if pixels is not None:
+        pixels, dataset.pixel_offsets = pixels.to(device), np.cumsum([0, *sizes[:-1]])
+    workers = args.workers if args.workers >= 0 else default_workers() if pixels is None else 1
+    if args.sampler == "instance":
+        sampler = Sampler(sizes, shares, args.batch_size, args.seed, start, steps, rank, world_size)
+    else:
+        power, first = (0.5 if args.sampler == "sqrt" else 0.0), [labels[:, 0] for labels in label_sets]
+        sampler = ClassSampler(first, power, args.batch_size, args.seed, start, steps, rank, world_size)
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=as_it_is, num_workers=workers,
+                                         pin_memory=device.type == "cuda")
+
+    # --- log
+    log, stop_signals = None, []
+    if is_main:
+        log = RunLog(out, start, args.tensorboard, args.wandb, vars(args))
+        write_json(out / "args.json",
+                   {"args": vars(args), "argv": sys.argv,
+                    "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()})
+        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {steps} steps of "
+              f"{args.batch_size} images, chance loss ln({args.vocab if has_vocab else C}) = "
+              f"{math.log(args.vocab if has_vocab else C):.3f}" + (f", continued from step {start}" if start else ""),
+              flush=True)
+    signal.signal(signal.SIGTERM, lambda number, frame: stop_signals.append(number))
+
+    # --- loop
+    model.train()
+    if args.freeze_backbone:
+        model.visual.eval()
+    B, group_size = args.batch_size // world_size, args.vocab_group or args.batch_size
+    bad, n_seen, n_logged, logged_at, vocab_sizes = Counter(), 0, 0, time.time(), np.zeros(3)
+    loss_sum, skipped_in_a_row = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device)
+    progress = tqdm(total=steps, initial=start, disable=not (is_main and sys.stderr.isatty()), unit="step")
+    for step, batch in enumerate(loader, start):
+        lr = lr_at(step, peak_lr, args.warmup_steps, steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        vocab, labels = None, batch["labels"]
+        if has_vocab:
+            all_labels = [torch.empty_like(labels) for _ in range(world_size)]
+            if world_size > 1:
+                dist.all_gather(all_labels, labels, group=control)  # All ranks
+            else:
+                all_labels = [labels]
+            vocab, size, n_drawn = vocab_of_batch(torch.cat(all_labels), rank * B, B, group_size, counts, args.vocab,
+                                                  args.vocab_power, args.seed, step)
+            vocab_sizes += (size, n_drawn, len(vocab.inside))
+            if vocab.ids is not None:  # labels as columns of the union
+                labels = torch.searchsorted(vocab.ids, labels).masked_fill(labels < 0, -1)
+            vocab = Vocab(*(x if x is None else x.to(device, non_blocking=True) for x in vocab))
+        for name, value in batch.items():
+            if isinstance(value, torch.Tensor):
+                batch[name] = value.to(device, non_blocking=True)
+        labels = labels.to(device, non_blocking=True)
+        if pixels is None:
+            images = batch["images"]
+        else:
+            images = crop_pixels(pixels[batch["pixel_rows"]], batch["boxes"], model.image_size)
+        with autocast():
+            features, class_vectors, scale = net(images)
+        logits = vocab_logits(features, class_vectors, scale, vocab, adjustment, args.loss == "log-q")
+        loss = cross_entropy(logits, labels, args.label_smoothing, 2.0 if args.loss == "focal" else 0.0)
+        scaler.scale(loss).backward()
+
+        is_log_step = (step + 1) % args.log_every == 0 or step + 1 == steps
+        scaler.unscale_(optimizer)
+        skipped_in_a_row = torch.where(model.logit_scale.grad.isfinite(), 0, skipped_in_a_row + 1)  # equal on all ranks
+        if args.clip_grad or is_log_step:
+            grad_norm = nn.utils.clip_grad_norm_(params, args.clip_grad or math.inf)
+        if is_log_step or device.type == "cpu":  # Sync
+            check_finite(step, {"loss": loss, "image_features": features}, int(skipped_in_a_row), control)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(100))  # CLIP section 2.5
+            loss_sum += loss.detach().nan_to_num(0, 0, 0)  # of a step that was left out
+        n_seen += len(images)
+        note_bad_images(bad, batch["bad"])
+        progress.update()
+
+        if is_log_step:
+            n_done, n_seen_all = (step + 1) * args.batch_size, n_seen * world_size
+            n_bad = total(sum(bad.values()), control)
+            n_steps = (n_seen - n_logged) // len(images)
+            line = {"step": step + 1, "samples": n_done, "epoch": round(n_done / sum(sizes), 4),
+                    "loss": total(float(loss_sum), control) / world_size / n_steps, "lr": lr,  # Sync
+                    "logit_scale": float(model.logit_scale.detach().exp()), "grad_norm": float(grad_norm),
+                    "images_per_s": round((n_seen - n_logged) * world_size / (time.time() - logged_at), 1),
+                    "bad_images": int(n_bad)}
+            if has_vocab:
+                size, n_drawn, n_groups = (total(x, control) for x in vocab_sizes)
+                line |= {"vocab": round(size / n_groups, 2), "drawn": round(n_drawn / size, 4)}
+                if is_main and step < args.log_every + start and size / n_groups > args.vocab + 0.5:
+                    print(f"--vocab {args.vocab} is less than what the groups of {group_size} images hold: the "
+                          f"vocabularies have {size / n_groups:.1f} classes, {n_drawn / size:.1%} of them drawn")
+                vocab_sizes[:] = 0
+            if is_main:
+                log.write(line)
+            if n_bad > args.max_bad * max(1000, n_seen_all):
+                raise SystemExit(f"{int(n_bad)} of {n_seen_all} images cannot be read ({dict(bad)} on this process), "
+                                 f"more than --max-bad {args.max_bad}")
+            n_logged, logged_at = n_seen, time.time()
+            loss_sum.zero_()
+        is_stopped = any_rank(bool(stop_signals), control)
+        if is_stopped or step + 1 == steps or (args.save_every and (step + 1) % args.save_every == 0):
+            checkpoint = checkpoint_of_classifier(model, class_names, class_counts, trimmed, args, step + 1)
+            checkpoint |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng_state(device),
+                           "seconds": seconds_before + time.time() - started}
+            save = functools.partial(torch.save, checkpoint)
+            on_one_rank(rank, functools.partial(write_atomically, out / "checkpoint.pt", save))
+        if is_stopped:
+            if is_main:
+                print(f"SIGTERM: saved at step {step + 1}; the same command continues", flush=True)
+            return
+        if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < steps:
+            metrics = evaluate_classifier(model, class_names, class_counts, trimmed, test_sets, args.workers,
+                                          args.max_pixels, device)
+            if is_main:
+                log.write({"step": step + 1, **metrics})
+                print_table(metrics)
+            if args.freeze_backbone:
+                model.visual.eval()
+            logged_at = time.time()
+
+    progress.close()
+    report_classifier(model, class_names, class_counts, trimmed, test_sets, args, steps,
+                      seconds_before + time.time() - started, rank, device, precision)
+
+
+if __name__ == "__main__":
+    try:
+        main(ARGS)
+    except SystemExit as error:  # a message to the user: the input cannot be used, or the disk is full
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+        raise SystemExit(2 if isinstance(error.code, str) else error.code) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

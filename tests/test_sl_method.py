@@ -1,0 +1,287 @@
+"""sl_vocab_subsample.py: vocabularies, losses, samplers and readers, against hand computation and simulation."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import sl_vocab_subsample as sl
+
+
+def draw(counts, present, M, power=1.0, n=1, seed=0):
+    """n independent vocabularies: [n, C] bool, and ln q."""
+    mask = torch.zeros(n, len(counts), dtype=torch.bool)
+    mask[:, present] = True
+    return sl.draw_vocab(mask, torch.tensor(counts), M, power, list(range(seed, seed + n)))
+
+
+def test_inclusion_by_hand():
+    """Weights (2, 1, 1), two drawn: inclusion 5/6, 7/12, 7/12 (first 1/2, 1/4, 1/4, then renormalised)."""
+    vocab, _ = draw([2, 1, 1, 9], [3], M=3, n=20_000)
+    assert (vocab.sum(1) == 3).all() and vocab[:, 3].all()
+    assert np.allclose(vocab[:, :3].double().mean(0), [5 / 6, 7 / 12, 7 / 12], atol=4 * 0.5 / math.sqrt(20_000))
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_same_law_as_numpys_choice_without_replacement(power):
+    """Frequency of each drawn set, against Generator.choice(replace=False, p), which draws one after the other."""
+    counts, n, M = np.array([50, 20, 10, 5, 1]), 20_000, 2
+    vocab, _ = draw(counts.tolist() + [7], [5], M + 1, power, n)
+    ours = np.bincount(vocab[:, :5].numpy() @ (1 << np.arange(5)), minlength=32) / n
+    rng, weights = np.random.default_rng(0), counts**power / (counts**power).sum()
+    theirs = np.zeros(32)
+    for _ in range(n):
+        theirs[(1 << rng.choice(5, M, replace=False, p=weights)).sum()] += 1 / n
+    assert np.abs(ours - theirs).max() < 5 * math.sqrt(2 * 0.25 / n)
+
+
+def test_federated_rule_of_lvis():
+    """Classes of the batch first, then by count ** 0.5 until M: as torch.multinomial without replacement draws them."""
+    counts, present, n = [400, 100, 25, 16, 4, 1], [2], 20_000
+    vocab, _ = draw(counts, present, M=3, power=0.5, n=n)
+    weights = torch.tensor(counts).double().sqrt()
+    weights[present] = 0
+    theirs = F.one_hot(torch.multinomial(weights.expand(n, -1), 2), len(counts)).sum(1).double().mean(0)
+    theirs[present] = 1
+    assert (vocab.double().mean(0) - theirs).abs().max() < 5 * math.sqrt(2 * 0.25 / n)
+
+
+def test_classes_without_images_are_drawn_by_power_0_only():
+    counts = [5, 0, 3, 0, 2]
+    vocab, _ = draw(counts, [0], M=4, power=1.0, n=200)
+    assert not vocab[:, [1, 3]].any() and (vocab.sum(1) == 3).all()  # no more classes than have images, none twice
+    vocab, _ = draw(counts, [0], M=4, power=0.0, n=200)
+    assert vocab[:, [1, 3]].any(0).all() and (vocab.sum(1) == 4).all()
+
+
+def test_present_classes_are_always_in_and_set_a_floor():
+    vocab, log_q = draw([3] * 10, [0, 2, 4, 6, 8], M=3)
+    assert vocab.nonzero()[:, 1].tolist() == [0, 2, 4, 6, 8] and (log_q == 0).all()
+    vocab, _ = draw([3] * 10, [0], M=10)
+    assert vocab.all()
+
+
+def test_log_q_makes_the_sum_unbiased():
+    """Mean over draws of sum_j in V exp(f_j - ln q_j) is the sum over all classes (methods E)."""
+    counts, logits = [30, 10, 6, 3, 2, 1], torch.tensor([0.3, -0.5, 1.0, 0.2, 2.0, 0.7]).double()
+    vocab, log_q = draw(counts, [1], M=3, n=40_000)
+    sums = ((logits - log_q.double()).exp() * vocab).sum(1)
+    assert abs(sums.mean() - logits.exp().sum()) < 4 * sums.std() / math.sqrt(len(sums))
+
+
+def batch(N=24, C=9, D=5, J=1, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    features = F.normalize(torch.randn(N, D, generator=generator), dim=1)
+    prototypes = torch.randn(C, D, generator=generator).requires_grad_()
+    return features.requires_grad_(), prototypes, torch.randint(0, C, (N, J), generator=generator)
+
+
+def test_full_vocabulary_is_plain_softmax_bit_for_bit():
+    features, prototypes, labels = batch()
+    plain = sl.vocab_logits(features, prototypes, torch.tensor(10.0), None)
+    vocab, size, _ = sl.vocab_of_batch(labels, 0, 24, 8, torch.ones(9), M=9, power=1.0, seed=0, step=0)
+    assert size == 3 * 9 and vocab.ids is None
+    sampled = sl.vocab_logits(features, prototypes, torch.tensor(10.0), vocab)
+    assert torch.equal(sl.cross_entropy(plain, labels), sl.cross_entropy(sampled, labels))
+    expected = F.cross_entropy(10 * features @ F.normalize(prototypes, dim=1).T, labels[:, 0])
+    assert torch.allclose(sl.cross_entropy(plain, labels), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "log-q"])
+def test_union_and_masked_logits_have_the_same_loss_and_gradients(loss):
+    """Both routes of the rule in vocab_of_batch against a slow loop over groups in float64."""
+    C, counts = 60, torch.arange(60) + 1
+    features, prototypes, labels = batch(C=C)
+    scale = torch.tensor(10.0, requires_grad=True)
+    vocab, *_ = sl.vocab_of_batch(labels, 0, 24, 8, counts, M=9, power=1.0, seed=3, step=5)
+    assert vocab.ids is not None and len(vocab.ids) <= 30
+    wide = torch.zeros(3, C, dtype=torch.bool).index_copy_(1, vocab.ids, vocab.inside)
+    wide_q = torch.zeros(3, C).index_copy_(1, vocab.ids, vocab.log_q)
+    values = []
+    for v, y in (vocab, torch.searchsorted(vocab.ids, labels)), (sl.Vocab(None, wide, wide_q, vocab.groups), labels):
+        value = sl.cross_entropy(sl.vocab_logits(features, prototypes, scale, v, None, loss == "log-q"), y, 0.1)
+        values.append((value, *torch.autograd.grad(value, (features, prototypes, scale))))
+    slow, W = 0.0, F.normalize(prototypes.double(), dim=1)
+    for i in range(24):
+        ids = wide[i // 8].nonzero()[:, 0]
+        f = scale.double() * W[ids] @ features[i].double()
+        f = f - wide_q[i // 8, ids] if loss == "log-q" else f
+        log_p = f.log_softmax(0)
+        slow = slow - (0.9 * log_p[ids == labels[i, 0]].sum() + 0.1 * log_p.mean()) / 24
+    values.append((slow, *torch.autograd.grad(slow, (features, prototypes, scale))))
+    for other in values[1:]:
+        for a, b in zip(values[0], other, strict=True):
+            assert torch.allclose(a.double(), b.double(), rtol=1e-5, atol=1e-7)
+
+
+def test_vocabulary_does_not_depend_on_the_number_of_processes():
+    """Groups of 8 of a batch of 24, for one process, for two (a group lies on both sides), and for three."""
+    _, _, labels = batch(C=40)
+
+    def rows_of(first, B, step=7):
+        """[B, 40] bool, the vocabulary of each image."""
+        vocab, *_ = sl.vocab_of_batch(labels, first, B, 8, torch.arange(40) + 1, 12, 1.0, 0, step)
+        ids = torch.arange(40) if vocab.ids is None else vocab.ids
+        return torch.zeros(B, 40, dtype=torch.bool).index_copy_(1, ids, vocab.inside[vocab.groups])
+
+    whole = rows_of(0, 24)
+    assert (whole.sum(1) == 12).all() and whole.gather(1, labels).all()
+    assert [len(whole[first : first + 8].unique(dim=0)) for first in (0, 8, 16)] == [1, 1, 1]
+    for B in 12, 8:
+        assert torch.equal(torch.cat([rows_of(first, B) for first in range(0, 24, B)]), whole)
+    assert not torch.equal(rows_of(0, 24, step=8), whole)  # another step, another draw
+
+
+def test_losses_by_hand():
+    """logits (0, 0, ln 2), label 0: full ln 4; V = {0, 2} ln 3; corrected by q_2 = 1/2 ln 5 (methods E)."""
+    logits, label = torch.tensor([[0.0, 0.0, math.log(2)]]), torch.tensor([[0]])
+    assert math.isclose(sl.cross_entropy(logits, label), math.log(4), rel_tol=1e-6)
+    logits[0, 1] = -math.inf
+    assert math.isclose(sl.cross_entropy(logits, label), math.log(3), rel_tol=1e-6)
+    vocab = sl.Vocab(
+        None, torch.tensor([[True, False, True]]), torch.tensor([[0.0, 0.0, math.log(0.5)]]), torch.tensor([0])
+    )
+    features = torch.tensor([[1.0, 0.0]])
+    prototypes = torch.tensor([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
+    logits = sl.vocab_logits(features, prototypes, torch.tensor(math.log(2)), vocab, None, correct=True)
+    assert math.isclose(sl.cross_entropy(logits, label), math.log(5), rel_tol=1e-6)
+
+
+def test_balanced_softmax_by_hand():
+    """Counts (3, 1), equal logits: ln 4 for the rare class, ln(4/3) for the frequent one; tau scales the logarithm."""
+    adjustment = sl.adjustment_of("balanced", 9.0, torch.tensor([3, 1]))
+    assert math.isclose(sl.cross_entropy(adjustment[None], torch.tensor([[1]])), math.log(4), rel_tol=1e-6)
+    assert math.isclose(sl.cross_entropy(adjustment[None], torch.tensor([[0]])), math.log(4 / 3), rel_tol=1e-6)
+    assert torch.allclose(sl.adjustment_of("logit-adjusted", 2.0, torch.tensor([3, 1])), 2 * adjustment)
+    assert sl.adjustment_of("softmax", 1.0, torch.tensor([3, 1])) is None
+    with_empty = sl.adjustment_of("balanced", 1.0, torch.tensor([3, 0, 1]))  # a class without images is just not there
+    assert math.isclose(sl.cross_entropy(with_empty[None], torch.tensor([[2]])), math.log(4), rel_tol=1e-6)
+
+
+def test_balanced_softmax_of_the_batch_is_clips_denominator():
+    """InfoNCE over template captions: same-class pairs stay negatives, so the sum is sum_c n_c exp(s_c)."""
+    features, prototypes, labels = batch()
+    text_features = F.normalize(prototypes, dim=1)[labels[:, 0]]
+    counts = torch.bincount(labels[:, 0], minlength=9).float()
+    image_to_text = F.cross_entropy(10 * features @ text_features.T, torch.arange(24))
+    logits = sl.vocab_logits(features, prototypes, torch.tensor(10.0), None, counts.log())
+    difference = counts[labels[:, 0]].log().mean()  # a constant: it has no gradient
+    assert math.isclose(sl.cross_entropy(logits, labels), image_to_text - difference, rel_tol=1e-5)
+
+
+def test_focal_smoothing_and_several_labels_by_hand():
+    logits = torch.tensor([[0.0, 0.0, math.log(2), -math.inf]])  # p = 1/4, 1/4, 1/2
+    assert math.isclose(sl.cross_entropy(logits, torch.tensor([[2]]), gamma=2.0), 0.25 * math.log(2), rel_tol=1e-6)
+    expected = 0.7 * math.log(2) + 0.3 * (2 * math.log(4) + math.log(2)) / 3
+    assert math.isclose(sl.cross_entropy(logits, torch.tensor([[2]]), 0.3), expected, rel_tol=1e-6)
+    torch_value = F.cross_entropy(logits[:, :3], torch.tensor([2]), label_smoothing=0.3)
+    assert math.isclose(sl.cross_entropy(logits[:, :3], torch.tensor([[2]]), 0.3), torch_value, rel_tol=1e-6)
+    both = sl.cross_entropy(logits, torch.tensor([[0, 2, -1]]))
+    assert math.isclose(both, (math.log(4) + math.log(2)) / 2, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5])
+def test_class_sampler(power):
+    """Classes come with weight count ** power (empty ones never), images of a class evenly, ranks split the batch."""
+    labels = [np.array([0] * 60 + [1] * 20), np.array([1] * 5 + [3] * 15)]
+    sampler = sl.ClassSampler(labels, power, 100, 0, 0, 200, 0, 1)
+    batches = np.concatenate(list(sampler))
+    drawn = np.concatenate(labels)[batches[:, 1] + 80 * batches[:, 0]]
+    weights = np.array([60, 25, 0, 15]) ** power * np.array([1, 1, 0, 1])
+    assert np.allclose(np.bincount(drawn, minlength=4) / len(drawn), weights / weights.sum(), atol=0.02)
+    images = np.bincount((batches[:, 1] + 80 * batches[:, 0])[drawn == 3], minlength=100)[85:]
+    assert images.min() > 0.7 * images.mean()
+    parts = [list(sl.ClassSampler(labels, power, 100, 0, 3, 5, rank, 2)) for rank in range(2)]
+    assert np.array_equal(np.concatenate([parts[0][0], parts[1][0]]), sampler.batch(3))
+    assert len(np.unique(batches[:, 2])) == len(batches)  # every draw has crops of its own
+
+
+def table_of(tmp_path, labels):
+    path = tmp_path / "train.tsv"
+    path.write_text("image\tlabel\n" + "".join(f"{i}.png\t{label}\n" for i, label in enumerate(labels)))
+    return sl.Table(path)
+
+
+def test_label_sets(tmp_path):
+    table = table_of(tmp_path, ["2", "", "0|2", "dog", "dog | 0"])
+    assert sl.read_label_sets(table, ["cat", "dog", "cow"]).tolist() == [[2, -1], [-1, -1], [0, 2], [1, -1], [1, 0]]
+    for wrong in ("3", "-1", "bird", "0|9"):
+        with pytest.raises(SystemExit, match="row 1 has label"):
+            sl.read_label_sets(table_of(tmp_path, [wrong]), ["cat", "dog", "cow"])
+
+
+def test_trim_tail():
+    labels = np.repeat([0, 1, 2, 3], [50, 4, 30, 9])
+    counts = np.bincount(labels)
+    for shots in 0, 1, 5:
+        keep = sl.trim_tail(labels, counts, 2, shots, 0)
+        assert np.bincount(labels[keep], minlength=4).tolist() == [50, min(4, shots), 30, min(9, shots)]
+    assert not np.array_equal(sl.trim_tail(labels, counts, 2, 1, 0), sl.trim_tail(labels, counts, 2, 1, 1))
+
+
+def test_prototypes_are_matched_by_name(tmp_path):
+    vectors = torch.eye(3)
+    torch.save({"prototypes": vectors, "class_names": ["a", "b", "c"]}, tmp_path / "clip.pt")
+    read = sl.read_prototypes(str(tmp_path / "clip.pt"), ["c", "a"])
+    assert torch.equal(read, vectors[[2, 0]])
+    np.save(tmp_path / "w.npy", np.eye(2, 7))
+    assert sl.read_prototypes(str(tmp_path / "w.npy"), ["x", "y"]).shape == (2, 7)
+    np.save(tmp_path / "nan.npy", np.full((2, 7), np.nan))
+    np.save(tmp_path / "flat.npy", np.ones(2))
+    np.save(tmp_path / "object.npy", np.array([{}], object), allow_pickle=True)
+    (tmp_path / "broken.pt").write_bytes(b"PK no archive")
+    for name, names, message in (
+        ("clip.pt", ["a", "zebra", "okapi"], "no vector for 2 of 3 classes: zebra, okapi"),
+        ("w.npy", ["x", "y", "z"], "2 rows for 3 classes"),
+        ("nan.npy", ["x", "y"], "not finite"),
+        ("flat.npy", ["x", "y"], "expected an array"),
+        ("object.npy", ["x"], "Object arrays"),
+        ("broken.pt", ["x"], "cannot be read"),
+        ("missing.pt", ["x"], "cannot be read"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            sl.read_prototypes(str(tmp_path / name), names)
+
+
+def test_towers_load_from_other_checkpoints(tmp_path):
+    """A clip.py checkpoint (visual.*), a bare tower, and torchvision's resnet50, whose fc is left out."""
+    source = sl.Classifier("tiny", 4, None, False)
+    torch.save({"state_dict": source.state_dict()}, tmp_path / "clip.pt")
+    torch.save(source.visual.state_dict(), tmp_path / "tower.pt")
+    for name in "clip.pt", "tower.pt":
+        model = sl.Classifier("tiny", 7, None, False)
+        sl.load_tower(model, str(tmp_path / name))
+        assert all(
+            torch.equal(a, b) for a, b in zip(source.visual.parameters(), model.visual.parameters(), strict=True)
+        )
+    import torchvision
+
+    standard = torchvision.models.resnet50()
+    torch.save(standard.state_dict(), tmp_path / "resnet50.pt")
+    model = sl.Classifier("resnet50", 7, None, False)
+    sl.load_tower(model, str(tmp_path / "resnet50.pt"))
+    standard.fc, model.visual.fc = torch.nn.Identity(), torch.nn.Identity()
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(standard.eval()(images), model.visual.eval()(images), rtol=1e-4, atol=1e-5)
+    with pytest.raises(SystemExit, match="does not fit --arch tiny"):
+        sl.load_tower(source, str(tmp_path / "resnet50.pt"))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--vocab", "1"], "at least 2 classes"),
+        (["--vocab", "-3"], "at least 2 classes"),
+        (["--loss", "log-q"], "needs --vocab"),
+        (["--label-smoothing", "1"], "must be in"),
+        (["--vocab-power", "-1"], "must not be negative"),
+        (["--trim-tail", "-1"], "must not be negative"),
+    ],
+)
+def test_wrong_flags(flags, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        sl.parse_args(flags)
+    assert ended.value.code == 2 and message in capsys.readouterr().err

@@ -1,0 +1,263 @@
+"""sl_vocab_subsample.py as a program: processes, resume, heads, multi-label, tail experiments, bad input."""
+
+import functools
+import json
+import os
+import shutil
+
+import numpy as np
+import programs
+import pytest
+import torch
+from programs import ROOT, assert_bit_equal, log_of, weights_of
+
+import clip
+import sl_vocab_subsample as sl
+
+FLAGS = ["--batch-size", "32", "--log-every", "1", "--warmup-steps", "2", "--precision", "fp32", "--device", "cpu"]
+FLAGS += ["--eval-sets", "val"]
+run = functools.partial(programs.run, "sl_vocab_subsample.py")
+run_here = functools.partial(programs.run_here, sl)
+
+
+@pytest.fixture(scope="module")
+def clip_pt(world):
+    """A small CLIP checkpoint with class prototypes, as ROOT/clip.pt is."""
+    path = world / "head.pt"
+    flags = ["--root", world, "--steps", "3", "--batch-size", "32", "--device", "cpu", "--precision", "fp32"]
+    programs.run_here(clip, *flags, "--eval-sets", "val", "--out", world / "head", "--export", path)
+    return path
+
+
+@pytest.mark.parametrize("group", [8, 20])
+def test_one_process_equals_two(world, tmp_path, group):
+    """Losses, vocabularies, gradient norms and weights; groups of 20 lie across the border of the processes."""
+    flags = [
+        "--root",
+        world,
+        "--data",
+        "laionet,incaps",
+        "--vocab",
+        "24",
+        "--vocab-group",
+        group,
+        "--steps",
+        "4",
+        *FLAGS,
+    ]
+    run(*flags, "--out", tmp_path / "one")
+    run(*flags, "--out", tmp_path / "two", processes=2)
+    one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
+    for name in "loss", "grad_norm", "drawn", "vocab":
+        tolerance = 1e-5 if name == "loss" else 1e-3
+        if name in ("drawn", "vocab") and group == 20:
+            continue  # a group on both sides is counted by both processes
+        assert np.allclose([x[name] for x in one], [x[name] for x in two], rtol=tolerance), name
+    assert abs(one[0]["loss"] - two[0]["loss"]) <= 1e-5 * one[0]["loss"]
+    assert all(line["vocab"] == 24 and 0 < line["drawn"] < 1 for line in one)
+
+
+def loss_of(model, labels, images, first, B):
+    """Loss of rows first .. first + B of the global batch."""
+    features, prototypes, scale = model(images[first : first + B])
+    vocab, *_ = sl.vocab_of_batch(labels, first, B, 64, torch.arange(40) + 1, 30, 1.0, 0, 0)
+    own = labels[first : first + B]
+    own = own if vocab.ids is None else torch.searchsorted(vocab.ids, own)
+    return sl.cross_entropy(sl.vocab_logits(features, prototypes, scale, vocab), own)
+
+
+def test_gradients_of_two_halves_average_to_the_whole():
+    """The mean of the ranks' losses is the loss of the batch, and so are the gradients (groups of 64, tower in eval)."""
+    torch.manual_seed(0)
+    model = sl.Classifier("tiny", 40, None, False).eval()
+    images, labels = torch.randint(0, 256, (128, 3, 32, 32)), torch.randint(0, 40, (128, 1))
+    whole = loss_of(model, labels, images, 0, 128)
+    grads = torch.autograd.grad(whole, list(model.parameters()))
+    halves = (loss_of(model, labels, images, 0, 64) + loss_of(model, labels, images, 64, 64)) / 2
+    others = torch.autograd.grad(halves, list(model.parameters()))
+    assert torch.allclose(whole, halves, rtol=1e-6)
+    for a, b in zip(grads, others, strict=True):
+        assert (a - b).norm() <= 1e-5 * a.norm() + 1e-12
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_kill_and_resume_is_bit_equal(world, tmp_path, processes):
+    flags = ["--root", world, "--vocab", "24", "--vocab-group", "8", "--steps", "30", "--save-every", "3", *FLAGS]
+    flags += ["--sampler", "sqrt", "--label-smoothing", "0.1"]
+    run(*flags, "--out", tmp_path / "straight", processes=processes)
+    programs.kill_after(7, tmp_path / "killed", "sl_vocab_subsample.py", *flags, processes=processes)
+    step = torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["step"]
+    assert 0 < step < 30
+    result = run(*flags, "--out", tmp_path / "killed", processes=processes)
+    assert f"continued from step {step}" in result.stdout
+    assert_bit_equal(weights_of(tmp_path / "straight"), weights_of(tmp_path / "killed"))
+    a, b = ([{**x, "images_per_s": 0} for x in log_of(tmp_path / name)] for name in ("straight", "killed"))
+    assert a == b  # vocabularies are drawn again as they were
+
+
+def test_frozen_head_is_bit_equal_and_learns_around_it(world, clip_pt, tmp_path):
+    prototypes = torch.load(clip_pt, weights_only=True)["prototypes"]
+    flags = ["--root", world, "--head-init", clip_pt, "--steps", "4", *FLAGS]
+    for head in "frozen", "finetune":
+        run_here(*flags, "--head", head, "--vocab", "32", "--vocab-group", "16", "--out", tmp_path / head)
+        assert torch.equal(weights_of(tmp_path / head)["prototypes"], prototypes) == (head == "frozen")
+    frozen = weights_of(tmp_path / "frozen")
+    run_here(*flags, "--freeze-backbone", "--init", tmp_path / "frozen" / "checkpoint.pt", "--out", tmp_path / "probe")
+    probe = weights_of(tmp_path / "probe")
+    assert all(torch.equal(frozen[k], probe[k]) for k in frozen if k.startswith("visual."))
+    assert not torch.equal(probe["prototypes"], frozen["prototypes"])
+
+
+def test_evaluation_files(world, tmp_path):
+    """--eval-only writes what the run wrote, and <set>.npz with the contract's arrays, for one and three processes."""
+    run_here("--root", world, "--steps", "3", "--out", tmp_path / "run", *FLAGS)
+    flags = ["--root", world, "--eval-only", tmp_path / "run" / "checkpoint.pt", *FLAGS]
+    run_here(*flags, "--out", tmp_path / "one")
+    run(*flags, "--out", tmp_path / "three", processes=3)
+    trained, one, three = (json.loads((tmp_path / x / "metrics.json").read_text()) for x in ("run", "one", "three"))
+    assert trained["val"] == one["val"] == three["val"]
+    keys = "n top1 balanced head medium tail spearman_acc spearman_pred chance retrieval knn probe".split()
+    assert set(keys) <= set(one["val"]) and one["run"]["script"] == "sl_vocab_subsample.py"
+    with np.load(tmp_path / "one" / "val.npz") as a, np.load(tmp_path / "three" / "val.npz") as b:
+        assert all(np.array_equal(a[key], b[key]) for key in a.files)
+        n = len(a["labels"])
+        assert a["logits"].shape == (n, 120) and a["features"].shape == (n, 64) and a["prototypes"].shape == (120, 64)
+        right = a["logits"].argmax(1) == a["labels"]
+        assert abs(right.mean() - one["val"]["top1"]) < 0.01  # float16 logits can tie
+        assert a["class_counts"].sum() == len((world / "laionet" / "train.tsv").read_text().splitlines()) - 1
+
+
+def write_set(world, name, edit):
+    """A copy of the laionet set with edited labels."""
+    lines = (world / "laionet" / "train.tsv").read_text().splitlines()
+    column = lines[0].split("\t").index("label")
+    rows = [line.split("\t") for line in lines]
+    for i, row in enumerate(rows[1:]):
+        row[column] = edit(i, row[column])
+    path = world / "laionet" / name
+    path.write_text("\n".join("\t".join(row) for row in rows) + "\n")
+    return path
+
+
+def test_rows_without_and_with_several_labels(world, tmp_path):
+    path = write_set(
+        world, "several.tsv", lambda i, x: "" if i % 10 == 0 else f"{x}|{(int(x) + 1) % 120}" if i % 3 else x
+    )
+    lost, n = {}, len(path.read_text().splitlines()) - 1
+    for mode in "first", "all", "random", "drop":
+        flags = ["--root", world, "--data", path, "--multi-label", mode, "--vocab", "32", "--steps", "2", *FLAGS]
+        printed = run_here(*flags, "--out", tmp_path / mode)
+        lost[mode] = printed.split("rows left out: ")[1].split("\n")[0]
+        counts = torch.load(tmp_path / mode / "checkpoint.pt", weights_only=True)["class_counts"]
+        kept = n - len(range(0, n, 10)) - (sum(i % 10 > 0 and i % 3 > 0 for i in range(n)) if mode == "drop" else 0)
+        assert abs(int(counts.sum()) - kept) <= 60  # all: halves are rounded, class by class
+        if mode in ("first", "drop"):
+            assert int(counts.sum()) == kept
+    assert lost["first"] == lost["all"] == lost["random"] == f"{len(range(0, n, 10))} without a label"
+    assert "with several labels" in lost["drop"]
+    losses = {mode: log_of(tmp_path / mode)[0]["loss"] for mode in lost}
+    assert len(set(losses.values())) >= 3 and all(np.isfinite(x) for x in losses.values())
+
+
+def test_zero_shot_tail_is_reported_apart(world, tmp_path):
+    flags = ["--root", world, "--trim-tail", "90", "--steps", "3", *FLAGS]
+    for shots in 0, 1:
+        printed = run_here(*flags, "--trim-shots", shots, "--out", tmp_path / str(shots))
+        checkpoint = torch.load(tmp_path / str(shots) / "checkpoint.pt", weights_only=True)
+        counts, trimmed = checkpoint["class_counts"], checkpoint["trimmed"]
+        assert len(trimmed) == 90 and counts[trimmed].max() <= shots
+        assert "trimmed classes" in printed and "trimmed from the tail" in printed
+    metrics = json.loads((tmp_path / "0" / "metrics.json").read_text())["val"]
+    mixed = (90 * metrics["trimmed"] + 30 * metrics["untrimmed"]) / 120  # val is balanced
+    assert abs(mixed - metrics["top1"]) < 1e-9
+
+
+def test_vocabulary_below_what_the_batch_holds_is_named(world, tmp_path):
+    printed = run_here(
+        "--root", world, "--vocab", "4", "--vocab-group", "32", "--steps", "2", "--out", tmp_path, *FLAGS
+    )
+    assert "--vocab 4 is less than what the groups of 32 images hold" in printed
+    assert log_of(tmp_path)[0]["vocab"] > 4 and log_of(tmp_path)[0]["drawn"] == 0
+
+
+def test_every_baseline_lowers_its_loss(world, tmp_path):
+    for loss in "softmax", "balanced", "logit-adjusted", "log-q", "focal":
+        flags = [
+            "--root",
+            world,
+            "--loss",
+            loss,
+            "--steps",
+            "25",
+            "--out",
+            tmp_path / loss,
+            "--crop-scale",
+            "1",
+            *FLAGS,
+        ]
+        run_here(*flags, *(["--vocab", "32", "--vocab-group", "16"] if loss == "log-q" else []))
+        losses = [line["loss"] for line in log_of(tmp_path / loss)]
+        assert np.mean(losses[-5:]) < np.mean(losses[:5]), loss
+
+
+def test_sgd_as_in_the_paper(world, tmp_path):
+    flags = ["--optimizer", "sgd", "--weight-decay", "1e-4", "--warmup-steps", "0", "--bn", "local"]
+    run_here("--root", world, "--steps", "3", *FLAGS, *flags, "--out", tmp_path)
+    assert np.isclose(log_of(tmp_path)[0]["lr"], 0.1 * 32 / 256)
+
+
+def test_images_in_files(world, tmp_path):
+    """JPEGs of two sizes through the loader's workers; one broken file is replaced and counted."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    (tmp_path / "train.tsv").write_text("image\tlabel\n" + "".join(f"{i}.jpg\t{i % 3}\n" for i in range(40)))
+    (tmp_path / "classes.tsv").write_text("name\ncat\ndog\ncow\n")
+    for i in range(40):
+        size = (40, 48, 3) if i % 2 else (64, 40, 3)
+        Image.fromarray(rng.integers(0, 256, size, np.uint8)).save(tmp_path / f"{i}.jpg")
+    (tmp_path / "7.jpg").write_bytes(b"no picture")
+    flags = ["--data", tmp_path / "train.tsv", "--steps", "4", "--max-bad", "1", "--workers", "1", *FLAGS]
+    flags[flags.index("--eval-sets") + 1] = str(tmp_path / "train.tsv")
+    printed = run_here(*flags, "--out", tmp_path / "out")
+    assert "unreadable image (not an image)" in printed
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["train"]["n"] == 39
+
+
+def test_bad_input(world, clip_pt, tmp_path):
+    """One clear line, exit code 2, nothing written."""
+    out, wrong = tmp_path / "out", write_set(world, "wrong.tsv", lambda i, x: "999" if i == 3 else x)
+    unlabelled = write_set(world, "none.tsv", lambda i, x: "")
+    np.save(tmp_path / "narrow.npy", np.ones((120,)))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "classes.tsv").write_text("name\n")
+    shutil.copy(world / "laionet" / "train.tsv", empty / "train.tsv")
+    cases = [
+        (["--data", wrong], "row 4 has label '999'"),
+        (["--data", unlabelled], "no row with a label is left"),
+        (["--data", empty / "train.tsv", "--root", empty, "--eval-sets"], "has no classes"),
+        (["--head", "frozen", "--head-init", tmp_path / "narrow.npy"], "expected an array (classes, width)"),
+        (["--head", "frozen", "--head-init", tmp_path / "none.pt"], "cannot be read"),
+        (["--init", clip_pt, "--arch", "ViT-S-16"], "does not fit --arch ViT-S-16"),
+        (["--data", "nowhere"], "no file"),
+        (["--batch-size", "100000"], "larger than the"),
+    ]
+    for flags, message in cases:
+        with pytest.raises(SystemExit, match=message.replace("(", r"\(").replace(")", r"\)")):
+            run_here("--root", world, *FLAGS, *flags, "--out", out)
+        assert not out.exists()
+    result = run("--root", world, "--data", wrong, "--out", out, *FLAGS, check=False)
+    assert result.returncode == 2 and "Traceback" not in result.stdout and "row 4" in result.stdout
+
+
+def test_copied_alone(world, tmp_path):
+    """The script in a folder of its own trains on a given world."""
+    shutil.copy(ROOT / "sl_vocab_subsample.py", tmp_path / "mine.py")
+    environment = {k: v for k, v in programs.ENV.items() if k != "PYTHONPATH"}
+    flags = ["--root", world, "--steps", "2", "--out", tmp_path / "out", *FLAGS]
+    result = programs.run("mine.py", *flags, folder=tmp_path, cwd=tmp_path, env=environment)
+    assert "val" in result.stdout and (tmp_path / "out" / "metrics.json").is_file()
+    missing = programs.run("mine.py", folder=tmp_path, cwd=tmp_path, env=environment, check=False)
+    assert missing.returncode == 2 and "no build_datasets.py beside mine.py" in missing.stdout
+    assert os.listdir(tmp_path / "out") and not (tmp_path / "data").exists()

@@ -6,7 +6,7 @@ their gradient buffer), from the kernel's high-water mark in a process of its ow
 """
 
 import argparse
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -26,7 +26,7 @@ def make(C, D, B):
     counts = (1e6 / torch.arange(1, C + 1)).ceil().long()
     features = F.normalize(torch.randn(B, D), dim=1).requires_grad_()
     weights = torch.randn(C, D).requires_grad_()
-    weights.grad = torch.zeros_like(weights)
+    weights.grad = torch.ones_like(weights)  # its pages are there before the step
     return features, weights, torch.multinomial(counts.double(), B, replacement=True)[:, None], counts
 
 
@@ -43,6 +43,10 @@ def step(features, weights, labels, counts, M, group, number):
     return drawn
 
 
+def status_kib(name):
+    return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
 def peak_mib(*arguments):
     """Peak memory of steps in a process of its own, beyond what was there before the first."""
     command = [sys.executable, __file__, "--peak", *map(str, arguments)]
@@ -53,33 +57,33 @@ def main(args):
     if args.peak:
         C, D, B, M, group = args.peak
         given = make(C, D, B)
-        F.normalize(torch.randn(64, 64)) @ torch.randn(64, 64)  # libraries are loaded
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        for number in range(2):
-            step(*given, M, group, number)
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+        step(*given, M, group, 0)  # buffers of the libraries are there
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        before = status_kib("VmRSS")
+        step(*given, M, group, 1)
+        print((status_kib("VmHWM") - before) / 1024)
         return
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, fp32")
-    for C, D, B, M, group in ((21_841, 1024, 256, 1000, 64), (1_000_000, 128, 1024, 1000, 64)):
-        sl.keep_freed_memory()
-        given, sides, times = make(C, D, B), {"full": 0, "sampled": M}, {"full": [], "sampled": []}
-        draws = []
-        for number in range(args.pairs + 1):
-            for side, size in sides.items():
-                start = time.perf_counter()
-                drawn = step(*given, size, group, number)
-                if number:
-                    times[side].append(time.perf_counter() - start)
-                    draws += [drawn] if size else []
-        full, sampled = (statistics.median(times[side]) for side in sides)
-        ratio = statistics.median(a / b for a, b in zip(times["full"], times["sampled"], strict=True))
-        peaks = [peak_mib(C, D, B, size, group) for size in sides.values()]
-        print(
-            f"C {C:,}, D {D}, batch {B}, M {M}, groups of {group}: full {full * 1e3:.0f} ms, sampled {sampled * 1e3:.0f}"
-            f" ms, {ratio:.1f} times as fast; drawing {statistics.median(draws) * 1e3:.1f} ms; peak extra memory full "
-            f"{peaks[0]:.0f} MiB, sampled {peaks[1]:.0f} MiB ({peaks[1] / peaks[0]:.2f})"
-        )
-        del given
+    sl.keep_freed_memory()
+    C, D, B, M, group = args.shape
+    given, sides, times, draws = make(C, D, B), {"full": 0, "sampled": M}, {"full": [], "sampled": []}, []
+    for number in range(args.pairs + 1):
+        for side, size in sides.items():
+            start = time.perf_counter()
+            drawn = step(*given, size, group, number)
+            if number:
+                times[side].append(time.perf_counter() - start)
+                draws += [drawn] if size else []
+    full, sampled = (1e3 * statistics.median(times[side]) for side in sides)
+    ratio = statistics.median(a / b for a, b in zip(times["full"], times["sampled"], strict=True))
+    peaks = [peak_mib(C, D, B, size, group) for size in sides.values()]
+    print(f"C {C:,}, D {D}, batch {B}, M {M}, groups of {group}: full {full:.0f} ms, sampled {sampled:.0f} ms")
+    print(f"{ratio:.1f} times as fast; drawing {1e3 * statistics.median(draws):.1f} ms of it")
+    print(f"peak extra memory: full {peaks[0]:.0f} MiB, sampled {peaks[1]:.0f} MiB ({peaks[1] / peaks[0]:.2f})")
+    labels, counts = torch.randint(0, 10**6, (1024, 1)), (1e6 / torch.arange(1, 10**6 + 1)).ceil().long()
+    start = time.perf_counter()
+    sl.vocab_of_batch(labels, 0, 1024, 64, counts, 1000, 1.0, 0, 0)
+    print(f"drawing 16 vocabularies of 1,000 from 1,000,000 classes: {time.perf_counter() - start:.2f} s")
 
 
 if __name__ == "__main__":
@@ -87,5 +91,8 @@ if __name__ == "__main__":
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--pairs", type=int, default=7, help="counted rounds of the alternation")
+    parser.add_argument(
+        "--shape", type=int, nargs=5, default=[21_841, 1024, 256, 1000, 64], help="C, D, batch, M, group"
+    )
     parser.add_argument("--peak", type=int, nargs=5, help="used by the script itself: C D B M GROUP of one side")
     main(parser.parse_args())

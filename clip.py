@@ -89,9 +89,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--caption", default="{caption}",
                       help="text of an example from {column}, {class} and {synonym}, or @FILE with one such template a "
                            "line, drawn per example and epoch")
-    data.add_argument("--word-dropout", type=float, default=0.0,
+    data.add_argument("--word-dropout", type=float, default=-1,
                       help="probability of leaving out each word of a caption, drawn anew every epoch; keeps small "
-                           "sets with long captions from being memorised")
+                           "sets with long captions from being memorised; -1 is 0.5 for tiny with a trained text "
+                           "tower, else 0")
     data.add_argument("--crop-scale", type=float, default=0.9,
                       help="smallest area of the random crop, as a fraction of the image; 1 is no crop")
     data.add_argument("--bpe", default="auto",
@@ -182,11 +183,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.text_embeddings and (len(args.text_embeddings) > 2 or args.data.count(",") or args.caption != "{caption}"):
         parser.error("--text-embeddings takes TRAIN.npy and perhaps CLASSES.npy, and one --data set with its own "
                      "captions")
-    if args.word_dropout and args.text_head == "frozen":
+    if args.word_dropout > 0 and args.text_head == "frozen":
         parser.error("--word-dropout changes captions at every epoch, --text-head frozen embeds each caption once: "
                      "choose one")
-    if not 0 <= args.word_dropout < 1 or not 0 < args.crop_scale <= 1:
-        parser.error("--word-dropout must be in [0, 1) and --crop-scale in (0, 1]")
+    if not (0 <= args.word_dropout < 1 or args.word_dropout == -1) or not 0 < args.crop_scale <= 1:
+        parser.error("--word-dropout must be in [0, 1), or -1, and --crop-scale in (0, 1]")
     for flag in ("batch_size", "accumulate", "log_every", "max_pixels"):
         if getattr(args, flag) < 1:
             parser.error(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
@@ -1428,7 +1429,7 @@ def ensure_clip_pt(root: Path, device: str, flags: str) -> None:
                          f"RN50.pt --root {root} --bpe bpe_simple_vocab_16e6.txt.gz --export {path}), or pass another "
                          "file")
     print(f"{path} is not there: pretraining on web (once, about 5 minutes on 2 CPU cores)", flush=True)
-    run_script([str(script), "--root", str(root), "--data", "web", "--steps", "2200", "--out",
+    run_script([str(script), "--root", str(root), "--data", "web", "--steps", "2200", "--word-dropout", "0", "--out",
                 str(root / "clip_pretraining"), "--export", str(path), "--eval-sets", "val", "--device", device])
 
 
@@ -2168,7 +2169,9 @@ def main(args: argparse.Namespace) -> None:
         start, seconds_before = checkpoint["step"], checkpoint["seconds"]
 
     # --- loader
-    pairs = Pairs(captions, tokenizer, model.image_size, args.crop_scale, args.word_dropout, args.max_pixels, args.seed)
+    has_dropout = args.word_dropout < 0 and args.arch == "tiny" and args.text_head != "frozen"
+    word_dropout = 0.5 if has_dropout else max(0.0, args.word_dropout)
+    pairs = Pairs(captions, tokenizer, model.image_size, args.crop_scale, word_dropout, args.max_pixels, args.seed)
     pairs.text_features = text_features
     if pixels is not None:
         pixels, pairs.pixel_offsets = pixels.to(device), np.cumsum([0, *sizes[:-1]])

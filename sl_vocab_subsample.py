@@ -1283,7 +1283,7 @@ def ensure_clip_pt(root: Path, device: str, flags: str) -> None:
                          f"RN50.pt --root {root} --bpe bpe_simple_vocab_16e6.txt.gz --export {path}), or pass another "
                          "file")
     print(f"{path} is not there: pretraining on web (once, about 5 minutes on 2 CPU cores)", flush=True)
-    run_script([str(script), "--root", str(root), "--data", "web", "--steps", "2200", "--out",
+    run_script([str(script), "--root", str(root), "--data", "web", "--steps", "2200", "--word-dropout", "0", "--out",
                 str(root / "clip_pretraining"), "--export", str(path), "--eval-sets", "val", "--device", device])
 
 

@@ -117,7 +117,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--activation", default="auto", choices=["auto", "gelu", "quick_gelu"],
                        help="of the transformers; auto: as in the loaded weights, else gelu (OpenAI's weights need "
                             "quick_gelu)")
-    model.add_argument("--init", default="", help="checkpoint to start the whole model from; empty is a random start")
+    model.add_argument("--init", default="",
+                       help="checkpoint to start from: in clip.py the whole model, elsewhere the image tower")
     model.add_argument("--text-head", default="scratch", choices=["scratch", "frozen", "finetune"],
                        help="text tower: trained from a random start, fixed to --text-init, or trained from it")
     model.add_argument("--text-init", default="auto",
@@ -141,11 +142,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optimization.add_argument("--steps", type=int, default=1600,
                               help="optimiser steps; --epochs takes its place when given")
     optimization.add_argument("--epochs", type=float, default=0, help="passes over the data; 0 leaves it to --steps")
-    optimization.add_argument("--batch-size", type=int, default=128, help="pairs of a step over all processes")
+    optimization.add_argument("--batch-size", type=int, default=128, help="examples of a step over all processes")
     optimization.add_argument("--lr", type=float, default=0,
-                              help="peak learning rate; 0 is 3e-3 for tiny and 1e-3 (the paper's) for the others")
+                              help="peak learning rate; 0 is what suits the tower and optimiser (3e-3 for tiny with AdamW)")
     optimization.add_argument("--weight-decay", type=float, default=0.1,
-                              help="of AdamW, on matrices only: not on gains, biases, logit_scale")
+                              help="on matrices only: not on gains, biases, logit_scale")
     optimization.add_argument("--beta2", type=float, default=0.98,
                               help="second AdamW beta; the paper's runs used 0.999")
     optimization.add_argument("--warmup-steps", type=int, default=50,
@@ -168,7 +169,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the towers")
     run.add_argument("--workers", type=int, default=-1,
                      help="loader processes per process; -1 is 1 for .npy images, else up to 8")
-    run.add_argument("--seed", type=int, default=0, help="of the weights, the order, the crops and the drawn captions")
+    run.add_argument("--seed", type=int, default=0, help="of the weights, the order, the crops and what is drawn")
     run.add_argument("--log-every", type=int, default=50, help="steps between log lines")
     run.add_argument("--save-every", type=int, default=500, help="steps between checkpoints; 0 is only at the end")
     run.add_argument("--eval-every", type=int, default=0, help="steps between evaluations; 0 is only at the end")

@@ -115,8 +115,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        help="class vectors of frozen and finetune: a checkpoint with prototypes and class names, or an "
                             "array (C, D) as .npy or .pt; auto is ROOT/clip.pt")
     model.add_argument("--init", default="",
-                       help="checkpoint to start the image tower from: of clip.py, of dino_laionet.py --export, or a "
-                            "torchvision state dict (resnet50)")
+                       help="checkpoint to start from: in clip.py the whole model, elsewhere the image tower")
     model.add_argument("--freeze-backbone", action=argparse.BooleanOptionalAction, default=False,
                        help="train the head and the scale only")
 
@@ -141,12 +140,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optimization.add_argument("--steps", type=int, default=1600,
                               help="optimiser steps; --epochs takes its place when given")
     optimization.add_argument("--epochs", type=float, default=0, help="passes over the data; 0 leaves it to --steps")
-    optimization.add_argument("--batch-size", type=int, default=128, help="images of a step over all processes")
+    optimization.add_argument("--batch-size", type=int, default=128, help="examples of a step over all processes")
     optimization.add_argument("--optimizer", default="adamw", choices=["adamw", "sgd"],
                               help="AdamW with betas 0.9, 0.98, or SGD with momentum 0.9")
     optimization.add_argument("--lr", type=float, default=0,
-                              help="peak learning rate; 0 is 3e-3 for tiny, 1e-3 for the others, and with sgd 0.1 per "
-                                   "256 images")
+                              help="peak learning rate; 0 is what suits the tower and optimiser (3e-3 for tiny with AdamW)")
     optimization.add_argument("--weight-decay", type=float, default=0.1,
                               help="on matrices only: not on gains, biases, logit_scale")
     optimization.add_argument("--warmup-steps", type=int, default=50,

@@ -144,7 +144,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optimization.add_argument("--epochs", type=float, default=0, help="passes over the data; 0 leaves it to --steps")
     optimization.add_argument("--batch-size", type=int, default=128, help="examples of a step over all processes")
     optimization.add_argument("--lr", type=float, default=0,
-                              help="peak learning rate; 0 is what suits the tower and optimiser (3e-3 for tiny with AdamW)")
+                              help="peak learning rate; 0 is what suits tower and optimiser (3e-3 for tiny with AdamW)")
     optimization.add_argument("--weight-decay", type=float, default=0.1,
                               help="on matrices only: not on gains, biases, logit_scale")
     optimization.add_argument("--beta2", type=float, default=0.98,

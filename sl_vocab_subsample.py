@@ -144,7 +144,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optimization.add_argument("--optimizer", default="adamw", choices=["adamw", "sgd"],
                               help="AdamW with betas 0.9, 0.98, or SGD with momentum 0.9")
     optimization.add_argument("--lr", type=float, default=0,
-                              help="peak learning rate; 0 is what suits the tower and optimiser (3e-3 for tiny with AdamW)")
+                              help="peak learning rate; 0 is what suits tower and optimiser (3e-3 for tiny with AdamW)")
     optimization.add_argument("--weight-decay", type=float, default=0.1,
                               help="on matrices only: not on gains, biases, logit_scale")
     optimization.add_argument("--warmup-steps", type=int, default=50,

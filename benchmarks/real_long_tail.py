@@ -3,7 +3,7 @@
 digits: scikit-learn's 1,797 digits, half of each class for testing, the rest cut to an imbalance factor of 100 (n_c
 falls geometrically in a class order drawn by the seed). stamps: Debian's tuxpaint-stamps-default, top-level category as
 the class, 30 % of each for testing. Each arm trains sl_vocab_subsample.py (tiny, at 32 px) for --steps; printed are
-mean and standard deviation over the seeds.
+mean and (population) standard deviation over the seeds.
 """
 
 import argparse
@@ -104,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
         cells = []
         for key, factor in ("balanced", 100), ("tail", 100), ("spearman_pred", 1):
             values = [factor * run[key] for run in runs]
-            cells.append(f"{statistics.mean(values):.{1 if factor > 1 else 2}f} +- {statistics.stdev(values):.2f}")
+            cells.append(f"{statistics.mean(values):.{1 if factor > 1 else 2}f} +- {statistics.pstdev(values):.2f}")
         print(f"{arm:<26}{cells[0]:>16}{cells[1]:>16}{cells[2]:>18}")
 
 

@@ -71,8 +71,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, text: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=text, description=text, parents=[common], allow_abbrev=False,
+    def command(name: str, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text, parents=parents or [common], allow_abbrev=False,
                                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     p = command("imbalance", "accuracy and predictions against the training frequency of the classes")
@@ -105,6 +105,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("b", help="predictions; several seeds with commas between")
     p.add_argument("--counts", default="", help="training frequencies, if other than the files' class_counts")
 
+    device = argparse.ArgumentParser(add_help=False)
+    device.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
+    task = argparse.ArgumentParser(add_help=False, parents=[common, device])
+    task.add_argument("inputs", nargs="+", help="TRAIN.npz TEST.npz, TRAIN.npz VAL.npz TEST.npz, or folders of models "
+                                                "with SET_train.npz, SET_test.npz, perhaps SET_val.npz")
+    task.add_argument("--sets", nargs="*", default=[], help="sets of the folders; empty takes all of the first")
+    task.add_argument("--metric", default="auto", choices=["auto", "top1", "per_class"],
+                      help="auto is per_class for aircraft, caltech, flowers and pets, else top1; labels [N, C] of 1, 0, "
+                           "-1 (difficult) are scored by 11-point mAP")
+    p = command("probe", "logistic regression on features (L-BFGS), strength chosen on validation images", task)
+    p.add_argument("--sweep", default="clip", choices=["clip", "transfer", "none"],
+                   help="strengths: CLIP's binary search over 96, 45 of the transfer protocol, or --C alone")
+    p.add_argument("--C", type=float, default=0.316, help="inverse strength, as scikit-learn's, for --sweep none")
+    p = command("knn", "weighted nearest neighbours by cosine", task)
+    p.add_argument("--k", nargs="+", type=int, default=[10, 20, 100, 200], help="numbers of neighbours")
+    p = command("fewshot", "logistic regression on k images a class, several draws", task)
+    p.add_argument("--shots", nargs="+", type=int, default=[1, 2, 4, 8, 16], help="images a class")
+    p.add_argument("--draws", type=int, default=5, help="draws of the images; the interval is over them")
+    p.add_argument("--C", type=float, default=0.316, help="inverse strength, as scikit-learn's")
+    p = command("retrieval", "recall at k of texts for images and images for texts", common, device)
+    p.add_argument("files", nargs="+", help="features [n_images, D], text_features [n, D], image_ids [n]")
+    p.add_argument("--k", nargs="+", type=int, default=[1, 5, 10], help="places that count")
+    p = command("calibration", "expected calibration error, temperature, reliability")
+    p.add_argument("files", nargs="+", help="predictions, one file a model")
+    p.add_argument("--bins", type=int, default=15, help="confidence bins")
+    p.add_argument("--fraction", type=float, default=0.5, help="images that the temperature is fitted on")
+
     args = parser.parse_args(argv)
     if args.boot < 0:
         parser.error(f"--boot must not be negative, got {args.boot}")
@@ -117,7 +144,7 @@ if __name__ == "__main__":
     ARGS = parse_args()  # before the heavy imports: --help and a mistyped flag are answered at once
 
 import numpy as np  # noqa: E402
-import scipy  # noqa: E402
+import scipy.optimize  # noqa: E402
 import torch  # noqa: E402
 from scipy.sparse import coo_matrix, csr_matrix  # noqa: E402
 from scipy.sparse.csgraph import connected_components  # noqa: E402
@@ -933,6 +960,422 @@ def plot_robustness(results: dict, path: str) -> None:
     save_figure(figure, path)
 
 
+# ------------------------------------------------------------------------------ transfer
+
+PER_CLASS_SETS = ("aircraft", "caltech", "flowers", "pets")  # mean per class there, top-1 elsewhere (CLIP, App. A.3)
+
+
+class Logistic:
+    """Logistic regression on fixed features: softmax over classes, or one sigmoid a class for labels [N, C].
+
+    Minimises mean cross-entropy + |W|^2 / (2 C n), the bias free: scikit-learn's optimum for the same C. L-BFGS in
+    float64 over float32 products; W = P V with P = (covariance / n_classes + 1 / (C n))^-1/2, which changes the path and
+    not the optimum, and makes badly scaled features quick. Fits start from the last one.
+    """
+
+    def __init__(self, features: np.ndarray, labels: np.ndarray, n_classes: int, device: str):
+        self.n, self.n_classes, self.is_multi = len(features), n_classes, labels.ndim == 2
+        x = torch.from_numpy(np.asarray(features, np.float32)).to(device)
+        self.mean = x.double().mean(0).float()
+        self.x, self.y = x - self.mean, torch.from_numpy(labels).to(device)  # centred: the bias takes it up
+        self.eigenvalues, self.eigenvectors = torch.linalg.eigh((self.x.T @ self.x / self.n).double().cpu())
+        self.weight = torch.zeros(features.shape[1], n_classes, dtype=torch.float64)
+        self.bias = torch.zeros(n_classes, dtype=torch.float64)
+
+    def loss(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[float, torch.Tensor, torch.Tensor]:
+        """Mean cross-entropy and its gradients; without the penalty."""
+        logits = torch.addmm(bias.to(self.x), self.x, weight.to(self.x))  # [N, C]
+        if self.is_multi:
+            counted = (self.y >= 0).float()  # -1 is difficult: left out
+            value = (torch.nn.functional.softplus(logits) - logits * (self.y == 1)) * counted
+            error = (logits.sigmoid() - (self.y == 1).float()) * counted
+        else:
+            error = logits.log_softmax(1)
+            value = -error.gather(1, self.y[:, None])
+            error = error.exp_()
+            error[torch.arange(self.n, device=error.device), self.y] -= 1
+        error /= self.n
+        return float(value.sum(dtype=torch.float64)) / self.n, (self.x.T @ error).double().cpu(), error.sum(
+            0, dtype=torch.float64).cpu()
+
+    def fit(self, C: float, max_iter: int = 1000) -> float:
+        """Fit for one inverse strength; returns the objective."""
+        decay = 1 / (C * self.n)
+        scale = self.eigenvalues.clamp(min=0) / self.n_classes + decay
+        root, inverse = ((self.eigenvectors * scale**power) @ self.eigenvectors.T for power in (-0.5, 0.5))
+
+        def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+            flat = torch.from_numpy(flat).view(-1, self.n_classes)
+            weight = root @ flat[:-1]
+            value, gradient, bias_gradient = self.loss(weight, flat[-1])
+            gradient = root @ (gradient + decay * weight)
+            return value + decay / 2 * float((weight**2).sum()), torch.cat([gradient, bias_gradient[None]]).numpy().ravel()
+
+        start = torch.cat([inverse @ self.weight, self.bias[None]]).numpy().ravel()
+        found = scipy.optimize.minimize(objective, start, jac=True, method="L-BFGS-B", options={
+            "maxiter": max_iter, "maxcor": 20, "ftol": 1e-9, "gtol": 1e-7})
+        flat = torch.from_numpy(found.x).view(-1, self.n_classes)
+        self.weight, self.bias = root @ flat[:-1], flat[-1].clone()
+        return float(found.fun)
+
+    def scores(self, features: np.ndarray) -> np.ndarray:
+        """[N, C] float32 logits."""
+        x = torch.from_numpy(np.asarray(features, np.float32)).to(self.x) - self.mean
+        return torch.addmm(self.bias.to(x), x, self.weight.to(x)).cpu().numpy()
+
+
+def average_precision(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """11-point average precision (VOC07) of one class: mean of the largest precision at recall >= 0, .1, .., 1.
+
+    labels: [N] 1, 0, and -1 for objects left out. weights: [boot, N] how often each image counts. Returns: [boot]; NaN
+    where no image is positive.
+    """
+    order = np.argsort(-scores, kind="stable")
+    order = order[labels[order] >= 0]
+    weights, labels = weights[:, order].astype(float), labels[order]
+    right, shown = np.cumsum(weights * labels, 1), np.cumsum(weights, 1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        recall, precision = right / right[:, -1:], np.nan_to_num(right / shown)
+    best = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]
+    places = [(recall >= t / 10 - 1e-12).argmax(1) for t in range(11)]
+    mean = np.mean([best[np.arange(len(best)), place] for place in places], 0)
+    return np.where(right[:, -1] > 0, mean, np.nan)
+
+
+def transfer_metric(scores: np.ndarray, labels: np.ndarray, metric: str, boot: int,
+                    seed: int) -> tuple[float, np.ndarray]:
+    """top1, per_class or map of scores [N, C], with draws over test images: the same for all models of a set."""
+    rng, n = np.random.default_rng(seed), len(labels)
+    if metric == "map":
+        classes = range(scores.shape[1])
+        value = nan_mean(np.array([average_precision(scores[:, c], labels[:, c], np.ones((1, n)))[0] for c in classes]))
+        draws = []
+        for start in range(0, boot, 50):
+            weights = rng.multinomial(n, np.full(n, 1 / n), size=min(50, boot - start))
+            draws.append(nan_mean(np.stack([average_precision(scores[:, c], labels[:, c], weights) for c in classes], 1)))
+        return float(value), np.concatenate([np.zeros(0), *draws])
+    right = scores.argmax(1) == labels
+    if metric == "top1":
+        return float(right.mean()), bootstrap_means(right.astype(np.float32), boot, rng)
+    n_test, n_right, _ = resample_images(labels, np.where(right, labels, scores.shape[1]), scores.shape[1] + 1, boot, rng)
+    with np.errstate(invalid="ignore"):
+        value = np.bincount(labels[right], minlength=scores.shape[1]) / np.bincount(labels, minlength=scores.shape[1])
+        return float(nan_mean(value)), nan_mean(n_right / n_test)
+
+
+def read_tasks(inputs: list[str], sets: list[str], multi_label: bool) -> list[tuple[str, str, dict, dict | None, dict]]:
+    """(model, set, train, val or None, test) from TRAIN.npz TEST.npz, or from folders with SET_train.npz, SET_test.npz
+    and perhaps SET_val.npz."""
+    read = lambda path: read_predictions(path, "features", multi_label=multi_label)  # noqa: E731
+    if all(path.endswith(".npz") for path in inputs):
+        if len(inputs) not in (2, 3):
+            raise SystemExit(f"got {len(inputs)} files, expected TRAIN.npz TEST.npz, or TRAIN.npz VAL.npz TEST.npz")
+        parts = [read(path) for path in inputs]
+        tasks = [("model", Path(inputs[-1]).stem, parts[0], parts[1] if len(parts) > 2 else None, parts[-1])]
+    else:
+        names = sets or sorted(p.name.removesuffix("_test.npz") for p in Path(inputs[0]).glob("*_test.npz"))
+        if not names:
+            raise SystemExit(f"{inputs[0]}: no SET_test.npz in it")
+        tasks = []
+        for model, folder in zip(short_names([f"{path}/x" for path in inputs]), inputs):
+            for name in names:
+                train, val, test = (Path(folder) / f"{name}_{part}.npz" for part in ("train", "val", "test"))
+                tasks.append((model, name, read(train), read(val) if val.is_file() else None, read(test)))
+    for _, _, train, val, test in tasks:
+        for part in (val, test):
+            if part and (part["features"].shape[1], part["labels"].ndim) != (train["features"].shape[1],
+                                                                            train["labels"].ndim):
+                raise SystemExit(f"{part['path']} and {train['path']} have features or labels of different widths")
+    return tasks
+
+
+def sweep_strength(protocol: str, C: float, model: Logistic, val: dict, metric: str) -> float:
+    """Inverse strength C that is best on the validation part; among equals the weakest regularisation.
+
+    clip: lambda = 1 / C from 10^-6 to 10^6 on 7 points, then halving round the peak to 8 steps a decade (CLIP, arXiv
+    2103.00020, App. A.3). transfer: 45 values of lambda from 10^-6 to 10^5 (Kornblith et al., ssl-transfer). Strong to
+    weak, each fit from the last.
+    """
+    found = {}
+
+    def score(exponents: list[float]) -> None:
+        for e in sorted(set(exponents) - set(found), reverse=True):
+            model.fit(10.0**-e)
+            found[e] = transfer_metric(model.scores(val["features"]), val["labels"], metric, 0, 0)[0]
+
+    if protocol == "none":
+        return C
+    if protocol == "transfer":
+        score(np.linspace(-6, 5, 45).tolist())
+    else:
+        score([-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0])
+        for step in (1, 0.5, 0.25, 0.125):
+            peak = min(found, key=lambda e: (-found[e], e))
+            score([e for e in (peak - step, peak + step) if -6 <= e <= 6])
+    return 10.0 ** -min(found, key=lambda e: (-found[e], e))
+
+
+def join(a: dict, b: dict) -> dict:
+    """Features and labels of two parts."""
+    return {key: np.concatenate([a[key], b[key]]) for key in ("features", "labels")}
+
+
+def probe_scores(train: dict, val: dict | None, test: dict, n_classes: int, protocol: str, C: float, metric: str,
+                 seed: int, device: str) -> tuple[np.ndarray, dict]:
+    """Scores [N, C] of the test images from logistic regression: strength chosen on validation images (of the training
+    part a random 20 %, if there are none), then fitted on both."""
+    whole = train if val is None else join(train, val)
+    if protocol != "none":
+        if val is None:
+            is_val = np.random.default_rng(seed).random(len(train["labels"])) < 0.2
+            parts = [{k: train[k][rows] for k in ("features", "labels")} for rows in (~is_val, is_val)]
+            if not all(len(p["labels"]) for p in parts):
+                raise SystemExit(f"{train['path']}: {len(is_val)} images are too few to hold out a fifth; --sweep none")
+            train, val = parts
+        C = sweep_strength(protocol, C, Logistic(train["features"], train["labels"], n_classes, device), val, metric)
+    model = Logistic(whole["features"], whole["labels"], n_classes, device)
+    objective = model.fit(C)
+    return model.scores(test["features"]), {"C": C, "objective": objective}
+
+
+def knn_scores(train: dict, test: dict, n_classes: int, k: int, device: str) -> np.ndarray:
+    """Votes [N, C]: the k nearest training images by cosine, each with weight exp(cosine / 0.07).
+
+    Source: DINO, arXiv 2104.14294, section 4.1. Test images go in chunks, so memory is O(2^26 + N C).
+    """
+    x, y = torch.from_numpy(unit_rows(train["features"])).float().to(device), torch.from_numpy(train["labels"]).to(device)
+    queries, k, votes = torch.from_numpy(unit_rows(test["features"])).float(), min(k, len(y)), []
+    for part in queries.split(max(1, 2**26 // len(y))):
+        with exact_matmul():
+            cosine, index = (part.to(device) @ x.T).topk(k, 1)
+        votes.append(torch.zeros(len(part), n_classes, device=device).scatter_add_(1, y[index], (cosine / 0.07).exp()).cpu())
+    return torch.cat(votes).numpy()
+
+
+def metric_of(name: str, labels: np.ndarray, metric: str) -> str:
+    """map for labels [N, C]; else the flag, or what the field reports on this set."""
+    if labels.ndim == 2:
+        return "map"
+    return metric if metric != "auto" else "per_class" if name.lower().startswith(PER_CLASS_SETS) else "top1"
+
+
+def transfer(command: str, inputs: list[str], sets: list[str], ks: list[int], protocol: str, C: float, metric: str,
+             shots: list[int], n_draws: int, boot: int, seed: int, device: str) -> dict:
+    """Table of models x sets, with the mean and the difference to the first model on the same test images."""
+    rows, details, draws = {}, [], {}
+    for model, name, train, val, test in read_tasks(inputs, sets, command == "probe"):
+        n_classes, kind = max(train["n_classes"], test["n_classes"]), metric_of(name, test["labels"], metric)
+        if command == "fewshot":
+            both = train if val is None else join(train, val)
+            for k in shots:
+                values = [few_shot(both, test, n_classes, k, C, kind, seed + i, device) for i in range(n_draws)]
+                rows.setdefault(model, {})[f"{name} {k}-shot"] = t_interval(values)
+                details.append({"model": model, "set": name, "shots": k, "metric": kind, "draws": values})
+            continue
+        if command == "probe":
+            outcomes = {"": probe_scores(train, val, test, n_classes, protocol, C, kind, seed, device)}
+        else:
+            both = train if val is None else join(train, val)
+            outcomes = {f" k={k}": (knn_scores(both, test, n_classes, k, device), {"k": k}) for k in ks}
+        for suffix, (scores, detail) in outcomes.items():
+            value, draw = transfer_metric(scores, test["labels"], kind, boot, seed)
+            rows.setdefault(model, {})[name + suffix] = estimate(value, draw)
+            draws.setdefault(model, {})[name + suffix] = (value, draw)
+            details.append({"model": model, "set": name, "metric": kind, "value": value} | detail)
+    for model, columns in draws.items():
+        base = next(iter(draws.values()))
+        if len(columns) > 1 and command == "probe":
+            draws[model]["mean"] = (np.mean([v for v, _ in columns.values()]), np.mean([d for _, d in columns.values()], 0))
+            rows[model]["mean"] = estimate(*draws[model]["mean"])
+        if model != next(iter(draws)):
+            rows[f"{model} - {next(iter(draws))}"] = {c: estimate(v - base[c][0], d - base[c][1])
+                                                      for c, (v, d) in draws[model].items()}
+    return {"rows": rows, "details": details}
+
+
+def few_shot(train: dict, test: dict, n_classes: int, shots: int, C: float, metric: str, seed: int, device: str) -> float:
+    """Logistic regression on `shots` images of each class (all of a smaller class), drawn with the seed."""
+    order = np.random.default_rng(seed).permutation(len(train["labels"]))
+    order = order[np.argsort(train["labels"][order], kind="stable")]
+    labels = train["labels"][order]
+    place = np.arange(len(labels)) - np.searchsorted(labels, labels)  # place inside its class
+    chosen = order[place < shots]
+    model = Logistic(train["features"][chosen], train["labels"][chosen], n_classes, device)
+    model.fit(C)
+    return transfer_metric(model.scores(test["features"]), test["labels"], metric, 0, 0)[0]
+
+
+def plot_transfer(results: dict, path: str) -> None:
+    """Bars of each set: difference to the first model, or the values of a single one."""
+    rows = {k: v for k, v in results["rows"].items() if " - " in k} or results["rows"]
+    columns = list(next(iter(rows.values())))
+    figure, (axis,) = new_figure(1, max(4.2, 0.3 * len(columns) * len(rows) + 1.5))
+    for i, (name, row) in enumerate(rows.items()):
+        x = np.arange(len(columns)) + (i - (len(rows) - 1) / 2) * 0.8 / len(rows)
+        y = [100 * value_of(row[c]) for c in columns]
+        error = [[100 * abs((row[c][end] if row[c][end] is not None else value_of(row[c])) - value_of(row[c]))
+                  for c in columns] for end in ("low", "high")]
+        axis.bar(x, y, 0.8 / len(rows), yerr=error, label=name, color=COLORS[i % len(COLORS)], alpha=0.75, ecolor="0.4",
+                 hatch=("", "//", "..", "xx")[i % 4], edgecolor="white")
+    axis.set_xticks(range(len(columns)), columns, rotation=30, ha="right", fontsize=8)
+    axis.axhline(0, color="0.3", linewidth=0.8)
+    axis.set(ylabel="points" if any(" - " in k for k in rows) else "%")
+    axis.legend(fontsize=7, frameon=False)
+    save_figure(figure, path)
+
+
+# ------------------------------------------------------------------------------ retrieval
+
+
+# Copied from clip.py
+@contextlib.contextmanager
+def exact_matmul() -> Iterator[None]:
+    """Matrix products in full fp32 inside: TF32 rounds logits near 100 to steps of 0.06."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def retrieval_ranks(images: np.ndarray, texts: np.ndarray, owner: np.ndarray,
+                    device: str) -> tuple[np.ndarray, np.ndarray]:
+    """Rank, from 0, of the best text of each image, and of the image of each text: the number of wrong items before it.
+
+    images: [n_images, D]; texts: [n, D]; unit rows. owner: [n] image of each text. Wrong items with a score within 2e-6
+    count as before it: a constant model is last. Images go in chunks of 256: memory is O(256 n), scores are made once.
+    Same value as clip.py's retrieval_metrics (tests/test_evaluate_transfer.py).
+    """
+    x, t, owner = (torch.as_tensor(v).to(device) for v in (images, texts, owner))
+    right = torch.cat([(x[o].double() * part.double()).sum(1) for part, o in zip(t.split(8192), owner.split(8192))]).float()
+    right = right - 2e-6  # [n] what a wrong item must exceed
+    best = torch.full((len(x),), -torch.inf, device=device).scatter_reduce_(0, owner, right, "amax")  # [n_images]
+    # Right texts of an image that exceed the threshold themselves.
+    own = torch.bincount(owner[right + 2e-6 > best[owner]], minlength=len(x))
+    before, t2i = [], torch.zeros(len(t), device=device)
+    scores, sign = (torch.empty(256, len(t), device=device) for _ in range(2))
+    for start in range(0, len(x), 256):
+        part = x[start : start + 256]
+        a, b = scores[: len(part)], sign[: len(part)]
+        with exact_matmul():
+            torch.mm(part, t.T, out=a)
+        before.append((torch.sub(a, best[start : start + 256, None], out=b).sign_().sum(1) + len(t)) / 2)  # +1 or -1
+        t2i += torch.sub(a, right, out=b).sign_().sum(0)
+    return (torch.cat(before).round().long() - own).cpu().numpy(), ((t2i + len(x)) / 2).round().long().cpu().numpy() - 1
+
+
+def retrieval(paths: list[str], ks: list[int], boot: int, seed: int, device: str) -> dict:
+    """Recall at k, texts for an image (any of its texts) and images for a text; intervals resample images."""
+    rows = {}
+    for name, path in zip(short_names(paths), paths):
+        data = read_npz(path, ("features", "text_features", "image_ids"))
+        missing = [key for key in ("features", "text_features") if key not in data]
+        if missing or any(v.ndim != 2 or v.dtype.kind not in "fiu" for k, v in data.items() if k != "image_ids"):
+            raise SystemExit(f"{path}: needs features [n_images, D] and text_features [n, D]; missing {missing}")
+        images, texts = data["features"], data["text_features"]
+        owner = data.get("image_ids", np.arange(len(texts)))
+        if not (images.shape[1] == texts.shape[1] and owner.shape == (len(texts),) and len(texts) and owner.dtype.kind
+                in "iu" and np.array_equal(np.unique(owner), np.arange(len(images)))):
+            raise SystemExit(f"{path}: features {images.shape}, text_features {texts.shape}, image_ids {owner.shape}; "
+                             "image_ids [n] is the row of each text's image, and each image needs a text")
+        for key, value in (("features", images), ("text_features", texts)):
+            check_finite_rows(path, key, value)
+        images, texts = (torch.nn.functional.normalize(torch.from_numpy(v.astype(np.float32)), dim=1).numpy()
+                         for v in (images, texts))
+        i2t, t2i = retrieval_ranks(images, texts, owner.astype(np.int64), device)
+        rng, n_texts = np.random.default_rng(seed), np.bincount(owner)
+        weights = [np.bincount(rng.integers(len(images), size=len(images)), minlength=len(images)) for _ in range(boot)]
+        rows[name] = {"images": len(images), "texts": len(texts)}
+        for k in ks:
+            hits = np.bincount(owner, t2i < k)
+            rows[name] |= {f"i2t_r{k}": estimate((i2t < k).mean(), [w @ (i2t < k) / len(images) for w in weights]),
+                           f"t2i_r{k}": estimate((t2i < k).mean(), [w @ hits / (w @ n_texts) for w in weights])}
+        rows[name] |= {"i2t median rank": float(np.median(i2t) + 1), "t2i median rank": float(np.median(t2i) + 1)}
+    return {"rows": rows}
+
+
+# ------------------------------------------------------------------------------ calibration
+
+
+def confidence_of(logits: np.ndarray, labels: np.ndarray, temperature: float) -> tuple[np.ndarray, float]:
+    """Top probability [N] at a temperature, and the mean negative log-likelihood in nats."""
+    top, nll = np.empty(len(labels)), 0.0
+    for start in range(0, len(labels), 4096):
+        scaled = logits[start : start + 4096].astype(np.float64) / temperature
+        total = logsumexp(scaled, axis=1)
+        top[start : start + 4096] = np.exp(scaled.max(1) - total)
+        nll += float((total - scaled[np.arange(len(scaled)), labels[start : start + 4096]]).sum())
+    return top, nll / len(labels)
+
+
+def calibration_bins(confidence: np.ndarray, n_bins: int, is_equal_mass: bool) -> np.ndarray:
+    """[N] bin of each confidence: (lo, hi] of equal width, or equal numbers of images."""
+    if is_equal_mass:
+        return np.argsort(np.argsort(confidence, kind="stable"), kind="stable") * n_bins // len(confidence)
+    return np.clip(np.ceil(confidence * n_bins).astype(int) - 1, 0, n_bins - 1)
+
+
+def calibration_error(bins: np.ndarray, confidence: np.ndarray, right: np.ndarray, boot: int,
+                      rng: np.random.Generator) -> dict[str, float | None]:
+    """ECE: sum over bins of n_b / n |accuracy - confidence|; bins are those of the sample in every resample."""
+    gap = right - confidence
+    draws = np.empty(boot)
+    for b in range(boot):
+        index = rng.integers(len(gap), size=len(gap))
+        draws[b] = np.abs(np.bincount(bins[index], gap[index])).sum() / len(gap)
+    return estimate(np.abs(np.bincount(bins, gap)).sum() / len(gap), draws, is_biased=True)
+
+
+def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """T in [0.01, 100] of the least negative log-likelihood of softmax(logits / T)."""
+    found = scipy.optimize.minimize_scalar(lambda t: confidence_of(logits, labels, math.exp(t))[1],
+                                           bounds=(math.log(0.01), math.log(100)), method="bounded",
+                                           options={"xatol": 1e-6})
+    return math.exp(found.x)
+
+
+def calibration(paths: list[str], n_bins: int, fraction: float, boot: int, seed: int) -> dict:
+    """ECE before and after a temperature that is fitted on a random part of the images and judged on the others."""
+    rows, curves = {}, {}
+    for name, path in zip(short_names(paths), paths):
+        data, rng = read_predictions(path, "logits"), np.random.default_rng(seed)
+        is_fit = rng.random(len(data["labels"])) < fraction
+        if is_fit.all() or not is_fit.any():
+            raise SystemExit(f"{path}: {len(is_fit)} images do not split into --fraction {fraction} and the rest")
+        temperature = fit_temperature(data["logits"][is_fit], data["labels"][is_fit])
+        logits, labels = data["logits"][~is_fit], data["labels"][~is_fit]
+        right = predict(data)[0][~is_fit] == labels
+        rows[name] = {"n": len(labels), "top1": mean_over(right.astype(float), boot, rng), "temperature": temperature}
+        for label, t in (("", 1.0), (" at T", temperature)):
+            confidence, nll = confidence_of(logits, labels, t)
+            bins = calibration_bins(confidence, n_bins, False)
+            rows[name] |= {f"confidence{label}": mean_over(confidence, boot, rng),
+                           f"ece{label}": calibration_error(bins, confidence, right, boot, rng),
+                           f"ece, equal mass{label}": calibration_error(calibration_bins(confidence, n_bins, True),
+                                                                        confidence, right, boot, rng),
+                           f"nll{label}": nll}
+            curves[name + label] = [{"confidence": float(confidence[bins == b].mean()), "n": int((bins == b).sum())}
+                                    | {"accuracy": clopper_pearson(right[bins == b].mean(), (bins == b).sum())}
+                                    for b in np.unique(bins)]
+    return {"rows": rows, "curves": curves}
+
+
+def plot_calibration(results: dict, path: str) -> None:
+    """Reliability: accuracy against confidence in each bin, and how many images it has."""
+    figure, axes = new_figure(2)
+    for i, (name, curve) in enumerate(results["curves"].items()):
+        x, y = [b["confidence"] for b in curve], [b["accuracy"]["value"] for b in curve]
+        low, high = ([abs(b["accuracy"][end] - b["accuracy"]["value"]) for b in curve] for end in ("low", "high"))
+        axes[0].errorbar(x, y, [low, high], label=name, capsize=2, **line_style(i))
+        axes[1].plot(x, [b["n"] for b in curve], label=name, **line_style(i))
+    axes[0].plot([0, 1], [0, 1], color="0.5", linestyle=":", linewidth=0.8)
+    axes[0].set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+    axes[1].set(xlabel="confidence", ylabel="images of the bin", xlim=(0, 1), yscale="log")
+    axes[0].legend(fontsize=7, frameon=False)
+    save_figure(figure, path)
+
+
 # ------------------------------------------------------------------------------ output
 
 COLORS = ("#000000", "#d55e00", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9")  # Okabe and Ito
@@ -1062,6 +1505,22 @@ def main(args: argparse.Namespace) -> None:
         draw, is_turned = plot_robustness, True
     elif args.command == "compare":
         results = compare(args.a.split(","), args.b.split(","), args.counts, boot, seed)
+    elif args.command == "probe":
+        results = transfer("probe", args.inputs, args.sets, [], args.sweep, args.C, args.metric, [], 0, boot, seed,
+                           args.device)
+        draw, is_turned = plot_transfer, True
+    elif args.command == "knn":
+        results = transfer("knn", args.inputs, args.sets, args.k, "", 0, args.metric, [], 0, boot, seed, args.device)
+        draw, is_turned = plot_transfer, True
+    elif args.command == "fewshot":
+        results = transfer("fewshot", args.inputs, args.sets, [], "", args.C, args.metric, args.shots, args.draws, boot,
+                           seed, args.device)
+        draw, is_turned = plot_transfer, True
+    elif args.command == "retrieval":
+        results, is_turned = retrieval(args.files, args.k, boot, seed, args.device), True
+    elif args.command == "calibration":
+        results = calibration(args.files, args.bins, args.fraction, boot, seed)
+        draw, is_turned = plot_calibration, True
 
     show(results["rows"], args.command, is_turned)
     for name in ("fits", "mcnemar"):

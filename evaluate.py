@@ -51,6 +51,7 @@ import csv
 import json
 import math
 import os
+import pickle
 import re
 import sys
 import zipfile
@@ -131,8 +132,46 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("files", nargs="+", help="predictions, one file a model")
     p.add_argument("--bins", type=int, default=15, help="confidence bins")
     p.add_argument("--fraction", type=float, default=0.5, help="images that the temperature is fitted on")
+    p = command("collapse", "neural collapse: NC1, NC2 of class means and of class vectors")
+    p.add_argument("files", nargs="+", help="predictions with features before normalisation, one file a model")
+    p.add_argument("--counts", default="", help="training frequencies, if other than the files' class_counts")
+    p = command("similarity", "how alike the pictures of one class are, in two sets")
+    p.add_argument("a", help="features and labels of one set")
+    p.add_argument("b", help="features and labels of the other, from the same model")
+    p.add_argument("--pairs", type=int, default=100, help="largest number of pairs of a class in the distribution")
+    p.add_argument("--max-images", type=int, default=100, help="images of a class, a random choice")
+    p.add_argument("--min-pairs", type=int, default=7, help="leave out classes with fewer in either set")
+    p = command("prototypes", "distinct prototypes, affinity of head and tail, effective rank", common, device)
+    p.add_argument("file", help="[K, D] array: .npy, .npz (prototypes), or a checkpoint's last layer")
+    p.add_argument("--key", default="", help="name of the array, if it is not found")
+    p.add_argument("--eps", nargs="+", type=float, default=[0.025], help="largest 1 - cosine of prototypes that are one")
+    p.add_argument("--counts", default="", help="training frequency of each row, if the file has no class_counts")
+    p.add_argument("--tail", type=int, default=50, help="rarest rows, and as many random others, in the affinity matrix")
+    p.add_argument("--tsne", action="store_true", help="add t-SNE to numbers and plot (pip install scikit-learn)")
+    p = command("debias", "remove the label bias of a zero-shot and a fine-tuned model after training")
+    p.add_argument("--zeroshot", required=True, help="predictions of the zero-shot model on the test images")
+    p.add_argument("--finetuned", required=True, help="predictions of the fine-tuned model on the same images")
+    p.add_argument("--val-zeroshot", default="", help="the same on held-out images; empty holds out half of each class")
+    p.add_argument("--val-finetuned", default="", help="goes with --val-zeroshot")
+    p.add_argument("--more", nargs="*", default=[], metavar="NAME=FILE", help="further rows, such as wise=FILE.npz")
+    p.add_argument("--prior", default="", help="frequencies the fine-tuned model was trained on: a file, or uniform; "
+                                               "empty takes its class_counts")
+    p.add_argument("--group-by", default="counts", choices=["counts", "prior"],
+                   help="thirds of classes by those frequencies or by the zero-shot model's estimated prior (GLA)")
+    p.add_argument("--calibrate", action="store_true", help="divide both models' logits by their temperature first")
+    p = command("wiseft", "interpolate two checkpoints; then the curve of their results")
+    p.add_argument("checkpoints", nargs="*", help="zero-shot and fine-tuned checkpoint")
+    p.add_argument("--alpha", nargs="+", type=float, default=[0, 0.25, 0.5, 0.75, 1], help="share of the second")
+    p.add_argument("--out", default="runs/wiseft", help="folder of alpha_*.pt")
+    p.add_argument("--results", default="", help="instead: a folder with alpha_*/, each written by --eval-only")
+    p.add_argument("--id", default="val", help="in-distribution test set")
+    p.add_argument("--shifts", nargs="*", default=[], help="test sets under shift; empty takes all but --id")
 
     args = parser.parse_args(argv)
+    if args.command == "wiseft" and len(args.checkpoints) != (0 if args.results else 2):
+        parser.error("wiseft takes two checkpoints, or --results FOLDER")
+    if args.command == "debias" and bool(args.val_zeroshot) != bool(args.val_finetuned):
+        parser.error("--val-zeroshot and --val-finetuned go together")
     if args.boot < 0:
         parser.error(f"--boot must not be negative, got {args.boot}")
     if args.plot and Path(args.plot).suffix not in (".png", ".svg"):
@@ -204,14 +243,16 @@ ROW_KEYS = ("labels", "logits", "features", "rows", "predictions")
 CLASS_KEYS = ("class_counts", "class_names", "prototypes")
 
 
-def read_predictions(path: str | Path, *need: str, counts: str = "", multi_label: bool = False) -> dict:
+def read_predictions(path: str | Path, *need: str, counts: str = "", multi_label: bool = False,
+                     with_logits: bool = False) -> dict:
     """One <set>.npz, checked: {"path", "n_classes", "labels", ...}; rows without a label are left out.
 
-    need: arrays it must have. counts: a file that takes the place of class_counts. multi_label: labels may be [N, C]
+    need: arrays it must have; logits are read only if among them, or with_logits, where there are any. counts: a file that takes the place of class_counts. multi_label: labels may be [N, C]
     of 1, 0 and -1 (difficult). Raises: SystemExit for a missing array, widths that differ, values that are not finite,
     labels out of range, negative counts.
     """
-    data = read_npz(path, (*need, *CLASS_KEYS, "labels", "rows", "predictions"))
+    unread = () if "logits" in need or with_logits else ("logits",)
+    data = read_npz(path, tuple(key for key in ROW_KEYS + CLASS_KEYS if key not in unread))
     if counts:
         data["class_counts"] = read_counts(counts, data.get("class_names"))
     missing = [name for name in (*need, "labels") if name not in data]
@@ -1376,6 +1417,606 @@ def plot_calibration(results: dict, path: str) -> None:
     save_figure(figure, path)
 
 
+# ------------------------------------------------------------------------------ collapse
+
+
+def class_means(features: np.ndarray, labels: np.ndarray, n_classes: int) -> np.ndarray:
+    """[C, D] float64 mean of each class; NaN without images. Features are widened in chunks, not as a whole."""
+    total = np.zeros((n_classes, features.shape[1]))
+    for start in range(0, len(labels), 8192):
+        part = labels[start : start + 8192]
+        one_hot = csr_matrix((np.ones(len(part)), (part, np.arange(len(part)))), (n_classes, len(part)))
+        total += one_hot @ features[start : start + 8192].astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        return total / np.bincount(labels, minlength=n_classes)[:, None]
+
+
+def within_variability(features: np.ndarray, labels: np.ndarray, means: np.ndarray) -> tuple[np.ndarray, int]:
+    """NC1 of each class [C], tr(S_w(c) S_b^+) with S_w(c) over the number of all images, and the rank kept of S_b.
+
+    features: [N, D] before normalisation; means: [C, D], NaN without images (left out). Memory O(N D + D C): with the
+    thin SVD of the centred means U S V^T, NC1_c sums |S^-1 V^T (h - mean)|^2. Eigenvalues of S_b below 1.19e-7 D of the
+    largest are dropped: torch.linalg.pinv's default in float32, which the authors used.
+    Source: paper's notebooks; mean over classes equals the textbook tr(S_w S_b^+) / C.
+    """
+    tested = np.isfinite(means[:, 0])
+    centred = means[tested] - means[tested].mean(0)
+    _, s, vt = np.linalg.svd(centred / math.sqrt(tested.sum()), full_matrices=False)
+    keep = s**2 > features.shape[1] * 1.19e-7 * s.max(initial=0) ** 2
+    project = vt[keep].T / s[keep]  # [D, rank]
+    total = np.zeros(len(means))
+    for start in range(0, len(labels), 4096):
+        part = labels[start : start + 4096]
+        distance = (((features[start : start + 4096] - means[part]) @ project) ** 2).sum(1)
+        total += np.bincount(part, distance, len(means))
+    return np.where(tested & keep.any(), total / len(labels), np.nan), int(keep.sum())
+
+
+def cosine_gaps(vectors: np.ndarray, is_centred: bool) -> tuple[np.ndarray, np.ndarray]:
+    """NC2 of each class: mean and largest |cosine to another class + 1 / (C - 1)|; 0 is a simplex. [C] each.
+
+    vectors: [C, D], rows of NaN are left out. NaN for a row without direction, and for a single class.
+    """
+    tested = np.isfinite(vectors[:, 0])
+    rows, n = vectors[tested], int(tested.sum())
+    rows = rows - rows.mean(0) if is_centred and n else rows
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    mean, nearest = np.full(len(vectors), np.nan), np.full(len(vectors), np.nan)
+    if n > 1:
+        unit = np.where(norms > 1e-12 * max(norms.max(), 1e-300), rows / np.maximum(norms, 1e-300), np.nan)
+        gap = np.abs(unit @ unit.T + 1 / (n - 1))
+        np.fill_diagonal(gap, 0)
+        mean[tested], nearest[tested] = gap.sum(1) / (n - 1), gap.max(1)
+    return mean, nearest
+
+
+def collapse(paths: list[str], counts: str, boot: int, seed: int) -> dict:
+    """NC1 and NC2 of each class, their means, and Spearman's correlation with frequency and accuracy."""
+    rows, models = {}, {}
+    for name, path in zip(short_names(paths), paths):
+        data = read_predictions(path, "features", counts=counts, with_logits=True)
+        rng = np.random.default_rng(seed)
+        labels, C, features = data["labels"], data["n_classes"], data["features"]
+        means = class_means(features, labels, C)
+        nc1, rank = within_variability(features, labels, means)
+        metrics = {"NC1": nc1}
+        for vectors, letter in ((means, "M"), (data.get("prototypes"), "W")):
+            for is_centred in (True, False) if vectors is not None else ():
+                # The paper centres means and leaves class vectors as they are; the other way round is marked.
+                suffix = "" if is_centred == (letter == "M") else " centred" if is_centred else " uncentred"
+                gaps = cosine_gaps(np.asarray(vectors, np.float64), is_centred)
+                metrics |= {f"NC2_{letter}{suffix}": gaps[0], f"NC2_{letter} nn{suffix}": gaps[1]}
+        right = predict(data)[0] == labels if "logits" in data or "predictions" in data else np.zeros(len(labels), bool)
+        with np.errstate(invalid="ignore"):
+            accuracy = np.bincount(labels[right], minlength=C) / np.bincount(labels, minlength=C)
+        for metric, values in metrics.items():
+            rows[f"{name} {metric}" if len(paths) > 1 else metric] = {
+                "mean": mean_over(values, boot, rng),
+                "rho(freq)": spearman(data["class_counts"], values, boot, rng) if "class_counts" in data
+                else estimate(None), "rho(acc)": spearman(accuracy, values, boot, rng)}
+        models[name] = {"rank of S_b": rank, "accuracy": accuracy} | metrics
+    return {"rows": rows, "models": models}
+
+
+def plot_collapse(results: dict, path: str) -> None:
+    """Correlations of the collapse metrics with accuracy and frequency, and the metrics' means."""
+    figure, axes = new_figure(2, 5)
+    names = list(results["models"])
+    metrics = [k for k in results["models"][names[0]] if k.startswith("NC")]
+    for axis, key, title in zip(axes, ("rho(acc)", "rho(freq)"), ("accuracy", "frequency")):
+        for i, name in enumerate(names):
+            cells = [results["rows"][f"{name} {m}" if len(names) > 1 else m][key] for m in metrics]
+            x = np.arange(len(metrics)) + (i - (len(names) - 1) / 2) * 0.12
+            y = np.array([value_of(c) for c in cells])
+            error = [[abs((c[end] if c[end] is not None else v) - v) for c, v in zip(cells, y)] for end in ("low", "high")]
+            axis.errorbar(x, y, error, capsize=2, label=name, **line_style(i) | {"linestyle": ""})
+        axis.axhline(0, color="0.5", linewidth=0.8, linestyle=":")
+        axis.set_xticks(range(len(metrics)), metrics, rotation=40, ha="right", fontsize=7)
+        axis.set(ylabel=f"Spearman with {title} of the class")
+    if len(names) > 1:
+        axes[0].legend(fontsize=7, frameon=False)
+    save_figure(figure, path)
+
+
+# ------------------------------------------------------------------------------ similarity
+
+
+def pair_means(gram: np.ndarray, boot: int, rng: np.random.Generator) -> tuple[float, np.ndarray]:
+    """Mean off-diagonal of a similarity matrix [n, n], and of resampled rows; pairs of a row with its own copy drop out."""
+    n = len(gram)
+    weights = rng.multinomial(n, np.full(n, 1 / n), size=boot).astype(float)  # [boot, n]
+    own = weights**2 @ np.diag(gram)
+    with np.errstate(invalid="ignore"):
+        draws = (((weights @ gram) * weights).sum(1) - own) / (n**2 - (weights**2).sum(1))
+    return float((gram.sum() - np.trace(gram)) / (n * (n - 1))), draws
+
+
+def benjamini_hochberg(p: np.ndarray, level: float = 0.05) -> np.ndarray:
+    """[n] bool: rejected at this false discovery rate."""
+    order = np.argsort(p)
+    below = np.flatnonzero(p[order] <= level * np.arange(1, len(p) + 1) / len(p))
+    rejected = np.zeros(len(p), bool)
+    rejected[order[: below[-1] + 1 if len(below) else 0]] = True
+    return rejected
+
+
+def similarity(path_a: str, path_b: str, n_pairs: int, max_images: int, min_pairs: int, boot: int, seed: int) -> dict:
+    """Cosine similarity of pictures of one class, in A and in B: class by class, and as a distribution.
+
+    Per class a random max_images images of each set; pairs i < j only. The distribution takes the same number of
+    pairs of a class from both sets, at most n_pairs, with replacement. Classes with fewer than min_pairs in either are
+    left out. Source: Shirali and Hardt, arXiv 2310.06872; their intervals resample pairs, ours images.
+    """
+    rng = np.random.default_rng(seed)
+    sides, labels = [], []
+    for data in (read_predictions(path, "features") for path in (path_a, path_b)):
+        sides.append(data["features"])
+        labels.append(data["labels"])
+    if sides[0].shape[1] != sides[1].shape[1]:
+        raise SystemExit(f"{path_a} has features of width {sides[0].shape[1]}, {path_b} of {sides[1].shape[1]}")
+    classes, means, draws, samples = [], [], [], ([], [])
+    for c in np.intersect1d(*labels):
+        grams = []
+        for features, ids in zip(sides, labels):
+            rows = rng.permutation(np.flatnonzero(ids == c))[:max_images]
+            unit = unit_rows(features[rows])
+            grams.append(unit @ unit.T)
+        counts = [len(g) * (len(g) - 1) // 2 for g in grams]
+        if min(counts) < max(min_pairs, 1):
+            continue
+        for gram, sample, count in zip(grams, samples, counts):
+            pairs = np.triu_indices(len(gram), 1)
+            chosen = rng.integers(count, size=min(*counts, n_pairs))
+            sample.append(gram[pairs[0][chosen], pairs[1][chosen]])
+        value, draw = zip(*(pair_means(gram, boot, rng) for gram in grams))
+        classes.append(int(c))
+        means.append(value)
+        draws.append(draw[0] - draw[1])
+    if not classes:
+        raise SystemExit(f"{path_a} and {path_b}: no class with {min_pairs} pairs of images in both")
+    means, draws = np.array(means), np.array(draws)  # [C, 2], [C, boot]
+    difference = means[:, 0] - means[:, 1]
+    ends = [estimate(d, draw) for d, draw in zip(difference, draws)]
+    p = np.minimum(1, 2 * (1 + np.minimum((draws <= 0).sum(1), (draws >= 0).sum(1))) / (1 + boot))
+    found = benjamini_hochberg(p) if boot else np.zeros(len(p), bool)
+    names = short_names([path_a, path_b])
+    index = rng.integers(len(classes), size=(boot, len(classes)))
+    rows = {"classes": {"value": len(classes)}, f"mean of {names[0]}": {"value": mean_over(means[:, 0], boot, rng)},
+            f"mean of {names[1]}": {"value": mean_over(means[:, 1], boot, rng)},
+            "difference": {"value": estimate(difference.mean(), difference[index].mean(1))}}
+    lows, highs = (np.array([e[end] if e[end] is not None else np.nan for e in ends]) for end in ("low", "high"))
+    for label, holds in (("classes less alike in A", highs < 0), ("classes more alike in A", lows > 0)):
+        rows[f"share of {label}"] = {"value": mean_over(holds.astype(float), boot, rng)}
+        rows[f"share of {label}, 5 % false discoveries"] = {"value": float(np.mean(found & holds))}
+    return {"rows": rows, "names": names, "classes": classes, "class_means": means, "differences": ends,
+            "pairs": [np.concatenate(s) for s in samples]}
+
+
+def plot_similarity(results: dict, path: str) -> None:
+    """Distribution of similarities in both sets; differences of all classes, sorted, with their intervals."""
+    figure, axes = new_figure(2)
+    edges = np.linspace(min(map(min, results["pairs"])), 1, 71)
+    for i, (name, pairs) in enumerate(zip(results["names"], results["pairs"])):
+        axes[0].hist(pairs, edges, density=True, histtype="step", label=name, color=COLORS[i], linestyle=DASHES[i])
+    axes[0].set(xlabel="cosine of two images of a class", ylabel="density")
+    axes[0].legend(fontsize=7, frameon=False)
+    ends = sorted(results["differences"], key=lambda e: e["value"])
+    if ends[0]["low"] is not None:
+        axes[1].fill_between(range(len(ends)), [e["low"] for e in ends], [e["high"] for e in ends], color="0.75")
+    axes[1].plot([e["value"] for e in ends], color="black", linewidth=1)
+    axes[1].axhline(0, color="0.5", linestyle=":", linewidth=0.8)
+    axes[1].set(xlabel="classes, sorted by difference", ylabel=f"similarity, {results['names'][0]} minus\n"
+                                                                f"{results['names'][1]}")
+    save_figure(figure, path)
+
+
+# ------------------------------------------------------------------------------ prototypes
+
+
+def read_state(path: str | Path) -> dict:
+    """A checkpoint with tensors and builtins only (.pt, .safetensors); nothing in it is run."""
+    try:
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return {"state_dict": load_file(path)}
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise SystemExit(f"{path}: pip install safetensors") from None
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise SystemExit(f"{path}: cannot be read as a checkpoint of tensors ({str(error)[:100]})") from None
+
+
+def flat_tensors(content: dict, prefix: str = "") -> dict[str, torch.Tensor]:
+    """All tensors of nested dicts, by dotted names."""
+    found = {}
+    for name, value in content.items():
+        if isinstance(value, dict):
+            found |= flat_tensors(value, f"{prefix}{name}.")
+        elif isinstance(value, torch.Tensor):
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def read_array(path: str, key: str) -> tuple[np.ndarray, dict]:
+    """A [K, D] array of an .npy, an .npz (`prototypes`) or a checkpoint (DINO's last layer, the teacher's first), and
+    what else an .npz has."""
+    suffix = Path(path).suffix
+    more = {}
+    if suffix == ".npy":
+        try:
+            array = np.load(path, allow_pickle=False, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"{path}: cannot be read as .npy ({str(error)[:100]})") from None
+    elif suffix == ".npz":
+        more = read_npz(path, (key or "prototypes", "class_counts", "class_names"))
+        array = more.get(key or "prototypes")
+    else:
+        tensors = flat_tensors(read_state(path))
+        pattern = r"(.*\.)?(last_layer|prototypes)(\.(weight(_v)?|parametrizations\.weight\.original1))?"
+        names = [key] if key else sorted((n for n in tensors if re.fullmatch(pattern, n) and tensors[n].ndim == 2),
+                                         key=lambda n: ("teacher" not in n, n))
+        array = tensors[names[0]].float().numpy() if names and names[0] in tensors else None
+        if array is None:
+            raise SystemExit(f"{path}: no tensor {key or 'that looks like prototypes'}; --key is one of "
+                             f"{', '.join(n for n, t in tensors.items() if t.ndim == 2)[:300]}")
+    if array is None or array.ndim != 2 or array.dtype.kind != "f" or not len(array):
+        raise SystemExit(f"{path}: expected numbers [K, D], got "
+                         f"{'nothing' if array is None else f'{array.dtype} {array.shape}'}; --key names an array")
+    check_finite_rows(path, key or "prototypes", array)
+    return np.asarray(array, np.float32), more
+
+
+def greedy_cover(vectors: torch.Tensor, eps: float) -> tuple[np.ndarray, np.ndarray]:
+    """H1: visit rows in order, keep one iff 1 - cosine to all kept is at least eps. Kept rows [M], group of each row [K].
+
+    vectors: [K, D] unit float32. The order matters; the index order is ours. Same result as the naive loop; memory
+    O(4096^2 + K D).
+    """
+    kept, groups = [], np.full(len(vectors), -1)
+    for start in range(0, len(vectors), 4096):
+        chunk = vectors[start : start + 4096]
+        covered = np.full(len(chunk), -1)
+        for first in range(0, len(kept), 4096):
+            cosine = chunk @ vectors[kept[first : first + 4096]].T
+            near = (cosine.amax(1) > 1 - eps).cpu().numpy() & (covered < 0)
+            covered[near] = first + (cosine[near] > 1 - eps).byte().argmax(1).cpu().numpy()
+        free = np.flatnonzero(covered < 0)
+        near = ((chunk[free] @ chunk[free].T) > 1 - eps).cpu().numpy()
+        for i in range(len(free)):
+            if covered[free[i]] < 0:
+                covered[free[near[i] & (covered[free] < 0)]] = len(kept)
+                covered[free[i]] = len(kept)
+                kept.append(start + int(free[i]))
+        groups[start : start + 4096] = covered
+    return np.array(kept), groups
+
+
+def linked_groups(vectors: torch.Tensor, groups: np.ndarray, eps: float) -> np.ndarray:
+    """H2: connected components [K] of the graph 1 - cosine < eps, whatever the order.
+
+    groups: greedy_cover's, each of which is inside one component; only pairs of different groups are looked at, so that
+    collapsed prototypes do not make K^2 pairs.
+    """
+    labels = groups.copy()
+    for i in range(0, len(vectors), 4096):
+        for j in range(i, len(vectors), 4096):
+            cosine = vectors[i : i + 4096] @ vectors[j : j + 4096].T
+            if float(cosine.max()) <= 1 - eps:
+                continue
+            a, b = labels[i : i + 4096], labels[j : j + 4096]
+            new = (cosine > 1 - eps).cpu().numpy() & (a[:, None] != b[None])
+            rows, columns = np.nonzero(new)
+            if len(rows):
+                edges = np.unique(np.stack([a[rows], b[columns]]), axis=1)
+                n = int(labels.max()) + 1
+                labels = connected_components(coo_matrix((np.ones(edges.shape[1]), edges), (n, n)), False)[1][labels]
+    return labels
+
+
+def effective_rank(rows: np.ndarray) -> float:
+    """exp of the entropy of the singular values as shares (Roy and Vetterli, 2007)."""
+    s = np.linalg.svd(rows, compute_uv=False)
+    share = s[s > 1e-12 * s.max(initial=0)] / s.sum()
+    return float(np.exp(-(share * np.log(share)).sum()))
+
+
+def affinity(vectors: np.ndarray, head: np.ndarray, tail: np.ndarray, boot: int, rng: np.random.Generator) -> dict:
+    """Mean cosines inside and between head and tail rows, what they say of collapse, and effective ranks.
+
+    Intervals resample classes; a class and its own copy make no pair. Source: Wen et al., figure 9a.
+    """
+    unit = unit_rows(vectors)
+    (hh, hh_draws), (tt, tt_draws) = (pair_means(unit[ids] @ unit[ids].T, boot, rng) for ids in (head, tail))
+    cross = unit[head] @ unit[tail].T
+    weights = [rng.multinomial(len(ids), np.full(len(ids), 1 / len(ids)), size=boot) / len(ids) for ids in (head, tail)]
+    ht = ((weights[0] @ cross) * weights[1]).sum(1)
+    rows = {"head-head cosine": estimate(hh, hh_draws), "head-tail cosine": estimate(cross.mean(), ht),
+            "tail-tail cosine": estimate(tt, tt_draws), "tail collapse (tail-tail - head-head)":
+            estimate(tt - hh, tt_draws - hh_draws)}
+    for name, ids in (("head", head), ("tail", tail)):
+        centred = unit[ids] - unit[ids].mean(0)
+        rows |= {f"{name} resultant length": float(np.linalg.norm(unit[ids].mean(0))),
+                 f"{name} effective rank": effective_rank(unit[ids]),
+                 f"{name} effective rank, centred": effective_rank(centred)}
+    return rows
+
+
+def prototypes(path: str, key: str, counts: str, epsilons: list[float], n_tail: int, is_tsne: bool, boot: int, seed: int,
+               device: str) -> dict:
+    """Distinct prototypes at each eps, in two definitions; head-tail affinity where frequencies are known."""
+    array, more = read_array(path, key)
+    unit = torch.nn.functional.normalize(torch.from_numpy(array), dim=1).to(device)
+    rng, rows = np.random.default_rng(seed), {"K": {"value": len(array)}}
+    for eps in epsilons:
+        with exact_matmul():
+            kept, groups = greedy_cover(unit, eps)
+            linked = linked_groups(unit, groups, eps)
+        for name, labels in (("greedy", groups), ("linked", linked)):
+            share = np.unique(labels, return_counts=True)[1] / len(labels)
+            rows[f"{name}, eps {eps:g}"] = {"value": len(share), "largest group": int(share.max() * len(labels)),
+                                            "exp entropy": float(np.exp(-(share * np.log(share)).sum()))}
+    results = {"rows": rows, "affinity": {}}
+    rows["effective rank"] = {"value": effective_rank(unit.cpu().double().numpy())}
+    if counts or "class_counts" in more:
+        frequency = read_counts(counts, more.get("class_names")) if counts else more["class_counts"]
+        if len(frequency) != len(array):
+            raise SystemExit(f"{path}: {len(array)} rows, {len(frequency)} frequencies")
+        order, k = np.argsort(frequency, kind="stable"), min(n_tail, len(array) // 2)
+        if k > 1:
+            tail, head = order[:k], rng.choice(order[k:], k, replace=False)
+            rows |= {name: {"value": v} for name, v in affinity(array, head, tail, boot, rng).items()}
+            both = unit_rows(array)[np.concatenate([head, tail])]
+            results["affinity"] = both @ both.T
+        if len(array) <= 20_000:
+            cosine = unit_rows(array) @ unit_rows(array).T
+            np.fill_diagonal(cosine, -np.inf)
+            results |= {"class_counts": frequency, "margin": 1 - cosine.max(1)}
+    if is_tsne:
+        results["tsne"] = tsne(array, seed)
+    return results
+
+
+def tsne(array: np.ndarray, seed: int) -> np.ndarray:
+    """[K, 2] of scikit-learn's t-SNE with the paper's settings; only neighbourhoods mean something."""
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError:
+        raise SystemExit("--tsne needs scikit-learn: pip install scikit-learn") from None
+    if not 4 <= len(array) <= 20_000:
+        raise SystemExit(f"--tsne: {len(array)} rows; 4 to 20,000 can be drawn")
+    perplexity = min(30, (len(array) - 1) / 3)
+    return TSNE(2, perplexity=perplexity, metric="cosine", init="random", random_state=seed).fit_transform(unit_rows(array))
+
+
+def plot_prototypes(results: dict, path: str) -> None:
+    """Distinct prototypes over eps; cosines of head and tail classes; t-SNE."""
+    panels = 1 + bool(results["affinity"]) + ("tsne" in results)
+    figure, axes = new_figure(panels)
+    K = results["rows"]["K"]["value"]
+    for i, name in enumerate(("greedy", "linked")):
+        found = {float(k.split("eps ")[1]): v["value"] for k, v in results["rows"].items() if k.startswith(f"{name}, eps")}
+        axes[0].plot(sorted(found), [found[e] for e in sorted(found)], label=name, **line_style(i))
+    axes[0].axhline(K, color="0.5", linestyle=":", linewidth=0.8)
+    axes[0].set(xlabel="eps (1 - cosine)", ylabel=f"distinct prototypes of {K}", xscale="log", ylim=(0, None))
+    axes[0].legend(fontsize=7, frameon=False)
+    if results["affinity"]:
+        image = axes[1].imshow(results["affinity"], cmap="viridis", vmin=-0.15, vmax=1)
+        figure.colorbar(image, ax=axes[1], label="cosine")
+        axes[1].set(xlabel="random head classes | tail classes", xticks=[], yticks=[])
+    if "tsne" in results:
+        x, y = np.array(results["tsne"]).T
+        color = np.log10(np.maximum(results.get("class_counts", np.ones(len(x))), 0.5))
+        points = axes[-1].scatter(x, y, c=color, s=10, cmap="viridis")
+        figure.colorbar(points, ax=axes[-1], label="log10 frequency")
+        axes[-1].set(xticks=[], yticks=[], xlabel="t-SNE, cosine")
+    save_figure(figure, path)
+
+
+# ------------------------------------------------------------------------------ debias
+
+
+def label_prior(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """GLA's estimate of the label prior [C] that a zero-shot model learned with, from labelled held-out images.
+
+    argmin over q in the simplex of mean CE(logits - ln q + ln pi, labels), pi the labels' own shares, so that the
+    labels need not be balanced. Convex in z = ln q; a class without images gets the mean z by a ridge of 1e-4.
+    Source: arXiv 2310.08106, section 4.2; solved to its optimum, where mean softmax(logits - z + ln pi) = pi.
+    """
+    logits, (N, C) = logits.astype(np.float64), logits.shape
+    share = np.bincount(labels, minlength=C) / N
+    with np.errstate(divide="ignore"):
+        logits = logits + np.log(share)
+    ridge = 1e-4 if (share == 0).any() else 0.0
+
+    def objective(z: np.ndarray) -> tuple[float, np.ndarray]:
+        log_p = log_softmax(logits - z, axis=1)
+        spread = z - z.mean()
+        value = -log_p[np.arange(N), labels].mean() + ridge * (spread**2).sum()
+        return value, share - np.exp(log_p).mean(0) + 2 * ridge * spread
+
+    found = scipy.optimize.minimize(objective, np.zeros(C), jac=True, method="L-BFGS-B",
+                                    options={"ftol": 1e-15, "gtol": 1e-9, "maxiter": 2000})
+    return softmax(found.x)
+
+
+def best_of(values: list[float], make: Callable, labels: np.ndarray) -> float:
+    """The value whose make(value) [N, C] has the best balanced accuracy on held-out labels; the first among equals."""
+    n_test = np.bincount(labels)
+    scores = [np.bincount(labels[make(v).argmax(1) == labels], minlength=len(n_test))[n_test > 0] / n_test[n_test > 0]
+              for v in values]
+    return values[int(np.argmax([s.mean() for s in scores]))]
+
+
+def debias_logits(zs: dict, ft: dict, val: dict[str, np.ndarray], log_prior: np.ndarray,
+                  is_calibrated: bool) -> tuple[dict[str, np.ndarray], dict]:
+    """Logits [N, C] of every method on the test images, and what was chosen on the held-out ones.
+
+    zs, ft: test predictions of the zero-shot and the fine-tuned model. val: `zs`, `ft`, `labels` and perhaps
+    `ft_features` of held-out images. log_prior: [C] of the downstream training set. Nothing here sees a test label.
+    """
+    f_zs, f_ft, y = zs["logits"].astype(np.float32), ft["logits"].astype(np.float32), val["labels"]
+    v_zs, v_ft, chosen = val["zs"].astype(np.float32), val["ft"].astype(np.float32), {}
+    if is_calibrated:
+        chosen |= {"T zero-shot": fit_temperature(v_zs, y), "T fine-tuned": fit_temperature(v_ft, y)}
+        f_zs, v_zs = (f / chosen["T zero-shot"] for f in (f_zs, v_zs))
+        f_ft, v_ft = (f / chosen["T fine-tuned"] for f in (f_ft, v_ft))
+    q = label_prior(v_zs, y)
+    log_mean = np.log(np.maximum(softmax(v_zs.astype(np.float64), axis=1).mean(0), 1e-12))
+    grid = [round(0.1 * i, 1) for i in range(21)]
+    chosen |= {"lambda": best_of(grid, lambda t: v_zs - t * log_mean, y),
+               "tau": best_of(grid, lambda t: v_ft - t * log_prior, y)}
+    out = {"zero-shot": f_zs, "fine-tuned": f_ft, "zero-shot - ln q": f_zs - np.log(q),
+           "zero-shot - lambda ln mean": f_zs - chosen["lambda"] * log_mean,
+           "logit adjustment": f_ft - chosen["tau"] * log_prior, "sum": f_zs + f_ft,
+           "GLA": f_ft + f_zs - np.log(q) - log_prior}
+    norms = np.linalg.norm(ft.get("prototypes", np.ones((1, 1))).astype(np.float64), axis=1, keepdims=True)
+    if "ft_features" in val and "features" in ft and np.ptp(norms) > 1e-2 * norms.mean():  # a cosine head has tau 1 already
+        head = lambda x, t: x.astype(np.float64) @ (ft["prototypes"] / norms**t).T  # noqa: E731
+        chosen["tau-norm"] = best_of(grid[:11], lambda t: head(val["ft_features"], t), y)
+        out["tau-normalised"] = head(ft["features"], chosen["tau-norm"])
+    return out, chosen | {"q": q}
+
+
+def debias(zeroshot: str, finetuned: str, val_zeroshot: str, val_finetuned: str, more: dict[str, str], prior: str,
+           group_by: str, is_calibrated: bool, boot: int, seed: int) -> dict:
+    """Head, medium and tail accuracy of every debiasing, and the differences to both models on the same images.
+
+    Held-out images: --val-*, else a random half of every class of the files, which then is not scored.
+    """
+    zs, ft = (read_predictions(path, "logits") for path in (zeroshot, finetuned))
+    extra = {name: read_predictions(path, "logits") for name, path in more.items()}
+    for data in (ft, *extra.values()):
+        if not np.array_equal(data["labels"], zs["labels"]) or data["n_classes"] != zs["n_classes"]:
+            raise SystemExit(f"{data['path']} and {zs['path']} are not of the same images: their labels differ")
+    labels, C, rng = zs["labels"], zs["n_classes"], np.random.default_rng(seed)
+    if val_zeroshot:
+        parts = [read_predictions(path, "logits") for path in (val_zeroshot, val_finetuned)]
+        if not np.array_equal(parts[0]["labels"], parts[1]["labels"]) or {p["n_classes"] for p in parts} != {C}:
+            raise SystemExit(f"{val_zeroshot}, {val_finetuned}: not the same images, or not {C} classes")
+        val = {"zs": parts[0]["logits"], "ft": parts[1]["logits"], "labels": parts[0]["labels"]}
+        val |= {"ft_features": parts[1]["features"]} if "features" in parts[1] else {}
+        test = np.ones(len(labels), bool)
+    else:
+        order = rng.permutation(len(labels))
+        order = order[np.argsort(labels[order], kind="stable")]
+        test = np.zeros(len(labels), bool)
+        test[order[1::2]] = True  # every other image of a class
+        val = {"zs": zs["logits"][~test], "ft": ft["logits"][~test], "labels": labels[~test]}
+        val |= {"ft_features": ft["features"][~test]} if "features" in ft else {}
+    counts = read_counts(prior, ft.get("class_names")) if prior not in ("", "uniform") else ft.get("class_counts")
+    if counts is None or len(counts) != C:
+        raise SystemExit(f"{finetuned}: no class_counts of {C} classes: pass --prior FILE or uniform")
+    share = np.ones(C) if prior == "uniform" else np.maximum(counts, 0.5)  # never seen counts as half an image
+    cut = [{k: (v[test] if k in ROW_KEYS else v) for k, v in data.items()} for data in (zs, ft)]
+    outcome, chosen = debias_logits(*cut, val, np.log(share / share.sum()), is_calibrated)
+    predictions = {name: f.argmax(1) for name, f in outcome.items()}
+    predictions |= {"zero-shot": predict(cut[0])[0], "fine-tuned": predict(cut[1])[0]}
+    predictions |= {name: predict(data)[0][test] for name, data in extra.items()}
+    order_by = chosen["q"] if group_by == "prior" else counts
+    rows, draws = {}, {}
+    for name, predicted in predictions.items():
+        point = imbalance_metrics(predicted, labels[test], order_by)
+        n_test, right, _ = resample_images(labels[test], predicted, C, boot, np.random.default_rng(seed))
+        with np.errstate(invalid="ignore"):
+            per_class = right / n_test
+        groups = list(class_groups(order_by, (100, 20), 0).items())[:3]
+        draws[name] = {"top1": right.sum(1) / test.sum(), "balanced": nan_mean(per_class)} | {
+            k: nan_mean(per_class[:, ids]) for k, ids in groups}
+        rows[name] = {k: estimate(point[k], d) for k, d in draws[name].items()}
+        rows[name]["spearman_pred"] = point["spearman_pred"]
+    deltas = {base: {name: {k: estimate(value_of(rows[name][k]) - value_of(rows[base][k]), d - draws[base][k])
+                            for k, d in draws[name].items()} for name in rows if name != base}
+              for base in ("zero-shot", "fine-tuned")}
+    return {"rows": rows, "minus zero-shot": deltas["zero-shot"], "minus fine-tuned": deltas["fine-tuned"],
+            "chosen": chosen, "n_test": int(test.sum()), "n_held_out": len(val["labels"])}
+
+
+def plot_debias(results: dict, path: str) -> None:
+    """Head, medium, tail and balanced accuracy of every method."""
+    figure, (axis,) = new_figure(1, 6.5)
+    names = list(results["rows"])
+    for i, key in enumerate(("head", "medium", "tail", "balanced")):
+        cells = [results["rows"][n][key] for n in names]
+        y = [100 * value_of(c) for c in cells]
+        error = [[100 * abs((c[end] if c[end] is not None else value_of(c)) - value_of(c)) for c in cells]
+                 for end in ("low", "high")]
+        axis.errorbar(np.arange(len(names)) + (i - 1.5) * 0.12, y, error, label=key, capsize=2,
+                      **line_style(i) | {"linestyle": ""})
+    axis.set_xticks(range(len(names)), names, rotation=25, ha="right", fontsize=8)
+    axis.set(ylabel="accuracy (%)")
+    axis.legend(fontsize=7, frameon=False, ncols=4)
+    save_figure(figure, path)
+
+
+# ------------------------------------------------------------------------------ wiseft
+
+
+def interpolate(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:
+    """(1 - alpha) a + alpha b for every entry, batch norm's statistics too; alpha 0 and 1 are a and b, bit for bit.
+
+    Whole-number buffers are rounded. Source: Wortsman et al., WiSE-FT, arXiv 2109.01903, section 3.
+    """
+    if alpha in (0, 1):
+        return {name: (b if alpha else a)[name].clone() for name in a}
+    mixed = {name: torch.lerp(a[name].double(), b[name].double(), alpha) for name in a}
+    return {name: (m if a[name].is_floating_point() else m.round()).to(a[name].dtype) for name, m in mixed.items()}
+
+
+def wiseft(paths: list[str], alphas: list[float], out: str) -> dict:
+    """Write OUT/alpha_0.50.pt and so on: what the second checkpoint holds, with interpolated weights."""
+    contents = [read_state(path) for path in paths]
+    states = [flat_tensors(c.get("state_dict", c)) for c in contents]
+    states = [{re.sub(r"^(module|_orig_mod)\.", "", k): v for k, v in s.items()} for s in states]
+    differing = sorted(k for k in set(states[0]) | set(states[1])
+                       if k not in states[0] or k not in states[1] or states[0][k].shape != states[1][k].shape)
+    if differing or not states[0]:
+        raise SystemExit(f"{paths[0]} and {paths[1]}: {len(differing)} of {len(states[0])} entries are not in both with "
+                         f"the same shape: {', '.join(differing[:5])}")
+    # Prototypes were made by one of the towers: they are kept only where both have the same.
+    more = {k: v for k, v in contents[1].items() if k not in ("state_dict", "optimizer", "scaler", "rng", "seconds")}
+    same = [c.get("prototypes") for c in contents]
+    if not all(isinstance(p, torch.Tensor) for p in same) or not torch.equal(*same):
+        more.pop("prototypes", None)
+    rows = {}
+    for alpha in alphas:
+        path, state = Path(out) / f"alpha_{alpha:.2f}.pt", interpolate(*states, alpha)
+        content = more | {"state_dict": state} if "state_dict" in contents[1] else state
+        write_atomically(path, lambda file, content=content: torch.save(content, file))
+        rows[str(path)] = {"alpha": alpha, "evaluate with": f"--eval-only {path} --out {path.with_suffix('')}"}
+    return {"rows": rows}
+
+
+def wiseft_results(folder: str, id_set: str, shifts: list[str]) -> dict:
+    """Accuracy in distribution and under shift of FOLDER/alpha_*/, which the training script's --eval-only wrote."""
+    rows = {}
+    for path in sorted(Path(folder).glob("alpha_*/")):
+        model = models_of_run(path, "wiseft", id_set, shifts, {})
+        names = [k for k in model if k not in ("model", "group")]
+        if not names:
+            raise SystemExit(f"{path}: no {id_set} and shifts in its metrics.json or .npz")
+        alpha = number(path.name.removeprefix("alpha_"), str(path))
+        rows[f"{alpha:.2f}"] = {id_set: clopper_pearson(*model[names[0]][:2]), "average": estimate(np.mean(
+            [model[s][2] for s in names]))} | {s: clopper_pearson(*model[s][2:]) for s in names}
+    if not rows:
+        raise SystemExit(f"{folder}: no alpha_*/ folders; evaluate the checkpoints first")
+    return {"rows": rows, "id": id_set}
+
+
+def plot_wiseft(results: dict, path: str) -> None:
+    """ID accuracy against the shifts' average and against each shift, along alpha."""
+    rows, id_set = results["rows"], results["id"]
+    shifts = [k for k in next(iter(rows.values())) if k != id_set]
+    figure, axes = new_figure(len(shifts), 3.2, 2.8)
+    for axis, shift in zip(axes, shifts):
+        x, y = ([100 * value_of(row[k]) for row in rows.values()] for k in (id_set, shift))
+        axis.plot(x, y, **line_style(0))
+        for alpha, at in zip(rows, zip(x, y)):
+            axis.annotate(alpha, at, fontsize=7, xytext=(3, 3), textcoords="offset points")
+        axis.set(title=shift, xlabel=f"{id_set} (%)", ylabel="under shift (%)")
+    save_figure(figure, path)
+
+
 # ------------------------------------------------------------------------------ output
 
 COLORS = ("#000000", "#d55e00", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9")  # Okabe and Ito
@@ -1521,9 +2162,25 @@ def main(args: argparse.Namespace) -> None:
     elif args.command == "calibration":
         results = calibration(args.files, args.bins, args.fraction, boot, seed)
         draw, is_turned = plot_calibration, True
+    elif args.command == "collapse":
+        results, draw = collapse(args.files, args.counts, boot, seed), plot_collapse
+    elif args.command == "similarity":
+        results = similarity(args.a, args.b, args.pairs, args.max_images, args.min_pairs, boot, seed)
+        draw = plot_similarity
+    elif args.command == "prototypes":
+        results = prototypes(args.file, args.key, args.counts, args.eps, args.tail, args.tsne, boot, seed, args.device)
+        draw = plot_prototypes
+    elif args.command == "debias":
+        results = debias(args.zeroshot, args.finetuned, args.val_zeroshot, args.val_finetuned,
+                         set_flag(args.more, "--more"), args.prior, args.group_by, args.calibrate, boot, seed)
+        draw = plot_debias
+    elif args.command == "wiseft" and args.results:
+        results, draw = wiseft_results(args.results, args.id, args.shifts), plot_wiseft
+    elif args.command == "wiseft":
+        results = wiseft(args.checkpoints, args.alpha, args.out)
 
     show(results["rows"], args.command, is_turned)
-    for name in ("fits", "mcnemar"):
+    for name in ("fits", "mcnemar", "minus zero-shot", "minus fine-tuned"):
         if results.get(name):
             show(results[name], name)
     if args.plot and draw is None:

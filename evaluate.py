@@ -48,6 +48,7 @@ Differences from the paper's notebooks and from the methods' released code:
 import argparse
 import contextlib
 import csv
+import html
 import json
 import math
 import os
@@ -166,6 +167,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--results", default="", help="instead: a folder with alpha_*/, each written by --eval-only")
     p.add_argument("--id", default="val", help="in-distribution test set")
     p.add_argument("--shifts", nargs="*", default=[], help="test sets under shift; empty takes all but --id")
+    p = command("concepts", "class frequencies over concept sets and data sets")
+    p.add_argument("what", choices=["accuracy", "agree", "shared"],
+                   help="accuracy: MODEL/SET.npz files, correlations a set; agree: pairs of counts A B; shared: counts of "
+                        "several data sets")
+    p.add_argument("files", nargs="+", help="predictions, or tables of counts")
+    p.add_argument("--counts", default="", help="for accuracy: frequencies, if other than the files' class_counts")
+    p = command("report", "one HTML page, and Markdown tables, of runs side by side")
+    p.add_argument("runs", nargs="+", help="folders, as NAME=FOLDER; names like frozen/0.4M make a series along an axis")
+    p.add_argument("--out", default="report.html", help="the page: one file, no requests")
+    p.add_argument("--markdown", default="", help="also write the tables to this file")
 
     args = parser.parse_args(argv)
     if args.command == "wiseft" and len(args.checkpoints) != (0 if args.results else 2):
@@ -183,6 +194,7 @@ if __name__ == "__main__":
     ARGS = parse_args()  # before the heavy imports: --help and a mistyped flag are answered at once
 
 import numpy as np  # noqa: E402
+import scipy.ndimage  # noqa: E402
 import scipy.optimize  # noqa: E402
 import torch  # noqa: E402
 from scipy.sparse import coo_matrix, csr_matrix  # noqa: E402
@@ -1256,7 +1268,7 @@ def plot_transfer(results: dict, path: str) -> None:
         y = [100 * value_of(row[c]) for c in columns]
         error = [[100 * abs((row[c][end] if row[c][end] is not None else value_of(row[c])) - value_of(row[c]))
                   for c in columns] for end in ("low", "high")]
-        axis.bar(x, y, 0.8 / len(rows), yerr=error, label=name, color=COLORS[i % len(COLORS)], alpha=0.75, ecolor="0.4",
+        axis.bar(x, y, 0.8 / len(rows), yerr=error, label=name, color=COLORS[i % len(COLORS)], alpha=0.5, ecolor="black",
                  hatch=("", "//", "..", "xx")[i % 4], edgecolor="white")
     axis.set_xticks(range(len(columns)), columns, rotation=30, ha="right", fontsize=8)
     axis.axhline(0, color="0.3", linewidth=0.8)
@@ -1481,7 +1493,7 @@ def collapse(paths: list[str], counts: str, boot: int, seed: int) -> dict:
         nc1, rank = within_variability(features, labels, means)
         metrics = {"NC1": nc1}
         for vectors, letter in ((means, "M"), (data.get("prototypes"), "W")):
-            for is_centred in (True, False) if vectors is not None else ():
+            for is_centred in (letter == "M", letter != "M") if vectors is not None else ():
                 # The paper centres means and leaves class vectors as they are; the other way round is marked.
                 suffix = "" if is_centred == (letter == "M") else " centred" if is_centred else " uncentred"
                 gaps = cosine_gaps(np.asarray(vectors, np.float64), is_centred)
@@ -1512,7 +1524,7 @@ def plot_collapse(results: dict, path: str) -> None:
             axis.errorbar(x, y, error, capsize=2, label=name, **line_style(i) | {"linestyle": ""})
         axis.axhline(0, color="0.5", linewidth=0.8, linestyle=":")
         axis.set_xticks(range(len(metrics)), metrics, rotation=40, ha="right", fontsize=7)
-        axis.set(ylabel=f"Spearman with {title} of the class")
+        axis.set(ylabel=f"Spearman with {title}")
     if len(names) > 1:
         axes[0].legend(fontsize=7, frameon=False)
     save_figure(figure, path)
@@ -1799,6 +1811,8 @@ def plot_prototypes(results: dict, path: str) -> None:
         axes[0].plot(sorted(found), [found[e] for e in sorted(found)], label=name, **line_style(i))
     axes[0].axhline(K, color="0.5", linestyle=":", linewidth=0.8)
     axes[0].set(xlabel="eps (1 - cosine)", ylabel=f"distinct prototypes of {K}", xscale="log", ylim=(0, None))
+    axes[0].set_xticks(sorted(found), [f"{e:g}" for e in sorted(found)], minor=False)
+    axes[0].minorticks_off()
     axes[0].legend(fontsize=7, frameon=False)
     if results["affinity"]:
         image = axes[1].imshow(results["affinity"], cmap="viridis", vmin=-0.15, vmax=1)
@@ -1945,7 +1959,7 @@ def plot_debias(results: dict, path: str) -> None:
                       **line_style(i) | {"linestyle": ""})
     axis.set_xticks(range(len(names)), names, rotation=25, ha="right", fontsize=8)
     axis.set(ylabel="accuracy (%)")
-    axis.legend(fontsize=7, frameon=False, ncols=4)
+    axis.legend(fontsize=7, frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
     save_figure(figure, path)
 
 
@@ -2015,6 +2029,281 @@ def plot_wiseft(results: dict, path: str) -> None:
             axis.annotate(alpha, at, fontsize=7, xytext=(3, 3), textcoords="offset points")
         axis.set(title=shift, xlabel=f"{id_set} (%)", ylabel="under shift (%)")
     save_figure(figure, path)
+
+
+# ------------------------------------------------------------------------------ concepts
+
+
+def shared_tail(paths: list[str], boot: int, seed: int) -> dict:
+    """Frequencies of the same classes in several data sets: shape of each tail, and rank agreement (figure 1a)."""
+    tables, rng = [read_named_counts(path) for path in paths], np.random.default_rng(seed)
+    common = [name for name in tables[0] if all(name in t for t in tables)]
+    if len(common) < 2:
+        raise SystemExit(f"{', '.join(paths)}: {len(common)} classes in common; classes of the first are "
+                         f"{', '.join(list(tables[0])[:3])}, of the last {', '.join(list(tables[-1])[:3])}")
+    names, counts = short_names(paths), np.array([[t[c] for c in common] for t in tables])
+    rows = {}
+    for name, n in zip(names, counts):
+        top = np.sort(n)[::-1][: max(1, len(n) // 10)]
+        resampled = n[rng.integers(len(n), size=(boot, len(n)))]
+        rows[name] = {"classes": len(n), "total": n.sum(), "max": n.max(), "median": float(np.median(n)), "min": n.min(),
+                      "never seen": int((n == 0).sum()), "gini": estimate(float(gini(n)), gini(resampled)),
+                      "share of the top 10 %": float(top.sum() / n.sum()) if n.sum() else None}
+        rows[name] |= {f"rho with {other}": spearman(n, m, boot, rng) for other, m in zip(names, counts) if other != name}
+    return {"rows": rows, "classes": common, "counts": dict(zip(names, counts))}
+
+
+def agreement(paths: list[str], boot: int, seed: int) -> dict:
+    """Two frequency estimates A B of each concept set: Spearman over the classes in both, median ratio (figure 14)."""
+    if len(paths) % 2:
+        raise SystemExit(f"agree takes pairs of files, A B for each concept set; got {len(paths)}")
+    rows, joined, rng = {}, {}, np.random.default_rng(seed)
+    for a, b in zip(paths[::2], paths[1::2]):
+        x, y = read_named_counts(a), read_named_counts(b)
+        both = [name for name in x if name in y]
+        if not both:
+            raise SystemExit(f"{a} and {b}: no class in common")
+        u, v = (np.array([t[name] for name in both]) for t in (x, y))
+        seen = (u > 0) & (v > 0)
+        name = f"{Path(a).stem}, {Path(b).stem}"
+        index = rng.integers(max(1, seen.sum()), size=(boot, seen.sum()))
+        rows[name] = {"classes": len(both), "rho": spearman(u, v, boot, rng), "median A / B": estimate(
+            np.median(u[seen] / v[seen]), np.median((u[seen] / v[seen])[index], 1)) if seen.any() else None}
+        joined[name] = [u, v]
+    return {"rows": rows, "pairs": joined}
+
+
+def concept_sets(paths: list[str], counts: str, boot: int, seed: int) -> dict:
+    """Correlations of several models on several concept sets: MODEL/SET.npz; means over models (figure 12)."""
+    scores = {}
+    for path in paths:
+        data = read_predictions(path, "logits", counts=counts)
+        if "class_counts" not in data:
+            raise SystemExit(f"{path}: no class_counts: pass --counts")
+        row = score_classes(data, (100, 20), 0, 10, boot, seed)[0]
+        scores.setdefault(Path(path).stem, {})[str(Path(path).parent)] = row
+    keys, rows = ("top1", "spearman_acc", "spearman_pred"), {}
+    for name, models in scores.items():
+        one = next(iter(models.values()))  # of a single model: its own interval, over classes; else over models
+        rows[name] = {"models": len(models)} | {key: one[key] if len(models) == 1 else t_interval(
+            [m[key]["value"] for m in models.values()]) for key in keys}
+    return {"rows": rows, "models": {s: {m: {k: r[k] for k in keys} for m, r in models.items()}
+                                     for s, models in scores.items()}}
+
+
+def plot_concepts(results: dict, path: str) -> None:
+    """The figure of whichever of the three was asked for."""
+    if "counts" in results:
+        figure, (axis,) = new_figure(1, 6)
+        order = np.argsort(-np.array(next(iter(results["counts"].values()))), kind="stable")
+        for i, (name, n) in enumerate(results["counts"].items()):
+            n = np.maximum(np.array(n)[order], 0.5)
+            axis.plot(n, color=COLORS[i % len(COLORS)], alpha=0.25, linewidth=0.6)
+            axis.plot(scipy.ndimage.gaussian_filter1d(n, 3), color=COLORS[i % len(COLORS)], label=name, linewidth=1.2,
+                      linestyle=DASHES[i % len(DASHES)])
+        axis.set(yscale="log", xlabel=f"classes by falling frequency in {next(iter(results['counts']))}",
+                 ylabel="frequency")
+        axis.legend(fontsize=7, frameon=False)
+    elif "pairs" in results:
+        figure, axes = new_figure(len(results["pairs"]), 3.4)
+        for axis, (name, (u, v)) in zip(axes, results["pairs"].items()):
+            axis.scatter(np.maximum(u, 0.5), np.maximum(v, 0.5), s=8, color="black", alpha=0.5, linewidths=0)
+            a, _, b = name.partition(", ")
+            axis.set(xscale="log", yscale="log", xlabel=a, ylabel=b,
+                     title=f"Spearman {value_of(results['rows'][name]['rho']):.2f}")
+    else:
+        figure, axes = new_figure(2, 5)
+        for axis, key, title in zip(axes, ("spearman_acc", "spearman_pred"), ("accuracy", "predictions")):
+            for j, (name, row) in enumerate(results["rows"].items()):
+                models = [value_of(m[key]) for m in results["models"][name].values()]
+                axis.bar(j, value_of(row[key]), 0.7, color="0.8")
+                axis.scatter(np.full(len(models), j), models, s=14, color="black", zorder=3)
+            axis.axhline(0, color="0.5", linewidth=0.8)
+            axis.set_xticks(range(len(results["rows"])), list(results["rows"]), rotation=30, ha="right", fontsize=8)
+            axis.set(ylabel=f"Spearman of frequency and {title}")
+    save_figure(figure, path)
+
+
+# ------------------------------------------------------------------------------ report
+
+REPORT_KEYS = {"top1": "top-1", "balanced": "balanced", "head": "head", "medium": "medium", "tail": "tail",
+               "spearman_acc": "rho(freq, acc)", "spearman_pred": "rho(freq, pred)"}
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Runs side by side</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<style>
+:root { --ink: #1b1b1b; --paper: #fff; --line: #d5d5d5; --c0: #000; --c1: #d55e00; --c2: #0072b2; --c3: #b07c00;
+ --c4: #007a5a; --c5: #b0528a; --c6: #2a8fd0; color-scheme: light dark }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #16181a; --line: #44484c; --c0: #fff;
+ --c1: #ff8c3a; --c2: #6db6f2; --c3: #f0c04a; --c4: #3fcf9f; --c5: #e79ac6; --c6: #9ad4f7 } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 1rem auto;
+ max-width: 1300px; padding: 0 .8rem }
+h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin: 1.6rem 0 .4rem }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
+th:first-child, td:first-child { text-align: left } th button { font: inherit; font-weight: 600; color: inherit;
+ background: none; border: 0; padding: 0; cursor: pointer } th[aria-sort=ascending] button::after { content: " \\2191" }
+th[aria-sort=descending] button::after { content: " \\2193" } small { opacity: .75 }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr)); gap: .8rem }
+figure { margin: 0 } figcaption { font-size: .85rem } svg { width: 100%; height: auto; display: block }
+svg text { fill: var(--ink); font-size: 11px } .axis { stroke: var(--line); fill: none }
+</style></head><body>
+BODY
+<script>
+for (const button of document.querySelectorAll("th button")) button.addEventListener("click", () => {
+  const th = button.parentNode, row = th.parentNode, body = row.parentNode.nextElementSibling;
+  const i = [...row.children].indexOf(th), up = th.getAttribute("aria-sort") === "descending";
+  for (const other of row.children) other.removeAttribute("aria-sort");
+  th.setAttribute("aria-sort", up ? "ascending" : "descending");
+  const key = r => r.children[i].dataset.v;
+  body.append(...[...body.children].sort((a, b) => {
+    const x = key(a), y = key(b);
+    if (x === "" || y === "") return (x === "") - (y === "");
+    const order = isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y;
+    return up ? order : -order; }));
+});
+</script></body></html>
+"""
+
+
+def score_run(folder: Path, boot: int, seed: int) -> dict[str, dict]:
+    """{test set: {metric: estimate}} of a run: from its <set>.npz, else metrics.json (top-1 alone has an interval)."""
+    metrics, out = read_json(folder / "metrics.json"), {}
+    for name in dict.fromkeys([k for k in metrics if k != "run"] + sorted(p.stem for p in folder.glob("*.npz"))):
+        path, known = folder / f"{name}.npz", metrics.get(name) or {}
+        arrays = read_npz(path, ("class_counts", "labels")) if path.is_file() else {}
+        if "class_counts" in arrays and (arrays["labels"] >= 0).any() and known.get("top1", 0) is not None:
+            out[name] = score_classes(read_predictions(path, "logits"), (100, 20), 0, 10, boot, seed)[0]
+        elif known.get("top1") is not None:
+            out[name] = {"n": known.get("n")} | {k: estimate(known.get(k)) for k in REPORT_KEYS}
+            out[name]["top1"] = clopper_pearson(known["top1"], known.get("n") or math.nan)
+        more = {k: known[k] for k in ("retrieval", "knn", "probe") if isinstance(known.get(k), dict | float)}
+        flat = {f"{k} {sub}" if sub else k: estimate(v) for k, m in more.items()
+                for sub, v in (m.items() if isinstance(m, dict) else [("", m)])}
+        if flat or name in out:
+            out[name] = out.get(name, {"n": known.get("n")}) | flat
+    return out
+
+
+def html_table(rows: dict[str, dict], columns: dict[str, str]) -> str:
+    """A sortable table; cells show the interval small, and hold the value in data-v."""
+    def one(entry: dict | float | None) -> str:
+        value = value_of(entry)
+        if not math.isfinite(value):
+            return '<td data-v="">-</td>'
+        if not isinstance(entry, dict):
+            return f'<td data-v="{value:g}">{value:g}</td>'
+        ends = f" <small>{entry['low']:.3f} to {entry['high']:.3f}</small>" if entry["low"] is not None else ""
+        return f'<td data-v="{value:.6g}">{value:.3f}{ends}</td>'
+
+    head = "".join(f"<th><button>{html.escape(title)}</button></th>" for title in ("run", *columns.values()))
+    body = "\n".join(f'<tr><td data-v="{html.escape(name)}">{html.escape(name)}</td>'
+                     + "".join(one(row.get(c)) for c in columns) + "</tr>" for name, row in rows.items())
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+
+
+def nice_ticks(low: float, high: float) -> list[float]:
+    """Three to six round numbers inside [low, high]."""
+    step = 10 ** math.floor(math.log10(max(high - low, 1e-9)))
+    step = next(s for s in (step * 5, step * 2, step, step / 2, step / 5) if (high - low) / s >= 3)
+    return [round(i * step, 10) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def svg_chart(series: dict[str, list[tuple]], title: str, x_title: str, x_names: list[str] | None = None,
+              is_line: bool = False) -> str:
+    """One chart as inline SVG: {series: [(x, y, low, high, tip)]}, error bars, a tooltip a point; colours from the page.
+
+    x_names: names of x = 0, 1, ... in place of numbers. Series differ in colour and shape.
+    """
+    points = [p for ps in series.values() for p in ps]
+    ys = [v for p in points for v in (p[1], *(v for v in p[2:4] if v is not None))]
+    xs = [p[0] for p in points]
+    (x0, x1), (y0, y1) = ((min(v) - 0.06 * (max(v) - min(v) or 1), max(v) + 0.06 * (max(v) - min(v) or 1))
+                          for v in (xs, ys))
+    at_x, at_y = (lambda x: 48 + 262 * (x - x0) / (x1 - x0)), (lambda y: 190 - 170 * (y - y0) / (y1 - y0))
+    out = [f'<figure><figcaption>{html.escape(title)}</figcaption><svg viewBox="0 0 320 {264 if x_names else 226}" '
+           f'role="img" aria-label="{html.escape(title)}"><path class="axis" d="M48 20V190H310"/>']
+    for t in nice_ticks(y0, y1):
+        out.append(f'<path class="axis" d="M44 {at_y(t):.1f}h4"/><text x="41" y="{at_y(t) + 4:.1f}" '
+                   f'text-anchor="end">{t:g}</text>')
+    for i, name in enumerate(x_names or []):
+        short = name if len(name) < 15 else name[:6] + ".." + name[-6:]
+        out.append(f'<text transform="translate({at_x(i):.1f} 204) rotate(-40)" text-anchor="end">{html.escape(short)}</text>')
+    for t in [] if x_names else nice_ticks(x0, x1):
+        out.append(f'<path class="axis" d="M{at_x(t):.1f} 190v4"/><text x="{at_x(t):.1f}" y="205" '
+                   f'text-anchor="middle">{t:g}</text>')
+    out.append(f'<text x="180" y="{260 if x_names else 222}" text-anchor="middle">{html.escape(x_title)}</text>')
+    shapes = ("m-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z", "m-4 -4h8v8h-8z", "m0 -5l5 5l-5 5l-5 -5z", "m0 -5l5 9h-10z",
+              "m0 5l5 -9h-10z", "m-5 -1.5h3.5v-3.5h3v3.5h3.5v3h-3.5v3.5h-3v-3.5h-3.5z", "m-4 -4l8 8m0 -8l-8 8")
+    for i, ps in enumerate(series.values()):
+        color = f"var(--c{i % 7})"
+        if is_line and len(ps) > 1:
+            path = "L".join(f"{at_x(p[0]):.1f} {at_y(p[1]):.1f}" for p in ps)
+            out.append(f'<path fill="none" stroke="{color}" stroke-dasharray="{("", "5 3", "2 2", "6 2 2 2")[i % 4]}" d="M{path}"/>')
+        for x, y, low, high, tip in ps:
+            bar = f"M{at_x(x):.1f} {at_y(low):.1f}V{at_y(high):.1f}" if low is not None else ""
+            out.append(f'<g stroke="{color}" fill="{color}"><title>{html.escape(tip)}</title><path d="{bar}"/><path '
+                       f'd="M{at_x(x):.1f} {at_y(y):.1f}{shapes[i % 7]}"/></g>')
+    return "".join(out) + "</svg></figure>"
+
+
+def chart_points(rows: dict[str, dict], key_x: str, key_y: str, x_names: list[str]) -> dict[str, list[tuple]]:
+    """Points of svg_chart: key_x empty puts runs in order; SERIES/X names make a series each."""
+    series = {}
+    for name, row in rows.items():
+        group, _, place = name.rpartition("/")
+        y, x = row.get(key_y), value_of(row.get(key_x)) if key_x else float(x_names.index(place))
+        if math.isfinite(value_of(y)) and math.isfinite(x):
+            series.setdefault(group, []).append((x, y["value"], y["low"], y["high"], f"{name}: {cell(y)}"))
+    return series
+
+
+def report_runs(runs: list[str], out: str, markdown: str, boot: int, seed: int) -> dict:
+    """Score runs (NAME=FOLDER; NAME may be SERIES/X, which puts runs on an axis) and write the page and the tables."""
+    named = dict(r.split("=", 1) if "=" in r else (Path(r).name, r) for r in runs)
+    if len(named) < len(runs) or not all(Path(folder).is_dir() for folder in named.values()):
+        raise SystemExit(f"runs are folders with different names: {', '.join(f'{k}={v}' for k, v in named.items())}")
+    scores = {name: score_run(Path(folder), boot, seed) for name, folder in named.items()}
+    empty = [named[name] for name, score in scores.items() if not score]
+    if empty:
+        raise SystemExit(f"{', '.join(empty)}: neither metrics.json nor <set>.npz that could be scored")
+    sets = list(dict.fromkeys(s for score in scores.values() for s in score))
+    x_names = list(dict.fromkeys(name.rpartition("/")[2] for name in scores))
+    body = [f"<h1>{len(scores)} runs on {len(sets)} test sets</h1><p>Intervals are 95 %: images resampled for accuracies, "
+            f"classes for correlations, {boot} times. A click on a column's name sorts.</p>"]
+    lines, tables = ["# Runs side by side", ""], {}
+    for test_set in sets:
+        rows = {name: score[test_set] for name, score in scores.items() if test_set in score}
+        present = {c for row in rows.values() for c in row}
+        columns = {"n": "n"} | {k: v for k, v in REPORT_KEYS.items() if k in present} | {
+            c: c for c in sorted(present) if c.startswith(("retrieval", "knn", "probe"))}
+        body.append(f"<h2>{html.escape(test_set)}</h2>" + html_table(rows, columns))
+        lines += [f"## {test_set}", "", "| run | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
+        lines += [f"| {name} | " + " | ".join(cell(row.get(c)) for c in columns) + " |" for name, row in rows.items()] + [""]
+        charts = []
+        for key in REPORT_KEYS if set(columns) & set(REPORT_KEYS) else [c for c in columns if c != "n"]:
+            points = chart_points(rows, "", key, x_names)
+            charts += [svg_chart(points, columns.get(key, key), "run", x_names, True)] if points else []
+        for key_x, key_y in (("spearman_acc", "spearman_pred"), ("spearman_acc", "top1")):
+            points = chart_points(rows, key_x, key_y, x_names)
+            if points and len(rows) > 1:
+                charts.append(svg_chart(points, f"{REPORT_KEYS[key_y]} against {REPORT_KEYS[key_x]}", REPORT_KEYS[key_x]))
+        body.append(f'<div class="charts">{"".join(charts)}</div>')
+        tables[test_set] = {name: {c: row.get(c) for c in columns} for name, row in rows.items()}
+    first = sets[0]
+    shifted = {name: {"id": score[first].get("top1"), "shift": t_interval([
+        value_of(score[s].get("top1")) for s in sets[1:] if s in score])} for name, score in scores.items() if first in score}
+    points = chart_points(shifted, "id", "shift", x_names) if len(sets) > 2 else {}
+    if points:
+        points = {k: [(x, y, None, None, tip) for x, y, _, _, tip in ps] for k, ps in points.items()}
+        body.append(f'<h2>Under shift</h2><div class="charts">'
+                    f'{svg_chart(points, f"mean top-1 of the other sets against {first}", f"top-1, {first}")}</div>')
+    write_atomically(Path(out), lambda file: file.write(PAGE.replace("BODY", "\n".join(body)).encode()))
+    if markdown:
+        write_atomically(Path(markdown), lambda file: file.write("\n".join(lines).encode()))
+    short = {name: {k: score[first].get(k) for k in REPORT_KEYS} for name, score in scores.items() if first in score}
+    return {"rows": short, "sets": tables, "written": [p for p in (out, markdown) if p]}
 
 
 # ------------------------------------------------------------------------------ output
@@ -2178,6 +2467,13 @@ def main(args: argparse.Namespace) -> None:
         results, draw = wiseft_results(args.results, args.id, args.shifts), plot_wiseft
     elif args.command == "wiseft":
         results = wiseft(args.checkpoints, args.alpha, args.out)
+    elif args.command == "concepts" and args.what == "accuracy":
+        results, draw = concept_sets(args.files, args.counts, boot, seed), plot_concepts
+    elif args.command == "concepts":
+        results = (agreement if args.what == "agree" else shared_tail)(args.files, boot, seed)
+        draw, is_turned = plot_concepts, args.what == "shared"
+    elif args.command == "report":
+        results = report_runs(args.runs, args.out, args.markdown, boot, seed)
 
     show(results["rows"], args.command, is_turned)
     for name in ("fits", "mcnemar", "minus zero-shot", "minus fine-tuned"):

@@ -2174,7 +2174,12 @@ def score_run(folder: Path, boot: int, seed: int) -> dict[str, dict]:
         path, known = folder / f"{name}.npz", metrics.get(name) or {}
         arrays = read_npz(path, ("class_counts", "labels")) if path.is_file() else {}
         if "class_counts" in arrays and (arrays["labels"] >= 0).any() and known.get("top1", 0) is not None:
-            out[name] = score_classes(read_predictions(path, "logits"), (100, 20), 0, 10, boot, seed)[0]
+            data = read_predictions(path, "logits")
+            out[name], accuracy, predicted = score_classes(data, (100, 20), 0, 10, boot, seed)
+            bins = binned_statistics(frequency_bins(data["class_counts"], 8, False), data["class_counts"], accuracy,
+                                     predicted.astype(float), boot, np.random.default_rng(seed))
+            out[name]["bins"] = [(math.log10(max(b["count"], 0.5)), *b["accuracy"].values(), f"{b['n_classes']} classes")
+                                 for b in bins if b["accuracy"]["value"] is not None]
         elif known.get("top1") is not None:
             out[name] = {"n": known.get("n")} | {k: estimate(known.get(k)) for k in REPORT_KEYS}
             out[name]["top1"] = clopper_pearson(known["top1"], known.get("n") or math.nan)
@@ -2222,18 +2227,21 @@ def svg_chart(series: dict[str, list[tuple]], title: str, x_title: str, x_names:
     (x0, x1), (y0, y1) = ((min(v) - 0.06 * (max(v) - min(v) or 1), max(v) + 0.06 * (max(v) - min(v) or 1))
                           for v in (xs, ys))
     at_x, at_y = (lambda x: 48 + 262 * (x - x0) / (x1 - x0)), (lambda y: 190 - 170 * (y - y0) / (y1 - y0))
-    out = [f'<figure><figcaption>{html.escape(title)}</figcaption><svg viewBox="0 0 320 {264 if x_names else 226}" '
+    legend = "".join(f' <span style="color:var(--c{i % 7})">{"●■◆▲▼✚✕"[i % 7]}</span> {html.escape(name)}'
+                     for i, name in enumerate(series) if len(series) > 1)
+    short = [name if len(name) < 15 else name[:6] + ".." + name[-6:] for name in x_names or []]
+    height = 214 + 4 * max(map(len, short)) if short else 226
+    out = [f'<figure><figcaption>{html.escape(title)}<small>{legend}</small></figcaption><svg viewBox="0 0 320 {height}" '
            f'role="img" aria-label="{html.escape(title)}"><path class="axis" d="M48 20V190H310"/>']
     for t in nice_ticks(y0, y1):
         out.append(f'<path class="axis" d="M44 {at_y(t):.1f}h4"/><text x="41" y="{at_y(t) + 4:.1f}" '
                    f'text-anchor="end">{t:g}</text>')
-    for i, name in enumerate(x_names or []):
-        short = name if len(name) < 15 else name[:6] + ".." + name[-6:]
-        out.append(f'<text transform="translate({at_x(i):.1f} 204) rotate(-40)" text-anchor="end">{html.escape(short)}</text>')
+    for i, name in enumerate(short):
+        out.append(f'<text transform="translate({at_x(i):.1f} 204) rotate(-40)" text-anchor="end">{html.escape(name)}</text>')
     for t in [] if x_names else nice_ticks(x0, x1):
         out.append(f'<path class="axis" d="M{at_x(t):.1f} 190v4"/><text x="{at_x(t):.1f}" y="205" '
                    f'text-anchor="middle">{t:g}</text>')
-    out.append(f'<text x="180" y="{260 if x_names else 222}" text-anchor="middle">{html.escape(x_title)}</text>')
+    out.append(f'<text x="180" y="222" text-anchor="middle">{html.escape(x_title)}</text>' if not x_names else "")
     shapes = ("m-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z", "m-4 -4h8v8h-8z", "m0 -5l5 5l-5 5l-5 -5z", "m0 -5l5 9h-10z",
               "m0 5l5 -9h-10z", "m-5 -1.5h3.5v-3.5h3v3.5h3.5v3h-3.5v3.5h-3v-3.5h-3.5z", "m-4 -4l8 8m0 -8l-8 8")
     for i, ps in enumerate(series.values()):
@@ -2284,11 +2292,15 @@ def report_runs(runs: list[str], out: str, markdown: str, boot: int, seed: int) 
         charts = []
         for key in REPORT_KEYS if set(columns) & set(REPORT_KEYS) else [c for c in columns if c != "n"]:
             points = chart_points(rows, "", key, x_names)
-            charts += [svg_chart(points, columns.get(key, key), "run", x_names, True)] if points else []
+            charts += [svg_chart(points, columns.get(key, key), "", x_names, True)] if points else []
         for key_x, key_y in (("spearman_acc", "spearman_pred"), ("spearman_acc", "top1")):
             points = chart_points(rows, key_x, key_y, x_names)
             if points and len(rows) > 1:
                 charts.append(svg_chart(points, f"{REPORT_KEYS[key_y]} against {REPORT_KEYS[key_x]}", REPORT_KEYS[key_x]))
+        bins = {name: row["bins"] for name, row in list(rows.items())[:7] if "bins" in row}  # more would be a tangle
+        if bins:
+            charts.append(svg_chart(bins, "accuracy of frequency bins", "log10 of the training images of the class",
+                                    is_line=True))
         body.append(f'<div class="charts">{"".join(charts)}</div>')
         tables[test_set] = {name: {c: row.get(c) for c in columns} for name, row in rows.items()}
     first = sets[0]

@@ -114,8 +114,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                                                 "with SET_train.npz, SET_test.npz, perhaps SET_val.npz")
     task.add_argument("--sets", nargs="*", default=[], help="sets of the folders; empty takes all of the first")
     task.add_argument("--metric", default="auto", choices=["auto", "top1", "per_class"],
-                      help="auto is per_class for aircraft, caltech, flowers and pets, else top1; labels [N, C] of 1, 0, "
-                           "-1 (difficult) are scored by 11-point mAP")
+                      help="auto is per_class for aircraft, caltech, flowers and pets, else top1; labels [N, C] of 1, "
+                           "0, -1 (difficult) are scored by 11-point mAP")
     p = command("probe", "logistic regression on features (L-BFGS), strength chosen on validation images", task)
     p.add_argument("--sweep", default="clip", choices=["clip", "transfer", "none"],
                    help="strengths: CLIP's binary search over 96, 45 of the transfer protocol, or --C alone")
@@ -145,9 +145,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = command("prototypes", "distinct prototypes, affinity of head and tail, effective rank", common, device)
     p.add_argument("file", help="[K, D] array: .npy, .npz (prototypes), or a checkpoint's last layer")
     p.add_argument("--key", default="", help="name of the array, if it is not found")
-    p.add_argument("--eps", nargs="+", type=float, default=[0.025], help="largest 1 - cosine of prototypes that are one")
+    p.add_argument("--eps", nargs="+", type=float, default=[0.025],
+                   help="largest 1 - cosine of prototypes that count as one")
     p.add_argument("--counts", default="", help="training frequency of each row, if the file has no class_counts")
-    p.add_argument("--tail", type=int, default=50, help="rarest rows, and as many random others, in the affinity matrix")
+    p.add_argument("--tail", type=int, default=50,
+                   help="rarest rows, and as many random others, in the affinity matrix")
     p.add_argument("--tsne", action="store_true", help="add t-SNE to numbers and plot (pip install scikit-learn)")
     p = command("debias", "remove the label bias of a zero-shot and a fine-tuned model after training")
     p.add_argument("--zeroshot", required=True, help="predictions of the zero-shot model on the test images")
@@ -169,12 +171,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--shifts", nargs="*", default=[], help="test sets under shift; empty takes all but --id")
     p = command("concepts", "class frequencies over concept sets and data sets")
     p.add_argument("what", choices=["accuracy", "agree", "shared"],
-                   help="accuracy: MODEL/SET.npz files, correlations a set; agree: pairs of counts A B; shared: counts of "
-                        "several data sets")
+                   help="accuracy: MODEL/SET.npz files, correlations a set; agree: pairs of counts A B; shared: counts "
+                        "of several data sets")
     p.add_argument("files", nargs="+", help="predictions, or tables of counts")
     p.add_argument("--counts", default="", help="for accuracy: frequencies, if other than the files' class_counts")
     p = command("report", "one HTML page, and Markdown tables, of runs side by side")
-    p.add_argument("runs", nargs="+", help="folders, as NAME=FOLDER; names like frozen/0.4M make a series along an axis")
+    p.add_argument("runs", nargs="+",
+                   help="folders, as NAME=FOLDER; names like frozen/0.4M make a series along an axis")
     p.add_argument("--out", default="report.html", help="the page: one file, no requests")
     p.add_argument("--markdown", default="", help="also write the tables to this file")
 
@@ -259,9 +262,10 @@ def read_predictions(path: str | Path, *need: str, counts: str = "", multi_label
                      with_logits: bool = False) -> dict:
     """One <set>.npz, checked: {"path", "n_classes", "labels", ...}; rows without a label are left out.
 
-    need: arrays it must have; logits are read only if among them, or with_logits, where there are any. counts: a file that takes the place of class_counts. multi_label: labels may be [N, C]
-    of 1, 0 and -1 (difficult). Raises: SystemExit for a missing array, widths that differ, values that are not finite,
-    labels out of range, negative counts.
+    need: arrays it must have; logits are read only if among them, or with_logits, where there are any. counts: a file
+    that takes the place of class_counts. multi_label: labels may be [N, C] of 1, 0 and -1 (difficult).
+    Raises: SystemExit for a missing array, widths that differ, values that are not finite, labels out of range,
+        negative counts.
     """
     unread = () if "logits" in need or with_logits else ("logits",)
     data = read_npz(path, tuple(key for key in ROW_KEYS + CLASS_KEYS if key not in unread))
@@ -491,9 +495,9 @@ def clopper_pearson(accuracy: float, n: float) -> dict[str, float | None]:
 
 def bootstrap_means(values: np.ndarray, boot: int, rng: np.random.Generator) -> np.ndarray:
     """[boot] means of resampled values; in blocks, so memory does not grow with boot."""
-    step = max(1, 2**24 // max(1, len(values)))
-    return np.concatenate([np.zeros(0)] + [
-        values[rng.integers(len(values), size=(min(step, boot - i), len(values)))].mean(1) for i in range(0, boot, step)])
+    step, n = max(1, 2**24 // max(1, len(values))), len(values)
+    blocks = [values[rng.integers(n, size=(min(step, boot - i), n))].mean(1) for i in range(0, boot, step)]
+    return np.concatenate([np.zeros(0), *blocks])
 
 
 def mean_over(values: np.ndarray, boot: int, rng: np.random.Generator) -> dict[str, float | None]:
@@ -654,7 +658,8 @@ def score_classes(data: dict, cuts: tuple[int, int], tail_classes: int, worst: i
     k = min(worst, int((n_test > 0).sum()))
     row |= {f"worst {k}": estimate(np.sort(accuracy)[:k].mean(), np.sort(draws, 1)[:, :k].mean(1),
                                is_biased=True),  # NaN sort last
-            "never right": estimate(np.mean(accuracy[n_test > 0] == 0), nan_mean(np.where(test > 0, right == 0, np.nan))),
+            "never right": estimate(np.mean(accuracy[n_test > 0] == 0),
+                                    nan_mean(np.where(test > 0, right == 0, np.nan))),
             "spearman_acc": spearman(counts, accuracy, boot, rng),
             "spearman_pred": spearman(counts, n_predicted, boot, rng),
             "spearman_acc_pred": spearman(accuracy, n_predicted.astype(float), boot, rng),
@@ -893,7 +898,8 @@ def effective_robustness(models: list[dict], shifts: list[str], baseline: str, b
     """Accuracy of every model under every shift beyond the line of the baseline models.
 
     models: as models_of_run gives them, each with all shifts. rho = acc - sigmoid(slope * logit(acc_id) + intercept), a
-    vertical distance in 0..1. `average` is a shift of its own: accuracies averaged, then logit; `mean_rho` averages rho.
+    vertical distance in 0..1. `average` is a shift of its own: accuracies averaged, then logit; `mean_rho` is the mean
+    of rho.
     The interval of rho resamples models (the line) and images (binomial draws of both accuracies).
     Source: Taori et al., arXiv 2007.00644, sections 2 and 3; groups of one training source each: 2103.00020, figure 13.
     """
@@ -932,8 +938,9 @@ def effective_robustness(models: list[dict], shifts: list[str], baseline: str, b
         rho_draws.append(draws[:, :, s] - expit(line.draws_at(safe_logit(id_draws[:, :, s], n_id[:, s])))
                          if boot else np.zeros((0, len(models))))
         for i, m in enumerate(models):
-            rows[m["model"]] |= {f"{shift} id": clopper_pearson(acc_id[i, s], n_id[i, s] if shift != "average" else np.nan),
-                                 shift: clopper_pearson(acc[i, s], n[i, s] if shift != "average" else np.nan),
+            n_pair = (n_id[i, s], n[i, s]) if shift != "average" else (np.nan, np.nan)
+            rows[m["model"]] |= {f"{shift} id": clopper_pearson(acc_id[i, s], n_pair[0]),
+                                 shift: clopper_pearson(acc[i, s], n_pair[1]),
                                  f"{shift} rho": estimate(rho[i], rho_draws[-1][:, i], line.level),
                                  f"{shift} extrapolated": bool(not base.min() <= x[i, s] <= base.max())}
     for i, m in enumerate(models):
@@ -962,7 +969,8 @@ def robustness(inputs: list[str], id_set: str, shifts: list[str], baseline: str,
     kept = [m for m in models if all(s in m for s in shifts)]
     for m in models:
         if m not in kept:
-            print(f"left out {m['model']}: no accuracy on {', '.join(s for s in shifts if s not in m)}", file=sys.stderr)
+            missing = ", ".join(s for s in shifts if s not in m)
+            print(f"left out {m['model']}: no accuracy on {missing}", file=sys.stderr)
     names = [m["model"] for m in kept]
     if not kept or not shifts or len(set(names)) < len(names):
         raise SystemExit(f"{len(models)} models, {len(kept)} of them with {id_set} and all of {shifts}; each needs its "
@@ -1021,9 +1029,9 @@ PER_CLASS_SETS = ("aircraft", "caltech", "flowers", "pets")  # mean per class th
 class Logistic:
     """Logistic regression on fixed features: softmax over classes, or one sigmoid a class for labels [N, C].
 
-    Minimises mean cross-entropy + |W|^2 / (2 C n), the bias free: scikit-learn's optimum for the same C. L-BFGS in
-    float64 over float32 products; W = P V with P = (covariance / n_classes + 1 / (C n))^-1/2, which changes the path and
-    not the optimum, and makes badly scaled features quick. Fits start from the last one.
+    Minimises mean cross-entropy + |W|^2 / (2 C n), the bias free: scikit-learn's optimum for the same C. L-BFGS, first
+    over float32 products, then over float64; W = P V with P = (covariance / n_classes + 1 / (C n))^-1/2 changes the path, not the
+    optimum, and makes badly scaled features quick. Fits start from the last one.
     """
 
     def __init__(self, features: np.ndarray, labels: np.ndarray, n_classes: int, device: str):
@@ -1035,20 +1043,21 @@ class Logistic:
         self.weight = torch.zeros(features.shape[1], n_classes, dtype=torch.float64)
         self.bias = torch.zeros(n_classes, dtype=torch.float64)
 
-    def loss(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[float, torch.Tensor, torch.Tensor]:
-        """Mean cross-entropy and its gradients; without the penalty."""
-        logits = torch.addmm(bias.to(self.x), self.x, weight.to(self.x))  # [N, C]
+    def loss(self, x: torch.Tensor, weight: torch.Tensor,
+             bias: torch.Tensor) -> tuple[float, torch.Tensor, torch.Tensor]:
+        """Mean cross-entropy and its gradients, in the precision of x; without the penalty."""
+        logits = torch.addmm(bias.to(x), x, weight.to(x))  # [N, C]
         if self.is_multi:
-            counted = (self.y >= 0).float()  # -1 is difficult: left out
+            counted = (self.y >= 0).to(x)  # -1 is difficult: left out
             value = (torch.nn.functional.softplus(logits) - logits * (self.y == 1)) * counted
-            error = (logits.sigmoid() - (self.y == 1).float()) * counted
+            error = (logits.sigmoid() - (self.y == 1).to(x)) * counted
         else:
             error = logits.log_softmax(1)
             value = -error.gather(1, self.y[:, None])
             error = error.exp_()
             error[torch.arange(self.n, device=error.device), self.y] -= 1
         error /= self.n
-        return float(value.sum(dtype=torch.float64)) / self.n, (self.x.T @ error).double().cpu(), error.sum(
+        return float(value.sum(dtype=torch.float64)) / self.n, (x.T @ error).double().cpu(), error.sum(
             0, dtype=torch.float64).cpu()
 
     def fit(self, C: float, max_iter: int = 1000) -> float:
@@ -1057,19 +1066,24 @@ class Logistic:
         scale = self.eigenvalues.clamp(min=0) / self.n_classes + decay
         root, inverse = ((self.eigenvectors * scale**power) @ self.eigenvectors.T for power in (-0.5, 0.5))
 
-        def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        def objective(flat: np.ndarray, x: torch.Tensor, unit: float) -> tuple[float, np.ndarray]:
             flat = torch.from_numpy(flat).view(-1, self.n_classes)
             weight = root @ flat[:-1]
-            value, gradient, bias_gradient = self.loss(weight, flat[-1])
-            gradient = root @ (gradient + decay * weight)
-            return value + decay / 2 * float((weight**2).sum()), torch.cat([gradient, bias_gradient[None]]).numpy().ravel()
+            value, gradient, bias_gradient = self.loss(x, weight, flat[-1])
+            value += decay / 2 * float((weight**2).sum())
+            gradient = torch.cat([root @ (gradient + decay * weight), bias_gradient[None]])
+            return value / unit, gradient.numpy().ravel() / unit
 
-        start = torch.cat([inverse @ self.weight, self.bias[None]]).numpy().ravel()
-        found = scipy.optimize.minimize(objective, start, jac=True, method="L-BFGS-B", options={
-            "maxiter": max_iter, "maxcor": 20, "ftol": 1e-9, "gtol": 1e-7})
-        flat = torch.from_numpy(found.x).view(-1, self.n_classes)
+        flat, unit = torch.cat([inverse @ self.weight, self.bias[None]]).numpy().ravel(), 1.0
+        for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-8), (torch.float64, 1e-9)):
+            x = self.x.to(dtype)
+            # In units of the last value, since scipy takes `ftol` as absolute below 1.
+            found = scipy.optimize.minimize(objective, flat, (x, unit), jac=True, method="L-BFGS-B", options={
+                "maxiter": max_iter, "maxcor": 20, "ftol": tolerance, "gtol": 1e-9})
+            flat, unit = found.x, max(found.fun * unit, 1e-300)
+        flat = torch.from_numpy(flat).view(-1, self.n_classes)
         self.weight, self.bias = root @ flat[:-1], flat[-1].clone()
-        return float(found.fun)
+        return unit
 
     def scores(self, features: np.ndarray) -> np.ndarray:
         """[N, C] float32 logits."""
@@ -1105,14 +1119,15 @@ def transfer_metric(scores: np.ndarray, labels: np.ndarray, metric: str, boot: i
         draws = []
         for start in range(0, boot, 50):
             weights = rng.multinomial(n, np.full(n, 1 / n), size=min(50, boot - start))
-            draws.append(nan_mean(np.stack([average_precision(scores[:, c], labels[:, c], weights) for c in classes], 1)))
+            precision = [average_precision(scores[:, c], labels[:, c], weights) for c in classes]
+            draws.append(nan_mean(np.stack(precision, 1)))
         return float(value), np.concatenate([np.zeros(0), *draws])
-    right = scores.argmax(1) == labels
+    right, C = scores.argmax(1) == labels, scores.shape[1]
     if metric == "top1":
         return float(right.mean()), bootstrap_means(right.astype(np.float32), boot, rng)
-    n_test, n_right, _ = resample_images(labels, np.where(right, labels, scores.shape[1]), scores.shape[1] + 1, boot, rng)
+    n_test, n_right, _ = resample_images(labels, np.where(right, labels, C), C + 1, boot, rng)
     with np.errstate(invalid="ignore"):
-        value = np.bincount(labels[right], minlength=scores.shape[1]) / np.bincount(labels, minlength=scores.shape[1])
+        value = np.bincount(labels[right], minlength=C) / np.bincount(labels, minlength=C)
         return float(nan_mean(value)), nan_mean(n_right / n_test)
 
 
@@ -1130,7 +1145,8 @@ def read_tasks(inputs: list[str], sets: list[str], multi_label: bool) -> list[tu
         if not names:
             raise SystemExit(f"{inputs[0]}: no SET_test.npz in it")
         tasks = []
-        for model, folder in zip(short_names([f"{path}/x" for path in inputs]), inputs):
+        bases = [Path(path).name for path in inputs]
+        for model, folder in zip(bases if len(set(bases)) == len(inputs) else short_names(inputs), inputs):
             for name in names:
                 train, val, test = (Path(folder) / f"{name}_{part}.npz" for part in ("train", "val", "test"))
                 tasks.append((model, name, read(train), read(val) if val.is_file() else None, read(test)))
@@ -1196,12 +1212,13 @@ def knn_scores(train: dict, test: dict, n_classes: int, k: int, device: str) -> 
 
     Source: DINO, arXiv 2104.14294, section 4.1. Test images go in chunks, so memory is O(2^26 + N C).
     """
-    x, y = torch.from_numpy(unit_rows(train["features"])).float().to(device), torch.from_numpy(train["labels"]).to(device)
-    queries, k, votes = torch.from_numpy(unit_rows(test["features"])).float(), min(k, len(y)), []
+    x, queries = (torch.from_numpy(unit_rows(part["features"])).float() for part in (train, test))
+    x, y, k, votes = x.to(device), torch.from_numpy(train["labels"]).to(device), min(k, len(x)), []
     for part in queries.split(max(1, 2**26 // len(y))):
         with exact_matmul():
             cosine, index = (part.to(device) @ x.T).topk(k, 1)
-        votes.append(torch.zeros(len(part), n_classes, device=device).scatter_add_(1, y[index], (cosine / 0.07).exp()).cpu())
+        weights = (cosine / 0.07).exp()
+        votes.append(torch.zeros(len(part), n_classes, device=device).scatter_add_(1, y[index], weights).cpu())
     return torch.cat(votes).numpy()
 
 
@@ -1238,7 +1255,8 @@ def transfer(command: str, inputs: list[str], sets: list[str], ks: list[int], pr
     for model, columns in draws.items():
         base = next(iter(draws.values()))
         if len(columns) > 1 and command == "probe":
-            draws[model]["mean"] = (np.mean([v for v, _ in columns.values()]), np.mean([d for _, d in columns.values()], 0))
+            values, of_sets = zip(*columns.values())
+            draws[model]["mean"] = (np.mean(values), np.mean(of_sets, 0))
             rows[model]["mean"] = estimate(*draws[model]["mean"])
         if model != next(iter(draws)):
             rows[f"{model} - {next(iter(draws))}"] = {c: estimate(v - base[c][0], d - base[c][1])
@@ -1246,7 +1264,8 @@ def transfer(command: str, inputs: list[str], sets: list[str], ks: list[int], pr
     return {"rows": rows, "details": details}
 
 
-def few_shot(train: dict, test: dict, n_classes: int, shots: int, C: float, metric: str, seed: int, device: str) -> float:
+def few_shot(train: dict, test: dict, n_classes: int, shots: int, C: float, metric: str, seed: int,
+             device: str) -> float:
     """Logistic regression on `shots` images of each class (all of a smaller class), drawn with the seed."""
     order = np.random.default_rng(seed).permutation(len(train["labels"]))
     order = order[np.argsort(train["labels"][order], kind="stable")]
@@ -1266,10 +1285,9 @@ def plot_transfer(results: dict, path: str) -> None:
     for i, (name, row) in enumerate(rows.items()):
         x = np.arange(len(columns)) + (i - (len(rows) - 1) / 2) * 0.8 / len(rows)
         y = [100 * value_of(row[c]) for c in columns]
-        error = [[100 * abs((row[c][end] if row[c][end] is not None else value_of(row[c])) - value_of(row[c]))
-                  for c in columns] for end in ("low", "high")]
-        axis.bar(x, y, 0.8 / len(rows), yerr=error, label=name, color=COLORS[i % len(COLORS)], alpha=0.5, ecolor="black",
-                 hatch=("", "//", "..", "xx")[i % 4], edgecolor="white")
+        error = 100 * error_bars([row[c] for c in columns])
+        axis.bar(x, y, 0.8 / len(rows), yerr=error, label=name, color=COLORS[i % len(COLORS)], alpha=0.5,
+                 ecolor="black", hatch=("", "//", "..", "xx")[i % 4], edgecolor="white")
     axis.set_xticks(range(len(columns)), columns, rotation=30, ha="right", fontsize=8)
     axis.axhline(0, color="0.3", linewidth=0.8)
     axis.set(ylabel="points" if any(" - " in k for k in rows) else "%")
@@ -1301,7 +1319,8 @@ def retrieval_ranks(images: np.ndarray, texts: np.ndarray, owner: np.ndarray,
     Same value as clip.py's retrieval_metrics (tests/test_evaluate_transfer.py).
     """
     x, t, owner = (torch.as_tensor(v).to(device) for v in (images, texts, owner))
-    right = torch.cat([(x[o].double() * part.double()).sum(1) for part, o in zip(t.split(8192), owner.split(8192))]).float()
+    pairs = zip(t.split(8192), owner.split(8192))
+    right = torch.cat([(x[o].double() * part.double()).sum(1) for part, o in pairs]).float()
     right = right - 2e-6  # [n] what a wrong item must exceed
     best = torch.full((len(x),), -torch.inf, device=device).scatter_reduce_(0, owner, right, "amax")  # [n_images]
     # Right texts of an image that exceed the threshold themselves.
@@ -1419,8 +1438,7 @@ def plot_calibration(results: dict, path: str) -> None:
     figure, axes = new_figure(2)
     for i, (name, curve) in enumerate(results["curves"].items()):
         x, y = [b["confidence"] for b in curve], [b["accuracy"]["value"] for b in curve]
-        low, high = ([abs(b["accuracy"][end] - b["accuracy"]["value"]) for b in curve] for end in ("low", "high"))
-        axes[0].errorbar(x, y, [low, high], label=name, capsize=2, **line_style(i))
+        axes[0].errorbar(x, y, error_bars([b["accuracy"] for b in curve]), label=name, capsize=2, **line_style(i))
         axes[1].plot(x, [b["n"] for b in curve], label=name, **line_style(i))
     axes[0].plot([0, 1], [0, 1], color="0.5", linestyle=":", linewidth=0.8)
     axes[0].set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
@@ -1520,8 +1538,7 @@ def plot_collapse(results: dict, path: str) -> None:
             cells = [results["rows"][f"{name} {m}" if len(names) > 1 else m][key] for m in metrics]
             x = np.arange(len(metrics)) + (i - (len(names) - 1) / 2) * 0.12
             y = np.array([value_of(c) for c in cells])
-            error = [[abs((c[end] if c[end] is not None else v) - v) for c, v in zip(cells, y)] for end in ("low", "high")]
-            axis.errorbar(x, y, error, capsize=2, label=name, **line_style(i) | {"linestyle": ""})
+            axis.errorbar(x, y, error_bars(cells), capsize=2, label=name, **line_style(i) | {"linestyle": ""})
         axis.axhline(0, color="0.5", linewidth=0.8, linestyle=":")
         axis.set_xticks(range(len(metrics)), metrics, rotation=40, ha="right", fontsize=7)
         axis.set(ylabel=f"Spearman with {title}")
@@ -1534,7 +1551,7 @@ def plot_collapse(results: dict, path: str) -> None:
 
 
 def pair_means(gram: np.ndarray, boot: int, rng: np.random.Generator) -> tuple[float, np.ndarray]:
-    """Mean off-diagonal of a similarity matrix [n, n], and of resampled rows; pairs of a row with its own copy drop out."""
+    """Mean off-diagonal of a similarity matrix [n, n], and [boot] of resampled rows; a row and its copy are no pair."""
     n = len(gram)
     weights = rng.multinomial(n, np.full(n, 1 / n), size=boot).astype(float)  # [boot, n]
     own = weights**2 @ np.diag(gram)
@@ -1680,7 +1697,7 @@ def read_array(path: str, key: str) -> tuple[np.ndarray, dict]:
 
 
 def greedy_cover(vectors: torch.Tensor, eps: float) -> tuple[np.ndarray, np.ndarray]:
-    """H1: visit rows in order, keep one iff 1 - cosine to all kept is at least eps. Kept rows [M], group of each row [K].
+    """H1: visit rows in order, keep one iff 1 - cosine to all kept is at least eps. Kept rows [M], group of each [K].
 
     vectors: [K, D] unit float32. The order matters; the index order is ours. Same result as the naive loop; memory
     O(4096^2 + K D).
@@ -1754,8 +1771,8 @@ def affinity(vectors: np.ndarray, head: np.ndarray, tail: np.ndarray, boot: int,
     return rows
 
 
-def prototypes(path: str, key: str, counts: str, epsilons: list[float], n_tail: int, is_tsne: bool, boot: int, seed: int,
-               device: str) -> dict:
+def prototypes(path: str, key: str, counts: str, epsilons: list[float], n_tail: int, is_tsne: bool, boot: int,
+               seed: int, device: str) -> dict:
     """Distinct prototypes at each eps, in two definitions; head-tail affinity where frequencies are known."""
     array, more = read_array(path, key)
     unit = torch.nn.functional.normalize(torch.from_numpy(array), dim=1).to(device)
@@ -1797,8 +1814,8 @@ def tsne(array: np.ndarray, seed: int) -> np.ndarray:
         raise SystemExit("--tsne needs scikit-learn: pip install scikit-learn") from None
     if not 4 <= len(array) <= 20_000:
         raise SystemExit(f"--tsne: {len(array)} rows; 4 to 20,000 can be drawn")
-    perplexity = min(30, (len(array) - 1) / 3)
-    return TSNE(2, perplexity=perplexity, metric="cosine", init="random", random_state=seed).fit_transform(unit_rows(array))
+    model = TSNE(2, perplexity=min(30, (len(array) - 1) / 3), metric="cosine", init="random", random_state=seed)
+    return model.fit_transform(unit_rows(array))
 
 
 def plot_prototypes(results: dict, path: str) -> None:
@@ -1807,7 +1824,8 @@ def plot_prototypes(results: dict, path: str) -> None:
     figure, axes = new_figure(panels)
     K = results["rows"]["K"]["value"]
     for i, name in enumerate(("greedy", "linked")):
-        found = {float(k.split("eps ")[1]): v["value"] for k, v in results["rows"].items() if k.startswith(f"{name}, eps")}
+        found = {float(k.split("eps ")[1]): v["value"] for k, v in results["rows"].items()
+                 if k.startswith(f"{name}, eps")}
         axes[0].plot(sorted(found), [found[e] for e in sorted(found)], label=name, **line_style(i))
     axes[0].axhline(K, color="0.5", linestyle=":", linewidth=0.8)
     axes[0].set(xlabel="eps (1 - cosine)", ylabel=f"distinct prototypes of {K}", xscale="log", ylim=(0, None))
@@ -1885,7 +1903,8 @@ def debias_logits(zs: dict, ft: dict, val: dict[str, np.ndarray], log_prior: np.
            "logit adjustment": f_ft - chosen["tau"] * log_prior, "sum": f_zs + f_ft,
            "GLA": f_ft + f_zs - np.log(q) - log_prior}
     norms = np.linalg.norm(ft.get("prototypes", np.ones((1, 1))).astype(np.float64), axis=1, keepdims=True)
-    if "ft_features" in val and "features" in ft and np.ptp(norms) > 1e-2 * norms.mean():  # a cosine head has tau 1 already
+    # A cosine head has tau 1 already.
+    if "ft_features" in val and "features" in ft and np.ptp(norms) > 1e-2 * norms.mean():
         head = lambda x, t: x.astype(np.float64) @ (ft["prototypes"] / norms**t).T  # noqa: E731
         chosen["tau-norm"] = best_of(grid[:11], lambda t: head(val["ft_features"], t), y)
         out["tau-normalised"] = head(ft["features"], chosen["tau-norm"])
@@ -1953,9 +1972,7 @@ def plot_debias(results: dict, path: str) -> None:
     for i, key in enumerate(("head", "medium", "tail", "balanced")):
         cells = [results["rows"][n][key] for n in names]
         y = [100 * value_of(c) for c in cells]
-        error = [[100 * abs((c[end] if c[end] is not None else value_of(c)) - value_of(c)) for c in cells]
-                 for end in ("low", "high")]
-        axis.errorbar(np.arange(len(names)) + (i - 1.5) * 0.12, y, error, label=key, capsize=2,
+        axis.errorbar(np.arange(len(names)) + (i - 1.5) * 0.12, y, 100 * error_bars(cells), label=key, capsize=2,
                       **line_style(i) | {"linestyle": ""})
     axis.set_xticks(range(len(names)), names, rotation=25, ha="right", fontsize=8)
     axis.set(ylabel="accuracy (%)")
@@ -1985,8 +2002,8 @@ def wiseft(paths: list[str], alphas: list[float], out: str) -> dict:
     differing = sorted(k for k in set(states[0]) | set(states[1])
                        if k not in states[0] or k not in states[1] or states[0][k].shape != states[1][k].shape)
     if differing or not states[0]:
-        raise SystemExit(f"{paths[0]} and {paths[1]}: {len(differing)} of {len(states[0])} entries are not in both with "
-                         f"the same shape: {', '.join(differing[:5])}")
+        raise SystemExit(f"{paths[0]} and {paths[1]}: {len(differing)} of {len(states[0])} entries are not in both "
+                         f"with the same shape: {', '.join(differing[:5])}")
     # Prototypes were made by one of the towers: they are kept only where both have the same.
     more = {k: v for k, v in contents[1].items() if k not in ("state_dict", "optimizer", "scaler", "rng", "seconds")}
     same = [c.get("prototypes") for c in contents]
@@ -2046,10 +2063,12 @@ def shared_tail(paths: list[str], boot: int, seed: int) -> dict:
     for name, n in zip(names, counts):
         top = np.sort(n)[::-1][: max(1, len(n) // 10)]
         resampled = n[rng.integers(len(n), size=(boot, len(n)))]
-        rows[name] = {"classes": len(n), "total": n.sum(), "max": n.max(), "median": float(np.median(n)), "min": n.min(),
-                      "never seen": int((n == 0).sum()), "gini": estimate(float(gini(n)), gini(resampled)),
+        rows[name] = {"classes": len(n), "total": n.sum(), "max": n.max(), "median": float(np.median(n)),
+                      "min": n.min(), "never seen": int((n == 0).sum()),
+                      "gini": estimate(float(gini(n)), gini(resampled), is_biased=True),
                       "share of the top 10 %": float(top.sum() / n.sum()) if n.sum() else None}
-        rows[name] |= {f"rho with {other}": spearman(n, m, boot, rng) for other, m in zip(names, counts) if other != name}
+        rows[name] |= {f"rho with {other}": spearman(n, m, boot, rng)
+                       for other, m in zip(names, counts) if other != name}
     return {"rows": rows, "classes": common, "counts": dict(zip(names, counts))}
 
 
@@ -2178,8 +2197,9 @@ def score_run(folder: Path, boot: int, seed: int) -> dict[str, dict]:
             out[name], accuracy, predicted = score_classes(data, (100, 20), 0, 10, boot, seed)
             bins = binned_statistics(frequency_bins(data["class_counts"], 8, False), data["class_counts"], accuracy,
                                      predicted.astype(float), boot, np.random.default_rng(seed))
-            out[name]["bins"] = [(math.log10(max(b["count"], 0.5)), *b["accuracy"].values(), f"{b['n_classes']} classes")
-                                 for b in bins if b["accuracy"]["value"] is not None]
+            out[name]["bins"] = [
+                (math.log10(max(b["count"], 0.5)), *b["accuracy"].values(), f"{b['n_classes']} classes")
+                for b in bins if b["accuracy"]["value"] is not None]
         elif known.get("top1") is not None:
             out[name] = {"n": known.get("n")} | {k: estimate(known.get(k)) for k in REPORT_KEYS}
             out[name]["top1"] = clopper_pearson(known["top1"], known.get("n") or math.nan)
@@ -2217,9 +2237,9 @@ def nice_ticks(low: float, high: float) -> list[float]:
 
 def svg_chart(series: dict[str, list[tuple]], title: str, x_title: str, x_names: list[str] | None = None,
               is_line: bool = False) -> str:
-    """One chart as inline SVG: {series: [(x, y, low, high, tip)]}, error bars, a tooltip a point; colours from the page.
+    """One chart as inline SVG: {series: [(x, y, low, high, tip)]}, error bars, a tooltip a point.
 
-    x_names: names of x = 0, 1, ... in place of numbers. Series differ in colour and shape.
+    x_names: names of x = 0, 1, ... in place of numbers. Series differ in colour (the page's) and shape.
     """
     points = [p for ps in series.values() for p in ps]
     ys = [v for p in points for v in (p[1], *(v for v in p[2:4] if v is not None))]
@@ -2231,13 +2251,15 @@ def svg_chart(series: dict[str, list[tuple]], title: str, x_title: str, x_names:
                      for i, name in enumerate(series) if len(series) > 1)
     short = [name if len(name) < 15 else name[:6] + ".." + name[-6:] for name in x_names or []]
     height = 214 + 4 * max(map(len, short)) if short else 226
-    out = [f'<figure><figcaption>{html.escape(title)}<small>{legend}</small></figcaption><svg viewBox="0 0 320 {height}" '
-           f'role="img" aria-label="{html.escape(title)}"><path class="axis" d="M48 20V190H310"/>']
+    out = [f'<figure><figcaption>{html.escape(title)}<small>{legend}</small></figcaption>',
+           f'<svg viewBox="0 0 320 {height}" role="img" aria-label="{html.escape(title)}">',
+           '<path class="axis" d="M48 20V190H310"/>']
     for t in nice_ticks(y0, y1):
         out.append(f'<path class="axis" d="M44 {at_y(t):.1f}h4"/><text x="41" y="{at_y(t) + 4:.1f}" '
                    f'text-anchor="end">{t:g}</text>')
     for i, name in enumerate(short):
-        out.append(f'<text transform="translate({at_x(i):.1f} 204) rotate(-40)" text-anchor="end">{html.escape(name)}</text>')
+        out.append(f'<text transform="translate({at_x(i):.1f} 204) rotate(-40)" text-anchor="end">'
+                   f'{html.escape(name)}</text>')
     for t in [] if x_names else nice_ticks(x0, x1):
         out.append(f'<path class="axis" d="M{at_x(t):.1f} 190v4"/><text x="{at_x(t):.1f}" y="205" '
                    f'text-anchor="middle">{t:g}</text>')
@@ -2248,7 +2270,8 @@ def svg_chart(series: dict[str, list[tuple]], title: str, x_title: str, x_names:
         color = f"var(--c{i % 7})"
         if is_line and len(ps) > 1:
             path = "L".join(f"{at_x(p[0]):.1f} {at_y(p[1]):.1f}" for p in ps)
-            out.append(f'<path fill="none" stroke="{color}" stroke-dasharray="{("", "5 3", "2 2", "6 2 2 2")[i % 4]}" d="M{path}"/>')
+            dashes = ("", "5 3", "2 2", "6 2 2 2")[i % 4]
+            out.append(f'<path fill="none" stroke="{color}" stroke-dasharray="{dashes}" d="M{path}"/>')
         for x, y, low, high, tip in ps:
             bar = f"M{at_x(x):.1f} {at_y(low):.1f}V{at_y(high):.1f}" if low is not None else ""
             out.append(f'<g stroke="{color}" fill="{color}"><title>{html.escape(tip)}</title><path d="{bar}"/><path '
@@ -2278,7 +2301,8 @@ def report_runs(runs: list[str], out: str, markdown: str, boot: int, seed: int) 
         raise SystemExit(f"{', '.join(empty)}: neither metrics.json nor <set>.npz that could be scored")
     sets = list(dict.fromkeys(s for score in scores.values() for s in score))
     x_names = list(dict.fromkeys(name.rpartition("/")[2] for name in scores))
-    body = [f"<h1>{len(scores)} runs on {len(sets)} test sets</h1><p>Intervals are 95 %: images resampled for accuracies, "
+    body = [f"<h1>{len(scores)} runs on {len(sets)} test sets</h1>",
+            "<p>Intervals are 95 %: images resampled for accuracies, "
             f"classes for correlations, {boot} times. A click on a column's name sorts.</p>"]
     lines, tables = ["# Runs side by side", ""], {}
     for test_set in sets:
@@ -2287,8 +2311,10 @@ def report_runs(runs: list[str], out: str, markdown: str, boot: int, seed: int) 
         columns = {"n": "n"} | {k: v for k, v in REPORT_KEYS.items() if k in present} | {
             c: c for c in sorted(present) if c.startswith(("retrieval", "knn", "probe"))}
         body.append(f"<h2>{html.escape(test_set)}</h2>" + html_table(rows, columns))
-        lines += [f"## {test_set}", "", "| run | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
-        lines += [f"| {name} | " + " | ".join(cell(row.get(c)) for c in columns) + " |" for name, row in rows.items()] + [""]
+        lines += [f"## {test_set}", "", "| " + " | ".join(["run", *columns.values()]) + " |",
+                  "|---" * (len(columns) + 1) + "|"]
+        lines += ["| " + " | ".join([name, *(cell(row.get(c)) for c in columns)]) + " |" for name, row in rows.items()]
+        lines.append("")
         charts = []
         for key in REPORT_KEYS if set(columns) & set(REPORT_KEYS) else [c for c in columns if c != "n"]:
             points = chart_points(rows, "", key, x_names)
@@ -2296,7 +2322,8 @@ def report_runs(runs: list[str], out: str, markdown: str, boot: int, seed: int) 
         for key_x, key_y in (("spearman_acc", "spearman_pred"), ("spearman_acc", "top1")):
             points = chart_points(rows, key_x, key_y, x_names)
             if points and len(rows) > 1:
-                charts.append(svg_chart(points, f"{REPORT_KEYS[key_y]} against {REPORT_KEYS[key_x]}", REPORT_KEYS[key_x]))
+                x_title = REPORT_KEYS[key_x]
+                charts.append(svg_chart(points, f"{REPORT_KEYS[key_y]} against {x_title}", x_title))
         bins = {name: row["bins"] for name, row in list(rows.items())[:7] if "bins" in row}  # more would be a tangle
         if bins:
             charts.append(svg_chart(bins, "accuracy of frequency bins", "log10 of the training images of the class",
@@ -2304,11 +2331,11 @@ def report_runs(runs: list[str], out: str, markdown: str, boot: int, seed: int) 
         body.append(f'<div class="charts">{"".join(charts)}</div>')
         tables[test_set] = {name: {c: row.get(c) for c in columns} for name, row in rows.items()}
     first = sets[0]
-    shifted = {name: {"id": score[first].get("top1"), "shift": t_interval([
-        value_of(score[s].get("top1")) for s in sets[1:] if s in score])} for name, score in scores.items() if first in score}
+    shifted = {name: {"id": score[first].get("top1"),
+                      "shift": estimate(np.mean([value_of(score[s].get("top1")) for s in sets[1:] if s in score]))}
+               for name, score in scores.items() if first in score}
     points = chart_points(shifted, "id", "shift", x_names) if len(sets) > 2 else {}
     if points:
-        points = {k: [(x, y, None, None, tip) for x, y, _, _, tip in ps] for k, ps in points.items()}
         body.append(f'<h2>Under shift</h2><div class="charts">'
                     f'{svg_chart(points, f"mean top-1 of the other sets against {first}", f"top-1, {first}")}</div>')
     write_atomically(Path(out), lambda file: file.write(PAGE.replace("BODY", "\n".join(body)).encode()))
@@ -2328,6 +2355,12 @@ def value_of(entry: dict | float | None) -> float:
     """The number of an estimate or a plain number; NaN for None."""
     entry = entry["value"] if isinstance(entry, dict) else entry
     return math.nan if entry is None else entry
+
+
+def error_bars(cells: list[dict]) -> np.ndarray:
+    """[2, n] lengths below and above the values; 0 where there is no interval."""
+    ends = np.array([[value_of(c), *(value_of(c) if c[e] is None else c[e] for e in ("low", "high"))] for c in cells])
+    return np.maximum([ends[:, 0] - ends[:, 1], ends[:, 2] - ends[:, 0]], 0)
 
 
 def line_style(i: int) -> dict:
@@ -2402,7 +2435,7 @@ def plain(value):
 
 def short_names(paths: list[str]) -> list[str]:
     """Names of files for tables: without what all paths have in common; with a number if they are equal."""
-    parts = [Path(path).with_suffix("").parts for path in paths]
+    parts = [Path(re.sub(r"\.(npz|tsv|csv|json|txt)$", "", path)).parts for path in paths]
     while len(parts) > 1 and min(map(len, parts)) > 1 and len({p[0] for p in parts}) == 1:
         parts = [p[1:] for p in parts]
     while len(parts) > 1 and min(map(len, parts)) > 1 and len({p[-1] for p in parts}) == 1:
@@ -2495,7 +2528,8 @@ def main(args: argparse.Namespace) -> None:
         raise SystemExit(f"{args.command} has no plot")
     if args.json:
         versions = {"numpy": np.__version__, "scipy": scipy.__version__, "torch": torch.__version__}
-        write_json(Path(args.json), plain({"command": args.command, "args": vars(args), "versions": versions} | results))
+        head = {"command": args.command, "args": vars(args), "versions": versions}
+        write_json(Path(args.json), plain(head | results))
     if args.plot:
         draw(plain(results), args.plot)
 

@@ -1,7 +1,8 @@
-"""Render a report in Chromium's engine: python benchmarks/check_report.py report.html FOLDER (pip install PyQt6-WebEngine)
+"""Render a report in Chromium's engine: python benchmarks/check_report.py report.html FOLDER
 
-At 390 and 1,400 px, light and dark, without a display: screenshots in FOLDER, and the number of console messages, of
-requests to anything but the page, of pixels by which the page is too wide, and whether a click sorts. Exit 1 if not clean.
+At 390 and 1,400 px, light and dark, without a display (pip install PyQt6-WebEngine): screenshots in FOLDER, and the
+number of console messages, of requests to anything but the page, of pixels by which the page is too wide, and whether
+a click sorts. Exit 1 if not clean.
 """
 
 import os
@@ -64,8 +65,8 @@ def main(path, folder, scheme):
         view.grab().save(os.path.join(folder, name))
         outside = [u for u in requests.seen if not u.startswith(("file:", "data:"))]
         is_sorted, too_wide = result
-        print(f"{name}: {len(Page.messages)} console messages, {len(outside)} requests outside, {too_wide} px too wide, "
-              f"sorts: {is_sorted}", *Page.messages, *outside, flush=True)  # fmt: skip
+        print(f"{name}: {len(Page.messages)} console messages, {len(outside)} requests outside, "
+              f"{too_wide} px too wide, sorts: {is_sorted}", *Page.messages, *outside, flush=True)  # fmt: skip
         if Page.messages or outside or too_wide > 0 or not is_sorted:
             failures.append(name)
         if cases:

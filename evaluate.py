@@ -1029,66 +1029,58 @@ PER_CLASS_SETS = ("aircraft", "caltech", "flowers", "pets")  # mean per class th
 class Logistic:
     """Logistic regression on fixed features: softmax over classes, or one sigmoid a class for labels [N, C].
 
-    Minimises mean cross-entropy + |W|^2 / (2 C n), the bias free: scikit-learn's optimum for the same C. L-BFGS, first
-    over float32 products, then over float64; W = P V with P = (covariance / n_classes + 1 / (C n))^-1/2 changes the path, not the
-    optimum, and makes badly scaled features quick. Fits start from the last one.
+    Minimises mean cross-entropy + |W|^2 / (2 C n), the bias free: scikit-learn's optimum for the same C. L-BFGS
+    over float32 products; objectives below 0.1 nats, where these have too few digits, go on in float64. Fits start from
+    the last one.
     """
 
     def __init__(self, features: np.ndarray, labels: np.ndarray, n_classes: int, device: str):
         self.n, self.n_classes, self.is_multi = len(features), n_classes, labels.ndim == 2
         x = torch.from_numpy(np.asarray(features, np.float32)).to(device)
-        self.mean = x.double().mean(0).float()
-        self.x, self.y = x - self.mean, torch.from_numpy(labels).to(device)  # centred: the bias takes it up
-        self.eigenvalues, self.eigenvectors = torch.linalg.eigh((self.x.T @ self.x / self.n).double().cpu())
-        self.weight = torch.zeros(features.shape[1], n_classes, dtype=torch.float64)
-        self.bias = torch.zeros(n_classes, dtype=torch.float64)
+        self.mean = x.double().mean(0).float()  # taken off, the bias makes up for it: better conditioned
+        self.x = torch.cat([x - self.mean, torch.ones(self.n, 1, device=device)], 1)  # [n, D + 1]
+        self.y = torch.from_numpy(labels).to(device)
+        self.weight = torch.zeros(self.x.shape[1], n_classes, dtype=torch.float64)  # the last row is the bias
 
-    def loss(self, x: torch.Tensor, weight: torch.Tensor,
-             bias: torch.Tensor) -> tuple[float, torch.Tensor, torch.Tensor]:
-        """Mean cross-entropy and its gradients, in the precision of x; without the penalty."""
-        logits = torch.addmm(bias.to(x), x, weight.to(x))  # [N, C]
+    def loss(self, x: torch.Tensor, weight: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """Mean cross-entropy and its gradient [D + 1, C], in the precision of x; without the penalty."""
+        logits = x @ weight.to(x)  # [n, C]
         if self.is_multi:
             counted = (self.y >= 0).to(x)  # -1 is difficult: left out
             value = (torch.nn.functional.softplus(logits) - logits * (self.y == 1)) * counted
             error = (logits.sigmoid() - (self.y == 1).to(x)) * counted
         else:
-            error = logits.log_softmax(1)
-            value = -error.gather(1, self.y[:, None])
-            error = error.exp_()
-            error[torch.arange(self.n, device=error.device), self.y] -= 1
-        error /= self.n
-        return float(value.sum(dtype=torch.float64)) / self.n, (x.T @ error).double().cpu(), error.sum(
-            0, dtype=torch.float64).cpu()
+            rows = torch.arange(self.n, device=x.device)
+            value = logits.logsumexp(1) - logits[rows, self.y]
+            error = logits.softmax(1)
+            error[rows, self.y] -= 1
+        return float(value.sum(dtype=torch.float64)) / self.n, (x.T @ error).double().cpu() / self.n
 
-    def fit(self, C: float, max_iter: int = 1000) -> float:
+    def fit(self, C: float, max_iter: int = 10_000) -> float:
         """Fit for one inverse strength; returns the objective."""
         decay = 1 / (C * self.n)
-        scale = self.eigenvalues.clamp(min=0) / self.n_classes + decay
-        root, inverse = ((self.eigenvectors * scale**power) @ self.eigenvectors.T for power in (-0.5, 0.5))
 
         def objective(flat: np.ndarray, x: torch.Tensor, unit: float) -> tuple[float, np.ndarray]:
-            flat = torch.from_numpy(flat).view(-1, self.n_classes)
-            weight = root @ flat[:-1]
-            value, gradient, bias_gradient = self.loss(x, weight, flat[-1])
-            value += decay / 2 * float((weight**2).sum())
-            gradient = torch.cat([root @ (gradient + decay * weight), bias_gradient[None]])
-            return value / unit, gradient.numpy().ravel() / unit
+            weight = torch.from_numpy(flat).view(-1, self.n_classes)
+            value, gradient = self.loss(x, weight)
+            gradient[:-1] += decay * weight[:-1]
+            return (value + decay / 2 * float((weight[:-1] ** 2).sum())) / unit, gradient.numpy().ravel() / unit
 
-        flat, unit = torch.cat([inverse @ self.weight, self.bias[None]]).numpy().ravel(), 1.0
-        for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-8), (torch.float64, 1e-9)):
-            x = self.x.to(dtype)
-            # In units of the last value, since scipy takes `ftol` as absolute below 1.
-            found = scipy.optimize.minimize(objective, flat, (x, unit), jac=True, method="L-BFGS-B", options={
-                "maxiter": max_iter, "maxcor": 20, "ftol": tolerance, "gtol": 1e-9})
-            flat, unit = found.x, max(found.fun * unit, 1e-300)
-        flat = torch.from_numpy(flat).view(-1, self.n_classes)
-        self.weight, self.bias = root @ flat[:-1], flat[-1].clone()
+        unit = 1.0  # scipy takes `ftol` as absolute below 1: the second round is in units of the first one's result
+        for is_second in (False, True):
+            if is_second and unit > 0.1:
+                break
+            x = self.x.double() if is_second else self.x
+            found = scipy.optimize.minimize(objective, self.weight.numpy().ravel(), (x, unit), jac=True,
+                                            method="L-BFGS-B", options={"maxiter": max_iter, "maxfun": max_iter,
+                                                                        "ftol": 1e-8, "gtol": 1e-9})
+            self.weight, unit = torch.from_numpy(found.x).view(-1, self.n_classes), max(found.fun * unit, 1e-300)
         return unit
 
     def scores(self, features: np.ndarray) -> np.ndarray:
         """[N, C] float32 logits."""
-        x = torch.from_numpy(np.asarray(features, np.float32)).to(self.x) - self.mean
-        return torch.addmm(self.bias.to(x), x, self.weight.to(x)).cpu().numpy()
+        x = torch.from_numpy(np.asarray(features, np.float32)).to(self.x.device) - self.mean
+        return (x @ self.weight[:-1].to(x) + self.weight[-1].to(x)).cpu().numpy()
 
 
 def average_precision(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -1555,7 +1547,7 @@ def pair_means(gram: np.ndarray, boot: int, rng: np.random.Generator) -> tuple[f
     n = len(gram)
     weights = rng.multinomial(n, np.full(n, 1 / n), size=boot).astype(float)  # [boot, n]
     own = weights**2 @ np.diag(gram)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore"):  # one row drawn n times
         draws = (((weights @ gram) * weights).sum(1) - own) / (n**2 - (weights**2).sum(1))
     return float((gram.sum() - np.trace(gram)) / (n * (n - 1))), draws
 
@@ -2331,10 +2323,11 @@ def report_runs(runs: list[str], out: str, markdown: str, boot: int, seed: int) 
         body.append(f'<div class="charts">{"".join(charts)}</div>')
         tables[test_set] = {name: {c: row.get(c) for c in columns} for name, row in rows.items()}
     first = sets[0]
-    shifted = {name: {"id": score[first].get("top1"),
-                      "shift": estimate(np.mean([value_of(score[s].get("top1")) for s in sets[1:] if s in score]))}
-               for name, score in scores.items() if first in score}
-    points = chart_points(shifted, "id", "shift", x_names) if len(sets) > 2 else {}
+    shifted = {}
+    for name, score in scores.items() if len(sets) > 2 else ():
+        others = np.array([value_of(score[s].get("top1")) for s in sets[1:] if s in score])
+        shifted[name] = {"id": score.get(first, {}).get("top1"), "shift": estimate(float(nan_mean(others)))}
+    points = chart_points(shifted, "id", "shift", x_names)
     if points:
         body.append(f'<h2>Under shift</h2><div class="charts">'
                     f'{svg_chart(points, f"mean top-1 of the other sets against {first}", f"top-1, {first}")}</div>')

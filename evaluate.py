@@ -1030,7 +1030,7 @@ class Logistic:
     """Logistic regression on fixed features: softmax over classes, or one sigmoid a class for labels [N, C].
 
     Minimises mean cross-entropy + |W|^2 / (2 C n), the bias free: scikit-learn's optimum for the same C. L-BFGS
-    over float32 products; objectives below 0.1 nats, where these have too few digits, go on in float64. Fits start from
+    over float32 products; small objectives of few images, where these have too few digits, go on in float64. Fits start from
     the last one.
     """
 
@@ -1068,7 +1068,7 @@ class Logistic:
 
         unit = 1.0  # scipy takes `ftol` as absolute below 1: the second round is in units of the first one's result
         for is_second in (False, True):
-            if is_second and unit > 0.1:
+            if is_second and unit * math.sqrt(self.n) > 2:  # rounding errors of images average out
                 break
             x = self.x.double() if is_second else self.x
             found = scipy.optimize.minimize(objective, self.weight.numpy().ravel(), (x, unit), jac=True,

@@ -1,7 +1,8 @@
 """Time and memory of evaluate.py at the study's scale: python benchmarks/evaluate.py [NAME ...]
 
-Each case is random data of the size named, in a process of its own, on two threads: seconds without making the data, and
-the peak of the process (the data included). probe alternates with scikit-learn's LogisticRegression on the same features.
+Each case is random data of the size named, in a process of its own, on two threads: seconds without making the data,
+and the peak of the process (the data included). probe alternates with scikit-learn's LogisticRegression on the same
+features.
 """
 
 import importlib.util
@@ -35,7 +36,8 @@ def imbalance():
     logits[np.arange(50_000), labels] += np.float16(3)
     counts = (1e6 / np.arange(1, 1001)).astype(int)
     data = {"path": "", "n_classes": 1000, "labels": labels, "logits": logits, "class_counts": counts}
-    timed("imbalance, 1,000 resamples of 50,000 x 1,000", lambda: evaluate.score_classes(data, (100, 20), 0, 10, 1000, 0))
+    timed("imbalance, 1,000 resamples of 50,000 x 1,000",
+          lambda: evaluate.score_classes(data, (100, 20), 0, 10, 1000, 0))  # fmt: skip
 
 
 def collapse():
@@ -84,7 +86,7 @@ def probe():
     from sklearn.linear_model import LogisticRegression
 
     labels, scale = rng.integers(100, size=25_000), np.linspace(0.2, 2, 512)
-    features = rng.normal(size=(100, 512))[labels] * 0.09 + rng.normal(size=(25_000, 512))
+    features = rng.normal(size=(100, 512))[labels] * 0.2 + rng.normal(size=(25_000, 512))
     features = (features * scale).astype(np.float32)
     x, y, test, test_y = features[:20_000], labels[:20_000], features[20_000:], labels[20_000:]
 
@@ -98,11 +100,12 @@ def probe():
         timed("probe, 20,000 x 512, 100 classes", lambda model=model: model.fit(0.316))
         weight = model.weight[:-1].numpy()
         ours = objective(weight, model.weight[-1].numpy() - model.mean.double().numpy() @ weight)
-        theirs = LogisticRegression(C=0.316, tol=1e-6, max_iter=5000)  # at 1e-5 it stops 1e-5 short of the optimum
+        theirs = LogisticRegression(C=0.316, tol=1e-6, max_iter=5000)
         timed("  scikit-learn, tol 1e-6", lambda theirs=theirs: theirs.fit(x, y))
         best = objective(theirs.coef_.T.astype(np.float64), theirs.intercept_)
         right = [(model.scores(test).argmax(1) == test_y).mean(), (theirs.predict(test) == test_y).mean()]
-        print(f"  objectives {ours:.8f} {best:.8f}, relative {ours / best - 1:.1e}; accuracy {right[0]:.4f} {right[1]:.4f}")
+        print(f"  objectives {ours:.8f} {best:.8f}, relative {ours / best - 1:.1e}; accuracy {right[0]:.4f} "
+              f"{right[1]:.4f}", flush=True)  # fmt: skip
 
 
 CASES = {f.__name__: f for f in (imbalance, collapse, prototypes, retrieval, probe)}

@@ -188,6 +188,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--val-zeroshot and --val-finetuned go together")
     if args.boot < 0:
         parser.error(f"--boot must not be negative, got {args.boot}")
+    if args.plot and (args.command in ("compare", "retrieval", "report") or getattr(args, "checkpoints", [])):
+        parser.error(f"{args.command} has no --plot of this")
     if args.plot and Path(args.plot).suffix not in (".png", ".svg"):
         parser.error(f"--plot ends in .png or .svg, got {args.plot}")
     return args
@@ -1030,8 +1032,8 @@ class Logistic:
     """Logistic regression on fixed features: softmax over classes, or one sigmoid a class for labels [N, C].
 
     Minimises mean cross-entropy + |W|^2 / (2 C n), the bias free: scikit-learn's optimum for the same C. L-BFGS
-    over float32 products; small objectives of few images, where these have too few digits, go on in float64. Fits start from
-    the last one.
+    over float32 products; small objectives of few images, where these have too few digits, go on in float64. Fits start
+    from the last one.
     """
 
     def __init__(self, features: np.ndarray, labels: np.ndarray, n_classes: int, device: str):
@@ -2033,7 +2035,7 @@ def plot_wiseft(results: dict, path: str) -> None:
     figure, axes = new_figure(len(shifts), 3.2, 2.8)
     for axis, shift in zip(axes, shifts):
         x, y = ([100 * value_of(row[k]) for row in rows.values()] for k in (id_set, shift))
-        axis.plot(x, y, **line_style(0))
+        axis.errorbar(x, y, 100 * error_bars([row[shift] for row in rows.values()]), capsize=2, **line_style(0))
         for alpha, at in zip(rows, zip(x, y)):
             axis.annotate(alpha, at, fontsize=7, xytext=(3, 3), textcoords="offset points")
         axis.set(title=shift, xlabel=f"{id_set} (%)", ylabel="under shift (%)")
@@ -2517,8 +2519,6 @@ def main(args: argparse.Namespace) -> None:
     for name in ("fits", "mcnemar", "minus zero-shot", "minus fine-tuned"):
         if results.get(name):
             show(results[name], name)
-    if args.plot and draw is None:
-        raise SystemExit(f"{args.command} has no plot")
     if args.json:
         versions = {"numpy": np.__version__, "scipy": scipy.__version__, "torch": torch.__version__}
         head = {"command": args.command, "args": vars(args), "versions": versions}

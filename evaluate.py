@@ -188,7 +188,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--val-zeroshot and --val-finetuned go together")
     if args.boot < 0:
         parser.error(f"--boot must not be negative, got {args.boot}")
-    if args.plot and (args.command in ("compare", "retrieval", "report") or getattr(args, "checkpoints", [])):
+    writes_weights = args.command == "wiseft" and args.checkpoints
+    if args.plot and (writes_weights or args.command in ("compare", "retrieval", "report")):
         parser.error(f"{args.command} has no --plot of this")
     if args.plot and Path(args.plot).suffix not in (".png", ".svg"):
         parser.error(f"--plot ends in .png or .svg, got {args.plot}")

@@ -1,0 +1,2538 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "numpy>=1.26", "scipy>=1.11"]
+# ///
+"""Imbalance, robustness, collapse, transfer, debiasing: scores from arrays, tables and state dicts, never from a model.
+
+    python evaluate.py imbalance runs/clip/val.npz runs/sl/val.npz --plot bins.png         # frequency against accuracy
+    python evaluate.py robustness sl=runs/sl0 sl=runs/sl1 clip=runs/clip --baseline sl     # or any CSV, TSV, JSON table
+    python evaluate.py compare runs/sl/val.npz runs/clip/val.npz                # A0,A1,A2 B0,B1,B2 are seeds
+    python evaluate.py collapse runs/clip/val.npz                               # NC1, NC2 of means and class vectors
+    python evaluate.py similarity laionet.npz imagenet.npz --plot sorted.png    # pictures of one class: how alike
+    python evaluate.py prototypes runs/dino/checkpoint.pt --eps 0.025 0.1       # distinct prototypes, affinity
+    python evaluate.py debias --zeroshot runs/zs/val.npz --finetuned runs/ft/val.npz
+    python evaluate.py wiseft zeroshot.pt finetuned.pt --alpha 0 0.5 1 --out runs/wise
+    python evaluate.py wiseft --results runs/wise --plot wise.png
+    python evaluate.py probe runs/dino/train.npz runs/dino/val.npz --sweep transfer
+    python evaluate.py knn runs/dino runs/dino4096 --sets cifar10 pets          # RUN/cifar10_train.npz, _test.npz
+    python evaluate.py fewshot runs/dino/train.npz runs/dino/val.npz --shots 1 4 16
+    python evaluate.py retrieval pairs.npz                                      # features, text_features, image_ids
+    python evaluate.py calibration runs/clip/val.npz --plot reliability.png
+    python evaluate.py concepts shared laion.tsv yfcc.tsv cc12m.tsv --plot tail.png
+    python evaluate.py report runs/sl runs/clip runs/frozen --out report.html
+
+in    <set>.npz     labels [N] (-1: none), logits [N, C], features [N, D], class_counts [C], class_names [C], prototypes
+                    [C, D]; each command names what it misses. `predictions` [N], if there, takes the place of argmax
+      RUN           a folder with <set>.npz, and metrics.json and args.json where a command can use them
+      tables        CSV, TSV or JSON with a header; counts: one number a line, or columns class and count
+      checkpoints   .pt with weights_only, .safetensors, .npy
+out   a table on the terminal, `--json FILE` with all numbers, `--plot FILE.png|svg` (pip install matplotlib)
+
+Every estimate is {"value", "low", "high"}: 95 % percentile intervals of --boot resamples, over images for accuracies,
+over classes for correlations, over models for fits; null where nothing can be computed, or nothing was sampled.
+Fractions are in 0..1. The same seed gives the same bytes.
+
+Dimension key: N images, C classes, D width, K prototypes, S shifts, boot resamples.
+
+Differences from the paper's notebooks and from the methods' released code:
+ 1. Every number has an interval, and empty classes are left out of means of accuracies (theirs: 0/0).
+ 2. Ties of float16 logits are broken by features @ prototypes, not by the lowest class; their number is reported.
+ 3. Intra-class similarity has no self-pairs; its interval resamples images, not pairs; curves keep one order.
+ 4. NC2 of class vectors is given centred too: uncentred it mostly measures their common mean.
+ 5. GLA's label prior is the exact optimum of its convex problem (L-BFGS), not 1,000 steps of primal-dual SGD.
+ 6. 11-point average precision does not count recall 0 as precision 1, and leaves out `difficult` objects (label -1).
+ 7. Logistic regression runs to its optimum for every strength; the released sweep stops at 100 iterations.
+ 8. Percentiles are widened for small samples of models (Hesterberg, arXiv 1411.5279, section 5.3.1).
+"""
+
+import argparse
+import contextlib
+import csv
+import html
+import json
+import math
+import os
+import pickle
+import re
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# ------------------------------------------------------------------------------ flags
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Flags of evaluate.py, one subcommand a metric family; wrong combinations end here."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--boot", type=int, default=1000, help="resamples of the intervals; 0 leaves intervals out")
+    common.add_argument("--seed", type=int, default=0, help="of resamples, splits and draws")
+    common.add_argument("--json", default="", help="write all numbers to this file")
+    common.add_argument("--plot", default="", help="draw to this .png or .svg (pip install matplotlib)")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text, parents=parents or [common], allow_abbrev=False,
+                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    p = command("imbalance", "accuracy and predictions against the training frequency of the classes")
+    p.add_argument("files", nargs="+", help="predictions, one file a model")
+    p.add_argument("--counts", default="", help="training frequencies, if other than the files' class_counts")
+    p.add_argument("--classes", default="", help="classes to keep (logits too): a line each, id or name, and perhaps a "
+                                                 "tab and a group; logits of a group are max-pooled")
+    p.add_argument("--cuts", nargs=2, type=int, default=[100, 20], help="many > first, medium, few < second")
+    p.add_argument("--tail-classes", type=int, default=0, help="also the mean over the K rarest classes, and over the "
+                                                               "others; 0 is off")
+    p.add_argument("--worst", type=int, default=10, help="k of the mean over the k worst classes")
+    p.add_argument("--bins", type=int, default=10, help="frequency bins")
+    p.add_argument("--equal-count", action="store_true", help="bins with equal numbers of classes, not equal widths in "
+                                                              "log frequency")
+    p = command("robustness", "effective robustness: accuracy under shift beyond the baseline models' line")
+    p.add_argument("inputs", nargs="+", help="tables (columns model, group, and one a test set; SET@SHIFT is the "
+                                             "accuracy on SET over the classes of SHIFT) and runs, as GROUP=FOLDER; "
+                                             "without GROUP a run's training data names it")
+    p.add_argument("--id", default="val", help="in-distribution test set")
+    p.add_argument("--shifts", nargs="*", default=[], help="test sets under shift; empty takes all but --id")
+    p.add_argument("--baseline", default="", help="group of the standard models; empty takes the first input's")
+    p.add_argument("--before", default="", help="model before an intervention: adds each model's relative robustness")
+    p.add_argument("--subset", nargs="*", default=[], metavar="SHIFT=FILE", help="classes of a shift, as imbalance's "
+                   "--classes; without it, those that its labels have")
+    p.add_argument("--n", nargs="*", default=[], metavar="SET=N", help="images of a table's test sets, for intervals")
+    p.add_argument("--split", nargs="*", default=[], metavar="SHIFT=ACC", help="two lines, left and right of this ID "
+                   "accuracy, for sets chosen against one model")
+    p = command("compare", "two models on the same images: paired bootstrap and McNemar's test")
+    p.add_argument("a", help="predictions; several seeds with commas between")
+    p.add_argument("b", help="predictions; several seeds with commas between")
+    p.add_argument("--counts", default="", help="training frequencies, if other than the files' class_counts")
+
+    device = argparse.ArgumentParser(add_help=False)
+    device.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
+    task = argparse.ArgumentParser(add_help=False, parents=[common, device])
+    task.add_argument("inputs", nargs="+", help="TRAIN.npz TEST.npz, TRAIN.npz VAL.npz TEST.npz, or folders of models "
+                                                "with SET_train.npz, SET_test.npz, perhaps SET_val.npz")
+    task.add_argument("--sets", nargs="*", default=[], help="sets of the folders; empty takes all of the first")
+    task.add_argument("--metric", default="auto", choices=["auto", "top1", "per_class"],
+                      help="auto is per_class for aircraft, caltech, flowers and pets, else top1; labels [N, C] of 1, "
+                           "0, -1 (difficult) are scored by 11-point mAP")
+    p = command("probe", "logistic regression on features (L-BFGS), strength chosen on validation images", task)
+    p.add_argument("--sweep", default="clip", choices=["clip", "transfer", "none"],
+                   help="strengths: CLIP's binary search over 96, 45 of the transfer protocol, or --C alone")
+    p.add_argument("--C", type=float, default=0.316, help="inverse strength, as scikit-learn's, for --sweep none")
+    p = command("knn", "weighted nearest neighbours by cosine", task)
+    p.add_argument("--k", nargs="+", type=int, default=[10, 20, 100, 200], help="numbers of neighbours")
+    p = command("fewshot", "logistic regression on k images a class, several draws", task)
+    p.add_argument("--shots", nargs="+", type=int, default=[1, 2, 4, 8, 16], help="images a class")
+    p.add_argument("--draws", type=int, default=5, help="draws of the images; the interval is over them")
+    p.add_argument("--C", type=float, default=0.316, help="inverse strength, as scikit-learn's")
+    p = command("retrieval", "recall at k of texts for images and images for texts", common, device)
+    p.add_argument("files", nargs="+", help="features [n_images, D], text_features [n, D], image_ids [n]")
+    p.add_argument("--k", nargs="+", type=int, default=[1, 5, 10], help="places that count")
+    p = command("calibration", "expected calibration error, temperature, reliability")
+    p.add_argument("files", nargs="+", help="predictions, one file a model")
+    p.add_argument("--bins", type=int, default=15, help="confidence bins")
+    p.add_argument("--fraction", type=float, default=0.5, help="images that the temperature is fitted on")
+    p = command("collapse", "neural collapse: NC1, NC2 of class means and of class vectors")
+    p.add_argument("files", nargs="+", help="predictions with features before normalisation, one file a model")
+    p.add_argument("--counts", default="", help="training frequencies, if other than the files' class_counts")
+    p = command("similarity", "how alike the pictures of one class are, in two sets")
+    p.add_argument("a", help="features and labels of one set")
+    p.add_argument("b", help="features and labels of the other, from the same model")
+    p.add_argument("--pairs", type=int, default=100, help="largest number of pairs of a class in the distribution")
+    p.add_argument("--max-images", type=int, default=100, help="images of a class, a random choice")
+    p.add_argument("--min-pairs", type=int, default=7, help="leave out classes with fewer in either set")
+    p = command("prototypes", "distinct prototypes, affinity of head and tail, effective rank", common, device)
+    p.add_argument("file", help="[K, D] array: .npy, .npz (prototypes), or a checkpoint's last layer")
+    p.add_argument("--key", default="", help="name of the array, if it is not found")
+    p.add_argument("--eps", nargs="+", type=float, default=[0.025],
+                   help="largest 1 - cosine of prototypes that count as one")
+    p.add_argument("--counts", default="", help="training frequency of each row, if the file has no class_counts")
+    p.add_argument("--tail", type=int, default=50,
+                   help="rarest rows, and as many random others, in the affinity matrix")
+    p.add_argument("--tsne", action="store_true", help="add t-SNE to numbers and plot (pip install scikit-learn)")
+    p = command("debias", "remove the label bias of a zero-shot and a fine-tuned model after training")
+    p.add_argument("--zeroshot", required=True, help="predictions of the zero-shot model on the test images")
+    p.add_argument("--finetuned", required=True, help="predictions of the fine-tuned model on the same images")
+    p.add_argument("--val-zeroshot", default="", help="the same on held-out images; empty holds out half of each class")
+    p.add_argument("--val-finetuned", default="", help="goes with --val-zeroshot")
+    p.add_argument("--more", nargs="*", default=[], metavar="NAME=FILE", help="further rows, such as wise=FILE.npz")
+    p.add_argument("--prior", default="", help="frequencies the fine-tuned model was trained on: a file, or uniform; "
+                                               "empty takes its class_counts")
+    p.add_argument("--group-by", default="counts", choices=["counts", "prior"],
+                   help="thirds of classes by those frequencies or by the zero-shot model's estimated prior (GLA)")
+    p.add_argument("--calibrate", action="store_true", help="divide both models' logits by their temperature first")
+    p = command("wiseft", "interpolate two checkpoints; then the curve of their results")
+    p.add_argument("checkpoints", nargs="*", help="zero-shot and fine-tuned checkpoint")
+    p.add_argument("--alpha", nargs="+", type=float, default=[0, 0.25, 0.5, 0.75, 1], help="share of the second")
+    p.add_argument("--out", default="runs/wiseft", help="folder of alpha_*.pt")
+    p.add_argument("--results", default="", help="instead: a folder with alpha_*/, each written by --eval-only")
+    p.add_argument("--id", default="val", help="in-distribution test set")
+    p.add_argument("--shifts", nargs="*", default=[], help="test sets under shift; empty takes all but --id")
+    p = command("concepts", "class frequencies over concept sets and data sets")
+    p.add_argument("what", choices=["accuracy", "agree", "shared"],
+                   help="accuracy: MODEL/SET.npz files, correlations a set; agree: pairs of counts A B; shared: counts "
+                        "of several data sets")
+    p.add_argument("files", nargs="+", help="predictions, or tables of counts")
+    p.add_argument("--counts", default="", help="for accuracy: frequencies, if other than the files' class_counts")
+    p = command("report", "one HTML page, and Markdown tables, of runs side by side")
+    p.add_argument("runs", nargs="+",
+                   help="folders, as NAME=FOLDER; names like frozen/0.4M make a series along an axis")
+    p.add_argument("--out", default="report.html", help="the page: one file, no requests")
+    p.add_argument("--markdown", default="", help="also write the tables to this file")
+
+    args = parser.parse_args(argv)
+    if args.command == "wiseft" and len(args.checkpoints) != (0 if args.results else 2):
+        parser.error("wiseft takes two checkpoints, or --results FOLDER")
+    if args.command == "debias" and bool(args.val_zeroshot) != bool(args.val_finetuned):
+        parser.error("--val-zeroshot and --val-finetuned go together")
+    if args.boot < 0:
+        parser.error(f"--boot must not be negative, got {args.boot}")
+    writes_weights = args.command == "wiseft" and args.checkpoints
+    if args.plot and (writes_weights or args.command in ("compare", "retrieval", "report")):
+        parser.error(f"{args.command} has no --plot of this")
+    if args.plot and Path(args.plot).suffix not in (".png", ".svg"):
+        parser.error(f"--plot ends in .png or .svg, got {args.plot}")
+    return args
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # before the heavy imports: --help and a mistyped flag are answered at once
+
+import numpy as np  # noqa: E402
+import scipy.ndimage  # noqa: E402
+import scipy.optimize  # noqa: E402
+import torch  # noqa: E402
+from scipy.sparse import coo_matrix, csr_matrix  # noqa: E402
+from scipy.sparse.csgraph import connected_components  # noqa: E402
+from scipy.special import expit, log_softmax, logit, logsumexp, softmax  # noqa: E402
+from scipy.stats import beta, binomtest, norm, rankdata, spearmanr  # noqa: E402
+from scipy.stats import t as student_t  # noqa: E402
+
+# ------------------------------------------------------------------------------ readers
+
+
+def member_shape(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: str) -> tuple[int, ...]:
+    """Shape of an array inside an .npz, from its header; SystemExit for what must not be read."""
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+        if dtype.hasobject:
+            raise SystemExit(f"{path}: {member.filename} holds Python objects, which run code when read: save it as "
+                             "numbers or as text")
+        if math.prod(shape) * dtype.itemsize + file.tell() != member.file_size:
+            raise SystemExit(f"{path}: {member.filename} says {shape} {dtype} and has {member.file_size} bytes")
+    return shape
+
+
+def read_npz(path: str | Path, keys: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
+    """Arrays of an .npz: those named, else all. Nothing is unpacked before names, types and sizes were looked at.
+
+    Raises: SystemExit for a file that is none, holds Python objects, or unpacks to more than the memory of the machine
+        or than 200 times its size.
+    """
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [m for m in archive.infolist() if not keys or m.filename.removesuffix(".npy") in keys]
+            n_bytes, n_packed = sum(m.file_size for m in members), sum(m.compress_size for m in members)
+            if n_bytes > memory or n_bytes > max(2**28, 200 * n_packed):
+                raise SystemExit(f"{path}: {n_packed} bytes announce {n_bytes} unpacked, refused; save it without "
+                                 "compression or in parts")
+            for member in members:
+                member_shape(archive, member, path)
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files if not keys or name in keys}
+    except (OSError, ValueError, EOFError, NotImplementedError, zlib.error, zipfile.BadZipFile) as error:
+        raise SystemExit(f"{path}: cannot be read as .npz ({str(error)[:100]})") from None
+
+
+def check_finite_rows(path: str | Path, name: str, array: np.ndarray) -> None:
+    """SystemExit, with the row, for NaN and infinity."""
+    for start in range(0, len(array), 8192):
+        finite = np.isfinite(array[start : start + 8192]).reshape(len(array[start : start + 8192]), -1).all(1)
+        if not finite.all():
+            raise SystemExit(f"{path}: {name} are not finite in row {start + int(finite.argmin())} (float16 ends at "
+                             "65,504: save larger values as float32)")
+
+
+ROW_KEYS = ("labels", "logits", "features", "rows", "predictions")
+CLASS_KEYS = ("class_counts", "class_names", "prototypes")
+
+
+def read_predictions(path: str | Path, *need: str, counts: str = "", multi_label: bool = False,
+                     with_logits: bool = False) -> dict:
+    """One <set>.npz, checked: {"path", "n_classes", "labels", ...}; rows without a label are left out.
+
+    need: arrays it must have; logits are read only if among them, or with_logits, where there are any. counts: a file
+    that takes the place of class_counts. multi_label: labels may be [N, C] of 1, 0 and -1 (difficult).
+    Raises: SystemExit for a missing array, widths that differ, values that are not finite, labels out of range,
+        negative counts.
+    """
+    unread = () if "logits" in need or with_logits else ("logits",)
+    data = read_npz(path, tuple(key for key in ROW_KEYS + CLASS_KEYS if key not in unread))
+    if counts:
+        data["class_counts"] = read_counts(counts, data.get("class_names"))
+    missing = [name for name in (*need, "labels") if name not in data]
+    if missing:
+        raise SystemExit(f"{path}: no array {', '.join(missing)}; found {', '.join(sorted(data)) or 'nothing'}")
+    labels = data["labels"]
+    for name in (name for name in ("logits", "features", "prototypes", "class_counts") if name in data):
+        if data[name].dtype.kind not in "fiu" or data[name].ndim != (1 if name == "class_counts" else 2):
+            raise SystemExit(f"{path}: {name} is {data[name].dtype} {data[name].shape}, expected numbers "
+                             f"{'[C]' if name == 'class_counts' else '[N, width]'}")
+        check_finite_rows(path, name, data[name])
+    if labels.dtype.kind not in "iu" or labels.ndim != 1 + (multi_label and labels.ndim == 2):
+        raise SystemExit(f"{path}: labels are {labels.dtype} {labels.shape}, expected whole numbers [N]")
+    if not len(labels) or labels.ndim == 1 and labels.max() < 0:
+        raise SystemExit(f"{path}: no labelled rows")
+    for name in (name for name in ROW_KEYS if name in data):
+        if len(data[name]) != len(labels):
+            raise SystemExit(f"{path}: {len(labels)} labels, {len(data[name])} {name}")
+    widths = {name: len(data[name]) for name in CLASS_KEYS if name in data}
+    widths |= {"logits": data["logits"].shape[1]} if "logits" in data else {}
+    if len(set(widths.values())) > 1:
+        raise SystemExit(f"{path}: numbers of classes differ: {widths}")
+    n_classes = next(iter(widths.values()), labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1)
+    if labels.ndim == 1 and labels.max() >= n_classes:
+        raise SystemExit(f"{path}: row {int(labels.argmax())} has label {labels.max()}, there are {n_classes} classes")
+    if "class_counts" in data and data["class_counts"].min() < 0:
+        raise SystemExit(f"{path}: class_counts has {data['class_counts'].min()}")
+    if labels.ndim == 1 and labels.min() < 0:
+        data |= {name: data[name][labels >= 0] for name in ROW_KEYS if name in data}
+    return data | {"path": str(path), "n_classes": n_classes, "labels": data["labels"].astype(np.int64)}
+
+
+def predict(data: dict) -> tuple[np.ndarray, int]:
+    """Predicted classes [N], and how many rows have a tie for the first place that float16 made.
+
+    Ties go to the class whose prototype is nearest to the features, where the file has both; else to the lowest id.
+    """
+    if "predictions" in data:
+        return data["predictions"].astype(np.int64), 0
+    predictions, n_ties = np.empty(len(data["logits"]), np.int64), 0
+    prototypes = data.get("prototypes")
+    if prototypes is not None:
+        prototypes = unit_rows(prototypes)
+    for start in range(0, len(predictions), 8192):
+        logits = data["logits"][start : start + 8192].astype(np.float32)
+        predictions[start : start + 8192] = logits.argmax(1)
+        is_best = logits == logits.max(1, keepdims=True)
+        tied = np.flatnonzero(is_best.sum(1) > 1)
+        n_ties += len(tied)
+        if len(tied) and prototypes is not None and "features" in data \
+                and data["features"].shape[1] == prototypes.shape[1]:
+            cosine = unit_rows(data["features"][start + tied]) @ prototypes.T
+            predictions[start + tied] = np.where(is_best[tied], cosine, -np.inf).argmax(1)
+    return predictions, n_ties
+
+
+def unit_rows(array: np.ndarray) -> np.ndarray:
+    """Rows divided by their length, in float64; zero rows stay zero."""
+    array = np.asarray(array, np.float64)
+    return array / np.maximum(np.linalg.norm(array, axis=1, keepdims=True), 1e-12)
+
+
+def read_table(path: str | Path) -> list[dict[str, str]]:
+    """Rows of a CSV, TSV (by suffix) or JSON table (a list of objects, or {name: object}) as dicts of text."""
+    try:
+        if Path(path).suffix == ".json":
+            content = json.loads(Path(path).read_text("utf-8"))
+            rows = content if isinstance(content, list) else [{"model": k} | v for k, v in content.items()]
+            return [{k: str(v) for k, v in row.items() if v is not None} for row in rows]
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            is_csv = Path(path).suffix == ".csv"
+            options = {} if is_csv else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+            rows = list(csv.DictReader(file, restkey="", **options))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError, csv.Error) as error:
+        raise SystemExit(f"{path}: cannot be read as a table ({str(error)[:100]})") from None
+    for i, row in enumerate(rows):
+        if "" in row or None in row.values():
+            raise SystemExit(f"{path}:{i + 2}: the row and the header have different numbers of fields")
+    return rows
+
+
+def number(text: str, where: str) -> float:
+    """A finite number, or SystemExit that says where."""
+    with contextlib.suppress(ValueError):
+        if math.isfinite(float(text)):
+            return float(text)
+    raise SystemExit(f"{where}: got {text!r}, expected a number")
+
+
+def read_named_counts(path: str | Path) -> dict[str, float]:
+    """{class: count} of a table with columns class (or name, label) and count (or freq, frequency, n), or of lines with
+    one number each (the classes are 0, 1, ...), or of a JSON object."""
+    path = Path(path)
+    try:
+        lines = path.read_text("utf-8").split("\n") if path.suffix != ".json" else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise SystemExit(f"{path}: cannot be read ({str(error)[:100]})") from None
+    lines = [line.strip() for line in lines if line.strip()]
+    if lines and re.fullmatch(r"[\d.eE+]+", lines[0]):
+        return {str(i): number(line, f"{path}:{i + 1}") for i, line in enumerate(lines)}
+    try:
+        content = json.loads(path.read_text("utf-8")) if path.suffix == ".json" else None
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path}: cannot be read ({str(error)[:100]})") from None
+    if isinstance(content, dict) and not any(isinstance(v, dict) for v in content.values()):
+        return {str(k): number(v, f"{path}: {k}") for k, v in content.items()}
+    rows = read_table(path)
+    columns = list(rows[0]) if rows else []
+    key = next((c for c in ("class", "name", "label") if c in columns), None)
+    value = next((c for c in ("count", "freq", "frequency", "n") if c in columns), None)
+    if key is None or value is None:
+        raise SystemExit(f"{path}: found columns {columns}, expected class and count, or one number a line")
+    return {row[key]: number(row[value], f"{path}:{i + 2}") for i, row in enumerate(rows)}
+
+
+def read_counts(path: str | Path, class_names: np.ndarray | None) -> np.ndarray:
+    """[C] training frequencies, by class name where the file and the predictions have names, else by place."""
+    named = read_named_counts(path)
+    if class_names is not None and set(named) & set(class_names.tolist()):
+        missing = [name for name in class_names.tolist() if name not in named]
+        if missing:
+            raise SystemExit(f"{path}: no count for {len(missing)} classes: {', '.join(missing[:5])}")
+        return np.array([named[name] for name in class_names.tolist()])
+    return np.array(list(named.values()))
+
+
+def read_subset(path: str | Path, class_names: np.ndarray | None, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Classes of a file (id or name, perhaps a tab and a group): ids [S] ascending, group of each [S] in 0..G-1."""
+    place = {name: i for i, name in enumerate(class_names.tolist())} if class_names is not None else {}
+    try:
+        lines = [line.split("\t") for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SystemExit(f"{path}: cannot be read ({str(error)[:100]})") from None
+    group_of = {}
+    for i, fields in enumerate(lines):
+        name = fields[0].strip()
+        c = place.get(name, int(name) if name.isdecimal() else -1)
+        if not 0 <= c < n_classes:
+            raise SystemExit(f"{path}:{i + 1}: no class {name!r} among {n_classes}")
+        group_of[c] = fields[1] if len(fields) > 1 else c
+    if not group_of:
+        raise SystemExit(f"{path}: no classes")
+    ids = np.array(sorted(group_of))
+    groups = {group: i for i, group in enumerate(dict.fromkeys(group_of[c] for c in ids.tolist()))}
+    return ids, np.array([groups[group_of[c]] for c in ids.tolist()])
+
+
+def restrict(data: dict, ids: np.ndarray, groups: np.ndarray) -> dict:
+    """The images of some classes, classified among these alone: other logits are dropped, those of a group max-pooled.
+
+    Source: methods of ImageNet-R, -A and ObjectNet (imagenet-testbed, wise-ft): label is the place in the list.
+    """
+    place = np.full(data["n_classes"], -1)
+    place[ids] = groups
+    keep, n_groups = place[data["labels"]] >= 0, int(groups.max()) + 1
+    if not keep.any():
+        raise SystemExit(f"{data['path']}: no image of the {len(ids)} classes")
+    order = np.argsort(groups, kind="stable")
+    starts = np.searchsorted(groups[order], np.arange(n_groups))
+    out = {"path": data["path"], "n_classes": n_groups, "labels": place[data["labels"][keep]]}
+    if "logits" in data:
+        out["logits"] = np.maximum.reduceat(data["logits"][keep][:, ids[order]], starts, axis=1)
+    if "class_counts" in data:
+        out["class_counts"] = np.add.reduceat(data["class_counts"][ids[order]], starts)
+    if n_groups == len(ids):
+        out |= {name: data[name][ids] for name in ("class_names", "prototypes") if name in data}
+    return out | ({"features": data["features"][keep]} if "features" in data else {})
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object; {} if there is no such file."""
+    try:
+        return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path}: cannot be read ({str(error)[:100]})") from None
+
+
+def set_flag(values: list[str], flag: str) -> dict[str, str]:
+    """SET=VALUE flags as a dict."""
+    wrong = [value for value in values if "=" not in value]
+    if wrong:
+        raise SystemExit(f"{flag}: got {wrong[0]}, expected SET=VALUE")
+    return dict(value.split("=", 1) for value in values)
+
+
+# ------------------------------------------------------------------------------ estimates
+
+
+def estimate(value: float | None, draws: np.ndarray | None = None, level: float = 0.95,
+             is_biased: bool = False) -> dict[str, float | None]:
+    """{"value", "low", "high"}: percentile interval of the draws; draws that are not finite are left out.
+
+    is_biased: of a statistic that resampling itself raises or lowers (Gini, mean of the worst k): the basic bootstrap
+    interval, percentiles reflected at the value, which takes that bias off.
+    """
+    value = None if value is None or not math.isfinite(value) else float(value)
+    draws = np.asarray([] if draws is None else draws, float)
+    draws = draws[np.isfinite(draws)]
+    if value is None or not len(draws):
+        return {"value": value, "low": None, "high": None}
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    low, high = (2 * value - high, 2 * value - low) if is_biased else (low, high)
+    return {"value": value, "low": float(low), "high": float(high)}
+
+
+def t_interval(values: list[float]) -> dict[str, float | None]:
+    """Mean over runs with its 95 % t-interval; None for the ends of a single run."""
+    values = np.asarray([v for v in values if v is not None], float)
+    if len(values) < 2:
+        return estimate(values[0] if len(values) else None)
+    half = student_t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return {"value": float(values.mean()), "low": float(values.mean() - half), "high": float(values.mean() + half)}
+
+
+def clopper_pearson(accuracy: float, n: float) -> dict[str, float | None]:
+    """Exact 95 % interval of a fraction of n images; None for the ends when n is not known (NaN)."""
+    if not math.isfinite(n) or n < 1:
+        return estimate(accuracy)
+    k = round(accuracy * n)
+    low = float(beta.ppf(0.025, k, n - k + 1)) if k else 0.0
+    high = float(beta.ppf(0.975, k + 1, n - k)) if k < n else 1.0
+    return {"value": float(accuracy), "low": low, "high": high}
+
+
+def bootstrap_means(values: np.ndarray, boot: int, rng: np.random.Generator) -> np.ndarray:
+    """[boot] means of resampled values; in blocks, so memory does not grow with boot."""
+    step, n = max(1, 2**24 // max(1, len(values))), len(values)
+    blocks = [values[rng.integers(n, size=(min(step, boot - i), n))].mean(1) for i in range(0, boot, step)]
+    return np.concatenate([np.zeros(0), *blocks])
+
+
+def mean_over(values: np.ndarray, boot: int, rng: np.random.Generator) -> dict[str, float | None]:
+    """Mean of the finite values, with the interval of resampling them."""
+    values = values[np.isfinite(values)]
+    return estimate(values.mean(), bootstrap_means(values, boot, rng)) if len(values) else estimate(None)
+
+
+# Copied from clip.py
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> float | None:
+    """Spearman's rank correlation, average ranks for ties; None if one side is constant."""
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return None
+    return float(spearmanr(x, y).statistic)
+
+
+def rank_correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Spearman's correlation of each row of x with that row of y, NaN if one is constant. x, y: [boot, C]."""
+    x, y = (rankdata(side, axis=1) for side in (x, y))
+    x, y = (side - side.mean(1, keepdims=True) for side in (x, y))
+    with np.errstate(invalid="ignore"):
+        return (x * y).sum(1) / np.sqrt((x**2).sum(1) * (y**2).sum(1))
+
+
+def spearman(x: np.ndarray, y: np.ndarray, boot: int, rng: np.random.Generator) -> dict[str, float | None]:
+    """Spearman's correlation over classes, with the interval of resampling classes; pairs with a NaN are left out."""
+    both = np.isfinite(x) & np.isfinite(y)
+    x, y = x[both], y[both]
+    index = rng.integers(len(x), size=(boot, len(x))) if len(x) else np.zeros((0, 0), int)
+    return estimate(rank_correlation(x, y), rank_correlations(x[index], y[index]) if len(index) else None)
+
+
+def gini(values: np.ndarray) -> np.ndarray:
+    """Gini index over the last axis; 0 is equal shares, NaN if all are 0."""
+    values = np.sort(np.asarray(values, float), axis=-1)
+    n = values.shape[-1]
+    with np.errstate(invalid="ignore"):
+        return (values * (2 * np.arange(1, n + 1) - n - 1)).sum(-1) / (n * values.sum(-1))
+
+
+# ------------------------------------------------------------------------------ imbalance
+
+
+# Copied from clip.py
+def imbalance_metrics(predictions: np.ndarray, labels: np.ndarray, class_counts: np.ndarray) -> dict[str, float | None]:
+    """Accuracy, and how much it and the predictions follow the training frequency of the classes.
+
+    predictions, labels: [n] class ids. class_counts: [C] training images a class; classes without any count too.
+    Returns: fractions in 0..1 and Spearman correlations over all classes; a class without test images has no accuracy
+        and is left out of means of accuracies. head, medium, tail: the classes by falling count (ties by id), in
+        thirds of C // 3, C // 3 and the rest. What cannot be computed is None.
+    Source: Wen et al., arXiv 2405.21070, section 2 (their notebooks: all classes, average ranks).
+    """
+    C = len(class_counts)
+    n_test = np.bincount(labels, minlength=C)
+    n_predicted = np.bincount(predictions, minlength=C)
+    tested = n_test > 0
+    accuracy = np.bincount(labels[predictions == labels], minlength=C)[tested] / n_test[tested]
+    per_class = np.full(C, np.nan)
+    per_class[tested] = accuracy
+    thirds = np.split(per_class[np.argsort(-class_counts, kind="stable")], [C // 3, 2 * (C // 3)])
+    head, medium, tail = (float(np.nanmean(third)) if np.isfinite(third).any() else None for third in thirds)
+    return {
+        "n": len(labels),
+        "top1": float((predictions == labels).mean()),
+        "balanced": float(accuracy.mean()),
+        "head": head,
+        "medium": medium,
+        "tail": tail,
+        "spearman_acc": rank_correlation(class_counts[tested], accuracy),
+        "spearman_pred": rank_correlation(class_counts, n_predicted),
+        "chance": 1 / C,
+    }
+
+
+def resample_images(labels: np.ndarray, predictions: np.ndarray, n_classes: int, boot: int,
+                    rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Bootstrap over images: number of each class, of its right ones, of its predictions, each [boot, C]."""
+    n_test, n_right, n_predicted = (np.empty((boot, n_classes), np.int32) for _ in range(3))
+    cell = np.where(labels == predictions, labels, n_classes)
+    for b in range(boot):
+        index = rng.integers(len(labels), size=len(labels))
+        n_test[b] = np.bincount(labels[index], minlength=n_classes)
+        n_right[b] = np.bincount(cell[index], minlength=n_classes + 1)[:n_classes]
+        n_predicted[b] = np.bincount(predictions[index], minlength=n_classes)
+    return n_test, n_right, n_predicted
+
+
+def nan_mean(values: np.ndarray) -> np.ndarray:
+    """Mean over the last axis without NaN, NaN if there is nothing else."""
+    n = np.isfinite(values).sum(-1)
+    return np.where(n > 0, np.nansum(values, -1) / np.maximum(n, 1), np.nan)
+
+
+def class_groups(class_counts: np.ndarray, cuts: tuple[int, int], tail_classes: int) -> dict[str, np.ndarray]:
+    """Class ids by falling frequency (ties by id): thirds; by counts; those never seen; the rarest and the others."""
+    order, C = np.argsort(-class_counts, kind="stable"), len(class_counts)
+    groups = dict(zip(("head", "medium", "tail"), np.split(order, [C // 3, 2 * (C // 3)])))
+    high, low = cuts
+    groups |= {f"many >{high}": np.flatnonzero(class_counts > high),
+               f"medium {low}-{high}": np.flatnonzero((class_counts >= low) & (class_counts <= high)),
+               f"few <{low}": np.flatnonzero(class_counts < low), "never seen": np.flatnonzero(class_counts == 0)}
+    if tail_classes:
+        rarest = np.argsort(class_counts, kind="stable")
+        groups |= {f"{tail_classes} rarest": rarest[:tail_classes], "others": rarest[tail_classes:]}
+    return groups
+
+
+def frequency_bins(class_counts: np.ndarray, n_bins: int, is_equal_count: bool) -> np.ndarray:
+    """[C] bin of each class: equal widths in log10 of the frequency (never seen: bin -1), or equal numbers of classes.
+
+    Source: Wen et al., arXiv 2405.21070, figure 13, bins the log frequency; its edges are not published.
+    """
+    if is_equal_count:
+        bins = np.empty(len(class_counts), int)
+        for i, part in enumerate(np.array_split(np.argsort(class_counts, kind="stable"), n_bins)):
+            bins[part] = i
+        return bins
+    seen, bins = class_counts > 0, np.full(len(class_counts), -1)
+    if seen.any():
+        log = np.log10(class_counts[seen])
+        width = max(np.ptp(log) / n_bins, 1e-12)
+        bins[seen] = np.minimum((log - log.min()) // width, n_bins - 1)
+    return bins
+
+
+def binned_statistics(bins: np.ndarray, class_counts: np.ndarray, accuracy: np.ndarray, share: np.ndarray, boot: int,
+                      rng: np.random.Generator) -> list[dict]:
+    """For each bin of classes: number, mean frequency, mean and std of accuracy and of predictions per test image."""
+    out = []
+    for i in np.unique(bins):
+        inside = bins == i
+        out.append({"bin": int(i), "n_classes": int(inside.sum()), "count": float(class_counts[inside].mean()),
+                    "accuracy": mean_over(accuracy[inside], boot, rng),
+                    "accuracy_std": float(np.sqrt(nan_mean((accuracy[inside] - nan_mean(accuracy[inside])) ** 2))),
+                    "predictions": mean_over(share[inside], boot, rng),
+                    "predictions_std": float(np.sqrt(nan_mean((share[inside] - nan_mean(share[inside])) ** 2)))})
+    return out
+
+
+def score_classes(data: dict, cuts: tuple[int, int], tail_classes: int, worst: int, boot: int,
+                  seed: int) -> tuple[dict, np.ndarray, np.ndarray]:
+    """All imbalance numbers of one model, {name: estimate}; accuracy [C] (NaN: no test image); predictions [C]."""
+    rng = np.random.default_rng(seed)
+    labels, counts, C = data["labels"], data["class_counts"], data["n_classes"]
+    predictions, n_ties = predict(data)
+    n_test, n_predicted = (np.bincount(ids, minlength=C) for ids in (labels, predictions))
+    with np.errstate(invalid="ignore"):
+        accuracy = np.bincount(labels[labels == predictions], minlength=C) / n_test
+        test, right, predicted = resample_images(labels, predictions, C, boot, rng)
+        draws = right / test  # [boot, C]
+    point = imbalance_metrics(predictions, labels, counts)
+    row = {"n": len(labels), "top1": estimate(point["top1"], right.sum(1) / len(labels)),
+           "balanced": estimate(point["balanced"], nan_mean(draws))}
+    for name, ids in class_groups(counts, cuts, tail_classes).items():
+        if len(ids):
+            row[name] = estimate(float(nan_mean(accuracy[ids])), nan_mean(draws[:, ids]))
+    k = min(worst, int((n_test > 0).sum()))
+    row |= {f"worst {k}": estimate(np.sort(accuracy)[:k].mean(), np.sort(draws, 1)[:, :k].mean(1),
+                               is_biased=True),  # NaN sort last
+            "never right": estimate(np.mean(accuracy[n_test > 0] == 0),
+                                    nan_mean(np.where(test > 0, right == 0, np.nan))),
+            "spearman_acc": spearman(counts, accuracy, boot, rng),
+            "spearman_pred": spearman(counts, n_predicted, boot, rng),
+            "spearman_acc_pred": spearman(accuracy, n_predicted.astype(float), boot, rng),
+            "gini_counts": estimate(float(gini(counts))), "gini_pred": estimate(
+                float(gini(n_predicted)), gini(predicted), is_biased=True),
+            "chance": point["chance"], "classes without test images": int((n_test == 0).sum()), "ties": n_ties}
+    return row, accuracy, n_predicted
+
+
+def imbalance(paths: list[str], counts: str, subset: str, cuts: tuple[int, int], tail_classes: int, worst: int,
+              n_bins: int, is_equal_count: bool, boot: int, seed: int) -> dict:
+    """Rows of all models, their classes and frequency bins, and the bins' mean and std over models."""
+    rows, models = {}, {}
+    for name, path in zip(short_names(paths), paths):
+        data = read_predictions(path, "logits", counts=counts)
+        if "class_counts" not in data:
+            raise SystemExit(f"{path}: no class_counts: pass --counts")
+        if subset:
+            data = restrict(data, *read_subset(subset, data.get("class_names"), data["n_classes"]))
+        rows[name], accuracy, predicted = score_classes(data, cuts, tail_classes, worst, boot, seed)
+        class_counts, n_test = data["class_counts"], np.bincount(data["labels"], minlength=data["n_classes"])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            share = np.where(n_test > 0, predicted / n_test, np.nan)
+        bins = frequency_bins(class_counts, n_bins, is_equal_count)
+        names = data.get("class_names", np.arange(data["n_classes"]).astype(str))
+        models[name] = {"class_names": names, "class_counts": class_counts, "accuracy": accuracy,
+                        "predictions": predicted, "predictions_per_image": share,
+                        "bins": binned_statistics(bins, class_counts, accuracy, share, boot,
+                                                  np.random.default_rng(seed))}
+    over = []
+    if len(models) > 1 and len({tuple(m["class_counts"]) for m in models.values()}) == 1:
+        for same in zip(*(m["bins"] for m in models.values())):
+            over.append({"count": same[0]["count"]} | {
+                key + end: float(f([b[key]["value"] for b in same])) for key in ("accuracy", "predictions")
+                for end, f in (("", np.mean), ("_std", lambda v: np.std(v, ddof=1)))})
+    return {"rows": rows, "models": models, "bins_over_models": over}
+
+
+def plot_imbalance(results: dict, path: str) -> None:
+    """Accuracy, and predictions per test image, against frequency: classes (one model) and frequency bins."""
+    figure, axes = new_figure(2)
+    for i, (name, model) in enumerate(results["models"].items()):
+        for axis, key, std in zip(axes, ("accuracy", "predictions_per_image"), ("accuracy", "predictions")):
+            counts = np.maximum(model["class_counts"], 0.5)
+            if len(results["models"]) == 1:
+                axis.scatter(counts, model[key], s=8, color="0.6", linewidths=0, label="class")
+            bins = model["bins"]
+            x = np.maximum([b["count"] for b in bins], 0.5) * 1.03**i
+            axis.errorbar(x, [value_of(b[std]) for b in bins], [b[f"{std}_std"] for b in bins], capsize=2,
+                          **line_style(i), label=name if len(results["models"]) > 1 else "bin: mean, std of classes")
+    for axis, title in zip(axes, ("accuracy", "predictions / test images")):
+        axis.set(xscale="log", xlabel="training images of the class (0.5: none)", ylabel=title, ylim=(0, None))
+    axes[1].axhline(1, color="0.5", linewidth=0.8, linestyle=":")
+    axes[0].legend(fontsize=7, frameon=False)
+    save_figure(figure, path)
+
+
+# ------------------------------------------------------------------------------ compare
+
+
+def compare(paths_a: list[str], paths_b: list[str], counts: str, boot: int, seed: int) -> dict:
+    """Two models on the same images, several seeds each: A, B, the difference B - A with its paired interval.
+
+    Accuracies: the same images are resampled for both, within classes where classes weigh equally. Correlations: the
+    same classes. `seeds` is the t-interval of the difference over pairs of runs, another source of chance. McNemar's
+    exact test looks at the images that only one of a pair gets right.
+    """
+    rng = np.random.default_rng(seed)
+    sides = [[read_predictions(path, "logits", counts=counts) for path in paths] for paths in (paths_a, paths_b)]
+    first = sides[0][0]
+    for data in sides[0] + sides[1]:
+        for key in ("rows", "labels"):
+            if key in first and key in data and not np.array_equal(first[key], data[key]):
+                raise SystemExit(f"{data['path']} and {first['path']} are not of the same images: their {key} differ")
+    labels, C = first["labels"], first["n_classes"]
+    class_counts = first.get("class_counts", np.zeros(C))
+    predictions = [[predict(data)[0] for data in side] for side in sides]
+    right = [np.array([p == labels for p in side]) for side in predictions]  # [runs, N] of A and of B
+    n_test, tested = np.bincount(labels, minlength=C), np.bincount(labels, minlength=C) > 0
+    order = np.argsort(labels, kind="stable")
+    gain = (right[1].mean(0) - right[0].mean(0))[order]  # [N], by class
+    start, n_of = (np.cumsum(n_test) - n_test)[labels[order]], n_test[labels[order]]
+    per_class = np.full((boot, C), np.nan)
+    for b in range(boot):
+        index = start + (rng.random(len(gain)) * n_of).astype(int)
+        per_class[b, tested] = np.bincount(labels, gain[index][np.argsort(order)], C)[tested] / n_test[tested]
+    draws = {"top1": bootstrap_means(gain, boot, rng), "balanced": nan_mean(per_class)}
+    draws |= {k: nan_mean(per_class[:, ids]) for k, ids in list(class_groups(class_counts, (100, 20), 0).items())[:3]}
+    classes = rng.integers(int(tested.sum()), size=(boot, int(tested.sum())))
+    metrics = [[imbalance_metrics(p, labels, class_counts) for p in side] for side in predictions]
+    frequency = class_counts[tested][classes]
+    for key, of in (("spearman_acc", lambda p: np.bincount(labels[p == labels], minlength=C)[tested] / n_test[tested]),
+                    ("spearman_pred", lambda p: np.bincount(p, minlength=C)[tested])):
+        means = [np.mean([rank_correlations(frequency, of(p)[classes]) for p in side], 0) for side in predictions]
+        draws[key] = means[1] - means[0]
+    rows = {}
+    for key, draw in draws.items():
+        a, b = ([m[key] for m in side] for side in metrics)
+        if None in a + b:
+            rows[key] = {"A": t_interval(a), "B": t_interval(b), "B - A": estimate(None), "seeds": estimate(None)}
+            continue
+        pairs = [y - x for x, y in zip(a, b)]
+        rows[key] = {"A": t_interval(a), "B": t_interval(b), "B - A": estimate(np.mean(b) - np.mean(a), draw),
+                     "seeds": t_interval(pairs)}
+    mcnemar = {}
+    for i, (x, y) in enumerate(zip(*right)):
+        only_a, only_b = int((x & ~y).sum()), int((y & ~x).sum())
+        p = binomtest(min(only_a, only_b), only_a + only_b).pvalue if only_a + only_b else 1.0
+        mcnemar[f"pair {i}"] = {"only A right": only_a, "only B right": only_b, "p": float(p)}
+    return {"rows": rows, "mcnemar": mcnemar}
+
+
+# ------------------------------------------------------------------------------ robustness
+
+
+def accuracy_pair(id_data: dict, data: dict, subset: str) -> tuple[float, int, float, int]:
+    """Accuracy and number of images, in distribution and under shift, over the classes of the shift alone."""
+    if subset:
+        ids, groups = read_subset(subset, id_data.get("class_names"), id_data["n_classes"])
+    else:
+        ids = np.unique(data["labels"])
+        groups = np.arange(len(ids))
+    if id_data["n_classes"] != data["n_classes"]:
+        raise SystemExit(f"{data['path']} has {data['n_classes']} classes, {id_data['path']} {id_data['n_classes']}")
+    pair = []
+    for side in (id_data, data):
+        part = restrict(side, ids, groups) if subset or len(ids) < side["n_classes"] else side
+        pair += [float((predict(part)[0] == part["labels"]).mean()), len(part["labels"])]
+    return tuple(pair)
+
+
+def models_of_run(folder: Path, group: str, id_set: str, shifts: list[str], subsets: dict[str, str]) -> dict:
+    """One model of the robustness plot: {"model", "group", shift: (acc_id, n_id, acc, n)} from a run's folder."""
+    name = group or str(read_json(folder / "args.json").get("args", {}).get("data", "runs"))
+    metrics, model = read_json(folder / "metrics.json"), {"model": str(folder), "group": name}
+    id_path = folder / f"{id_set}.npz"
+    found = sorted(({p.stem for p in folder.glob("*.npz")} | set(metrics)) - {id_set, "run"})
+    id_data = read_predictions(id_path, "logits") if id_path.is_file() else None
+    for shift in shifts or found:
+        path = folder / f"{shift}.npz"
+        if id_data is not None and path.is_file():
+            model[shift] = accuracy_pair(id_data, read_predictions(path, "logits"), subsets.get(shift, ""))
+        elif all((metrics.get(s) or {}).get("top1") is not None for s in (id_set, shift)):
+            model[shift] = tuple(metrics[s][k] for s in (id_set, shift) for k in ("top1", "n"))
+    return model
+
+
+def models_of_table(path: str, group: str, id_set: str, shifts: list[str], n_of: dict[str, float]) -> list[dict]:
+    """The same from a table; accuracies are percent if one of the table is above 1."""
+    rows, models = read_table(path), []
+    columns = list(rows[0]) if rows else []
+    names = shifts or [c for c in columns if c not in ("model", "group", id_set) and "@" not in c]
+    wanted = [c for c in columns if c.split("@")[0] in (id_set, *names)]
+    if id_set not in columns or not names or "model" not in columns:
+        raise SystemExit(f"{path}: found columns {columns}, expected model, {id_set} and shifts; name them by --id and "
+                         "--shifts")
+    values = [{c: number(row[c], f"{path}:{i + 2}, {c}") for c in wanted if row.get(c, "") != ""}
+              for i, row in enumerate(rows)]
+    scale = 100 if max((v for row in values for v in row.values()), default=0) > 1 else 1
+    for i, (row, value) in enumerate(zip(rows, values)):
+        model = {"model": row["model"], "group": group or row.get("group") or Path(path).stem}
+        for shift in (s for s in names if s in value and id_set in value):
+            matched = f"{id_set}@{shift}" if f"{id_set}@{shift}" in value else id_set
+            pair = (value[matched] / scale, n_of.get(matched, np.nan), value[shift] / scale, n_of.get(shift, np.nan))
+            if not (0 <= pair[0] <= 1 and 0 <= pair[2] <= 1):
+                raise SystemExit(f"{path}:{i + 2}: accuracies of {shift} are out of range: {value}")
+            model[shift] = pair
+        models.append(model)
+    return models
+
+
+def safe_logit(accuracy: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """Log odds; accuracies of 0 and 1 as (k + 1/2) / (n + 1), the others as they are."""
+    extreme = (accuracy <= 0) | (accuracy >= 1)
+    if np.isnan(np.broadcast_to(n, accuracy.shape)[extreme]).any():
+        raise SystemExit("an accuracy is 0 or 1: its log odds need the number of images, pass --n SET=N")
+    return logit(np.where(extreme, (accuracy * n + 0.5) / (n + 1), accuracy))
+
+
+def fit_lines(x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Least squares over the last axis: slope, intercept, r2; NaN where x has one distinct value."""
+    total = np.maximum(weight.sum(-1, keepdims=True), 1e-300)
+    mx, my = ((weight * v).sum(-1, keepdims=True) / total for v in (x, y))
+    sxx, syy, sxy = ((weight * a * b).sum(-1) for a, b in ((x - mx, x - mx), (y - my, y - my), (x - mx, y - my)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        slope = np.where(sxx > 1e-12 * total[..., 0], sxy / sxx, np.nan)
+        return slope, my[..., 0] - slope * mx[..., 0], np.where(syy > 0, slope * sxy / syy, np.nan)
+
+
+def small_sample_level(n: int) -> float:
+    """Level at which percentiles of a bootstrap over n points of a line have the width of a t-interval.
+
+    Source: Hesterberg, arXiv 1411.5279, section 5.3.1 (expanded percentiles), with n - 2 degrees of freedom.
+    """
+    return float(1 - 2 * norm.cdf(-math.sqrt(n / (n - 2)) * student_t.ppf(0.975, n - 2))) if n > 2 else 0.95
+
+
+class Line:
+    """A group's fit on the logit scale, in one piece or two, with its resamples.
+
+    x, y: [m] log odds. split: log odds of x that part the pieces; inf is one piece. draws: [boot, pieces] of slope and
+    intercept, each resample of models with at least two distinct x.
+    """
+
+    def __init__(self, x: np.ndarray, y: np.ndarray, split: float, boot: int, rng: np.random.Generator):
+        self.split, self.level, self.n = split, small_sample_level(len(x)), len(x)
+        index = rng.integers(len(x), size=(boot, len(x)))
+        while np.ptp(x) > 0 and (constant := np.ptp(x[index], axis=1) == 0).any():
+            index[constant] = rng.integers(len(x), size=(int(constant.sum()), len(x)))
+        pieces = [x < split, x >= split] if math.isfinite(split) else [np.ones(len(x), bool)]
+        fits = [fit_lines(x, y, piece.astype(float)) for piece in pieces]
+        self.slope, self.intercept, self.r2 = (np.array(v) for v in zip(*fits))
+        draws = [fit_lines(x[index], y[index], piece[index].astype(float)) for piece in pieces]
+        self.draws = [np.stack(v, -1) for v in zip(*draws)]  # slope, intercept, r2: [boot, pieces]
+
+    def at(self, x: np.ndarray) -> np.ndarray:
+        """Log odds that the line expects at x [...]."""
+        piece = (np.asarray(x) >= self.split).astype(int)
+        return self.slope[piece] * x + self.intercept[piece]
+
+    def draws_at(self, x: np.ndarray) -> np.ndarray:
+        """The same of every resample. x: [boot, m] or [m]; returns [boot, m]."""
+        piece = np.broadcast_to((np.asarray(x) >= self.split).astype(int), (len(self.draws[0]), np.shape(x)[-1]))
+        slope, intercept = (np.take_along_axis(d, piece, 1) for d in self.draws[:2])
+        return slope * x + intercept
+
+    def estimates(self) -> list[dict]:
+        """Slope, intercept and r2 of each piece, with intervals."""
+        return [{"models": self.n} | {name: estimate(value[i], draws[:, i], self.level) for name, value, draws in zip(
+            ("slope", "intercept", "r2"), (self.slope, self.intercept, self.r2), self.draws)}
+            for i in range(len(self.slope))]
+
+
+def effective_robustness(models: list[dict], shifts: list[str], baseline: str, before: str, splits: dict[str, float],
+                         boot: int, seed: int) -> dict:
+    """Accuracy of every model under every shift beyond the line of the baseline models.
+
+    models: as models_of_run gives them, each with all shifts. rho = acc - sigmoid(slope * logit(acc_id) + intercept), a
+    vertical distance in 0..1. `average` is a shift of its own: accuracies averaged, then logit; `mean_rho` is the mean
+    of rho.
+    The interval of rho resamples models (the line) and images (binomial draws of both accuracies).
+    Source: Taori et al., arXiv 2007.00644, sections 2 and 3; groups of one training source each: 2103.00020, figure 13.
+    """
+    rng = np.random.default_rng(seed)
+    values = np.array([[m[s] for s in shifts] for m in models], float)  # [models, S, 4]
+    acc_id, n_id, acc, n = np.moveaxis(values, -1, 0)  # each [models, S]
+
+    def drawn(p: np.ndarray, n: np.ndarray) -> np.ndarray:
+        k = rng.binomial(np.nan_to_num(n).astype(int), p, size=(boot, *p.shape))
+        return np.where(np.isnan(n), p, k / np.maximum(n, 1))
+
+    id_draws, draws = drawn(acc_id, n_id), drawn(acc, n)  # [boot, models, S]
+    # All: the average is one more shift, with the summed images as its n.
+    acc_id, acc, id_draws, draws = (np.concatenate([v, v.mean(-1, keepdims=True)], -1)
+                                    for v in (acc_id, acc, id_draws, draws))
+    n_id, n = (np.concatenate([v, v.sum(-1, keepdims=True)], -1) for v in (n_id, n))
+    x, y, names = safe_logit(acc_id, n_id), safe_logit(acc, n), [*shifts, "average"]
+    groups = np.array([m["group"] for m in models])
+    rows = {m["model"]: {"group": m["group"]} for m in models}
+    fits, curves, rho_draws = {}, {}, []
+    for s, shift in enumerate(names):
+        split = logit(splits[shift]) if shift in splits else math.inf
+        lines = {g: Line(x[groups == g, s], y[groups == g, s], split if g == baseline else math.inf, boot,
+                         np.random.default_rng(seed + 1))  # the same resamples of models for every shift
+                 for g in dict.fromkeys(groups.tolist()) if g == baseline or (groups == g).sum() > 2}
+        for g, line in lines.items():
+            for i, fit in enumerate(line.estimates()):
+                fits[f"{shift}, {g}" + (f", {'left' if i == 0 else 'right'}" if len(line.slope) > 1 else "")] = fit
+            grid = np.linspace(x[:, s].min() - 0.2, x[:, s].max() + 0.2, 60)
+            tail = (1 - line.level) / 2
+            low, high = np.quantile(line.draws_at(grid), [tail, 1 - tail], axis=0) if boot else (None, None)
+            curves.setdefault(shift, {})[g] = {"x": expit(grid), "y": expit(line.at(grid))} | (
+                {"low": expit(low), "high": expit(high)} if boot else {})
+        line, base = lines[baseline], x[groups == baseline, s]
+        rho = acc[:, s] - expit(line.at(x[:, s]))
+        rho_draws.append(draws[:, :, s] - expit(line.draws_at(safe_logit(id_draws[:, :, s], n_id[:, s])))
+                         if boot else np.zeros((0, len(models))))
+        for i, m in enumerate(models):
+            n_pair = (n_id[i, s], n[i, s]) if shift != "average" else (np.nan, np.nan)
+            rows[m["model"]] |= {f"{shift} id": clopper_pearson(acc_id[i, s], n_pair[0]),
+                                 shift: clopper_pearson(acc[i, s], n_pair[1]),
+                                 f"{shift} rho": estimate(rho[i], rho_draws[-1][:, i], line.level),
+                                 f"{shift} extrapolated": bool(not base.min() <= x[i, s] <= base.max())}
+    for i, m in enumerate(models):
+        rhos = [rows[m["model"]][f"{s} rho"]["value"] for s in shifts]
+        rows[m["model"]]["mean_rho"] = estimate(None if None in rhos else np.mean(rhos),
+                                                np.mean([d[:, i] for d in rho_draws[:-1]], 0), line.level)
+        if before:
+            j = [m["model"] for m in models].index(before)
+            for s, shift in enumerate(names):
+                rows[m["model"]][f"{shift} tau"] = estimate(acc[i, s] - acc[j, s], draws[:, i, s] - draws[:, j, s])
+    return {"baseline": baseline, "shifts": names, "rows": rows, "fits": fits, "curves": curves}
+
+
+def robustness(inputs: list[str], id_set: str, shifts: list[str], baseline: str, before: str, subsets: dict[str, str],
+               n_of: dict[str, str], splits: dict[str, str], boot: int, seed: int) -> dict:
+    """Read tables and runs, leave out models that miss a shift, fit."""
+    models = []
+    n_images = {k: number(v, f"--n {k}") for k, v in n_of.items()}
+    for text in inputs:
+        group, _, path = text.rpartition("=")
+        if Path(path).is_dir():
+            models.append(models_of_run(Path(path), group, id_set, shifts, subsets))
+        else:
+            models += models_of_table(path, group, id_set, shifts, n_images)
+    shifts = shifts or list(dict.fromkeys(k for m in models for k in m if k not in ("model", "group")))
+    kept = [m for m in models if all(s in m for s in shifts)]
+    for m in models:
+        if m not in kept:
+            missing = ", ".join(s for s in shifts if s not in m)
+            print(f"left out {m['model']}: no accuracy on {missing}", file=sys.stderr)
+    names = [m["model"] for m in kept]
+    if not kept or not shifts or len(set(names)) < len(names):
+        raise SystemExit(f"{len(models)} models, {len(kept)} of them with {id_set} and all of {shifts}; each needs its "
+                         f"own name ({len(set(names))} names); --id and --shifts choose the sets")
+    baseline = baseline or kept[0]["group"]
+    n_base = sum(m["group"] == baseline for m in kept)
+    if n_base < 2 or (before and before not in names):
+        raise SystemExit(f"--baseline {baseline}: {n_base} models, a line needs 2; groups are "
+                         f"{sorted({m['group'] for m in kept})}" if n_base < 2 else f"--before: no model {before}")
+    cuts = {k: number(v, f"--split {k}") for k, v in splits.items()}
+    return effective_robustness(kept, shifts, baseline, before, cuts, boot, seed)
+
+
+def plot_robustness(results: dict, path: str) -> None:
+    """For every shift: accuracy under shift against ID accuracy, logit axes, y = x, the groups' lines and bands."""
+    shifts = results["shifts"]
+    figure, axes = new_figure(len(shifts), 3.4, 3.2)
+    groups = list(dict.fromkeys(row["group"] for row in results["rows"].values()))
+    for axis, shift in zip(axes, shifts):
+        for i, group in enumerate(groups):
+            members = [row for row in results["rows"].values() if row["group"] == group]
+            x, y = (np.array([value_of(row[key]) for row in members]) for key in (f"{shift} id", shift))
+            error = np.array([[v - (row[shift]["low"] or v), (row[shift]["high"] or v) - v]
+                              for row, v in zip(members, y)]).T
+            x, y, low, high = (logit(np.clip(v, 1e-3, 0.999)) for v in (x, y, y - error[0], y + error[1]))
+            axis.errorbar(x, y, [y - low, high - y], label=group, **line_style(i) | {"linestyle": "", "markersize": 5})
+            curve = results["curves"][shift].get(group)
+            if curve:
+                axis.plot(logit(curve["x"]), logit(curve["y"]), color=COLORS[i % len(COLORS)], linewidth=1)
+                if "low" in curve and len(members) >= 6:  # the band of a few models is the whole panel
+                    axis.fill_between(logit(curve["x"]), logit(curve["low"]), logit(curve["high"]), alpha=0.2,
+                                      color=COLORS[i % len(COLORS)], linewidth=0)
+        rows = results["rows"].values()
+        for which, key in (("x", f"{shift} id"), ("y", shift)):
+            low, high = (f(value_of(row[key]) for row in rows) for f in (min, max))
+            limits = logit(np.clip([low, high], 2e-3, 0.998)) + [-0.35, 0.35]
+            for step in (20, 10, 5, 2, 1):  # percent between ticks
+                ticks = np.arange(step, 100, step) / 100
+                inside = ticks[(logit(ticks) > limits[0]) & (logit(ticks) < limits[1])]
+                if len(inside) >= 4:
+                    break
+            axis.set(**{f"{which}lim": limits, f"{which}ticks": logit(inside),
+                        f"{which}ticklabels": [f"{100 * t:g}" for t in inside]})
+        ends = axis.get_xlim()
+        axis.plot(ends, ends, color="0.5", linestyle=":", linewidth=0.8)
+        axis.set(title=shift, xlabel="in distribution (%), same classes", ylabel="under shift (%)")
+    axes[0].legend(fontsize=7, frameon=False)
+    save_figure(figure, path)
+
+
+# ------------------------------------------------------------------------------ transfer
+
+PER_CLASS_SETS = ("aircraft", "caltech", "flowers", "pets")  # mean per class there, top-1 elsewhere (CLIP, App. A.3)
+
+
+class Logistic:
+    """Logistic regression on fixed features: softmax over classes, or one sigmoid a class for labels [N, C].
+
+    Minimises mean cross-entropy + |W|^2 / (2 C n), the bias free: scikit-learn's optimum for the same C. L-BFGS
+    over float32 products; small objectives of few images, where these have too few digits, go on in float64. Fits start
+    from the last one.
+    """
+
+    def __init__(self, features: np.ndarray, labels: np.ndarray, n_classes: int, device: str):
+        self.n, self.n_classes, self.is_multi = len(features), n_classes, labels.ndim == 2
+        x = torch.from_numpy(np.asarray(features, np.float32)).to(device)
+        self.mean = x.double().mean(0).float()  # taken off, the bias makes up for it: better conditioned
+        self.x = torch.cat([x - self.mean, torch.ones(self.n, 1, device=device)], 1)  # [n, D + 1]
+        self.y = torch.from_numpy(labels).to(device)
+        self.weight = torch.zeros(self.x.shape[1], n_classes, dtype=torch.float64)  # the last row is the bias
+
+    def loss(self, x: torch.Tensor, weight: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """Mean cross-entropy and its gradient [D + 1, C], in the precision of x; without the penalty."""
+        logits = x @ weight.to(x)  # [n, C]
+        if self.is_multi:
+            counted = (self.y >= 0).to(x)  # -1 is difficult: left out
+            value = (torch.nn.functional.softplus(logits) - logits * (self.y == 1)) * counted
+            error = (logits.sigmoid() - (self.y == 1).to(x)) * counted
+        else:
+            rows = torch.arange(self.n, device=x.device)
+            value = logits.logsumexp(1) - logits[rows, self.y]
+            error = logits.softmax(1)
+            error[rows, self.y] -= 1
+        return float(value.sum(dtype=torch.float64)) / self.n, (x.T @ error).double().cpu() / self.n
+
+    def fit(self, C: float, max_iter: int = 10_000) -> float:
+        """Fit for one inverse strength; returns the objective."""
+        decay = 1 / (C * self.n)
+
+        def objective(flat: np.ndarray, x: torch.Tensor, unit: float) -> tuple[float, np.ndarray]:
+            weight = torch.from_numpy(flat).view(-1, self.n_classes)
+            value, gradient = self.loss(x, weight)
+            gradient[:-1] += decay * weight[:-1]
+            return (value + decay / 2 * float((weight[:-1] ** 2).sum())) / unit, gradient.numpy().ravel() / unit
+
+        unit = 1.0  # scipy takes `ftol` as absolute below 1: the second round is in units of the first one's result
+        for is_second in (False, True):
+            if is_second and unit * math.sqrt(self.n) > 2:  # rounding errors of images average out
+                break
+            x = self.x.double() if is_second else self.x
+            found = scipy.optimize.minimize(objective, self.weight.numpy().ravel(), (x, unit), jac=True,
+                                            method="L-BFGS-B", options={"maxiter": max_iter, "maxfun": max_iter,
+                                                                        "ftol": 1e-8, "gtol": 1e-9})
+            self.weight, unit = torch.from_numpy(found.x).view(-1, self.n_classes), max(found.fun * unit, 1e-300)
+        return unit
+
+    def scores(self, features: np.ndarray) -> np.ndarray:
+        """[N, C] float32 logits."""
+        x = torch.from_numpy(np.asarray(features, np.float32)).to(self.x.device) - self.mean
+        return (x @ self.weight[:-1].to(x) + self.weight[-1].to(x)).cpu().numpy()
+
+
+def average_precision(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """11-point average precision (VOC07) of one class: mean of the largest precision at recall >= 0, .1, .., 1.
+
+    labels: [N] 1, 0, and -1 for objects left out. weights: [boot, N] how often each image counts. Returns: [boot]; NaN
+    where no image is positive.
+    """
+    order = np.argsort(-scores, kind="stable")
+    order = order[labels[order] >= 0]
+    weights, labels = weights[:, order].astype(float), labels[order]
+    right, shown = np.cumsum(weights * labels, 1), np.cumsum(weights, 1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        recall, precision = right / right[:, -1:], np.nan_to_num(right / shown)
+    best = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]
+    places = [(recall >= t / 10 - 1e-12).argmax(1) for t in range(11)]
+    mean = np.mean([best[np.arange(len(best)), place] for place in places], 0)
+    return np.where(right[:, -1] > 0, mean, np.nan)
+
+
+def transfer_metric(scores: np.ndarray, labels: np.ndarray, metric: str, boot: int,
+                    seed: int) -> tuple[float, np.ndarray]:
+    """top1, per_class or map of scores [N, C], with draws over test images: the same for all models of a set."""
+    rng, n = np.random.default_rng(seed), len(labels)
+    if metric == "map":
+        classes = range(scores.shape[1])
+        value = nan_mean(np.array([average_precision(scores[:, c], labels[:, c], np.ones((1, n)))[0] for c in classes]))
+        draws = []
+        for start in range(0, boot, 50):
+            weights = rng.multinomial(n, np.full(n, 1 / n), size=min(50, boot - start))
+            precision = [average_precision(scores[:, c], labels[:, c], weights) for c in classes]
+            draws.append(nan_mean(np.stack(precision, 1)))
+        return float(value), np.concatenate([np.zeros(0), *draws])
+    right, C = scores.argmax(1) == labels, scores.shape[1]
+    if metric == "top1":
+        return float(right.mean()), bootstrap_means(right.astype(np.float32), boot, rng)
+    n_test, n_right, _ = resample_images(labels, np.where(right, labels, C), C + 1, boot, rng)
+    with np.errstate(invalid="ignore"):
+        value = np.bincount(labels[right], minlength=C) / np.bincount(labels, minlength=C)
+        return float(nan_mean(value)), nan_mean(n_right / n_test)
+
+
+def read_tasks(inputs: list[str], sets: list[str], multi_label: bool) -> list[tuple[str, str, dict, dict | None, dict]]:
+    """(model, set, train, val or None, test) from TRAIN.npz TEST.npz, or from folders with SET_train.npz, SET_test.npz
+    and perhaps SET_val.npz."""
+    read = lambda path: read_predictions(path, "features", multi_label=multi_label)  # noqa: E731
+    if all(path.endswith(".npz") for path in inputs):
+        if len(inputs) not in (2, 3):
+            raise SystemExit(f"got {len(inputs)} files, expected TRAIN.npz TEST.npz, or TRAIN.npz VAL.npz TEST.npz")
+        parts = [read(path) for path in inputs]
+        tasks = [("model", Path(inputs[-1]).stem, parts[0], parts[1] if len(parts) > 2 else None, parts[-1])]
+    else:
+        names = sets or sorted(p.name.removesuffix("_test.npz") for p in Path(inputs[0]).glob("*_test.npz"))
+        if not names:
+            raise SystemExit(f"{inputs[0]}: no SET_test.npz in it")
+        tasks = []
+        bases = [Path(path).name for path in inputs]
+        for model, folder in zip(bases if len(set(bases)) == len(inputs) else short_names(inputs), inputs):
+            for name in names:
+                train, val, test = (Path(folder) / f"{name}_{part}.npz" for part in ("train", "val", "test"))
+                tasks.append((model, name, read(train), read(val) if val.is_file() else None, read(test)))
+    for _, _, train, val, test in tasks:
+        for part in (val, test):
+            if part and (part["features"].shape[1], part["labels"].ndim) != (train["features"].shape[1],
+                                                                            train["labels"].ndim):
+                raise SystemExit(f"{part['path']} and {train['path']} have features or labels of different widths")
+    return tasks
+
+
+def sweep_strength(protocol: str, C: float, model: Logistic, val: dict, metric: str) -> float:
+    """Inverse strength C that is best on the validation part; among equals the weakest regularisation.
+
+    clip: lambda = 1 / C from 10^-6 to 10^6 on 7 points, then halving round the peak to 8 steps a decade (CLIP, arXiv
+    2103.00020, App. A.3). transfer: 45 values of lambda from 10^-6 to 10^5 (Kornblith et al., ssl-transfer). Strong to
+    weak, each fit from the last.
+    """
+    found = {}
+
+    def score(exponents: list[float]) -> None:
+        for e in sorted(set(exponents) - set(found), reverse=True):
+            model.fit(10.0**-e)
+            found[e] = transfer_metric(model.scores(val["features"]), val["labels"], metric, 0, 0)[0]
+
+    if protocol == "none":
+        return C
+    if protocol == "transfer":
+        score(np.linspace(-6, 5, 45).tolist())
+    else:
+        score([-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0])
+        for step in (1, 0.5, 0.25, 0.125):
+            peak = min(found, key=lambda e: (-found[e], e))
+            score([e for e in (peak - step, peak + step) if -6 <= e <= 6])
+    return 10.0 ** -min(found, key=lambda e: (-found[e], e))
+
+
+def join(a: dict, b: dict) -> dict:
+    """Features and labels of two parts."""
+    return {key: np.concatenate([a[key], b[key]]) for key in ("features", "labels")}
+
+
+def probe_scores(train: dict, val: dict | None, test: dict, n_classes: int, protocol: str, C: float, metric: str,
+                 seed: int, device: str) -> tuple[np.ndarray, dict]:
+    """Scores [N, C] of the test images from logistic regression: strength chosen on validation images (of the training
+    part a random 20 %, if there are none), then fitted on both."""
+    whole = train if val is None else join(train, val)
+    if protocol != "none":
+        if val is None:
+            is_val = np.random.default_rng(seed).random(len(train["labels"])) < 0.2
+            parts = [{k: train[k][rows] for k in ("features", "labels")} for rows in (~is_val, is_val)]
+            if not all(len(p["labels"]) for p in parts):
+                raise SystemExit(f"{train['path']}: {len(is_val)} images are too few to hold out a fifth; --sweep none")
+            train, val = parts
+        C = sweep_strength(protocol, C, Logistic(train["features"], train["labels"], n_classes, device), val, metric)
+    model = Logistic(whole["features"], whole["labels"], n_classes, device)
+    objective = model.fit(C)
+    return model.scores(test["features"]), {"C": C, "objective": objective}
+
+
+def knn_scores(train: dict, test: dict, n_classes: int, k: int, device: str) -> np.ndarray:
+    """Votes [N, C]: the k nearest training images by cosine, each with weight exp(cosine / 0.07).
+
+    Source: DINO, arXiv 2104.14294, section 4.1. Test images go in chunks, so memory is O(2^26 + N C).
+    """
+    x, queries = (torch.from_numpy(unit_rows(part["features"])).float() for part in (train, test))
+    x, y, k, votes = x.to(device), torch.from_numpy(train["labels"]).to(device), min(k, len(x)), []
+    for part in queries.split(max(1, 2**26 // len(y))):
+        with exact_matmul():
+            cosine, index = (part.to(device) @ x.T).topk(k, 1)
+        weights = (cosine / 0.07).exp()
+        votes.append(torch.zeros(len(part), n_classes, device=device).scatter_add_(1, y[index], weights).cpu())
+    return torch.cat(votes).numpy()
+
+
+def metric_of(name: str, labels: np.ndarray, metric: str) -> str:
+    """map for labels [N, C]; else the flag, or what the field reports on this set."""
+    if labels.ndim == 2:
+        return "map"
+    return metric if metric != "auto" else "per_class" if name.lower().startswith(PER_CLASS_SETS) else "top1"
+
+
+def transfer(command: str, inputs: list[str], sets: list[str], ks: list[int], protocol: str, C: float, metric: str,
+             shots: list[int], n_draws: int, boot: int, seed: int, device: str) -> dict:
+    """Table of models x sets, with the mean and the difference to the first model on the same test images."""
+    rows, details, draws = {}, [], {}
+    for model, name, train, val, test in read_tasks(inputs, sets, command == "probe"):
+        n_classes, kind = max(train["n_classes"], test["n_classes"]), metric_of(name, test["labels"], metric)
+        if command == "fewshot":
+            both = train if val is None else join(train, val)
+            for k in shots:
+                values = [few_shot(both, test, n_classes, k, C, kind, seed + i, device) for i in range(n_draws)]
+                rows.setdefault(model, {})[f"{name} {k}-shot"] = t_interval(values)
+                details.append({"model": model, "set": name, "shots": k, "metric": kind, "draws": values})
+            continue
+        if command == "probe":
+            outcomes = {"": probe_scores(train, val, test, n_classes, protocol, C, kind, seed, device)}
+        else:
+            both = train if val is None else join(train, val)
+            outcomes = {f" k={k}": (knn_scores(both, test, n_classes, k, device), {"k": k}) for k in ks}
+        for suffix, (scores, detail) in outcomes.items():
+            value, draw = transfer_metric(scores, test["labels"], kind, boot, seed)
+            rows.setdefault(model, {})[name + suffix] = estimate(value, draw)
+            draws.setdefault(model, {})[name + suffix] = (value, draw)
+            details.append({"model": model, "set": name, "metric": kind, "value": value} | detail)
+    for model, columns in draws.items():
+        base = next(iter(draws.values()))
+        if len(columns) > 1 and command == "probe":
+            values, of_sets = zip(*columns.values())
+            draws[model]["mean"] = (np.mean(values), np.mean(of_sets, 0))
+            rows[model]["mean"] = estimate(*draws[model]["mean"])
+        if model != next(iter(draws)):
+            rows[f"{model} - {next(iter(draws))}"] = {c: estimate(v - base[c][0], d - base[c][1])
+                                                      for c, (v, d) in draws[model].items()}
+    return {"rows": rows, "details": details}
+
+
+def few_shot(train: dict, test: dict, n_classes: int, shots: int, C: float, metric: str, seed: int,
+             device: str) -> float:
+    """Logistic regression on `shots` images of each class (all of a smaller class), drawn with the seed."""
+    order = np.random.default_rng(seed).permutation(len(train["labels"]))
+    order = order[np.argsort(train["labels"][order], kind="stable")]
+    labels = train["labels"][order]
+    place = np.arange(len(labels)) - np.searchsorted(labels, labels)  # place inside its class
+    chosen = order[place < shots]
+    model = Logistic(train["features"][chosen], train["labels"][chosen], n_classes, device)
+    model.fit(C)
+    return transfer_metric(model.scores(test["features"]), test["labels"], metric, 0, 0)[0]
+
+
+def plot_transfer(results: dict, path: str) -> None:
+    """Bars of each set: difference to the first model, or the values of a single one."""
+    rows = {k: v for k, v in results["rows"].items() if " - " in k} or results["rows"]
+    columns = list(next(iter(rows.values())))
+    figure, (axis,) = new_figure(1, max(4.2, 0.3 * len(columns) * len(rows) + 1.5))
+    for i, (name, row) in enumerate(rows.items()):
+        x = np.arange(len(columns)) + (i - (len(rows) - 1) / 2) * 0.8 / len(rows)
+        y = [100 * value_of(row[c]) for c in columns]
+        error = 100 * error_bars([row[c] for c in columns])
+        axis.bar(x, y, 0.8 / len(rows), yerr=error, label=name, color=COLORS[i % len(COLORS)], alpha=0.5,
+                 ecolor="black", hatch=("", "//", "..", "xx")[i % 4], edgecolor="white")
+    axis.set_xticks(range(len(columns)), columns, rotation=30, ha="right", fontsize=8)
+    axis.axhline(0, color="0.3", linewidth=0.8)
+    axis.set(ylabel="points" if any(" - " in k for k in rows) else "%")
+    axis.legend(fontsize=7, frameon=False)
+    save_figure(figure, path)
+
+
+# ------------------------------------------------------------------------------ retrieval
+
+
+# Copied from clip.py
+@contextlib.contextmanager
+def exact_matmul() -> Iterator[None]:
+    """Matrix products in full fp32 inside: TF32 rounds logits near 100 to steps of 0.06."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def retrieval_ranks(images: np.ndarray, texts: np.ndarray, owner: np.ndarray,
+                    device: str) -> tuple[np.ndarray, np.ndarray]:
+    """Rank, from 0, of the best text of each image, and of the image of each text: the number of wrong items before it.
+
+    images: [n_images, D]; texts: [n, D]; unit rows. owner: [n] image of each text. Wrong items with a score within 2e-6
+    count as before it: a constant model is last. Images go in chunks of 256: memory is O(256 n), scores are made once.
+    Same value as clip.py's retrieval_metrics (tests/test_evaluate_transfer.py).
+    """
+    x, t, owner = (torch.as_tensor(v).to(device) for v in (images, texts, owner))
+    pairs = zip(t.split(8192), owner.split(8192))
+    right = torch.cat([(x[o].double() * part.double()).sum(1) for part, o in pairs]).float()
+    right = right - 2e-6  # [n] what a wrong item must exceed
+    best = torch.full((len(x),), -torch.inf, device=device).scatter_reduce_(0, owner, right, "amax")  # [n_images]
+    # Right texts of an image that exceed the threshold themselves.
+    own = torch.bincount(owner[right + 2e-6 > best[owner]], minlength=len(x))
+    before, t2i = [], torch.zeros(len(t), device=device)
+    scores, sign = (torch.empty(256, len(t), device=device) for _ in range(2))
+    for start in range(0, len(x), 256):
+        part = x[start : start + 256]
+        a, b = scores[: len(part)], sign[: len(part)]
+        with exact_matmul():
+            torch.mm(part, t.T, out=a)
+        before.append((torch.sub(a, best[start : start + 256, None], out=b).sign_().sum(1) + len(t)) / 2)  # +1 or -1
+        t2i += torch.sub(a, right, out=b).sign_().sum(0)
+    return (torch.cat(before).round().long() - own).cpu().numpy(), ((t2i + len(x)) / 2).round().long().cpu().numpy() - 1
+
+
+def retrieval(paths: list[str], ks: list[int], boot: int, seed: int, device: str) -> dict:
+    """Recall at k, texts for an image (any of its texts) and images for a text; intervals resample images."""
+    rows = {}
+    for name, path in zip(short_names(paths), paths):
+        data = read_npz(path, ("features", "text_features", "image_ids"))
+        missing = [key for key in ("features", "text_features") if key not in data]
+        if missing or any(v.ndim != 2 or v.dtype.kind not in "fiu" for k, v in data.items() if k != "image_ids"):
+            raise SystemExit(f"{path}: needs features [n_images, D] and text_features [n, D]; missing {missing}")
+        images, texts = data["features"], data["text_features"]
+        owner = data.get("image_ids", np.arange(len(texts)))
+        if not (images.shape[1] == texts.shape[1] and owner.shape == (len(texts),) and len(texts) and owner.dtype.kind
+                in "iu" and np.array_equal(np.unique(owner), np.arange(len(images)))):
+            raise SystemExit(f"{path}: features {images.shape}, text_features {texts.shape}, image_ids {owner.shape}; "
+                             "image_ids [n] is the row of each text's image, and each image needs a text")
+        for key, value in (("features", images), ("text_features", texts)):
+            check_finite_rows(path, key, value)
+        images, texts = (torch.nn.functional.normalize(torch.from_numpy(v.astype(np.float32)), dim=1).numpy()
+                         for v in (images, texts))
+        i2t, t2i = retrieval_ranks(images, texts, owner.astype(np.int64), device)
+        rng, n_texts = np.random.default_rng(seed), np.bincount(owner)
+        weights = [np.bincount(rng.integers(len(images), size=len(images)), minlength=len(images)) for _ in range(boot)]
+        rows[name] = {"images": len(images), "texts": len(texts)}
+        for k in ks:
+            hits = np.bincount(owner, t2i < k)
+            rows[name] |= {f"i2t_r{k}": estimate((i2t < k).mean(), [w @ (i2t < k) / len(images) for w in weights]),
+                           f"t2i_r{k}": estimate((t2i < k).mean(), [w @ hits / (w @ n_texts) for w in weights])}
+        rows[name] |= {"i2t median rank": float(np.median(i2t) + 1), "t2i median rank": float(np.median(t2i) + 1)}
+    return {"rows": rows}
+
+
+# ------------------------------------------------------------------------------ calibration
+
+
+def confidence_of(logits: np.ndarray, labels: np.ndarray, temperature: float) -> tuple[np.ndarray, float]:
+    """Top probability [N] at a temperature, and the mean negative log-likelihood in nats."""
+    top, nll = np.empty(len(labels)), 0.0
+    for start in range(0, len(labels), 4096):
+        scaled = logits[start : start + 4096].astype(np.float64) / temperature
+        total = logsumexp(scaled, axis=1)
+        top[start : start + 4096] = np.exp(scaled.max(1) - total)
+        nll += float((total - scaled[np.arange(len(scaled)), labels[start : start + 4096]]).sum())
+    return top, nll / len(labels)
+
+
+def calibration_bins(confidence: np.ndarray, n_bins: int, is_equal_mass: bool) -> np.ndarray:
+    """[N] bin of each confidence: (lo, hi] of equal width, or equal numbers of images."""
+    if is_equal_mass:
+        return np.argsort(np.argsort(confidence, kind="stable"), kind="stable") * n_bins // len(confidence)
+    return np.clip(np.ceil(confidence * n_bins).astype(int) - 1, 0, n_bins - 1)
+
+
+def calibration_error(bins: np.ndarray, confidence: np.ndarray, right: np.ndarray, boot: int,
+                      rng: np.random.Generator) -> dict[str, float | None]:
+    """ECE: sum over bins of n_b / n |accuracy - confidence|; bins are those of the sample in every resample."""
+    gap = right - confidence
+    draws = np.empty(boot)
+    for b in range(boot):
+        index = rng.integers(len(gap), size=len(gap))
+        draws[b] = np.abs(np.bincount(bins[index], gap[index])).sum() / len(gap)
+    return estimate(np.abs(np.bincount(bins, gap)).sum() / len(gap), draws, is_biased=True)
+
+
+def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """T in [0.01, 100] of the least negative log-likelihood of softmax(logits / T)."""
+    found = scipy.optimize.minimize_scalar(lambda t: confidence_of(logits, labels, math.exp(t))[1],
+                                           bounds=(math.log(0.01), math.log(100)), method="bounded",
+                                           options={"xatol": 1e-6})
+    return math.exp(found.x)
+
+
+def calibration(paths: list[str], n_bins: int, fraction: float, boot: int, seed: int) -> dict:
+    """ECE before and after a temperature that is fitted on a random part of the images and judged on the others."""
+    rows, curves = {}, {}
+    for name, path in zip(short_names(paths), paths):
+        data, rng = read_predictions(path, "logits"), np.random.default_rng(seed)
+        is_fit = rng.random(len(data["labels"])) < fraction
+        if is_fit.all() or not is_fit.any():
+            raise SystemExit(f"{path}: {len(is_fit)} images do not split into --fraction {fraction} and the rest")
+        temperature = fit_temperature(data["logits"][is_fit], data["labels"][is_fit])
+        logits, labels = data["logits"][~is_fit], data["labels"][~is_fit]
+        right = predict(data)[0][~is_fit] == labels
+        rows[name] = {"n": len(labels), "top1": mean_over(right.astype(float), boot, rng), "temperature": temperature}
+        for label, t in (("", 1.0), (" at T", temperature)):
+            confidence, nll = confidence_of(logits, labels, t)
+            bins = calibration_bins(confidence, n_bins, False)
+            rows[name] |= {f"confidence{label}": mean_over(confidence, boot, rng),
+                           f"ece{label}": calibration_error(bins, confidence, right, boot, rng),
+                           f"ece, equal mass{label}": calibration_error(calibration_bins(confidence, n_bins, True),
+                                                                        confidence, right, boot, rng),
+                           f"nll{label}": nll}
+            curves[name + label] = [{"confidence": float(confidence[bins == b].mean()), "n": int((bins == b).sum())}
+                                    | {"accuracy": clopper_pearson(right[bins == b].mean(), (bins == b).sum())}
+                                    for b in np.unique(bins)]
+    return {"rows": rows, "curves": curves}
+
+
+def plot_calibration(results: dict, path: str) -> None:
+    """Reliability: accuracy against confidence in each bin, and how many images it has."""
+    figure, axes = new_figure(2)
+    for i, (name, curve) in enumerate(results["curves"].items()):
+        x, y = [b["confidence"] for b in curve], [b["accuracy"]["value"] for b in curve]
+        axes[0].errorbar(x, y, error_bars([b["accuracy"] for b in curve]), label=name, capsize=2, **line_style(i))
+        axes[1].plot(x, [b["n"] for b in curve], label=name, **line_style(i))
+    axes[0].plot([0, 1], [0, 1], color="0.5", linestyle=":", linewidth=0.8)
+    axes[0].set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+    axes[1].set(xlabel="confidence", ylabel="images of the bin", xlim=(0, 1), yscale="log")
+    axes[0].legend(fontsize=7, frameon=False)
+    save_figure(figure, path)
+
+
+# ------------------------------------------------------------------------------ collapse
+
+
+def class_means(features: np.ndarray, labels: np.ndarray, n_classes: int) -> np.ndarray:
+    """[C, D] float64 mean of each class; NaN without images. Features are widened in chunks, not as a whole."""
+    total = np.zeros((n_classes, features.shape[1]))
+    for start in range(0, len(labels), 8192):
+        part = labels[start : start + 8192]
+        one_hot = csr_matrix((np.ones(len(part)), (part, np.arange(len(part)))), (n_classes, len(part)))
+        total += one_hot @ features[start : start + 8192].astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        return total / np.bincount(labels, minlength=n_classes)[:, None]
+
+
+def within_variability(features: np.ndarray, labels: np.ndarray, means: np.ndarray) -> tuple[np.ndarray, int]:
+    """NC1 of each class [C], tr(S_w(c) S_b^+) with S_w(c) over the number of all images, and the rank kept of S_b.
+
+    features: [N, D] before normalisation; means: [C, D], NaN without images (left out). Memory O(N D + D C): with the
+    thin SVD of the centred means U S V^T, NC1_c sums |S^-1 V^T (h - mean)|^2. Eigenvalues of S_b below 1.19e-7 D of the
+    largest are dropped: torch.linalg.pinv's default in float32, which the authors used.
+    Source: paper's notebooks; mean over classes equals the textbook tr(S_w S_b^+) / C.
+    """
+    tested = np.isfinite(means[:, 0])
+    centred = means[tested] - means[tested].mean(0)
+    _, s, vt = np.linalg.svd(centred / math.sqrt(tested.sum()), full_matrices=False)
+    keep = s**2 > features.shape[1] * 1.19e-7 * s.max(initial=0) ** 2
+    project = vt[keep].T / s[keep]  # [D, rank]
+    total = np.zeros(len(means))
+    for start in range(0, len(labels), 4096):
+        part = labels[start : start + 4096]
+        distance = (((features[start : start + 4096] - means[part]) @ project) ** 2).sum(1)
+        total += np.bincount(part, distance, len(means))
+    return np.where(tested & keep.any(), total / len(labels), np.nan), int(keep.sum())
+
+
+def cosine_gaps(vectors: np.ndarray, is_centred: bool) -> tuple[np.ndarray, np.ndarray]:
+    """NC2 of each class: mean and largest |cosine to another class + 1 / (C - 1)|; 0 is a simplex. [C] each.
+
+    vectors: [C, D], rows of NaN are left out. NaN for a row without direction, and for a single class.
+    """
+    tested = np.isfinite(vectors[:, 0])
+    rows, n = vectors[tested], int(tested.sum())
+    rows = rows - rows.mean(0) if is_centred and n else rows
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    mean, nearest = np.full(len(vectors), np.nan), np.full(len(vectors), np.nan)
+    if n > 1:
+        unit = np.where(norms > 1e-12 * max(norms.max(), 1e-300), rows / np.maximum(norms, 1e-300), np.nan)
+        gap = np.abs(unit @ unit.T + 1 / (n - 1))
+        np.fill_diagonal(gap, 0)
+        mean[tested], nearest[tested] = gap.sum(1) / (n - 1), gap.max(1)
+    return mean, nearest
+
+
+def collapse(paths: list[str], counts: str, boot: int, seed: int) -> dict:
+    """NC1 and NC2 of each class, their means, and Spearman's correlation with frequency and accuracy."""
+    rows, models = {}, {}
+    for name, path in zip(short_names(paths), paths):
+        data = read_predictions(path, "features", counts=counts, with_logits=True)
+        rng = np.random.default_rng(seed)
+        labels, C, features = data["labels"], data["n_classes"], data["features"]
+        means = class_means(features, labels, C)
+        nc1, rank = within_variability(features, labels, means)
+        metrics = {"NC1": nc1}
+        for vectors, letter in ((means, "M"), (data.get("prototypes"), "W")):
+            for is_centred in (letter == "M", letter != "M") if vectors is not None else ():
+                # The paper centres means and leaves class vectors as they are; the other way round is marked.
+                suffix = "" if is_centred == (letter == "M") else " centred" if is_centred else " uncentred"
+                gaps = cosine_gaps(np.asarray(vectors, np.float64), is_centred)
+                metrics |= {f"NC2_{letter}{suffix}": gaps[0], f"NC2_{letter} nn{suffix}": gaps[1]}
+        right = predict(data)[0] == labels if "logits" in data or "predictions" in data else np.zeros(len(labels), bool)
+        with np.errstate(invalid="ignore"):
+            accuracy = np.bincount(labels[right], minlength=C) / np.bincount(labels, minlength=C)
+        for metric, values in metrics.items():
+            rows[f"{name} {metric}" if len(paths) > 1 else metric] = {
+                "mean": mean_over(values, boot, rng),
+                "rho(freq)": spearman(data["class_counts"], values, boot, rng) if "class_counts" in data
+                else estimate(None), "rho(acc)": spearman(accuracy, values, boot, rng)}
+        models[name] = {"rank of S_b": rank, "accuracy": accuracy} | metrics
+    return {"rows": rows, "models": models}
+
+
+def plot_collapse(results: dict, path: str) -> None:
+    """Correlations of the collapse metrics with accuracy and frequency, and the metrics' means."""
+    figure, axes = new_figure(2, 5)
+    names = list(results["models"])
+    metrics = [k for k in results["models"][names[0]] if k.startswith("NC")]
+    for axis, key, title in zip(axes, ("rho(acc)", "rho(freq)"), ("accuracy", "frequency")):
+        for i, name in enumerate(names):
+            cells = [results["rows"][f"{name} {m}" if len(names) > 1 else m][key] for m in metrics]
+            x = np.arange(len(metrics)) + (i - (len(names) - 1) / 2) * 0.12
+            y = np.array([value_of(c) for c in cells])
+            axis.errorbar(x, y, error_bars(cells), capsize=2, label=name, **line_style(i) | {"linestyle": ""})
+        axis.axhline(0, color="0.5", linewidth=0.8, linestyle=":")
+        axis.set_xticks(range(len(metrics)), metrics, rotation=40, ha="right", fontsize=7)
+        axis.set(ylabel=f"Spearman with {title}")
+    if len(names) > 1:
+        axes[0].legend(fontsize=7, frameon=False)
+    save_figure(figure, path)
+
+
+# ------------------------------------------------------------------------------ similarity
+
+
+def pair_means(gram: np.ndarray, boot: int, rng: np.random.Generator) -> tuple[float, np.ndarray]:
+    """Mean off-diagonal of a similarity matrix [n, n], and [boot] of resampled rows; a row and its copy are no pair."""
+    n = len(gram)
+    weights = rng.multinomial(n, np.full(n, 1 / n), size=boot).astype(float)  # [boot, n]
+    own = weights**2 @ np.diag(gram)
+    with np.errstate(invalid="ignore", divide="ignore"):  # one row drawn n times
+        draws = (((weights @ gram) * weights).sum(1) - own) / (n**2 - (weights**2).sum(1))
+    return float((gram.sum() - np.trace(gram)) / (n * (n - 1))), draws
+
+
+def benjamini_hochberg(p: np.ndarray, level: float = 0.05) -> np.ndarray:
+    """[n] bool: rejected at this false discovery rate."""
+    order = np.argsort(p)
+    below = np.flatnonzero(p[order] <= level * np.arange(1, len(p) + 1) / len(p))
+    rejected = np.zeros(len(p), bool)
+    rejected[order[: below[-1] + 1 if len(below) else 0]] = True
+    return rejected
+
+
+def similarity(path_a: str, path_b: str, n_pairs: int, max_images: int, min_pairs: int, boot: int, seed: int) -> dict:
+    """Cosine similarity of pictures of one class, in A and in B: class by class, and as a distribution.
+
+    Per class a random max_images images of each set; pairs i < j only. The distribution takes the same number of
+    pairs of a class from both sets, at most n_pairs, with replacement. Classes with fewer than min_pairs in either are
+    left out. Source: Shirali and Hardt, arXiv 2310.06872; their intervals resample pairs, ours images.
+    """
+    rng = np.random.default_rng(seed)
+    sides, labels = [], []
+    for data in (read_predictions(path, "features") for path in (path_a, path_b)):
+        sides.append(data["features"])
+        labels.append(data["labels"])
+    if sides[0].shape[1] != sides[1].shape[1]:
+        raise SystemExit(f"{path_a} has features of width {sides[0].shape[1]}, {path_b} of {sides[1].shape[1]}")
+    classes, means, draws, samples = [], [], [], ([], [])
+    for c in np.intersect1d(*labels):
+        grams = []
+        for features, ids in zip(sides, labels):
+            rows = rng.permutation(np.flatnonzero(ids == c))[:max_images]
+            unit = unit_rows(features[rows])
+            grams.append(unit @ unit.T)
+        counts = [len(g) * (len(g) - 1) // 2 for g in grams]
+        if min(counts) < max(min_pairs, 1):
+            continue
+        for gram, sample, count in zip(grams, samples, counts):
+            pairs = np.triu_indices(len(gram), 1)
+            chosen = rng.integers(count, size=min(*counts, n_pairs))
+            sample.append(gram[pairs[0][chosen], pairs[1][chosen]])
+        value, draw = zip(*(pair_means(gram, boot, rng) for gram in grams))
+        classes.append(int(c))
+        means.append(value)
+        draws.append(draw[0] - draw[1])
+    if not classes:
+        raise SystemExit(f"{path_a} and {path_b}: no class with {min_pairs} pairs of images in both")
+    means, draws = np.array(means), np.array(draws)  # [C, 2], [C, boot]
+    difference = means[:, 0] - means[:, 1]
+    ends = [estimate(d, draw) for d, draw in zip(difference, draws)]
+    p = np.minimum(1, 2 * (1 + np.minimum((draws <= 0).sum(1), (draws >= 0).sum(1))) / (1 + boot))
+    found = benjamini_hochberg(p) if boot else np.zeros(len(p), bool)
+    names = short_names([path_a, path_b])
+    index = rng.integers(len(classes), size=(boot, len(classes)))
+    rows = {"classes": {"value": len(classes)}, f"mean of {names[0]}": {"value": mean_over(means[:, 0], boot, rng)},
+            f"mean of {names[1]}": {"value": mean_over(means[:, 1], boot, rng)},
+            "difference": {"value": estimate(difference.mean(), difference[index].mean(1))}}
+    lows, highs = (np.array([e[end] if e[end] is not None else np.nan for e in ends]) for end in ("low", "high"))
+    for label, holds in (("classes less alike in A", highs < 0), ("classes more alike in A", lows > 0)):
+        rows[f"share of {label}"] = {"value": mean_over(holds.astype(float), boot, rng)}
+        rows[f"share of {label}, 5 % false discoveries"] = {"value": float(np.mean(found & holds))}
+    return {"rows": rows, "names": names, "classes": classes, "class_means": means, "differences": ends,
+            "pairs": [np.concatenate(s) for s in samples]}
+
+
+def plot_similarity(results: dict, path: str) -> None:
+    """Distribution of similarities in both sets; differences of all classes, sorted, with their intervals."""
+    figure, axes = new_figure(2)
+    edges = np.linspace(min(map(min, results["pairs"])), 1, 71)
+    for i, (name, pairs) in enumerate(zip(results["names"], results["pairs"])):
+        axes[0].hist(pairs, edges, density=True, histtype="step", label=name, color=COLORS[i], linestyle=DASHES[i])
+    axes[0].set(xlabel="cosine of two images of a class", ylabel="density")
+    axes[0].legend(fontsize=7, frameon=False)
+    ends = sorted(results["differences"], key=lambda e: e["value"])
+    if ends[0]["low"] is not None:
+        axes[1].fill_between(range(len(ends)), [e["low"] for e in ends], [e["high"] for e in ends], color="0.75")
+    axes[1].plot([e["value"] for e in ends], color="black", linewidth=1)
+    axes[1].axhline(0, color="0.5", linestyle=":", linewidth=0.8)
+    axes[1].set(xlabel="classes, sorted by difference", ylabel=f"similarity, {results['names'][0]} minus\n"
+                                                                f"{results['names'][1]}")
+    save_figure(figure, path)
+
+
+# ------------------------------------------------------------------------------ prototypes
+
+
+def read_state(path: str | Path) -> dict:
+    """A checkpoint with tensors and builtins only (.pt, .safetensors); nothing in it is run."""
+    try:
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return {"state_dict": load_file(path)}
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise SystemExit(f"{path}: pip install safetensors") from None
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise SystemExit(f"{path}: cannot be read as a checkpoint of tensors ({str(error)[:100]})") from None
+
+
+def flat_tensors(content: dict, prefix: str = "") -> dict[str, torch.Tensor]:
+    """All tensors of nested dicts, by dotted names."""
+    found = {}
+    for name, value in content.items():
+        if isinstance(value, dict):
+            found |= flat_tensors(value, f"{prefix}{name}.")
+        elif isinstance(value, torch.Tensor):
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def read_array(path: str, key: str) -> tuple[np.ndarray, dict]:
+    """A [K, D] array of an .npy, an .npz (`prototypes`) or a checkpoint (DINO's last layer, the teacher's first), and
+    what else an .npz has."""
+    suffix = Path(path).suffix
+    more = {}
+    if suffix == ".npy":
+        try:
+            array = np.load(path, allow_pickle=False, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"{path}: cannot be read as .npy ({str(error)[:100]})") from None
+    elif suffix == ".npz":
+        more = read_npz(path, (key or "prototypes", "class_counts", "class_names"))
+        array = more.get(key or "prototypes")
+    else:
+        tensors = flat_tensors(read_state(path))
+        pattern = r"(.*\.)?(last_layer|prototypes)(\.(weight(_v)?|parametrizations\.weight\.original1))?"
+        names = [key] if key else sorted((n for n in tensors if re.fullmatch(pattern, n) and tensors[n].ndim == 2),
+                                         key=lambda n: ("teacher" not in n, n))
+        array = tensors[names[0]].float().numpy() if names and names[0] in tensors else None
+        if array is None:
+            raise SystemExit(f"{path}: no tensor {key or 'that looks like prototypes'}; --key is one of "
+                             f"{', '.join(n for n, t in tensors.items() if t.ndim == 2)[:300]}")
+    if array is None or array.ndim != 2 or array.dtype.kind != "f" or not len(array):
+        raise SystemExit(f"{path}: expected numbers [K, D], got "
+                         f"{'nothing' if array is None else f'{array.dtype} {array.shape}'}; --key names an array")
+    check_finite_rows(path, key or "prototypes", array)
+    return np.asarray(array, np.float32), more
+
+
+def greedy_cover(vectors: torch.Tensor, eps: float) -> tuple[np.ndarray, np.ndarray]:
+    """H1: visit rows in order, keep one iff 1 - cosine to all kept is at least eps. Kept rows [M], group of each [K].
+
+    vectors: [K, D] unit float32. The order matters; the index order is ours. Same result as the naive loop; memory
+    O(4096^2 + K D).
+    """
+    kept, groups = [], np.full(len(vectors), -1)
+    for start in range(0, len(vectors), 4096):
+        chunk = vectors[start : start + 4096]
+        covered = np.full(len(chunk), -1)
+        for first in range(0, len(kept), 4096):
+            cosine = chunk @ vectors[kept[first : first + 4096]].T
+            near = (cosine.amax(1) > 1 - eps).cpu().numpy() & (covered < 0)
+            covered[near] = first + (cosine[near] > 1 - eps).byte().argmax(1).cpu().numpy()
+        free = np.flatnonzero(covered < 0)
+        near = ((chunk[free] @ chunk[free].T) > 1 - eps).cpu().numpy()
+        for i in range(len(free)):
+            if covered[free[i]] < 0:
+                covered[free[near[i] & (covered[free] < 0)]] = len(kept)
+                covered[free[i]] = len(kept)
+                kept.append(start + int(free[i]))
+        groups[start : start + 4096] = covered
+    return np.array(kept), groups
+
+
+def linked_groups(vectors: torch.Tensor, groups: np.ndarray, eps: float) -> np.ndarray:
+    """H2: connected components [K] of the graph 1 - cosine < eps, whatever the order.
+
+    groups: greedy_cover's, each of which is inside one component; only pairs of different groups are looked at, so that
+    collapsed prototypes do not make K^2 pairs.
+    """
+    labels = groups.copy()
+    for i in range(0, len(vectors), 4096):
+        for j in range(i, len(vectors), 4096):
+            cosine = vectors[i : i + 4096] @ vectors[j : j + 4096].T
+            if float(cosine.max()) <= 1 - eps:
+                continue
+            a, b = labels[i : i + 4096], labels[j : j + 4096]
+            new = (cosine > 1 - eps).cpu().numpy() & (a[:, None] != b[None])
+            rows, columns = np.nonzero(new)
+            if len(rows):
+                edges = np.unique(np.stack([a[rows], b[columns]]), axis=1)
+                n = int(labels.max()) + 1
+                labels = connected_components(coo_matrix((np.ones(edges.shape[1]), edges), (n, n)), False)[1][labels]
+    return labels
+
+
+def effective_rank(rows: np.ndarray) -> float:
+    """exp of the entropy of the singular values as shares (Roy and Vetterli, 2007)."""
+    s = np.linalg.svd(rows, compute_uv=False)
+    share = s[s > 1e-12 * s.max(initial=0)] / s.sum()
+    return float(np.exp(-(share * np.log(share)).sum()))
+
+
+def affinity(vectors: np.ndarray, head: np.ndarray, tail: np.ndarray, boot: int, rng: np.random.Generator) -> dict:
+    """Mean cosines inside and between head and tail rows, what they say of collapse, and effective ranks.
+
+    Intervals resample classes; a class and its own copy make no pair. Source: Wen et al., figure 9a.
+    """
+    unit = unit_rows(vectors)
+    (hh, hh_draws), (tt, tt_draws) = (pair_means(unit[ids] @ unit[ids].T, boot, rng) for ids in (head, tail))
+    cross = unit[head] @ unit[tail].T
+    weights = [rng.multinomial(len(ids), np.full(len(ids), 1 / len(ids)), size=boot) / len(ids) for ids in (head, tail)]
+    ht = ((weights[0] @ cross) * weights[1]).sum(1)
+    rows = {"head-head cosine": estimate(hh, hh_draws), "head-tail cosine": estimate(cross.mean(), ht),
+            "tail-tail cosine": estimate(tt, tt_draws), "tail collapse (tail-tail - head-head)":
+            estimate(tt - hh, tt_draws - hh_draws)}
+    for name, ids in (("head", head), ("tail", tail)):
+        centred = unit[ids] - unit[ids].mean(0)
+        rows |= {f"{name} resultant length": float(np.linalg.norm(unit[ids].mean(0))),
+                 f"{name} effective rank": effective_rank(unit[ids]),
+                 f"{name} effective rank, centred": effective_rank(centred)}
+    return rows
+
+
+def prototypes(path: str, key: str, counts: str, epsilons: list[float], n_tail: int, is_tsne: bool, boot: int,
+               seed: int, device: str) -> dict:
+    """Distinct prototypes at each eps, in two definitions; head-tail affinity where frequencies are known."""
+    array, more = read_array(path, key)
+    unit = torch.nn.functional.normalize(torch.from_numpy(array), dim=1).to(device)
+    rng, rows = np.random.default_rng(seed), {"K": {"value": len(array)}}
+    for eps in epsilons:
+        with exact_matmul():
+            kept, groups = greedy_cover(unit, eps)
+            linked = linked_groups(unit, groups, eps)
+        for name, labels in (("greedy", groups), ("linked", linked)):
+            share = np.unique(labels, return_counts=True)[1] / len(labels)
+            rows[f"{name}, eps {eps:g}"] = {"value": len(share), "largest group": int(share.max() * len(labels)),
+                                            "exp entropy": float(np.exp(-(share * np.log(share)).sum()))}
+    results = {"rows": rows, "affinity": {}}
+    rows["effective rank"] = {"value": effective_rank(unit.cpu().double().numpy())}
+    if counts or "class_counts" in more:
+        frequency = read_counts(counts, more.get("class_names")) if counts else more["class_counts"]
+        if len(frequency) != len(array):
+            raise SystemExit(f"{path}: {len(array)} rows, {len(frequency)} frequencies")
+        order, k = np.argsort(frequency, kind="stable"), min(n_tail, len(array) // 2)
+        if k > 1:
+            tail, head = order[:k], rng.choice(order[k:], k, replace=False)
+            rows |= {name: {"value": v} for name, v in affinity(array, head, tail, boot, rng).items()}
+            both = unit_rows(array)[np.concatenate([head, tail])]
+            results["affinity"] = both @ both.T
+        if len(array) <= 20_000:
+            cosine = unit_rows(array) @ unit_rows(array).T
+            np.fill_diagonal(cosine, -np.inf)
+            results |= {"class_counts": frequency, "margin": 1 - cosine.max(1)}
+    if is_tsne:
+        results["tsne"] = tsne(array, seed)
+    return results
+
+
+def tsne(array: np.ndarray, seed: int) -> np.ndarray:
+    """[K, 2] of scikit-learn's t-SNE with the paper's settings; only neighbourhoods mean something."""
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError:
+        raise SystemExit("--tsne needs scikit-learn: pip install scikit-learn") from None
+    if not 4 <= len(array) <= 20_000:
+        raise SystemExit(f"--tsne: {len(array)} rows; 4 to 20,000 can be drawn")
+    model = TSNE(2, perplexity=min(30, (len(array) - 1) / 3), metric="cosine", init="random", random_state=seed)
+    return model.fit_transform(unit_rows(array))
+
+
+def plot_prototypes(results: dict, path: str) -> None:
+    """Distinct prototypes over eps; cosines of head and tail classes; t-SNE."""
+    panels = 1 + bool(results["affinity"]) + ("tsne" in results)
+    figure, axes = new_figure(panels)
+    K = results["rows"]["K"]["value"]
+    for i, name in enumerate(("greedy", "linked")):
+        found = {float(k.split("eps ")[1]): v["value"] for k, v in results["rows"].items()
+                 if k.startswith(f"{name}, eps")}
+        axes[0].plot(sorted(found), [found[e] for e in sorted(found)], label=name, **line_style(i))
+    axes[0].axhline(K, color="0.5", linestyle=":", linewidth=0.8)
+    axes[0].set(xlabel="eps (1 - cosine)", ylabel=f"distinct prototypes of {K}", xscale="log", ylim=(0, None))
+    axes[0].set_xticks(sorted(found), [f"{e:g}" for e in sorted(found)], minor=False)
+    axes[0].minorticks_off()
+    axes[0].legend(fontsize=7, frameon=False)
+    if results["affinity"]:
+        image = axes[1].imshow(results["affinity"], cmap="viridis", vmin=-0.15, vmax=1)
+        figure.colorbar(image, ax=axes[1], label="cosine")
+        axes[1].set(xlabel="random head classes | tail classes", xticks=[], yticks=[])
+    if "tsne" in results:
+        x, y = np.array(results["tsne"]).T
+        color = np.log10(np.maximum(results.get("class_counts", np.ones(len(x))), 0.5))
+        points = axes[-1].scatter(x, y, c=color, s=10, cmap="viridis")
+        figure.colorbar(points, ax=axes[-1], label="log10 frequency")
+        axes[-1].set(xticks=[], yticks=[], xlabel="t-SNE, cosine")
+    save_figure(figure, path)
+
+
+# ------------------------------------------------------------------------------ debias
+
+
+def label_prior(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """GLA's estimate of the label prior [C] that a zero-shot model learned with, from labelled held-out images.
+
+    argmin over q in the simplex of mean CE(logits - ln q + ln pi, labels), pi the labels' own shares, so that the
+    labels need not be balanced. Convex in z = ln q; a class without images gets the mean z by a ridge of 1e-4.
+    Source: arXiv 2310.08106, section 4.2; solved to its optimum, where mean softmax(logits - z + ln pi) = pi.
+    """
+    logits, (N, C) = logits.astype(np.float64), logits.shape
+    share = np.bincount(labels, minlength=C) / N
+    with np.errstate(divide="ignore"):
+        logits = logits + np.log(share)
+    ridge = 1e-4 if (share == 0).any() else 0.0
+
+    def objective(z: np.ndarray) -> tuple[float, np.ndarray]:
+        log_p = log_softmax(logits - z, axis=1)
+        spread = z - z.mean()
+        value = -log_p[np.arange(N), labels].mean() + ridge * (spread**2).sum()
+        return value, share - np.exp(log_p).mean(0) + 2 * ridge * spread
+
+    found = scipy.optimize.minimize(objective, np.zeros(C), jac=True, method="L-BFGS-B",
+                                    options={"ftol": 1e-15, "gtol": 1e-9, "maxiter": 2000})
+    return softmax(found.x)
+
+
+def best_of(values: list[float], make: Callable, labels: np.ndarray) -> float:
+    """The value whose make(value) [N, C] has the best balanced accuracy on held-out labels; the first among equals."""
+    n_test = np.bincount(labels)
+    scores = [np.bincount(labels[make(v).argmax(1) == labels], minlength=len(n_test))[n_test > 0] / n_test[n_test > 0]
+              for v in values]
+    return values[int(np.argmax([s.mean() for s in scores]))]
+
+
+def debias_logits(zs: dict, ft: dict, val: dict[str, np.ndarray], log_prior: np.ndarray,
+                  is_calibrated: bool) -> tuple[dict[str, np.ndarray], dict]:
+    """Logits [N, C] of every method on the test images, and what was chosen on the held-out ones.
+
+    zs, ft: test predictions of the zero-shot and the fine-tuned model. val: `zs`, `ft`, `labels` and perhaps
+    `ft_features` of held-out images. log_prior: [C] of the downstream training set. Nothing here sees a test label.
+    """
+    f_zs, f_ft, y = zs["logits"].astype(np.float32), ft["logits"].astype(np.float32), val["labels"]
+    v_zs, v_ft, chosen = val["zs"].astype(np.float32), val["ft"].astype(np.float32), {}
+    if is_calibrated:
+        chosen |= {"T zero-shot": fit_temperature(v_zs, y), "T fine-tuned": fit_temperature(v_ft, y)}
+        f_zs, v_zs = (f / chosen["T zero-shot"] for f in (f_zs, v_zs))
+        f_ft, v_ft = (f / chosen["T fine-tuned"] for f in (f_ft, v_ft))
+    q = label_prior(v_zs, y)
+    log_mean = np.log(np.maximum(softmax(v_zs.astype(np.float64), axis=1).mean(0), 1e-12))
+    grid = [round(0.1 * i, 1) for i in range(21)]
+    chosen |= {"lambda": best_of(grid, lambda t: v_zs - t * log_mean, y),
+               "tau": best_of(grid, lambda t: v_ft - t * log_prior, y)}
+    out = {"zero-shot": f_zs, "fine-tuned": f_ft, "zero-shot - ln q": f_zs - np.log(q),
+           "zero-shot - lambda ln mean": f_zs - chosen["lambda"] * log_mean,
+           "logit adjustment": f_ft - chosen["tau"] * log_prior, "sum": f_zs + f_ft,
+           "GLA": f_ft + f_zs - np.log(q) - log_prior}
+    norms = np.linalg.norm(ft.get("prototypes", np.ones((1, 1))).astype(np.float64), axis=1, keepdims=True)
+    # A cosine head has tau 1 already.
+    if "ft_features" in val and "features" in ft and np.ptp(norms) > 1e-2 * norms.mean():
+        head = lambda x, t: x.astype(np.float64) @ (ft["prototypes"] / norms**t).T  # noqa: E731
+        chosen["tau-norm"] = best_of(grid[:11], lambda t: head(val["ft_features"], t), y)
+        out["tau-normalised"] = head(ft["features"], chosen["tau-norm"])
+    return out, chosen | {"q": q}
+
+
+def debias(zeroshot: str, finetuned: str, val_zeroshot: str, val_finetuned: str, more: dict[str, str], prior: str,
+           group_by: str, is_calibrated: bool, boot: int, seed: int) -> dict:
+    """Head, medium and tail accuracy of every debiasing, and the differences to both models on the same images.
+
+    Held-out images: --val-*, else a random half of every class of the files, which then is not scored.
+    """
+    zs, ft = (read_predictions(path, "logits") for path in (zeroshot, finetuned))
+    extra = {name: read_predictions(path, "logits") for name, path in more.items()}
+    for data in (ft, *extra.values()):
+        if not np.array_equal(data["labels"], zs["labels"]) or data["n_classes"] != zs["n_classes"]:
+            raise SystemExit(f"{data['path']} and {zs['path']} are not of the same images: their labels differ")
+    labels, C, rng = zs["labels"], zs["n_classes"], np.random.default_rng(seed)
+    if val_zeroshot:
+        parts = [read_predictions(path, "logits") for path in (val_zeroshot, val_finetuned)]
+        if not np.array_equal(parts[0]["labels"], parts[1]["labels"]) or {p["n_classes"] for p in parts} != {C}:
+            raise SystemExit(f"{val_zeroshot}, {val_finetuned}: not the same images, or not {C} classes")
+        val = {"zs": parts[0]["logits"], "ft": parts[1]["logits"], "labels": parts[0]["labels"]}
+        val |= {"ft_features": parts[1]["features"]} if "features" in parts[1] else {}
+        test = np.ones(len(labels), bool)
+    else:
+        order = rng.permutation(len(labels))
+        order = order[np.argsort(labels[order], kind="stable")]
+        test = np.zeros(len(labels), bool)
+        test[order[1::2]] = True  # every other image of a class
+        val = {"zs": zs["logits"][~test], "ft": ft["logits"][~test], "labels": labels[~test]}
+        val |= {"ft_features": ft["features"][~test]} if "features" in ft else {}
+    counts = read_counts(prior, ft.get("class_names")) if prior not in ("", "uniform") else ft.get("class_counts")
+    if counts is None or len(counts) != C:
+        raise SystemExit(f"{finetuned}: no class_counts of {C} classes: pass --prior FILE or uniform")
+    share = np.ones(C) if prior == "uniform" else np.maximum(counts, 0.5)  # never seen counts as half an image
+    cut = [{k: (v[test] if k in ROW_KEYS else v) for k, v in data.items()} for data in (zs, ft)]
+    outcome, chosen = debias_logits(*cut, val, np.log(share / share.sum()), is_calibrated)
+    predictions = {name: f.argmax(1) for name, f in outcome.items()}
+    predictions |= {"zero-shot": predict(cut[0])[0], "fine-tuned": predict(cut[1])[0]}
+    predictions |= {name: predict(data)[0][test] for name, data in extra.items()}
+    order_by = chosen["q"] if group_by == "prior" else counts
+    rows, draws = {}, {}
+    for name, predicted in predictions.items():
+        point = imbalance_metrics(predicted, labels[test], order_by)
+        n_test, right, _ = resample_images(labels[test], predicted, C, boot, np.random.default_rng(seed))
+        with np.errstate(invalid="ignore"):
+            per_class = right / n_test
+        groups = list(class_groups(order_by, (100, 20), 0).items())[:3]
+        draws[name] = {"top1": right.sum(1) / test.sum(), "balanced": nan_mean(per_class)} | {
+            k: nan_mean(per_class[:, ids]) for k, ids in groups}
+        rows[name] = {k: estimate(point[k], d) for k, d in draws[name].items()}
+        rows[name]["spearman_pred"] = point["spearman_pred"]
+    deltas = {base: {name: {k: estimate(value_of(rows[name][k]) - value_of(rows[base][k]), d - draws[base][k])
+                            for k, d in draws[name].items()} for name in rows if name != base}
+              for base in ("zero-shot", "fine-tuned")}
+    return {"rows": rows, "minus zero-shot": deltas["zero-shot"], "minus fine-tuned": deltas["fine-tuned"],
+            "chosen": chosen, "n_test": int(test.sum()), "n_held_out": len(val["labels"])}
+
+
+def plot_debias(results: dict, path: str) -> None:
+    """Head, medium, tail and balanced accuracy of every method."""
+    figure, (axis,) = new_figure(1, 6.5)
+    names = list(results["rows"])
+    for i, key in enumerate(("head", "medium", "tail", "balanced")):
+        cells = [results["rows"][n][key] for n in names]
+        y = [100 * value_of(c) for c in cells]
+        axis.errorbar(np.arange(len(names)) + (i - 1.5) * 0.12, y, 100 * error_bars(cells), label=key, capsize=2,
+                      **line_style(i) | {"linestyle": ""})
+    axis.set_xticks(range(len(names)), names, rotation=25, ha="right", fontsize=8)
+    axis.set(ylabel="accuracy (%)")
+    axis.legend(fontsize=7, frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
+    save_figure(figure, path)
+
+
+# ------------------------------------------------------------------------------ wiseft
+
+
+def interpolate(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:
+    """(1 - alpha) a + alpha b for every entry, batch norm's statistics too; alpha 0 and 1 are a and b, bit for bit.
+
+    Whole-number buffers are rounded. Source: Wortsman et al., WiSE-FT, arXiv 2109.01903, section 3.
+    """
+    if alpha in (0, 1):
+        return {name: (b if alpha else a)[name].clone() for name in a}
+    mixed = {name: torch.lerp(a[name].double(), b[name].double(), alpha) for name in a}
+    return {name: (m if a[name].is_floating_point() else m.round()).to(a[name].dtype) for name, m in mixed.items()}
+
+
+def wiseft(paths: list[str], alphas: list[float], out: str) -> dict:
+    """Write OUT/alpha_0.50.pt and so on: what the second checkpoint holds, with interpolated weights."""
+    contents = [read_state(path) for path in paths]
+    states = [flat_tensors(c.get("state_dict", c)) for c in contents]
+    states = [{re.sub(r"^(module|_orig_mod)\.", "", k): v for k, v in s.items()} for s in states]
+    differing = sorted(k for k in set(states[0]) | set(states[1])
+                       if k not in states[0] or k not in states[1] or states[0][k].shape != states[1][k].shape)
+    if differing or not states[0]:
+        raise SystemExit(f"{paths[0]} and {paths[1]}: {len(differing)} of {len(states[0])} entries are not in both "
+                         f"with the same shape: {', '.join(differing[:5])}")
+    # Prototypes were made by one of the towers: they are kept only where both have the same.
+    more = {k: v for k, v in contents[1].items() if k not in ("state_dict", "optimizer", "scaler", "rng", "seconds")}
+    same = [c.get("prototypes") for c in contents]
+    if not all(isinstance(p, torch.Tensor) for p in same) or not torch.equal(*same):
+        more.pop("prototypes", None)
+    rows = {}
+    for alpha in alphas:
+        path, state = Path(out) / f"alpha_{alpha:.2f}.pt", interpolate(*states, alpha)
+        content = more | {"state_dict": state} if "state_dict" in contents[1] else state
+        write_atomically(path, lambda file, content=content: torch.save(content, file))
+        rows[str(path)] = {"alpha": alpha, "evaluate with": f"--eval-only {path} --out {path.with_suffix('')}"}
+    return {"rows": rows}
+
+
+def wiseft_results(folder: str, id_set: str, shifts: list[str]) -> dict:
+    """Accuracy in distribution and under shift of FOLDER/alpha_*/, which the training script's --eval-only wrote."""
+    rows = {}
+    for path in sorted(Path(folder).glob("alpha_*/")):
+        model = models_of_run(path, "wiseft", id_set, shifts, {})
+        names = [k for k in model if k not in ("model", "group")]
+        if not names:
+            raise SystemExit(f"{path}: no {id_set} and shifts in its metrics.json or .npz")
+        alpha = number(path.name.removeprefix("alpha_"), str(path))
+        rows[f"{alpha:.2f}"] = {id_set: clopper_pearson(*model[names[0]][:2]), "average": estimate(np.mean(
+            [model[s][2] for s in names]))} | {s: clopper_pearson(*model[s][2:]) for s in names}
+    if not rows:
+        raise SystemExit(f"{folder}: no alpha_*/ folders; evaluate the checkpoints first")
+    return {"rows": rows, "id": id_set}
+
+
+def plot_wiseft(results: dict, path: str) -> None:
+    """ID accuracy against the shifts' average and against each shift, along alpha."""
+    rows, id_set = results["rows"], results["id"]
+    shifts = [k for k in next(iter(rows.values())) if k != id_set]
+    figure, axes = new_figure(len(shifts), 3.2, 2.8)
+    for axis, shift in zip(axes, shifts):
+        x, y = ([100 * value_of(row[k]) for row in rows.values()] for k in (id_set, shift))
+        axis.errorbar(x, y, 100 * error_bars([row[shift] for row in rows.values()]), capsize=2, **line_style(0))
+        for alpha, at in zip(rows, zip(x, y)):
+            axis.annotate(alpha, at, fontsize=7, xytext=(3, 3), textcoords="offset points")
+        axis.set(title=shift, xlabel=f"{id_set} (%)", ylabel="under shift (%)")
+    save_figure(figure, path)
+
+
+# ------------------------------------------------------------------------------ concepts
+
+
+def shared_tail(paths: list[str], boot: int, seed: int) -> dict:
+    """Frequencies of the same classes in several data sets: shape of each tail, and rank agreement (figure 1a)."""
+    tables, rng = [read_named_counts(path) for path in paths], np.random.default_rng(seed)
+    common = [name for name in tables[0] if all(name in t for t in tables)]
+    if len(common) < 2:
+        raise SystemExit(f"{', '.join(paths)}: {len(common)} classes in common; classes of the first are "
+                         f"{', '.join(list(tables[0])[:3])}, of the last {', '.join(list(tables[-1])[:3])}")
+    names, counts = short_names(paths), np.array([[t[c] for c in common] for t in tables])
+    rows = {}
+    for name, n in zip(names, counts):
+        top = np.sort(n)[::-1][: max(1, len(n) // 10)]
+        resampled = n[rng.integers(len(n), size=(boot, len(n)))]
+        rows[name] = {"classes": len(n), "total": n.sum(), "max": n.max(), "median": float(np.median(n)),
+                      "min": n.min(), "never seen": int((n == 0).sum()),
+                      "gini": estimate(float(gini(n)), gini(resampled), is_biased=True),
+                      "share of the top 10 %": float(top.sum() / n.sum()) if n.sum() else None}
+        rows[name] |= {f"rho with {other}": spearman(n, m, boot, rng)
+                       for other, m in zip(names, counts) if other != name}
+    return {"rows": rows, "classes": common, "counts": dict(zip(names, counts))}
+
+
+def agreement(paths: list[str], boot: int, seed: int) -> dict:
+    """Two frequency estimates A B of each concept set: Spearman over the classes in both, median ratio (figure 14)."""
+    if len(paths) % 2:
+        raise SystemExit(f"agree takes pairs of files, A B for each concept set; got {len(paths)}")
+    rows, joined, rng = {}, {}, np.random.default_rng(seed)
+    for a, b in zip(paths[::2], paths[1::2]):
+        x, y = read_named_counts(a), read_named_counts(b)
+        both = [name for name in x if name in y]
+        if not both:
+            raise SystemExit(f"{a} and {b}: no class in common")
+        u, v = (np.array([t[name] for name in both]) for t in (x, y))
+        seen = (u > 0) & (v > 0)
+        name = f"{Path(a).stem}, {Path(b).stem}"
+        index = rng.integers(max(1, seen.sum()), size=(boot, seen.sum()))
+        rows[name] = {"classes": len(both), "rho": spearman(u, v, boot, rng), "median A / B": estimate(
+            np.median(u[seen] / v[seen]), np.median((u[seen] / v[seen])[index], 1)) if seen.any() else None}
+        joined[name] = [u, v]
+    return {"rows": rows, "pairs": joined}
+
+
+def concept_sets(paths: list[str], counts: str, boot: int, seed: int) -> dict:
+    """Correlations of several models on several concept sets: MODEL/SET.npz; means over models (figure 12)."""
+    scores = {}
+    for path in paths:
+        data = read_predictions(path, "logits", counts=counts)
+        if "class_counts" not in data:
+            raise SystemExit(f"{path}: no class_counts: pass --counts")
+        row = score_classes(data, (100, 20), 0, 10, boot, seed)[0]
+        scores.setdefault(Path(path).stem, {})[str(Path(path).parent)] = row
+    keys, rows = ("top1", "spearman_acc", "spearman_pred"), {}
+    for name, models in scores.items():
+        one = next(iter(models.values()))  # of a single model: its own interval, over classes; else over models
+        rows[name] = {"models": len(models)} | {key: one[key] if len(models) == 1 else t_interval(
+            [m[key]["value"] for m in models.values()]) for key in keys}
+    return {"rows": rows, "models": {s: {m: {k: r[k] for k in keys} for m, r in models.items()}
+                                     for s, models in scores.items()}}
+
+
+def plot_concepts(results: dict, path: str) -> None:
+    """The figure of whichever of the three was asked for."""
+    if "counts" in results:
+        figure, (axis,) = new_figure(1, 6)
+        order = np.argsort(-np.array(next(iter(results["counts"].values()))), kind="stable")
+        for i, (name, n) in enumerate(results["counts"].items()):
+            n = np.maximum(np.array(n)[order], 0.5)
+            axis.plot(n, color=COLORS[i % len(COLORS)], alpha=0.25, linewidth=0.6)
+            axis.plot(scipy.ndimage.gaussian_filter1d(n, 3), color=COLORS[i % len(COLORS)], label=name, linewidth=1.2,
+                      linestyle=DASHES[i % len(DASHES)])
+        axis.set(yscale="log", xlabel=f"classes by falling frequency in {next(iter(results['counts']))}",
+                 ylabel="frequency")
+        axis.legend(fontsize=7, frameon=False)
+    elif "pairs" in results:
+        figure, axes = new_figure(len(results["pairs"]), 3.4)
+        for axis, (name, (u, v)) in zip(axes, results["pairs"].items()):
+            axis.scatter(np.maximum(u, 0.5), np.maximum(v, 0.5), s=8, color="black", alpha=0.5, linewidths=0)
+            a, _, b = name.partition(", ")
+            axis.set(xscale="log", yscale="log", xlabel=a, ylabel=b,
+                     title=f"Spearman {value_of(results['rows'][name]['rho']):.2f}")
+    else:
+        figure, axes = new_figure(2, 5)
+        for axis, key, title in zip(axes, ("spearman_acc", "spearman_pred"), ("accuracy", "predictions")):
+            for j, (name, row) in enumerate(results["rows"].items()):
+                models = [value_of(m[key]) for m in results["models"][name].values()]
+                axis.bar(j, value_of(row[key]), 0.7, color="0.8")
+                axis.scatter(np.full(len(models), j), models, s=14, color="black", zorder=3)
+            axis.axhline(0, color="0.5", linewidth=0.8)
+            axis.set_xticks(range(len(results["rows"])), list(results["rows"]), rotation=30, ha="right", fontsize=8)
+            axis.set(ylabel=f"Spearman of frequency and {title}")
+    save_figure(figure, path)
+
+
+# ------------------------------------------------------------------------------ report
+
+REPORT_KEYS = {"top1": "top-1", "balanced": "balanced", "head": "head", "medium": "medium", "tail": "tail",
+               "spearman_acc": "rho(freq, acc)", "spearman_pred": "rho(freq, pred)"}
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Runs side by side</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<style>
+:root { --ink: #1b1b1b; --paper: #fff; --line: #d5d5d5; --c0: #000; --c1: #d55e00; --c2: #0072b2; --c3: #b07c00;
+ --c4: #007a5a; --c5: #b0528a; --c6: #2a8fd0; color-scheme: light dark }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #16181a; --line: #44484c; --c0: #fff;
+ --c1: #ff8c3a; --c2: #6db6f2; --c3: #f0c04a; --c4: #3fcf9f; --c5: #e79ac6; --c6: #9ad4f7 } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 1rem auto;
+ max-width: 1300px; padding: 0 .8rem }
+h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin: 1.6rem 0 .4rem }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
+th:first-child, td:first-child { text-align: left } th button { font: inherit; font-weight: 600; color: inherit;
+ background: none; border: 0; padding: 0; cursor: pointer } th[aria-sort=ascending] button::after { content: " \\2191" }
+th[aria-sort=descending] button::after { content: " \\2193" } small { opacity: .75 }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr)); gap: .8rem }
+figure { margin: 0 } figcaption { font-size: .85rem } svg { width: 100%; height: auto; display: block }
+svg text { fill: var(--ink); font-size: 11px } .axis { stroke: var(--line); fill: none }
+</style></head><body>
+BODY
+<script>
+for (const button of document.querySelectorAll("th button")) button.addEventListener("click", () => {
+  const th = button.parentNode, row = th.parentNode, body = row.parentNode.nextElementSibling;
+  const i = [...row.children].indexOf(th), up = th.getAttribute("aria-sort") === "descending";
+  for (const other of row.children) other.removeAttribute("aria-sort");
+  th.setAttribute("aria-sort", up ? "ascending" : "descending");
+  const key = r => r.children[i].dataset.v;
+  body.append(...[...body.children].sort((a, b) => {
+    const x = key(a), y = key(b);
+    if (x === "" || y === "") return (x === "") - (y === "");
+    const order = isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y;
+    return up ? order : -order; }));
+});
+</script></body></html>
+"""
+
+
+def score_run(folder: Path, boot: int, seed: int) -> dict[str, dict]:
+    """{test set: {metric: estimate}} of a run: from its <set>.npz, else metrics.json (top-1 alone has an interval)."""
+    metrics, out = read_json(folder / "metrics.json"), {}
+    for name in dict.fromkeys([k for k in metrics if k != "run"] + sorted(p.stem for p in folder.glob("*.npz"))):
+        path, known = folder / f"{name}.npz", metrics.get(name) or {}
+        arrays = read_npz(path, ("class_counts", "labels")) if path.is_file() else {}
+        if "class_counts" in arrays and (arrays["labels"] >= 0).any() and known.get("top1", 0) is not None:
+            data = read_predictions(path, "logits")
+            out[name], accuracy, predicted = score_classes(data, (100, 20), 0, 10, boot, seed)
+            bins = binned_statistics(frequency_bins(data["class_counts"], 8, False), data["class_counts"], accuracy,
+                                     predicted.astype(float), boot, np.random.default_rng(seed))
+            out[name]["bins"] = [
+                (math.log10(max(b["count"], 0.5)), *b["accuracy"].values(), f"{b['n_classes']} classes")
+                for b in bins if b["accuracy"]["value"] is not None]
+        elif known.get("top1") is not None:
+            out[name] = {"n": known.get("n")} | {k: estimate(known.get(k)) for k in REPORT_KEYS}
+            out[name]["top1"] = clopper_pearson(known["top1"], known.get("n") or math.nan)
+        more = {k: known[k] for k in ("retrieval", "knn", "probe") if isinstance(known.get(k), dict | float)}
+        flat = {f"{k} {sub}" if sub else k: estimate(v) for k, m in more.items()
+                for sub, v in (m.items() if isinstance(m, dict) else [("", m)])}
+        if flat or name in out:
+            out[name] = out.get(name, {"n": known.get("n")}) | flat
+    return out
+
+
+def html_table(rows: dict[str, dict], columns: dict[str, str]) -> str:
+    """A sortable table; cells show the interval small, and hold the value in data-v."""
+    def one(entry: dict | float | None) -> str:
+        value = value_of(entry)
+        if not math.isfinite(value):
+            return '<td data-v="">-</td>'
+        if not isinstance(entry, dict):
+            return f'<td data-v="{value:g}">{value:g}</td>'
+        ends = f" <small>{entry['low']:.3f} to {entry['high']:.3f}</small>" if entry["low"] is not None else ""
+        return f'<td data-v="{value:.6g}">{value:.3f}{ends}</td>'
+
+    head = "".join(f"<th><button>{html.escape(title)}</button></th>" for title in ("run", *columns.values()))
+    body = "\n".join(f'<tr><td data-v="{html.escape(name)}">{html.escape(name)}</td>'
+                     + "".join(one(row.get(c)) for c in columns) + "</tr>" for name, row in rows.items())
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+
+
+def nice_ticks(low: float, high: float) -> list[float]:
+    """Three to six round numbers inside [low, high]."""
+    step = 10 ** math.floor(math.log10(max(high - low, 1e-9)))
+    step = next(s for s in (step * 5, step * 2, step, step / 2, step / 5) if (high - low) / s >= 3)
+    return [round(i * step, 10) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def svg_chart(series: dict[str, list[tuple]], title: str, x_title: str, x_names: list[str] | None = None,
+              is_line: bool = False) -> str:
+    """One chart as inline SVG: {series: [(x, y, low, high, tip)]}, error bars, a tooltip a point.
+
+    x_names: names of x = 0, 1, ... in place of numbers. Series differ in colour (the page's) and shape.
+    """
+    points = [p for ps in series.values() for p in ps]
+    ys = [v for p in points for v in (p[1], *(v for v in p[2:4] if v is not None))]
+    xs = [p[0] for p in points]
+    (x0, x1), (y0, y1) = ((min(v) - 0.06 * (max(v) - min(v) or 1), max(v) + 0.06 * (max(v) - min(v) or 1))
+                          for v in (xs, ys))
+    at_x, at_y = (lambda x: 48 + 262 * (x - x0) / (x1 - x0)), (lambda y: 190 - 170 * (y - y0) / (y1 - y0))
+    legend = "".join(f' <span style="color:var(--c{i % 7})">{"●■◆▲▼✚✕"[i % 7]}</span> {html.escape(name)}'
+                     for i, name in enumerate(series) if len(series) > 1)
+    short = [name if len(name) < 15 else name[:6] + ".." + name[-6:] for name in x_names or []]
+    height = 214 + 4 * max(map(len, short)) if short else 226
+    out = [f'<figure><figcaption>{html.escape(title)}<small>{legend}</small></figcaption>',
+           f'<svg viewBox="0 0 320 {height}" role="img" aria-label="{html.escape(title)}">',
+           '<path class="axis" d="M48 20V190H310"/>']
+    for t in nice_ticks(y0, y1):
+        out.append(f'<path class="axis" d="M44 {at_y(t):.1f}h4"/><text x="41" y="{at_y(t) + 4:.1f}" '
+                   f'text-anchor="end">{t:g}</text>')
+    for i, name in enumerate(short):
+        out.append(f'<text transform="translate({at_x(i):.1f} 204) rotate(-40)" text-anchor="end">'
+                   f'{html.escape(name)}</text>')
+    for t in [] if x_names else nice_ticks(x0, x1):
+        out.append(f'<path class="axis" d="M{at_x(t):.1f} 190v4"/><text x="{at_x(t):.1f}" y="205" '
+                   f'text-anchor="middle">{t:g}</text>')
+    out.append(f'<text x="180" y="222" text-anchor="middle">{html.escape(x_title)}</text>' if not x_names else "")
+    shapes = ("m-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z", "m-4 -4h8v8h-8z", "m0 -5l5 5l-5 5l-5 -5z", "m0 -5l5 9h-10z",
+              "m0 5l5 -9h-10z", "m-5 -1.5h3.5v-3.5h3v3.5h3.5v3h-3.5v3.5h-3v-3.5h-3.5z", "m-4 -4l8 8m0 -8l-8 8")
+    for i, ps in enumerate(series.values()):
+        color = f"var(--c{i % 7})"
+        if is_line and len(ps) > 1:
+            path = "L".join(f"{at_x(p[0]):.1f} {at_y(p[1]):.1f}" for p in ps)
+            dashes = ("", "5 3", "2 2", "6 2 2 2")[i % 4]
+            out.append(f'<path fill="none" stroke="{color}" stroke-dasharray="{dashes}" d="M{path}"/>')
+        for x, y, low, high, tip in ps:
+            bar = f"M{at_x(x):.1f} {at_y(low):.1f}V{at_y(high):.1f}" if low is not None else ""
+            out.append(f'<g stroke="{color}" fill="{color}"><title>{html.escape(tip)}</title><path d="{bar}"/><path '
+                       f'd="M{at_x(x):.1f} {at_y(y):.1f}{shapes[i % 7]}"/></g>')
+    return "".join(out) + "</svg></figure>"
+
+
+def chart_points(rows: dict[str, dict], key_x: str, key_y: str, x_names: list[str]) -> dict[str, list[tuple]]:
+    """Points of svg_chart: key_x empty puts runs in order; SERIES/X names make a series each."""
+    series = {}
+    for name, row in rows.items():
+        group, _, place = name.rpartition("/")
+        y, x = row.get(key_y), value_of(row.get(key_x)) if key_x else float(x_names.index(place))
+        if math.isfinite(value_of(y)) and math.isfinite(x):
+            series.setdefault(group, []).append((x, y["value"], y["low"], y["high"], f"{name}: {cell(y)}"))
+    return series
+
+
+def report_runs(runs: list[str], out: str, markdown: str, boot: int, seed: int) -> dict:
+    """Score runs (NAME=FOLDER; NAME may be SERIES/X, which puts runs on an axis) and write the page and the tables."""
+    named = dict(r.split("=", 1) if "=" in r else (Path(r).name, r) for r in runs)
+    if len(named) < len(runs) or not all(Path(folder).is_dir() for folder in named.values()):
+        raise SystemExit(f"runs are folders with different names: {', '.join(f'{k}={v}' for k, v in named.items())}")
+    scores = {name: score_run(Path(folder), boot, seed) for name, folder in named.items()}
+    empty = [named[name] for name, score in scores.items() if not score]
+    if empty:
+        raise SystemExit(f"{', '.join(empty)}: neither metrics.json nor <set>.npz that could be scored")
+    sets = list(dict.fromkeys(s for score in scores.values() for s in score))
+    x_names = list(dict.fromkeys(name.rpartition("/")[2] for name in scores))
+    body = [f"<h1>{len(scores)} runs on {len(sets)} test sets</h1>",
+            "<p>Intervals are 95 %: images resampled for accuracies, "
+            f"classes for correlations, {boot} times. A click on a column's name sorts.</p>"]
+    lines, tables = ["# Runs side by side", ""], {}
+    for test_set in sets:
+        rows = {name: score[test_set] for name, score in scores.items() if test_set in score}
+        present = {c for row in rows.values() for c in row}
+        columns = {"n": "n"} | {k: v for k, v in REPORT_KEYS.items() if k in present} | {
+            c: c for c in sorted(present) if c.startswith(("retrieval", "knn", "probe"))}
+        body.append(f"<h2>{html.escape(test_set)}</h2>" + html_table(rows, columns))
+        lines += [f"## {test_set}", "", "| " + " | ".join(["run", *columns.values()]) + " |",
+                  "|---" * (len(columns) + 1) + "|"]
+        lines += ["| " + " | ".join([name, *(cell(row.get(c)) for c in columns)]) + " |" for name, row in rows.items()]
+        lines.append("")
+        charts = []
+        for key in REPORT_KEYS if set(columns) & set(REPORT_KEYS) else [c for c in columns if c != "n"]:
+            points = chart_points(rows, "", key, x_names)
+            charts += [svg_chart(points, columns.get(key, key), "", x_names, True)] if points else []
+        for key_x, key_y in (("spearman_acc", "spearman_pred"), ("spearman_acc", "top1")):
+            points = chart_points(rows, key_x, key_y, x_names)
+            if points and len(rows) > 1:
+                x_title = REPORT_KEYS[key_x]
+                charts.append(svg_chart(points, f"{REPORT_KEYS[key_y]} against {x_title}", x_title))
+        bins = {name: row["bins"] for name, row in list(rows.items())[:7] if "bins" in row}  # more would be a tangle
+        if bins:
+            charts.append(svg_chart(bins, "accuracy of frequency bins", "log10 of the training images of the class",
+                                    is_line=True))
+        body.append(f'<div class="charts">{"".join(charts)}</div>')
+        tables[test_set] = {name: {c: row.get(c) for c in columns} for name, row in rows.items()}
+    first = sets[0]
+    shifted = {}
+    for name, score in scores.items() if len(sets) > 2 else ():
+        others = np.array([value_of(score[s].get("top1")) for s in sets[1:] if s in score])
+        shifted[name] = {"id": score.get(first, {}).get("top1"), "shift": estimate(float(nan_mean(others)))}
+    points = chart_points(shifted, "id", "shift", x_names)
+    if points:
+        body.append(f'<h2>Under shift</h2><div class="charts">'
+                    f'{svg_chart(points, f"mean top-1 of the other sets against {first}", f"top-1, {first}")}</div>')
+    write_atomically(Path(out), lambda file: file.write(PAGE.replace("BODY", "\n".join(body)).encode()))
+    if markdown:
+        write_atomically(Path(markdown), lambda file: file.write("\n".join(lines).encode()))
+    short = {name: {k: score[first].get(k) for k in REPORT_KEYS} for name, score in scores.items() if first in score}
+    return {"rows": short, "sets": tables, "written": [p for p in (out, markdown) if p]}
+
+
+# ------------------------------------------------------------------------------ output
+
+COLORS = ("#000000", "#d55e00", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9")  # Okabe and Ito
+MARKERS, DASHES = "osD^vPX", ("-", "--", "-.", ":")
+
+
+def value_of(entry: dict | float | None) -> float:
+    """The number of an estimate or a plain number; NaN for None."""
+    entry = entry["value"] if isinstance(entry, dict) else entry
+    return math.nan if entry is None else entry
+
+
+def error_bars(cells: list[dict]) -> np.ndarray:
+    """[2, n] lengths below and above the values; 0 where there is no interval."""
+    ends = np.array([[value_of(c), *(value_of(c) if c[e] is None else c[e] for e in ("low", "high"))] for c in cells])
+    return np.maximum([ends[:, 0] - ends[:, 1], ends[:, 2] - ends[:, 0]], 0)
+
+
+def line_style(i: int) -> dict:
+    """Colour, marker and dashes of series i: told apart without colour too."""
+    return {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4,
+            "linestyle": DASHES[i % len(DASHES)], "linewidth": 1}
+
+
+def new_figure(n_panels: int, width: float = 4.2, height: float = 3.2) -> tuple:
+    """A matplotlib figure and its panels, at most four in a row."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise SystemExit("--plot needs matplotlib: pip install matplotlib") from None
+    columns = min(n_panels, 4)
+    n_rows = math.ceil(n_panels / columns)
+    figure = Figure((width * columns, height * n_rows), layout="constrained")
+    axes = list(figure.subplots(n_rows, columns, squeeze=False).ravel())
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[n_panels:]:
+        axis.set_visible(False)
+    return figure, axes[:n_panels]
+
+
+def save_figure(figure, path: str) -> None:
+    """Write a figure without a date, so that equal input gives equal bytes."""
+    import matplotlib
+
+    kind = Path(path).suffix[1:]
+    with matplotlib.rc_context({"svg.hashsalt": "evaluate", "svg.fonttype": "none"}):
+        write_atomically(Path(path), lambda file: figure.savefig(
+            file, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else {"Software": None}))
+
+
+# Copied from clip.py
+def write_atomically(path: Path, write: Callable) -> None:
+    """Write a file under a temporary name, then put it in its place: a reader never sees half of it.
+
+    write: called with the open binary file. Raises: SystemExit if the disk is full or the folder cannot be written;
+    what was there before is kept.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise SystemExit(f"cannot write {path}: {str(error)[:200]}; a checkpoint written before is kept") from None
+
+
+# Copied from clip.py
+def write_json(path: Path, content: dict) -> None:
+    write_atomically(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
+
+
+def plain(value):
+    """Arrays, NumPy numbers and NaN as JSON has them: lists, numbers, null."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [plain(v) for v in (value.tolist() if isinstance(value, np.ndarray) else value)]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def short_names(paths: list[str]) -> list[str]:
+    """Names of files for tables: without what all paths have in common; with a number if they are equal."""
+    parts = [Path(re.sub(r"\.(npz|tsv|csv|json|txt)$", "", path)).parts for path in paths]
+    while len(parts) > 1 and min(map(len, parts)) > 1 and len({p[0] for p in parts}) == 1:
+        parts = [p[1:] for p in parts]
+    while len(parts) > 1 and min(map(len, parts)) > 1 and len({p[-1] for p in parts}) == 1:
+        parts = [p[:-1] for p in parts]
+    names = ["/".join(p[-2:]) for p in parts]
+    return [name if names.count(name) == 1 else f"{name} {i}" for i, name in enumerate(names)]
+
+
+def cell(value) -> str:
+    """A table cell: `0.785 [0.770, 0.800]`, - for what cannot be computed."""
+    if isinstance(value, dict):
+        ends = f" [{value['low']:.3f}, {value['high']:.3f}]" if value["low"] is not None else ""
+        return "-" if value["value"] is None else f"{value['value']:.3f}{ends}"
+    if isinstance(value, float | np.floating):
+        return "-" if not math.isfinite(value) else f"{value:.4g}"
+    return "-" if value is None else str(value)
+
+
+def show(rows: dict[str, dict], title: str = "", is_turned: bool = False) -> None:
+    """Print a table {row: {column: estimate or value}}; turned: one line a column of it."""
+    columns = list(dict.fromkeys(c for row in rows.values() for c in row))
+    lines = [[title, *columns]] + [[name] + [cell(row.get(c)) for c in columns] for name, row in rows.items()]
+    lines = list(zip(*lines)) if is_turned else lines
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    for line in lines:
+        print("  ".join(text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths))))
+
+
+# ------------------------------------------------------------------------------ main
+
+
+def main(args: argparse.Namespace) -> None:
+    draw, is_turned, boot, seed = None, False, args.boot, args.seed
+    if args.command == "imbalance":
+        results = imbalance(args.files, args.counts, args.classes, tuple(args.cuts), args.tail_classes, args.worst,
+                            args.bins, args.equal_count, boot, seed)
+        draw, is_turned = plot_imbalance, True
+    elif args.command == "robustness":
+        results = robustness(args.inputs, args.id, args.shifts, args.baseline, args.before,
+                             set_flag(args.subset, "--subset"), set_flag(args.n, "--n"),
+                             set_flag(args.split, "--split"), boot, seed)
+        draw, is_turned = plot_robustness, True
+    elif args.command == "compare":
+        results = compare(args.a.split(","), args.b.split(","), args.counts, boot, seed)
+    elif args.command == "probe":
+        results = transfer("probe", args.inputs, args.sets, [], args.sweep, args.C, args.metric, [], 0, boot, seed,
+                           args.device)
+        draw, is_turned = plot_transfer, True
+    elif args.command == "knn":
+        results = transfer("knn", args.inputs, args.sets, args.k, "", 0, args.metric, [], 0, boot, seed, args.device)
+        draw, is_turned = plot_transfer, True
+    elif args.command == "fewshot":
+        results = transfer("fewshot", args.inputs, args.sets, [], "", args.C, args.metric, args.shots, args.draws, boot,
+                           seed, args.device)
+        draw, is_turned = plot_transfer, True
+    elif args.command == "retrieval":
+        results, is_turned = retrieval(args.files, args.k, boot, seed, args.device), True
+    elif args.command == "calibration":
+        results = calibration(args.files, args.bins, args.fraction, boot, seed)
+        draw, is_turned = plot_calibration, True
+    elif args.command == "collapse":
+        results, draw = collapse(args.files, args.counts, boot, seed), plot_collapse
+    elif args.command == "similarity":
+        results = similarity(args.a, args.b, args.pairs, args.max_images, args.min_pairs, boot, seed)
+        draw = plot_similarity
+    elif args.command == "prototypes":
+        results = prototypes(args.file, args.key, args.counts, args.eps, args.tail, args.tsne, boot, seed, args.device)
+        draw = plot_prototypes
+    elif args.command == "debias":
+        results = debias(args.zeroshot, args.finetuned, args.val_zeroshot, args.val_finetuned,
+                         set_flag(args.more, "--more"), args.prior, args.group_by, args.calibrate, boot, seed)
+        draw = plot_debias
+    elif args.command == "wiseft" and args.results:
+        results, draw = wiseft_results(args.results, args.id, args.shifts), plot_wiseft
+    elif args.command == "wiseft":
+        results = wiseft(args.checkpoints, args.alpha, args.out)
+    elif args.command == "concepts" and args.what == "accuracy":
+        results, draw = concept_sets(args.files, args.counts, boot, seed), plot_concepts
+    elif args.command == "concepts":
+        results = (agreement if args.what == "agree" else shared_tail)(args.files, boot, seed)
+        draw, is_turned = plot_concepts, args.what == "shared"
+    elif args.command == "report":
+        results = report_runs(args.runs, args.out, args.markdown, boot, seed)
+
+    show(results["rows"], args.command, is_turned)
+    for name in ("fits", "mcnemar", "minus zero-shot", "minus fine-tuned"):
+        if results.get(name):
+            show(results[name], name)
+    if args.json:
+        versions = {"numpy": np.__version__, "scipy": scipy.__version__, "torch": torch.__version__}
+        head = {"command": args.command, "args": vars(args), "versions": versions}
+        write_json(Path(args.json), plain(head | results))
+    if args.plot:
+        draw(plain(results), args.plot)
+
+
+if __name__ == "__main__":
+    try:
+        main(ARGS)
+    except SystemExit as error:
+        if not isinstance(error.code, str):
+            raise
+        print(f"evaluate.py: {error.code}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,358 @@
+"""evaluate.py: collapse, similarity, prototypes, debiasing, WiSE-FT, concepts, report."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import softmax
+
+import evaluate
+
+
+def test_nc1_by_hand_and_by_the_textbook():
+    """1-d classes {1, 3}, {-3, -1}: NC1 .125 a class. General: mean equals tr(S_w S_b^+) / C from D x D matrices."""
+    features, labels = np.array([[1.0], [3], [-3], [-1]]), np.array([0, 0, 1, 1])
+    means = evaluate.class_means(features, labels, 3)
+    nc1, rank = evaluate.within_variability(features, labels, means)
+    assert nc1[:2] == pytest.approx([0.125, 0.125]) and np.isnan(nc1[2]) and rank == 1
+    rng = np.random.default_rng(0)
+    labels = rng.integers(6, size=400)
+    features = rng.normal(size=(6, 10))[labels] * 2 + rng.normal(size=(400, 10))
+    means = np.array([features[labels == c].mean(0) for c in range(6)])
+    np.testing.assert_allclose(evaluate.class_means(features.astype(np.float32), labels, 6), means, atol=1e-6)
+    s_b = np.cov(means.T, bias=True)
+    inverse = np.linalg.pinv(s_b, rcond=1e-6)
+    expected = []
+    for c in range(6):
+        h = features[labels == c] - means[c]
+        expected.append(np.trace(h.T @ h / 400 @ inverse))
+    nc1, rank = evaluate.within_variability(features, labels, means)
+    np.testing.assert_allclose(nc1, expected, rtol=1e-8)
+    s_w = sum((features[labels == c] - means[c]).T @ (features[labels == c] - means[c]) for c in range(6)) / 400
+    assert nc1.mean() == pytest.approx(np.trace(s_w @ inverse) / 6, rel=1e-8) and rank == 5
+
+
+def test_nc2_by_hand():
+    """Orthogonal means are a simplex once centred: 0. W = I uncentred: .5. A vector equal to the mean has no angle."""
+    mean, nearest = evaluate.cosine_gaps(np.eye(3), True)
+    np.testing.assert_allclose([mean, nearest], 0, atol=1e-12)
+    assert evaluate.cosine_gaps(np.eye(3), False)[0] == pytest.approx([0.5] * 3)
+    mean, _ = evaluate.cosine_gaps(np.array([[1.0, 0], [-1, 0], [0, 0], [np.nan, 0]]), True)
+    assert np.isnan(mean[2]) and np.isnan(mean[3])
+    rng = np.random.default_rng(0)
+    rows = evaluate.unit_rows(rng.normal(size=(7, 4)))
+    gap = [[abs(rows[i] @ rows[j] + 1 / 6) for j in range(7) if j != i] for i in range(7)]
+    mean, nearest = evaluate.cosine_gaps(rows, False)
+    np.testing.assert_allclose([mean, nearest], [np.mean(gap, 1), np.max(gap, 1)], atol=1e-12)
+
+
+def test_pair_means_drop_self_pairs_and_copies():
+    unit = evaluate.unit_rows(np.random.default_rng(0).normal(size=(6, 3)))
+    value, draws = evaluate.pair_means(unit @ unit.T, 400, np.random.default_rng(1))
+    upper = (unit @ unit.T)[np.triu_indices(6, 1)]
+    assert value == pytest.approx(upper.mean())
+    total = unit.sum(0)
+    assert value == pytest.approx((total @ total - 6) / 30)  # the identity of methods.md N
+    assert draws.max() <= upper.max() + 1e-12 and draws.mean() == pytest.approx(value, abs=0.05)
+
+
+def test_benjamini_hochberg():
+    p = np.array([0.01, 0.04, 0.03, 0.005, 0.5])
+    assert evaluate.benjamini_hochberg(p).tolist() == [True, True, True, True, False]
+    assert not evaluate.benjamini_hochberg(np.array([0.06, 0.9])).any()
+
+
+def test_similarity_of_two_sets(tmp_path):
+    rng = np.random.default_rng(0)
+    centers, labels = rng.normal(size=(8, 16)), np.repeat(np.arange(8), 30)
+    for name, spread in (("a", 1.0), ("b", 0.5)):
+        np.savez(
+            tmp_path / f"{name}.npz", features=centers[labels] + spread * rng.normal(size=(240, 16)), labels=labels
+        )
+    result = evaluate.similarity(str(tmp_path / "a.npz"), str(tmp_path / "b.npz"), 50, 20, 7, 300, 0)
+    assert result["rows"]["share of classes less alike in A"]["value"]["value"] == 1
+    assert (
+        result["rows"]["difference"]["value"]["high"] < 0 and len(result["pairs"][0]) == len(result["pairs"][1]) == 400
+    )
+    same = evaluate.similarity(str(tmp_path / "a.npz"), str(tmp_path / "a.npz"), 50, 30, 7, 300, 0)
+    assert same["rows"]["difference"]["value"]["value"] == pytest.approx(0, abs=1e-12)
+    with pytest.raises(SystemExit, match="no class with 10000 pairs"):
+        evaluate.similarity(str(tmp_path / "a.npz"), str(tmp_path / "b.npz"), 50, 20, 10_000, 10, 0)
+
+
+def on_circle(*degrees):
+    angles = np.radians(degrees)
+    return torch.from_numpy(np.stack([np.cos(angles), np.sin(angles)], 1)).float()
+
+
+def test_distinct_prototypes_by_hand():
+    """eps .025 is 12.84 degrees. Angles (0, 10, 20): greedy 2; (10, 0, 20): greedy 1; linked 1 in any order."""
+    for degrees, n_greedy in (((0, 10, 20), 2), ((10, 0, 20), 1)):
+        kept, groups = evaluate.greedy_cover(on_circle(*degrees), 0.025)
+        assert len(kept) == n_greedy == groups.max() + 1
+        assert len(np.unique(evaluate.linked_groups(on_circle(*degrees), groups, 0.025))) == 1
+
+
+def test_distinct_prototypes_equal_the_naive_loop():
+    """9,000 rows in clusters, more than two blocks: the same cover, and scipy's components of the whole graph."""
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(60, 8))[rng.integers(60, size=9000)] + 0.16 * rng.normal(size=(9000, 8))
+    unit = torch.nn.functional.normalize(torch.from_numpy(rows).float(), dim=1)
+    kept, groups = evaluate.greedy_cover(unit, 0.05)
+    naive = [0]
+    for i in range(1, 9000):
+        if float((unit[naive] @ unit[i]).max()) <= 0.95:
+            naive.append(i)
+    assert kept.tolist() == naive and ((unit * unit[kept[groups]]).sum(1) > 0.95 - 1e-6).all()
+    sub, sub_groups = unit[:3000], evaluate.greedy_cover(unit[:3000], 0.05)[1]
+    whole = evaluate.connected_components(evaluate.csr_matrix((sub @ sub.T > 0.95).numpy()), False)[0]
+    assert len(np.unique(evaluate.linked_groups(sub, sub_groups, 0.05))) == whole < len(np.unique(sub_groups))
+    order = torch.randperm(9000, generator=torch.Generator().manual_seed(0))
+    counts = [
+        len(np.unique(evaluate.linked_groups(x, evaluate.greedy_cover(x, 0.05)[1], 0.05))) for x in (unit, unit[order])
+    ]
+    assert counts[0] == counts[1] <= len(kept)
+
+
+def test_effective_rank_and_affinity_by_hand(tmp_path):
+    assert evaluate.effective_rank(np.diag([1.0, 1, 0])) == pytest.approx(2)
+    assert evaluate.effective_rank(np.diag([3.0, 1])) == pytest.approx(1.7548, abs=1e-4)
+    head, tail = np.eye(6)[:3], np.tile(np.eye(6)[5], (3, 1))
+    rows = evaluate.affinity(np.concatenate([head, tail]), np.arange(3), np.arange(3, 6), 50, np.random.default_rng(0))
+    assert rows["tail collapse (tail-tail - head-head)"]["value"] == pytest.approx(1)
+    assert rows["tail resultant length"] == pytest.approx(1) and rows["head-tail cosine"]["value"] == 0
+    torch.save(
+        {
+            "student": {"head.last_layer.weight": torch.eye(4)},
+            "teacher": {"head.last_layer.weight_v": torch.ones(3, 2)},
+        },
+        tmp_path / "d.pt",
+    )
+    assert evaluate.read_array(str(tmp_path / "d.pt"), "")[0].shape == (3, 2)  # the teacher's
+    with pytest.raises(SystemExit, match="--key is one of student.head.last_layer.weight"):
+        evaluate.read_array(str(tmp_path / "d.pt"), "nothing")
+
+
+def test_label_prior_by_hand_and_of_a_biased_classifier():
+    """f = (2, 0), labels half and half: q = (.8808, .1192). Simulated: the known prior within 2 % total variation."""
+    q = evaluate.label_prior(np.tile([2.0, 0], (4, 1)), np.array([0, 1, 0, 1]))
+    assert q == pytest.approx([0.8808, 0.1192], abs=1e-4)
+    rng, C = np.random.default_rng(0), 20
+    prior = rng.dirichlet(np.full(C, 2.0))
+    for shares in (np.full(C, 1 / C), rng.dirichlet(np.full(C, 5.0))):  # balanced labels, and others
+        labels = rng.choice(C, size=40_000, p=shares)
+        x = rng.normal(size=(40_000, C)) + 1.5 * np.eye(C)[labels]
+        logits = 1.5 * x + np.log(prior)  # exact log p(x | y) up to a constant, plus a wrong prior
+        q = evaluate.label_prior(logits, labels)
+        assert np.abs(q - prior).sum() / 2 < 0.02
+        share = np.bincount(labels, minlength=C) / len(labels)
+        optimum = softmax(logits - np.log(q) + np.log(share), axis=1).mean(0)
+        np.testing.assert_allclose(optimum, share, atol=1e-6)
+    assert np.isfinite(evaluate.label_prior(logits[labels > 0], labels[labels > 0])).all()  # a class without images
+
+
+def biased_pair(tmp_path, seed=0, n=6000, C=12):
+    """A zero-shot model with a label bias of its own, and a fine-tuned one that learned long-tailed classes."""
+    rng = np.random.default_rng(seed)
+    labels, counts = rng.integers(C, size=n), (2000 * 0.6 ** np.arange(C)).astype(int) + 1
+    bias = rng.permutation(np.linspace(-2, 2, C))
+    signal = [2 * np.eye(C)[labels] + 1.3 * rng.normal(size=(n, C)) for _ in range(2)]
+    np.savez(tmp_path / "zs.npz", labels=labels, logits=signal[0] + bias, class_counts=counts)
+    np.savez(tmp_path / "ft.npz", labels=labels, logits=signal[1] + np.log(counts / counts.sum()), class_counts=counts)
+    return [str(tmp_path / name) for name in ("zs.npz", "ft.npz")]
+
+
+def test_debiasing_helps_and_reports_deltas(tmp_path):
+    zs, ft = biased_pair(tmp_path)
+    result = evaluate.debias(zs, ft, "", "", {"more": ft}, "", "counts", False, 200, 0)
+    balanced = {name: row["balanced"]["value"] for name, row in result["rows"].items()}
+    assert balanced["GLA"] == max(balanced.values())
+    assert result["minus zero-shot"]["GLA"]["balanced"]["low"] > 0 < result["minus fine-tuned"]["GLA"]["tail"]["low"]
+    assert result["minus fine-tuned"]["logit adjustment"]["tail"]["low"] > 0
+    assert result["minus zero-shot"]["zero-shot - ln q"]["balanced"]["low"] > 0
+    assert balanced["more"] == balanced["fine-tuned"] and result["n_test"] + result["n_held_out"] == 6000
+    value = result["rows"]["GLA"]["tail"]["value"] - result["rows"]["zero-shot"]["tail"]["value"]
+    assert result["minus zero-shot"]["GLA"]["tail"]["value"] == pytest.approx(value)
+
+
+def test_nothing_is_chosen_on_test_labels(tmp_path):
+    """Other labels of the test images leave every prediction, tau, lambda and q as they are."""
+    rng, C = np.random.default_rng(0), 5
+    f = {name: rng.normal(size=(200, C)) for name in ("zs", "ft", "vz", "vf")}
+    val, outcomes = {"zs": f["vz"], "ft": f["vf"], "labels": rng.integers(C, size=200)}, []
+    for seed in (0, 1):
+        labels = np.random.default_rng(seed).integers(C, size=200)
+        sides = [{"logits": f[name], "labels": labels} for name in ("zs", "ft")]
+        outcomes.append(evaluate.debias_logits(*sides, val, np.log(np.full(C, 1 / C)), True))
+    assert str(outcomes[0]) == str(outcomes[1])
+
+
+def test_tau_normalisation_by_hand():
+    """Rows (3, 4), (0, 1) at tau .5: (1.3416, 1.7889), (0, 1); a cosine head is left out."""
+    head = np.array([[3.0, 4], [0, 1]])
+    x = np.array([[1.0, 1], [0, 1], [2, -1], [0.1, 2]])
+    val = {"zs": np.zeros((4, 2)), "ft": x @ head.T, "labels": np.array([0, 1, 0, 1]), "ft_features": x}
+    ft = {"logits": x @ head.T, "features": x, "prototypes": head}
+    out, chosen = evaluate.debias_logits({"logits": np.zeros((4, 2))}, ft, val, np.zeros(2), False)
+    rows = head / np.linalg.norm(head, axis=1, keepdims=True) ** chosen["tau-norm"]
+    np.testing.assert_allclose(out["tau-normalised"], x @ rows.T)
+    np.testing.assert_allclose(head[0] / 5**0.5, [1.3416, 1.7889], atol=1e-4)
+    out, _ = evaluate.debias_logits(
+        {"logits": np.zeros((4, 2))}, ft | {"prototypes": evaluate.unit_rows(head)}, val, np.zeros(2), False
+    )
+    assert "tau-normalised" not in out
+
+
+def test_wiseft_ends_are_exact_and_the_middle_is_the_mean(tmp_path):
+    a = {"w": torch.randn(3, 2), "h": torch.randn(2).half(), "n": torch.tensor(3)}
+    b = {"w": torch.randn(3, 2), "h": torch.randn(2).half(), "n": torch.tensor(8)}
+    for alpha, end in ((0, a), (1, b)):
+        mixed = evaluate.interpolate(a, b, alpha)
+        assert all(torch.equal(mixed[k], end[k]) for k in a)
+    torch.save({"state_dict": a, "prototypes": torch.ones(2), "optimizer": {}, "step": 1}, tmp_path / "a.pt")
+    torch.save(
+        {
+            "state_dict": {f"module.{k}": v for k, v in b.items()},
+            "prototypes": torch.zeros(2),
+            "optimizer": {},
+            "step": 2,
+        },
+        tmp_path / "b.pt",
+    )
+    evaluate.wiseft([str(tmp_path / "a.pt"), str(tmp_path / "b.pt")], [0.5], str(tmp_path / "out"))
+    content = torch.load(tmp_path / "out" / "alpha_0.50.pt", weights_only=True)
+    assert set(content) == {"state_dict", "step"} and content["step"] == 2
+    torch.testing.assert_close(content["state_dict"]["w"], (a["w"] + b["w"]) / 2)
+    assert content["state_dict"]["h"].dtype == torch.float16 and content["state_dict"]["n"].item() == 6
+    torch.save({"state_dict": {"w": torch.zeros(4)}}, tmp_path / "c.pt")
+    with pytest.raises(SystemExit, match="3 of 3 entries are not in both"):
+        evaluate.wiseft([str(tmp_path / "a.pt"), str(tmp_path / "c.pt")], [0.5], str(tmp_path / "out"))
+
+
+def test_wiseft_curve_reads_metrics(tmp_path):
+    for alpha, top1 in (("0.00", 0.5), ("1.00", 0.7)):
+        (tmp_path / f"alpha_{alpha}").mkdir()
+        sets = {s: {"n": 100, "top1": top1 - d} for s, d in (("val", 0), ("v2", 0.1), ("sketch", 0.3))}
+        (tmp_path / f"alpha_{alpha}" / "metrics.json").write_text(json.dumps(sets | {"run": {}}))
+    rows = evaluate.wiseft_results(str(tmp_path), "val", [])["rows"]
+    assert list(rows) == ["0.00", "1.00"] and rows["1.00"]["average"]["value"] == pytest.approx(0.5)
+
+
+def test_concepts(tmp_path):
+    (tmp_path / "a.tsv").write_text("class\tcount\n" + "".join(f"c{i}\t{2**i}\n" for i in range(10)))
+    (tmp_path / "b.tsv").write_text(
+        "class\tcount\n" + "".join(f"c{i}\t{3 * 2**i}\n" for i in range(9, -1, -1)) + "x\t1\n"
+    )
+    paths = [str(tmp_path / "a.tsv"), str(tmp_path / "b.tsv")]
+    rows = evaluate.agreement(paths, 50, 0)["rows"]["a, b"]
+    assert rows["classes"] == 10 and rows["rho"]["value"] == pytest.approx(1) and rows["median A / B"]["value"] == pytest.approx(1 / 3)
+    shared = evaluate.shared_tail(paths, 50, 0)["rows"]
+    assert shared["tmp/a" if "tmp/a" in shared else list(shared)[0]]["max"] == 512
+    assert list(shared.values())[1]["share of the top 10 %"] == pytest.approx(512 / 1023)
+    with pytest.raises(SystemExit, match="pairs of files"):
+        evaluate.agreement(paths[:1], 50, 0)
+
+
+class Page(HTMLParser):
+    """Tags that are open, addresses that would be fetched, and rows of tables."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.addresses, self.rows = [], [], 0
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "link", "path"):
+            self.open.append(tag)
+        self.rows += tag == "tr"
+        self.addresses += [v for k, v in attrs if k in ("src", "href") and not v.startswith("data:")]
+
+    def handle_endtag(self, tag):
+        if tag not in ("meta", "link", "path"):
+            assert self.open.pop() == tag
+
+
+def test_report_of_thirty_runs_is_one_small_page(tmp_path):
+    """30 runs x 6 sets in <= 5 MB, no address to fetch, names escaped, tags balanced; see benchmarks/check_report.py."""
+    rng, runs = np.random.default_rng(0), []
+    for i in range(30):
+        folder = tmp_path / f"run{i}"
+        folder.mkdir()
+        metrics = {
+            s: {
+                "n": 500,
+                "top1": rng.random(),
+                "balanced": 0.5,
+                "head": None,
+                "spearman_acc": 0.1 * rng.random(),
+                "spearman_pred": rng.random(),
+            }
+            for s in ("val", "v2", "sketch", "rendition", "objectnet", "adversarial")
+        }
+        metrics["pairs"] = {"n": 9, "top1": None, "retrieval": {"i2t_r1": 0.25}}
+        (folder / "metrics.json").write_text(json.dumps(metrics | {"run": {"step": 1}}))
+        runs.append(f"<b>series{i % 3}/{i}={folder}")
+    result = evaluate.report_runs(runs, str(tmp_path / "r.html"), str(tmp_path / "r.md"), 20, 0)
+    text = (tmp_path / "r.html").read_text()
+    page = Page()
+    page.feed(text)
+    assert page.open == [] and page.addresses == [] and page.rows == 7 * 31
+    assert len(text) < 5e6 and "<b>series" not in text and not re.search(r"https?://", text)
+    assert result["sets"]["pairs"]["<b>series0/0"]["retrieval i2t_r1"]["value"] == 0.25
+    assert (tmp_path / "r.md").read_text().count("\n| <b>series") == 30 * 7
+    low = result["sets"]["val"]["<b>series1/1"]["top1"]["low"]
+    assert 0 <= low < result["sets"]["val"]["<b>series1/1"]["top1"]["value"]
+
+
+def test_report_scores_predictions(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(10, size=300)
+    (tmp_path / "run").mkdir()
+    np.savez(
+        tmp_path / "run" / "val.npz",
+        labels=labels,
+        logits=rng.normal(size=(300, 10)) + np.eye(10)[labels],
+        class_counts=np.arange(10),
+    )
+    row = evaluate.report_runs([str(tmp_path / "run")], str(tmp_path / "r.html"), "", 50, 0)["rows"]["run"]
+    assert row["spearman_acc"]["low"] < row["spearman_acc"]["value"] < row["spearman_acc"]["high"]
+    assert "accuracy of frequency bins" in (tmp_path / "r.html").read_text()
+
+
+@pytest.mark.parametrize("kind", ["png", "svg"])
+def test_every_plot_is_drawn(tmp_path, kind):
+    """Each family's plot from its own numbers, by way of JSON, as main does it."""
+    pytest.importorskip("matplotlib")
+    zs, ft = biased_pair(tmp_path, n=600)
+    with np.load(zs) as data:
+        arrays = dict(data)
+    rng = np.random.default_rng(0)
+    arrays |= {"features": rng.normal(size=(600, 8)), "prototypes": rng.normal(size=(12, 8))}
+    np.savez(tmp_path / "full.npz", **arrays)
+    full = str(tmp_path / "full.npz")
+    (tmp_path / "t.csv").write_text("model,group,val,v2\na,x,50,40\nb,x,60,50\nc,x,70,62\nd,y,65,61\n")
+    (tmp_path / "a.txt").write_text("5\n0\n7\n")
+    (tmp_path / "b.txt").write_text("6\n1\n7\n")
+    counts = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    results = [
+        (evaluate.plot_imbalance, evaluate.imbalance([zs], "", "", (100, 20), 0, 5, 4, False, 10, 0)),
+        (
+            evaluate.plot_robustness,
+            evaluate.robustness([str(tmp_path / "t.csv")], "val", [], "x", "", {}, {}, {}, 0, 0),
+        ),
+        (evaluate.plot_collapse, evaluate.collapse([full], "", 10, 0)),
+        (evaluate.plot_similarity, evaluate.similarity(full, full, 10, 20, 3, 10, 0)),
+        (evaluate.plot_prototypes, evaluate.prototypes(full, "", "", [0.1, 0.2], 3, False, 10, 0, "cpu")),
+        (evaluate.plot_debias, evaluate.debias(zs, ft, "", "", {}, "", "prior", True, 10, 0)),
+        (evaluate.plot_calibration, evaluate.calibration([zs], 10, 0.5, 10, 0)),
+        (evaluate.plot_transfer, evaluate.transfer("knn", [full, full], [], [3], "", 0, "top1", [], 0, 10, 0, "cpu")),
+        (evaluate.plot_concepts, evaluate.shared_tail(counts, 10, 0)),
+        (evaluate.plot_concepts, evaluate.agreement(counts, 10, 0)),
+        (evaluate.plot_concepts, evaluate.concept_sets([zs, ft], "", 10, 0)),
+    ]
+    for i, (draw, result) in enumerate(results):
+        path = tmp_path / f"{i}.{kind}"
+        draw(json.loads(json.dumps(evaluate.plain(result))), str(path))
+        assert path.stat().st_size > 3000

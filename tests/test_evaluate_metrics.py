@@ -1,0 +1,235 @@
+"""evaluate.py: estimates, imbalance, compare, robustness; against scipy, clip.py and hand numbers."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+from scipy.special import expit, logit
+
+import clip
+import evaluate
+
+
+def test_rank_correlation_by_hand_and_by_scipy():
+    """n = (10, 5, 5, 0), a = (.9, .5, .7, .1): .948683 (average ranks); rows equal scipy's."""
+    assert evaluate.rank_correlation(np.array([10, 5, 5, 0]), np.array([0.9, 0.5, 0.7, 0.1])) == pytest.approx(
+        0.948683, abs=1e-6
+    )
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(5, size=(20, 30)), rng.normal(size=(20, 30))
+    expected = [stats.spearmanr(a, b).statistic for a, b in zip(x, y)]
+    np.testing.assert_allclose(evaluate.rank_correlations(x, y), expected, atol=1e-12)
+    x[3] = 1
+    assert np.isnan(evaluate.rank_correlations(x, y)[3])
+    assert evaluate.rank_correlation(x[3], y[3]) is None
+
+
+def test_gini_by_hand():
+    assert evaluate.gini([0, 1, 3]) == pytest.approx(0.5)
+    assert evaluate.gini([2, 2, 2]) == 0
+    assert np.isnan(evaluate.gini([0, 0]))
+    values = np.random.default_rng(0).random((3, 9))
+    slow = [np.abs(v[:, None] - v[None]).mean() / (2 * v.mean()) for v in values]
+    np.testing.assert_allclose(evaluate.gini(values), slow, atol=1e-12)
+
+
+@pytest.mark.parametrize("k, n", [(5, 10), (0, 50), (50, 50), (1, 1), (733, 1000)])
+def test_clopper_pearson_equals_scipy(k, n):
+    entry = evaluate.clopper_pearson(k / n, n)
+    exact = stats.binomtest(k, n).proportion_ci(method="exact")
+    assert (entry["low"], entry["high"]) == pytest.approx((exact.low, exact.high), abs=1e-12)
+    assert evaluate.clopper_pearson(0.5, np.nan) == {"value": 0.5, "low": None, "high": None}
+
+
+def test_imbalance_metrics_are_clips():
+    assert evaluate.imbalance_metrics.__code__.co_code == clip.imbalance_metrics.__code__.co_code
+    predictions, labels = np.array([0, 0, 0, 1, 0, 0, 1, 1]), np.array([0, 0, 0, 0, 1, 1, 1, 1])  # K = [[3, 1], [2, 2]]
+    row = evaluate.imbalance_metrics(predictions, labels, np.array([5, 1]))
+    assert row["top1"] == row["balanced"] == 0.625
+
+
+def make(n=2000, C=30, bias=1.0, seed=0):
+    rng = np.random.default_rng(seed)
+    counts = np.sort(rng.integers(0, 3000, C))[::-1].copy()
+    counts[-2:] = 0
+    labels = rng.integers(C, size=n)
+    logits = rng.normal(size=(n, C)) + 2 * np.eye(C)[labels] + bias * np.log(counts + 1) / 8
+    return {"path": "x", "n_classes": C, "labels": labels, "logits": logits.astype(np.float16), "class_counts": counts}
+
+
+def test_groups_zero_counts_and_worst():
+    data = make()
+    row, accuracy, predicted = evaluate.score_classes(data, (100, 20), 5, 3, 200, 0)
+    predictions, labels = data["logits"].argmax(1), data["labels"]
+    per_class = np.array([(predictions[labels == c] == c).mean() for c in range(30)])
+    np.testing.assert_allclose(accuracy, per_class)
+    assert row["worst 3"]["value"] == pytest.approx(np.sort(per_class)[:3].mean())
+    assert row["head"]["value"] == pytest.approx(per_class[:10].mean())
+    assert row["never seen"]["value"] == pytest.approx(per_class[-2:].mean())
+    assert row["many >100"]["value"] == pytest.approx(per_class[data["class_counts"] > 100].mean())
+    rarest = np.argsort(data["class_counts"], kind="stable")[:5]
+    assert row["5 rarest"]["value"] == pytest.approx(per_class[rarest].mean())
+    assert row["gini_counts"]["value"] == pytest.approx(float(evaluate.gini(data["class_counts"])))
+    assert predicted.sum() == len(labels)
+    for key, entry in row.items():
+        if isinstance(entry, dict) and entry["low"] is not None:
+            assert entry["low"] <= entry["value"] <= entry["high"], key
+
+
+def test_binned_statistics():
+    counts = np.array([0, 1, 10, 11, 100, 1000])
+    assert evaluate.frequency_bins(counts, 3, False).tolist() == [-1, 0, 1, 1, 2, 2]
+    assert evaluate.frequency_bins(counts, 3, True).tolist() == [0, 0, 1, 1, 2, 2]
+    accuracy = np.array([0, 0.2, 0.4, 0.6, 0.8, np.nan])
+    rows = evaluate.binned_statistics(
+        np.array([0, 0, 1, 1, 2, 2]), counts, accuracy, accuracy, 20, np.random.default_rng(0)
+    )
+    assert [b["accuracy"]["value"] for b in rows] == pytest.approx([0.1, 0.5, 0.8])
+    assert [b["accuracy_std"] for b in rows] == pytest.approx([0.1, 0.1, 0])
+    assert [b["count"] for b in rows] == [0.5, 10.5, 550]
+
+
+def test_interval_of_top1_covers_as_the_binomial_law_says():
+    """Bootstrap standard deviation against sqrt(p (1 - p) / n): 4 % is three standard errors of 3,000 draws."""
+    data = make()
+    right = data["logits"].argmax(1) == data["labels"]
+    _, n_right, n_predicted = evaluate.resample_images(
+        data["labels"], data["logits"].argmax(1), 30, 3000, np.random.default_rng(0)
+    )
+    p = right.mean()
+    assert (n_right.sum(1) / 2000).std() == pytest.approx(np.sqrt(p * (1 - p) / 2000), rel=0.04)
+    assert (n_predicted.sum(1) == 2000).all()
+    draws = evaluate.bootstrap_means(right.astype(float), 3000, np.random.default_rng(0))
+    assert draws.std() == pytest.approx(np.sqrt(p * (1 - p) / 2000), rel=0.04)
+
+
+def test_means_over_models(tmp_path):
+    paths = []
+    for seed in range(3):
+        data = make(seed=seed) | {"class_counts": make()["class_counts"]}
+        paths.append(str(tmp_path / f"{seed}.npz"))
+        np.savez(paths[-1], **{k: data[k] for k in ("labels", "logits", "class_counts")})
+    result = evaluate.imbalance(paths, "", "", (100, 20), 0, 10, 4, True, 10, 0)
+    values = [m["bins"][1]["accuracy"]["value"] for m in result["models"].values()]
+    assert result["bins_over_models"][1]["accuracy"] == pytest.approx(np.mean(values))
+    assert result["bins_over_models"][1]["accuracy_std"] == pytest.approx(np.std(values, ddof=1))
+
+
+def test_compare_by_hand(tmp_path):
+    """b = 10, c = 2: McNemar's exact p = .038574; a paired interval is narrower than an unpaired one."""
+    labels = np.zeros(100, int)
+    right_a, right_b = (
+        np.arange(100) < 60,
+        np.r_[np.arange(10) < 0, np.ones(50, bool), np.ones(2, bool), np.zeros(38, bool)],
+    )
+    paths = []
+    for name, right in (("a", right_a), ("b", right_b)):
+        logits = np.where(right[:, None], [1.0, 0], [0.0, 1])
+        paths.append(str(tmp_path / f"{name}.npz"))
+        np.savez(paths[-1], labels=labels, logits=logits, class_counts=[5, 3])
+    result = evaluate.compare(paths[:1], paths[1:], "", 500, 0)
+    assert result["mcnemar"]["pair 0"] == {
+        "only A right": 10,
+        "only B right": 2,
+        "p": pytest.approx(0.038574, abs=1e-6),
+    }
+    entry = result["rows"]["top1"]["B - A"]
+    assert entry["value"] == pytest.approx(-0.08) and -0.16 < entry["low"] < entry["high"] < 0
+    same = evaluate.compare(paths[:1], paths[:1], "", 50, 0)
+    assert same["mcnemar"]["pair 0"]["p"] == 1 and same["rows"]["top1"]["B - A"] == {"value": 0, "low": 0, "high": 0}
+
+
+def test_compare_seeds_and_classes(tmp_path):
+    names = {}
+    for side, bias in (("a", 6.0), ("b", 0.0)):
+        for seed in range(3):
+            data = make(n=3000, bias=bias, seed=seed) | {"labels": make(n=3000)["labels"]}
+            data["logits"] = make(n=3000, bias=bias, seed=0)["logits"] + np.random.default_rng(seed).normal(
+                size=(3000, 30)
+            )
+            names.setdefault(side, []).append(str(tmp_path / f"{side}{seed}.npz"))
+            np.savez(names[side][-1], labels=data["labels"], logits=data["logits"], class_counts=make()["class_counts"])
+    rows = evaluate.compare(names["a"], names["b"], "", 300, 0)["rows"]
+    assert rows["spearman_pred"]["B - A"]["high"] < 0  # the unbiased model follows frequency less
+    assert rows["top1"]["seeds"]["low"] < rows["top1"]["B - A"]["value"] < rows["top1"]["seeds"]["high"]
+    assert rows["tail"]["B - A"]["low"] > 0
+
+
+def models_of(x, y, groups, n=np.nan):
+    return [{"model": f"m{i}", "group": g, "s": (a, n, b, n)} for i, (a, b, g) in enumerate(zip(x, y, groups))]
+
+
+def test_effective_robustness_by_hand():
+    """u = 1, v = -.5, acc_id .6: expected .476384; at .55 the effective robustness is 7.36 points."""
+    x = np.array([0.3, 0.5, 0.7, 0.6])
+    y = np.r_[expit(logit(x[:3]) - 0.5), 0.55]
+    result = evaluate.effective_robustness(models_of(x, y, "bbbc"), ["s"], "b", "m0", {}, 50, 0)
+    assert result["rows"]["m3"]["s rho"]["value"] == pytest.approx(0.55 - 0.476384, abs=1e-6)
+    fit = result["fits"]["s, b"]
+    assert (fit["slope"]["value"], fit["intercept"]["value"], fit["r2"]["value"]) == pytest.approx((1, -0.5, 1))
+    assert result["rows"]["m3"]["s tau"]["value"] == pytest.approx(0.55 - y[0])
+    assert result["rows"]["m3"]["mean_rho"]["value"] == result["rows"]["m3"]["average rho"]["value"]
+
+
+def test_fit_equals_linregress_and_two_pieces():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=40), rng.normal(size=40)
+    expected = stats.linregress(x, y)
+    fit = evaluate.fit_lines(x, y, np.ones(40))
+    assert fit == pytest.approx((expected.slope, expected.intercept, expected.rvalue**2), abs=1e-12)
+    line = evaluate.Line(x, y, 0.2, 10, rng)
+    right = stats.linregress(x[x >= 0.2], y[x >= 0.2])
+    assert line.at(np.array([1.0]))[0] == pytest.approx(right.intercept + right.slope, abs=1e-12)
+    assert np.isnan(evaluate.Line(np.ones(3), y[:3], np.inf, 5, rng).slope[0])  # identical x: null, not a number
+
+
+def test_extreme_accuracies_need_the_number_of_images():
+    assert evaluate.safe_logit(np.array([0.0, 0.25]), np.array([9.0, 9])) == pytest.approx(logit([0.05, 0.25]))
+    with pytest.raises(SystemExit, match="pass --n"):
+        evaluate.safe_logit(np.array([1.0]), np.array([np.nan]))
+
+
+def test_interval_of_the_slope_covers_it():
+    """A simulated testbed of 40 models with slope 1.1: 95 % intervals cover in 93 to 97 % of 1,000 simulations."""
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(1000):
+        x = rng.uniform(-1, 2, 40)
+        line = evaluate.Line(x, 1.1 * x - 0.4 + 0.15 * rng.normal(size=40), np.inf, 400, rng)
+        entry = line.estimates()[0]["slope"]
+        hits += entry["low"] <= 1.1 <= entry["high"]
+    assert 930 <= hits <= 970, hits
+
+
+def test_robustness_from_tables_with_matched_columns(tmp_path):
+    x, y = np.array([0.4, 0.5, 0.6, 0.55]), np.array([0.2, 0.3, 0.4, 0.5])
+    lines = ["model,group,val,val@r,r"] + [f"m{i},{'clip' if i == 3 else 'sl'},{10},{100 * a},{100 * b}"
+                                           for i, (a, b) in enumerate(zip(x, y))]  # fmt: skip
+    (tmp_path / "t.csv").write_text("\n".join(lines) + "\nm4,sl,10,50,\n")
+    result = evaluate.robustness([str(tmp_path / "t.csv")], "val", ["r"], "sl", "", {}, {"r": "500"}, {}, 50, 0)
+    expected = stats.linregress(logit(x[:3]), logit(y[:3]))
+    rho = 0.5 - expit(expected.slope * logit(0.55) + expected.intercept)
+    assert list(result["rows"]) == ["m0", "m1", "m2", "m3"]  # m4 has no r and is left out
+    assert result["rows"]["m3"]["r rho"]["value"] == pytest.approx(rho, abs=1e-12)
+    assert result["rows"]["m3"]["r"]["low"] == pytest.approx(stats.binomtest(250, 500).proportion_ci().low)
+    with pytest.raises(SystemExit, match="--baseline clip: 1 models"):
+        evaluate.robustness([str(tmp_path / "t.csv")], "val", ["r"], "clip", "", {}, {}, {}, 50, 0)
+
+
+def test_robustness_of_runs_uses_the_classes_of_the_shift(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        folder = tmp_path / f"run{i}"
+        folder.mkdir()
+        (folder / "args.json").write_text(json.dumps({"args": {"data": "laionet"}}))
+        for name, classes in (("val", 6), ("adversarial", 3)):
+            labels = rng.integers(classes, size=300)
+            logits = rng.normal(size=(300, 6)) + (1 + 0.5 * i) * np.eye(6)[labels]
+            np.savez(folder / f"{name}.npz", labels=labels, logits=logits)
+    result = evaluate.robustness([str(tmp_path / f"run{i}") for i in range(3)], "val", [], "", "", {}, {}, {}, 20, 0)
+    assert result["baseline"] == "laionet" and result["shifts"] == ["adversarial", "average"]
+    with np.load(tmp_path / "run1" / "val.npz") as file:
+        keep = file["labels"] < 3
+        expected = (file["logits"][keep][:, :3].argmax(1) == file["labels"][keep]).mean()
+    row = result["rows"][str(tmp_path / "run1")]
+    assert row["adversarial id"]["value"] == pytest.approx(expected, abs=1e-12)

@@ -1,0 +1,187 @@
+"""evaluate.py: probe, k-NN, few shots, average precision, retrieval, calibration; scikit-learn and hand numbers."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+
+import clip
+import evaluate
+
+
+@pytest.fixture(scope="module")
+def digits():
+    x, y = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(y))
+    x, y = x[order].astype(np.float32), y[order]
+    return {"features": x[:1200], "labels": y[:1200]}, {"features": x[1200:], "labels": y[1200:]}
+
+
+def objective(weight, bias, features, labels, C):
+    """scikit-learn's objective over C n, in float64: mean cross-entropy + |W|^2 / (2 C n). weight: [D, C]."""
+    logits = torch.from_numpy(features.astype(np.float64) @ weight + bias)
+    penalty = (weight**2).sum() / (2 * C * len(labels))
+    return float(torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels))) + penalty
+
+
+@pytest.mark.parametrize("C", [1e-4, 0.316, 100.0])
+def test_probe_has_scikit_learns_optimum(digits, C):
+    """The same objective to 1e-5, the same accuracy up to one image (ties of near-equal optima)."""
+    train, test = digits
+    ours = evaluate.Logistic(train["features"], train["labels"], 10, "cpu")
+    found = ours.fit(C)
+    theirs = LogisticRegression(C=C, tol=1e-8, max_iter=20_000).fit(
+        train["features"].astype(np.float64), train["labels"]
+    )
+    best = objective(theirs.coef_.T, theirs.intercept_, train["features"], train["labels"], C)
+    weight = ours.weight[:-1].numpy()
+    bias = ours.weight[-1].numpy() - ours.mean.double().numpy() @ weight
+    assert objective(weight, bias, train["features"], train["labels"], C) == pytest.approx(best, rel=1e-5)
+    assert found == pytest.approx(best, rel=1e-5)
+    n_right = (ours.scores(test["features"]).argmax(1) == test["labels"]).sum()
+    assert abs(int(n_right) - (theirs.predict(test["features"]) == test["labels"]).sum()) <= 1
+
+
+def test_probe_of_many_labels_is_one_regression_a_class(digits):
+    train, test = digits
+    labels = np.stack([train["labels"] % 2, train["labels"] > 6], 1).astype(np.int64)
+    labels[:50, 1] = -1  # difficult: left out of the second class
+    ours = evaluate.Logistic(train["features"], labels, 2, "cpu")
+    ours.fit(0.01)
+    for c, rows in ((0, slice(None)), (1, slice(50, None))):
+        x = train["features"].astype(np.float64)[rows]
+        theirs = LogisticRegression(C=0.01, tol=1e-9, max_iter=5000).fit(x, labels[rows][:, c])
+        np.testing.assert_allclose(ours.weight[:-1, c], theirs.coef_[0], atol=1e-3)  # flat: objectives agree to 1e-7
+
+
+def test_sweeps_choose_on_validation_images(digits, tmp_path):
+    train, test = digits
+    half = {k: v[:600] for k, v in train.items()}, {k: v[600:] for k, v in train.items()}
+    for protocol, n in (("clip", 7 + 8), ("transfer", 45)):
+        model, strengths = evaluate.Logistic(*half[0].values(), 10, "cpu"), []
+        fit = model.fit
+        model.fit = lambda C, fit=fit, strengths=strengths: strengths.append(C) or fit(C)
+        chosen = evaluate.sweep_strength(protocol, 1.0, model, half[1], "top1")
+        assert len(strengths) <= n and chosen in np.asarray(strengths)
+    assert len(strengths) == 45 and strengths[0] == pytest.approx(1e-5) and strengths[-1] == pytest.approx(1e6)
+    assert strengths == sorted(strengths)  # strong to weak regularisation
+
+
+def test_transfer_table_has_deltas_on_the_same_images(digits, tmp_path):
+    train, test = digits
+    for model, scale in (("base", 1.0), ("noisy", 6.0)):
+        (tmp_path / model).mkdir()
+        for name in ("cifar10", "pets"):
+            for part, data in (("train", train), ("test", test)):
+                noise = np.random.default_rng(0).normal(size=data["features"].shape) * scale
+                np.savez(
+                    tmp_path / model / f"{name}_{part}.npz", features=data["features"] + noise, labels=data["labels"]
+                )
+    inputs = [str(tmp_path / "base"), str(tmp_path / "noisy")]
+    rows = evaluate.transfer("probe", inputs, [], [], "none", 0.01, "auto", [], 0, 200, 0, "cpu")["rows"]
+    delta = rows["noisy - base"]["mean"]
+    assert list(rows["base"]) == ["cifar10", "pets", "mean"] and delta["low"] <= delta["value"] <= delta["high"] < 0
+    assert delta["value"] == pytest.approx(rows["noisy"]["mean"]["value"] - rows["base"]["mean"]["value"])
+    knn = evaluate.transfer("knn", inputs, ["pets"], [5], "", 0, "top1", [], 0, 50, 0, "cpu")["rows"]
+    assert knn["noisy - base"]["pets k=5"]["high"] < 0
+    shots = evaluate.transfer("fewshot", inputs[:1], ["pets"], [], "", 1.0, "auto", [1, 8], 3, 0, 0, "cpu")
+    assert shots["rows"]["base"]["pets 1-shot"]["value"] < shots["rows"]["base"]["pets 8-shot"]["value"]
+    assert len(set(shots["details"][0]["draws"])) > 1  # other images with every draw
+    with pytest.raises(SystemExit, match="no SET_test.npz"):
+        evaluate.transfer("knn", [str(tmp_path)], [], [5], "", 0, "top1", [], 0, 50, 0, "cpu")
+
+
+def test_knn_by_hand_and_by_scikit_learn(digits):
+    """Similarities .9 (A), .85, .8 (B): A wins although B has the majority."""
+    angles = np.arccos([0.9, 0.85, 0.8])
+    train = {"features": np.stack([np.cos(angles), np.sin(angles)], 1), "labels": np.array([0, 1, 1])}
+    votes = evaluate.knn_scores(train, {"features": np.array([[1.0, 0]]), "labels": [0]}, 2, 5, "cpu")[0]
+    np.testing.assert_allclose(votes / votes[0], [1, 0.4895 + 0.2397], atol=1e-4)
+    train, test = digits
+    unit = [evaluate.unit_rows(p["features"]) for p in (train, test)]
+    theirs = KNeighborsClassifier(20, weights=lambda d: np.exp((1 - d**2 / 2) / 0.07)).fit(unit[0], train["labels"])
+    ours = evaluate.knn_scores(train, test, 10, 20, "cpu").argmax(1)
+    assert (ours == theirs.predict(unit[1])).mean() > 0.998
+
+
+def test_average_precision_by_hand():
+    """Labels 1 0 1 0 by falling score: (6 + 5 x 2/3) / 11; labels 0 1: .5, not the .5455 of a free precision of 1."""
+    one = np.ones((1, 4))
+    scores = np.array([4.0, 3, 2, 1])
+    assert evaluate.average_precision(scores, np.array([1, 0, 1, 0]), one)[0] == pytest.approx(0.848485, abs=1e-6)
+    assert evaluate.average_precision(scores[:2], np.array([0, 1]), one[:, :2])[0] == pytest.approx(0.5)
+    assert evaluate.average_precision(scores, np.array([1, -1, 1, 0]), one)[0] == pytest.approx(1)
+    assert np.isnan(evaluate.average_precision(scores, np.array([0, 0, 0, 0]), one)[0])
+    twice = evaluate.average_precision(scores, np.array([1, 0, 1, 0]), np.array([[2, 0, 1, 1]]))[0]
+    repeated = evaluate.average_precision(np.array([4.0, 4, 2, 1]), np.array([1, 1, 1, 0]), one)[0]
+    assert twice == pytest.approx(repeated)  # a weight is a number of copies
+
+
+def test_per_class_metric():
+    scores, labels = np.eye(3)[[0, 0, 1, 1, 0]], np.array([0, 0, 0, 1, 2])
+    assert evaluate.transfer_metric(scores, labels, "per_class", 10, 0)[0] == pytest.approx((2 / 3 + 1 + 0) / 3)
+    assert evaluate.transfer_metric(scores, labels, "top1", 10, 0)[0] == pytest.approx(3 / 5)
+    assert (
+        evaluate.metric_of("Pets", labels, "auto") == "per_class"
+        and evaluate.metric_of("dtd", labels, "auto") == "top1"
+    )
+
+
+def test_retrieval_by_hand():
+    """Images x captions [[.9, .2, .8, .1], [.3, .6, .5, .7]]: R@1 1.0 from images, .5 from texts."""
+    scores, owner = np.array([[0.9, 0.2, 0.8, 0.1], [0.3, 0.6, 0.5, 0.7]], np.float32), np.array([0, 0, 1, 1])
+    images, texts = np.eye(2, 6, dtype=np.float32), np.zeros((4, 6), np.float32)
+    texts[:, :2], texts[range(4), range(2, 6)] = scores.T, np.sqrt(1 - (scores**2).sum(0))
+    i2t, t2i = evaluate.retrieval_ranks(images, texts, owner, "cpu")
+    assert i2t.tolist() == [0, 0] and t2i.tolist() == [0, 1, 1, 0]
+
+
+def test_retrieval_equals_clips_and_a_slow_loop():
+    rng = np.random.default_rng(0)
+    owner = rng.permutation(np.r_[np.arange(300), rng.integers(300, size=500)])
+    images = rng.normal(size=(300, 16))
+    texts = images[owner] + 1.5 * rng.normal(size=(800, 16))
+    images, texts = (torch.nn.functional.normalize(torch.from_numpy(v).float(), dim=1) for v in (images, texts))
+    expected = clip.retrieval_metrics(images, texts, owner)
+    i2t, t2i = evaluate.retrieval_ranks(images.numpy(), texts.numpy(), owner, "cpu")
+    for k in (1, 5, 10):
+        assert (expected[f"i2t_r{k}"], expected[f"t2i_r{k}"]) == pytest.approx(((i2t < k).mean(), (t2i < k).mean()))
+    scores = (images.double() @ texts.double().T).numpy()
+    for i in range(0, 300, 50):
+        assert i2t[i] == (scores[i, owner != i] >= scores[i, owner == i].max()).sum()
+    same = np.ones((5, 4), np.float32) / 2
+    i2t, t2i = evaluate.retrieval_ranks(same, same, np.arange(5), "cpu")
+    assert i2t.tolist() == t2i.tolist() == [4] * 5  # a constant model is last
+
+
+def test_retrieval_refuses_images_without_text(tmp_path):
+    np.savez(tmp_path / "a.npz", features=np.ones((3, 2)), text_features=np.ones((2, 2)), image_ids=np.array([0, 2]))
+    with pytest.raises(SystemExit, match="each image needs a text"):
+        evaluate.retrieval([str(tmp_path / "a.npz")], [1], 10, 0, "cpu")
+
+
+def test_ece_by_hand():
+    """Confidences .95 (right), .95 (wrong), .55 (right), 10 bins: .45; a confidence of 1 is in the last bin."""
+    confidence, right = np.array([0.95, 0.95, 0.55]), np.array([1.0, 0, 1])
+    bins = evaluate.calibration_bins(confidence, 10, False)
+    assert evaluate.calibration_error(bins, confidence, right, 0, np.random.default_rng(0))["value"] == pytest.approx(
+        0.45
+    )
+    assert evaluate.calibration_bins(np.array([0.1, 0.100001, 1.0]), 10, False).tolist() == [0, 1, 9]
+    assert evaluate.calibration_bins(np.array([0.5, 0.9, 0.1, 0.7]), 2, True).tolist() == [0, 1, 0, 1]
+
+
+def test_temperature_by_hand(tmp_path):
+    """Margin 2, 75 % right: T = 2 / ln 3; all right: the lower end; the argmax does not change."""
+    logits, labels = np.tile([2.0, 0], (4, 1)), np.array([0, 0, 0, 1])
+    assert evaluate.fit_temperature(logits, labels) == pytest.approx(2 / np.log(3), rel=1e-5)
+    assert evaluate.fit_temperature(logits, np.zeros(4, int)) < 0.05
+    rng = np.random.default_rng(0)
+    labels = rng.integers(5, size=4000)
+    logits = 3 * (rng.normal(size=(4000, 5)) + 1.5 * np.eye(5)[labels])
+    np.savez(tmp_path / "a.npz", labels=labels, logits=logits)
+    row = next(iter(evaluate.calibration([str(tmp_path / "a.npz")], 15, 0.5, 100, 0)["rows"].values()))
+    assert row["temperature"] == pytest.approx(2, rel=0.1)  # the true log odds are 1.5 times the logits before the 3
+    assert row["ece at T"]["value"] < 0.03 < row["ece"]["low"] and row["nll at T"] < row["nll"]

@@ -1720,7 +1720,7 @@ def evaluate(model: CLIP, tokenizer: Tokenizer | None, world: World, workers: in
         if not bool(embed.isfinite().all()):
             raise SystemExit(f"{name}: the image features are not finite: the model has diverged")
         features = F.normalize(embed, dim=1)
-        logits = None
+        logits, extra = None, {}
         if prototypes is not None:
             with exact_matmul():
                 logits = (100 * features @ prototypes.T).cpu()  # CLIP evaluates at the largest scale, 100
@@ -1731,14 +1731,17 @@ def evaluate(model: CLIP, tokenizer: Tokenizer | None, world: World, workers: in
             images, image_ids = np.unique([table.get(row, "image") for row in rows], return_inverse=True)
             first = torch.from_numpy(np.unique(image_ids, return_index=True)[1]).to(device)
             captions = [table.get(row, "caption") for row in rows]
-            texts = encode_texts(model, tokenizer, captions, device)
-            result["retrieval"] = retrieval_metrics(features[first], F.normalize(texts, dim=1), image_ids)
+            texts = F.normalize(encode_texts(model, tokenizer, captions, device), dim=1)
+            result["retrieval"] = retrieval_metrics(features[first], texts, image_ids)
+            extra = {"text_features": texts.cpu().numpy().astype(np.float16),
+                     "image_ids": first.cpu().numpy()[image_ids]}  # the row of each caption's image
         metrics[name] = result
         if npz_folder is not None and (not dist.is_initialized() or dist.get_rank() == 0):
             arrays = {"features": embed.cpu().numpy().astype(np.float16), "labels": labels, "rows": rows,
-                      "class_counts": world.class_counts, "class_names": np.array(names, str)}
+                      "class_counts": world.class_counts, "class_names": np.array(names, str), **extra}
             if logits is not None:
                 arrays |= {"logits": logits.numpy().astype(np.float16),
+                           "predictions": logits.argmax(1).numpy(),  # of float32: logits in float16 can tie
                            "prototypes": prototypes.cpu().numpy().astype(np.float16)}
             write_atomically(npz_folder / f"{name}.npz", lambda file, arrays=arrays: np.savez(file, **arrays))
     model.train()

@@ -1535,9 +1535,9 @@ def evaluate_classifier(model: Classifier, class_names: list[str], class_counts:
                 result[key] = float(is_right[part].mean()) if part.any() else None
         metrics[name] = result
         if npz_folder is not None and (not dist.is_initialized() or dist.get_rank() == 0):
-            arrays = {"logits": logits.numpy().astype(np.float16), "features": embed.cpu().numpy().astype(np.float16),
-                      "labels": labels, "rows": rows, "class_counts": class_counts,
-                      "class_names": np.array(class_names, str),
+            arrays = {"logits": logits.numpy().astype(np.float16), "predictions": logits.argmax(1).numpy(),
+                      "features": embed.cpu().numpy().astype(np.float16), "labels": labels, "rows": rows,
+                      "class_counts": class_counts, "class_names": np.array(class_names, str),
                       "prototypes": prototypes.cpu().numpy().astype(np.float16)}
             write_atomically(npz_folder / f"{name}.npz", lambda file, arrays=arrays: np.savez(file, **arrays))
     model.train()

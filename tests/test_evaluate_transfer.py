@@ -156,10 +156,15 @@ def test_retrieval_equals_clips_and_a_slow_loop():
     assert i2t.tolist() == t2i.tolist() == [4] * 5  # a constant model is last
 
 
-def test_retrieval_refuses_images_without_text(tmp_path):
-    np.savez(tmp_path / "a.npz", features=np.ones((3, 2)), text_features=np.ones((2, 2)), image_ids=np.array([0, 2]))
-    with pytest.raises(SystemExit, match="each image needs a text"):
-        evaluate.retrieval([str(tmp_path / "a.npz")], [1], 10, 0, "cpu")
+def test_retrieval_counts_images_that_have_a_text(tmp_path):
+    """As clip.py writes it, where a row that repeats an image has no text of its own: image_ids is the first row."""
+    for name, ids in ("a", [0, 2]), ("b", [0, 3]):
+        arrays = dict(features=np.eye(3, 2), text_features=np.ones((2, 2)), image_ids=np.array(ids))
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+    result = evaluate.retrieval([str(tmp_path / "a.npz")], [1], 10, 0, "cpu")
+    assert next(iter(result["rows"].values()))["images"] == 2
+    with pytest.raises(SystemExit, match="row of each text's image"):
+        evaluate.retrieval([str(tmp_path / "b.npz")], [1], 10, 0, "cpu")
 
 
 def test_ece_by_hand():

@@ -22,6 +22,7 @@ from PIL import Image
 from programs import ENV, ROOT, assert_bit_equal, log_of, weights_of
 
 import clip
+import evaluate
 
 FLAGS = ["--batch-size", "32", "--log-every", "1", "--warmup-steps", "2", "--precision", "fp32", "--device", "cpu"]
 run, run_here = functools.partial(programs.run, "clip.py"), functools.partial(programs.run_here, clip)
@@ -261,6 +262,9 @@ def test_evaluation_is_the_same_for_one_and_three_ranks(world, tmp_path):
     one, three = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "three"))
     assert one.pop("run") and three.pop("run") and one == three
     assert one["laionet-odd"]["n"] == 299 and one["laionet-odd"]["top1"] is not None
+    again = evaluate.retrieval([str(tmp_path / "one" / "yfcc-odd.npz")], [1, 10], 10, 0, "cpu")["rows"]
+    for key in "i2t_r1", "t2i_r10":  # evaluate.py reads what clip.py writes (float16)
+        assert abs(next(iter(again.values()))[key]["value"] - one["yfcc-odd"]["retrieval"][key]) < 0.02
     assert set(one["yfcc-odd"]["retrieval"]) == {f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)}
     with np.load(tmp_path / "one" / "laionet-odd.npz") as a, np.load(tmp_path / "three" / "laionet-odd.npz") as b:
         assert all(np.array_equal(a[key], b[key]) for key in a.files)

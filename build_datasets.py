@@ -2039,7 +2039,7 @@ KEY_LENGTH = 3  # characters by which `substring` looks names up
 
 
 def in_bulk(texts, function):
-    """function of each text, called once on all, joined by NUL (each alone if some text holds one)."""
+    """function of each text, called once on all, joined by NUL (each alone if some text holds one: a NUL is a blank)."""
     done = function("\0".join(texts)).split("\0")
     return done if len(done) == len(texts) else [function(text.replace("\0", " ")) for text in texts]
 
@@ -2151,7 +2151,7 @@ class Matcher:
             alone = self.firsts.isdisjoint
             tokens = (words if alone(words) else chain(words, zip(words, words[1:])) for words in (text.split(" ") for text in texts))
         else:
-            texts = captions if self.is_sensitive else [caption.lower() for caption in captions]
+            texts = in_bulk(captions, str if self.is_sensitive else str.lower)
             if self.rule == "substring":
                 tokens = [[text[i : i + KEY_LENGTH] for i in range(len(text))] for text in texts]
             else:

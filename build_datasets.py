@@ -1662,7 +1662,7 @@ def write_index_report(out, folder, kind, jobs, results, counts, warnings, stats
 # ------------------------------------------------------------------------------ readers
 
 # What other tools call our columns, whatever the case; a table that has our name too keeps both.
-COLUMN_ALIASES = {"image": ("filepath", "path", "file"), "label": ("class", "wnid"), "caption": ("text", "title")}
+COLUMN_ALIASES = {"image": ("filepath", "path", "file"), "caption": ("text", "title"), "label": ("class", "wnid")}
 TABLE_SUFFIXES = tuple(kind + end for kind in (".tsv", ".csv", ".jsonl") for end in ("", ".gz")) + (".parquet",)
 MAX_LINE = 10 * 2**20  # bytes; a longer line is a wrong file or a missing line break, not a row
 
@@ -1809,7 +1809,7 @@ def our_names(columns, path):
     names, lower = list(columns), [name.lower() for name in columns]
     for ours, others in COLUMN_ALIASES.items():
         place = next((lower.index(name) for name in (ours, *others) if name in lower), None)
-        is_classes = ours == "label" and "name" in columns  # classes.tsv: its wnid is a wnid
+        is_classes = ours == "label" and {"image", "caption"}.isdisjoint(names)  # classes.tsv: its wnid is no label
         if ours not in columns and place is not None and not is_classes:
             names[place] = ours
     return names
@@ -2335,11 +2335,12 @@ def part_of(path, out, settings):
 def run_files(work, paths, out, settings, run):
     """Call work(path, part, settings) for each input file that has no result yet.
 
-    run: (workers, shard "i/n" or "", is_merge). Under torchrun each rank does its share and rank 0 goes on alone.
+    run: (workers, shard "i/n", "all" or "", is_merge). Without a shard, under torchrun each rank does its share and rank 0 goes on alone.
     Returns: parts in the order of paths; None if this process was one of several and has no more to do.
     """
     workers, shard, is_merge = run
-    rank, n_shards = map(int, shard.split("/") if shard else (os.environ.get("RANK", 0), os.environ.get("WORLD_SIZE", 1)))
+    ranks = os.environ.get("RANK", 0), os.environ.get("WORLD_SIZE", 1)
+    rank, n_shards = (0, 1) if shard == "all" else map(int, shard.split("/") if shard else ranks)
     os.makedirs(f"{out}.parts", exist_ok=True)
     parts = [part_of(path, out, settings) for path in paths]
     todo = [(path, part) for i, (path, part) in enumerate(zip(paths, parts))
@@ -2362,7 +2363,7 @@ def run_files(work, paths, out, settings, run):
                 raise SystemExit("a worker process was killed (out of memory?); try fewer --workers") from None
             finally:
                 pool.shutdown(cancel_futures=True)
-    if n_shards > 1 and not is_merge:
+    if not is_merge and (n_shards > 1 or "/" in shard):
         if shard or rank:
             print(f"shard {rank}/{n_shards}: {len(todo)} files done; when all shards are, the same command with --merge")
             return None
@@ -2502,11 +2503,12 @@ def build_classes(path, out, wordnet, extra):
     columns = ["name", "synonyms", "definition", "wnid", "negative", "match"]
     if extra:
         names, table = open_tables([extra])
-        by_key = {key: row for row in rows for key in (row["name"], row["wnid"]) if key}
+        keys = Counter(key for row in rows for key in {row["name"], row["wnid"]})
+        by_key = {key: row for row in rows for key in (row["name"], row["wnid"]) if key and keys[key] == 1}
         for line, more in enumerate(table, 2):
             key = more.pop("wnid", "") or more.get("name", "")
             if key not in by_key:
-                raise SystemExit(f"{extra}:{line}: {key!r} is no class of {path}")
+                raise SystemExit(f"{extra}:{line}: {key!r} is not name or wnid of just one class of {path}")
             by_key[key].update({k: v for k, v in more.items() if v})
         columns += [name for name in names if name not in columns]
     wnids = [row["wnid"] for row in rows]
@@ -2862,7 +2864,7 @@ def build_curate(paths, out, metadata, cap, share, seed, settings, run):
     draws = f"{out}.parts/draws.npz"
     np.savez(draws, keys=np.array([hash64(entry) for entry in entries], np.uint64), probability=probability)
     second = dict(first=settings, draws=draws, cap=cap, out=out, skip_bad=settings["skip_bad"])
-    kept_parts = run_files(keep_file, paths, out, second, (run[0], "0/1", False))
+    kept_parts = run_files(keep_file, paths, out, second, (run[0], "all", False))
     kept = np.zeros(len(entries), np.int64)
     for part in kept_parts:
         with np.load(part) as arrays:

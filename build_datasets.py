@@ -105,16 +105,18 @@ def parse_args(argv=None):
     index.add_argument("--seed", type=int, default=0, help="redraws which rows --holdout takes")
 
     def add(name, text, example):
-        return commands.add_parser(name, help=text, description=f"{text}.", epilog=f"example: python build_datasets.py {name} {example}",
-                                   **style)
+        epilog = f"example: python build_datasets.py {name} {example}"
+        return commands.add_parser(name, help=text, description=f"{text}.", epilog=epilog, **style)
 
-    classes = add("classes", "classes.tsv from a list of wnids or names", "wnids.txt --wordnet /usr/share/wordnet --out classes.tsv")
-    classes.add_argument("list", help="text file, a class a line in label order: wnid or name, perhaps a tab and the name "
-                         "to show (wnid) or synonyms with | and a definition (name)")
-    classes.add_argument("--out", required=True, help="classes.tsv to write: name, synonyms, definition, wnid, negative, match")
+    classes = add("classes", "classes.tsv from a list of wnids or names",
+                  "wnids.txt --wordnet /usr/share/wordnet --out classes.tsv")
+    classes.add_argument("list", help="text file, a class a line in label order: wnid or name, perhaps a tab and the "
+                         "name to show (wnid) or synonyms with | and a definition (name)")
+    classes.add_argument("--out", required=True,
+                         help="classes.tsv to write: name, synonyms, definition, wnid, negative, match")
     classes.add_argument("--wordnet", help="folder of WordNet 3.0's data.noun, index.noun, noun.exc")
-    classes.add_argument("--extra", help="table with wnid or name, and columns that replace: negative (words that exclude "
-                         "a caption, | between), match (names to look for instead of name and synonyms), synonyms, ...")
+    classes.add_argument("--extra", help="table with wnid or name, and columns that replace: negative (words that "
+                         "exclude a caption, | between), match (names to look for instead of name and synonyms)")
 
     incaps = add("incaps", "ImageNet-Captions: its JSON joined with the images",
                  "imagenet_captions.json --images imagenet/train --classes classes.tsv --out incaps/train.tsv")
@@ -137,7 +139,7 @@ def parse_args(argv=None):
     laionet = add("laionet", "LAIONet: rows that name just one class and are similar to its definition",
                   "data/shapes/laionet/train.tsv --classes data/shapes/classes.tsv --threshold 0.3 --out laionet.tsv")
     laionet.add_argument("--threshold", type=float, default=0.7,
-                         help="least similarity of caption and definition; all matched rows stay in OUT.all.tsv with it")
+                         help="least similarity of caption and definition; OUT.all.tsv keeps all matched rows with it")
     laionet.add_argument("--clip", help="checkpoint of clip.py whose text tower measures the similarity")
     laionet.add_argument("--embeddings", help="folder with classes.npy [C, D] and TABLE.npy [rows, D] for each input "
                          "file TABLE; without this and --clip the column similarity is taken")
@@ -147,14 +149,15 @@ def parse_args(argv=None):
     curate.add_argument("--metadata", required=True, help="table with the column entry (see metadata)")
     curate.add_argument("--cap", type=int, default=20_000, help="t: about so many rows are drawn by each entry")
     curate.add_argument("--tail-share", type=float, default=0.0,
-                        help="set the cap so that entries below it have this share of all matches (0.06 for MetaCLIP); 0: off")
+                        help="set the cap so that entries below it have this share of matches (MetaCLIP: 0.06); 0: off")
     curate.add_argument("--seed", type=int, default=0, help="redraws which rows are kept")
 
     metadata = add("metadata", "MetaCLIP's metadata: entries from WordNet and from a corpus",
                    "data/shapes/web/train.tsv --min-pmi 3 --out entries.tsv")
     metadata.add_argument("--wordnet", help="folder of WordNet 3.0's data files; without it none of its synsets")
     metadata.add_argument("--min-count", type=int, default=100, help="least count of a word")
-    metadata.add_argument("--min-pmi", type=float, default=30.0, help="least pointwise mutual information of a pair, bits")
+    metadata.add_argument("--min-pmi", type=float, default=30.0,
+                          help="least pointwise mutual information of a pair, bits")
     metadata.add_argument("--max-entries", type=int, default=500_000, help="stop after so many entries")
 
     frequency = add("frequency", "how many captions name each class",
@@ -169,20 +172,26 @@ def parse_args(argv=None):
 
     for command in (label, frequency):
         command.add_argument("--lemmas", choices=("nltk", "morphy", "none"), default="nltk",
-                             help="for bag: lemmatiser of names and captions; nltk: the paper's; none: words as they are")
+                             help="for bag: lemmatiser of names and captions; nltk: the paper's; none: none")
         command.add_argument("--wordnet", default="/usr/share/wordnet", help="folder of WordNet 3.0, for lemmas (bag)")
     for command in (incaps, label, laionet, frequency):
-        command.add_argument("--classes", required=True, help="classes.tsv: name, synonyms, definition, negative, match")
+        command.add_argument("--classes", required=True,
+                             help="classes.tsv: name, synonyms, definition, negative, match")
     for command in (label, laionet, curate, metadata, frequency):
-        command.add_argument("inputs", nargs="+", metavar="TABLE", help="TSV, CSV, JSONL (or .gz), parquet; folders, globs")
-        command.add_argument("--columns", nargs="+", default=["caption"], help="columns whose texts are joined and searched")
+        command.add_argument("inputs", nargs="+", metavar="TABLE",
+                             help="TSV, CSV, JSONL (or .gz), parquet; folders, globs")
+        command.add_argument("--columns", nargs="+", default=["caption"],
+                             help="columns whose texts are joined and searched")
     for command in (label, laionet, curate, frequency):
-        command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, a file each; no effect on results")
-        command.add_argument("--shard", default="", help="i/n: do every n-th file from the i-th (0-based), then --merge")
+        command.add_argument("--workers", type=int, default=os.cpu_count(),
+                             help="processes, a file each; no effect on results")
+        command.add_argument("--shard", default="",
+                             help="i/n: do every n-th file from the i-th (0-based), then --merge")
         command.add_argument("--merge", action="store_true", help="only merge what all shards have done")
         command.add_argument("--skip-bad", action="store_true", help="leave out and count rows that cannot be read")
 
-    status = add("status", "what img2dataset got: successes by class and cause, rows to try again", "shards/ --out retry.tsv")
+    status = add("status", "what img2dataset got: successes by class and cause, rows to try again",
+                 "shards/ --out retry.tsv")
     status.add_argument("folder", help="output folder of img2dataset: NNNNN.parquet, NNNNN_stats.json (needs pyarrow)")
     status.add_argument("--classes", help="classes.tsv, for the names of labels")
     for command in (incaps, label, laionet, curate, metadata, frequency, status):
@@ -1929,7 +1938,7 @@ def wordnet_file(folder, name):
     """The lines of one of WordNet's files, without the licence on top. Raises: SystemExit if it is not there."""
     path = os.path.join(folder, name)
     if not os.path.isfile(path):
-        raise SystemExit(f"{path}: no such file; --wordnet is the folder of WordNet 3.0's data.noun, index.noun, noun.exc")
+        raise SystemExit(f"{path}: no such file; --wordnet is the folder of WordNet 3.0's data.noun, noun.exc, ...")
     return [line for _, line in text_lines(path) if not line.startswith("  ")]
 
 
@@ -1970,8 +1979,7 @@ def morphy(phrase, exceptions, index):
     base = morphword(phrase, exceptions, index)
     if base is not None:
         return base
-    parts = [part if part in "_-" else morphword(part, exceptions, index) or part for part in re.split("([_-])", phrase)]
-    joined = "".join(parts)
+    joined = "".join(morphword(part, exceptions, index) or part for part in re.split("([_-])", phrase))
     return joined if joined != phrase and joined in index else None
 
 
@@ -2015,7 +2023,8 @@ def read_synsets(folder, part="noun"):
     for line in wordnet_file(folder, f"data.{part}"):
         head, _, gloss = line.partition(" | ")
         fields = head.split(" ")
-        words = [re.sub(r"\((a|p|ip)\)$", "", word).replace("_", " ") for word in fields[4 : 4 + 2 * int(fields[3], 16) : 2]]
+        words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
+        words = [re.sub(r"\((a|p|ip)\)$", "", word).replace("_", " ") for word in words]
         synsets[fields[0]] = words, re.sub('"[^"]*"', "", gloss).strip(" ;")
     return synsets
 
@@ -2039,7 +2048,7 @@ KEY_LENGTH = 3  # characters by which `substring` looks names up
 
 
 def in_bulk(texts, function):
-    """function of each text, called once on all, joined by NUL (each alone if some text holds one: a NUL is a blank)."""
+    """function of each text, called once on all, joined by NUL. A NUL in a text counts as a blank."""
     done = function("\0".join(texts)).split("\0")
     return done if len(done) == len(texts) else [function(text.replace("\0", " ")) for text in texts]
 
@@ -2110,7 +2119,9 @@ class Matcher:
         """What is looked for: the prepared text, or for `bag` sets of lemmas."""
         if self.rule == "bag":
             words = [part for word in only_letters(text).split() for part in CONTRACTIONS.get(word, (word,))]
-            found = [frozenset([lemma_of(word)]) for word in words] if is_negative else [frozenset(map(lemma_of, words))]
+            found = [frozenset(map(lemma_of, words))]
+            if is_negative:
+                found = [frozenset([lemma]) for lemma in found[0]]
         else:
             found = [text if self.is_sensitive else text.lower()]
         if not found or not found[0] or found == [" "]:
@@ -2132,7 +2143,7 @@ class Matcher:
             try:
                 return self.odd.append((re.compile(rf"\b(?:{needle})\b", 0 if self.is_sensitive else re.I), number))
             except re.error as error:
-                raise SystemExit(f"the name {needle!r} is not a regular expression ({error}); use --match word") from None
+                raise SystemExit(f"the name {needle!r} is no regular expression ({error}); use --match word") from None
         else:
             words = re.findall(r"\w+", needle)
             if not words:
@@ -2149,7 +2160,8 @@ class Matcher:
         if self.rule in ("laionet", "metaclip"):
             texts = in_bulk(captions, without_punctuation if self.rule == "laionet" else with_spaced_marks)
             alone = self.firsts.isdisjoint
-            tokens = (words if alone(words) else chain(words, zip(words, words[1:])) for words in (text.split(" ") for text in texts))
+            lists = (text.split(" ") for text in texts)
+            tokens = (words if alone(words) else chain(words, zip(words, words[1:])) for words in lists)
         else:
             texts = in_bulk(captions, str if self.is_sensitive else str.lower)
             if self.rule == "substring":
@@ -2226,8 +2238,8 @@ class Matcher:
                 left, right, middle = r"\b", r"\b", needle
             for found in re.finditer(f"{left}(?=({middle}){right})", text):
                 places += [(*found.span(1), label) for label in mine]
-        kept = {c for start, end, c in places
-                if not any(a <= start and end <= b and b - a > end - start and o != c for a, b, o in places)}  # fmt: skip
+        kept = {c for a, b, c in places
+                if not any(x <= a and b <= y and y - x > b - a and other != c for x, y, other in places)}  # fmt: skip
         return tuple(sorted(kept))
 
 
@@ -2253,7 +2265,8 @@ def split_names(field):
 
 def names_of(row):
     """Names by which a class is found: the column match if it has something, else name and synonyms."""
-    return list(dict.fromkeys(split_names(row.get("match", "")) or [row["name"], *split_names(row.get("synonyms", ""))]))
+    names = split_names(row.get("match", "")) or [row["name"], *split_names(row.get("synonyms", ""))]
+    return list(dict.fromkeys(names))
 
 
 def shared_names(rows):
@@ -2275,8 +2288,10 @@ def matcher_of(settings):
     if "entries" in settings:
         names = [(row["entry"], i) for i, row in enumerate(open_tables([settings["entries"]], ["entry"])[1])]
         return Matcher(names, "metaclip")
-    pairs = [[(text, label) for label, texts in enumerate(settings[key]) for text in texts] for key in ("names", "negatives")]
-    return Matcher(pairs[0], settings["rule"], pairs[1], settings["is_sensitive"], settings["lemmas"], settings["wordnet"])
+    names, negatives = ([(text, label) for label, texts in enumerate(settings[key]) for text in texts]
+                        for key in ("names", "negatives"))  # fmt: skip
+    others = (settings[key] for key in ("is_sensitive", "lemmas", "wordnet"))
+    return Matcher(names, settings["rule"], negatives, *others)
 
 
 def match_settings(rows, rule, is_sensitive=False, lemmas="none", wordnet="", more_names=None):
@@ -2319,7 +2334,7 @@ def matched_rows(path, settings, counts):
 
 
 def save_part(part, funnel_counts, **arrays):
-    """Write the result of one input file: an .npz with its arrays and the Counter of its rows. It appears whole or not at all."""
+    """Write the result of one input file: an .npz with arrays and the Counter of its rows, whole or not at all."""
     with open(f"{part}.partial", "wb") as f:
         np.savez(f, funnel=np.array(json.dumps(funnel_counts)), **arrays)
     os.replace(f"{part}.partial", part)
@@ -2329,13 +2344,14 @@ def part_of(path, out, settings):
     """Where the result of an input file lies: named by the file's path, size and time and by the settings."""
     stat = os.stat(path)
     facts = [os.path.abspath(path), stat.st_size, stat.st_mtime_ns, settings, file_hash(os.path.abspath(__file__))]
-    return os.path.join(f"{out}.parts", hashlib.blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest() + ".npz")
+    return os.path.join(f"{out}.parts", f"{hash64(json.dumps(facts)):016x}.npz")
 
 
 def run_files(work, paths, out, settings, run):
     """Call work(path, part, settings) for each input file that has no result yet.
 
-    run: (workers, shard "i/n", "all" or "", is_merge). Without a shard, under torchrun each rank does its share and rank 0 goes on alone.
+    run: (workers, shard "i/n", "all" or "", is_merge). Without a shard, under torchrun each rank does its share and
+    rank 0 goes on alone.
     Returns: parts in the order of paths; None if this process was one of several and has no more to do.
     """
     workers, shard, is_merge = run
@@ -2365,7 +2381,7 @@ def run_files(work, paths, out, settings, run):
                 pool.shutdown(cancel_futures=True)
     if not is_merge and (n_shards > 1 or "/" in shard):
         if shard or rank:
-            print(f"shard {rank}/{n_shards}: {len(todo)} files done; when all shards are, the same command with --merge")
+            print(f"shard {rank}/{n_shards}: {len(todo)} files done; when all are, the same command with --merge")
             return None
         while not all(map(os.path.exists, parts)):  # torchrun ends all ranks if one fails
             time.sleep(1)
@@ -2449,7 +2465,8 @@ def build_labels(paths, out, classes, settings, run):
                      "several classes": -counts["several classes"]}  # fmt: skip
     extra = n - sum(funnel_counts.values())
     funnel_counts |= ({"further labels of rows with several": extra} if extra > 0 else {}) | {f"rows in {out}": n}
-    finish(out, paths, dict(classes=classes, classes_sha256=file_hash(classes), **{k: v for k, v in settings.items() if k not in ("names", "negatives")}), funnel_counts,
+    flags = {k: v for k, v in settings.items() if k not in ("names", "negatives")}
+    finish(out, paths, dict(classes=classes, classes_sha256=file_hash(classes), **flags), funnel_counts,
            labels_per_row={k: counts[k] for k in sorted(counts) if k.startswith("rows that name")},
            class_counts=histogram, empty_classes=histogram.count(0), shared_names=shared)  # fmt: skip
     print(f"{histogram.count(0):>12,}  of {len(rows):,} classes are empty")
@@ -2537,7 +2554,8 @@ def incaps_records(path):
             records = json.load(f)
     except ValueError as error:
         raise SystemExit(f"{path}: not JSON ({error})") from None
-    if not isinstance(records, list) or not all(isinstance(r, dict) and {"filename", "wnid"} <= set(r) for r in records):
+    is_list = isinstance(records, list)
+    if not is_list or not all(isinstance(r, dict) and {"filename", "wnid"} <= set(r) for r in records):
         raise SystemExit(f"{path}: expected a list of objects with filename, wnid, title, tags, description")
     return records
 
@@ -2552,7 +2570,7 @@ def incaps_texts(record):
 
 
 def build_incaps(path, images, classes, out, seed, keep_repeats):
-    """Join ImageNet-Captions with its images. images: folder of class folders, or a table whose images end in the names.
+    """Join ImageNet-Captions with its images: a folder of class folders, or a table whose images end in the names.
 
     Rows are ordered by a hash of seed and file name; of a repeated file name the longest text is kept (then the first
     in alphabetical order).
@@ -2611,7 +2629,8 @@ def load_text_tower(path):
         merges = [tuple(merge.split()) for merge in checkpoint["bpe"].split("\n")]
         weights["token_embedding.weight"]
     except (RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        raise SystemExit(f"--clip: {path} is no checkpoint of clip.py with a text tower and its merges ({error!r:.100})") from None
+        what = f"--clip: {path} is no checkpoint of clip.py with a text tower and its merges"
+        raise SystemExit(f"{what} ({repr(error)[:100]})") from None
     return weights, {merge: i for i, merge in enumerate(merges)}, checkpoint.get("activation", "gelu")
 
 
@@ -2667,7 +2686,8 @@ def text_features(path, texts, batch_size=256):
                 x = x + w["positional_embedding"][: len(place)]
                 for i in range(n_layers):
                     block = f"transformer.resblocks.{i}"
-                    qkv = F.linear(norm(x, f"{block}.ln_1"), w[f"{block}.attn.in_proj_weight"], w[f"{block}.attn.in_proj_bias"])
+                    weights = w[f"{block}.attn.in_proj_weight"], w[f"{block}.attn.in_proj_bias"]
+                    qkv = F.linear(norm(x, f"{block}.ln_1"), *weights)
                     q, k, v = qkv.unflatten(2, (3, width // 64, 64)).permute(2, 0, 3, 1, 4)  # [B, H, L, 64] each
                     heads = F.scaled_dot_product_attention(q, k, v, is_causal=True)
                     x = x + linear(heads.transpose(1, 2).flatten(2), f"{block}.attn.out_proj")
@@ -2719,7 +2739,9 @@ def laionet_file(path, part, settings):
         captions = text_features(clip, distinct)[[place[text] for text in texts]]
         similarity = cosine(captions, text_features(clip, queries)[labels]) if kept else []
     elif embeddings:
-        captions = read_embeddings(embeddings, os.path.basename(path), counts["rows"] if not settings["skip_bad"] else -1)
+        if settings["skip_bad"]:
+            raise SystemExit("--skip-bad: rows left out would shift --embeddings; repair the tables first")
+        captions = read_embeddings(embeddings, os.path.basename(path), counts["rows"])
         similarity = cosine(captions[numbers], read_embeddings(embeddings, "classes", len(queries))[labels])
     else:
         missing = next((i for i, row in zip(numbers, kept) if not row.get("similarity")), None)
@@ -2740,8 +2762,8 @@ def build_laionet(paths, out, classes, threshold, settings, run):
         for name in names_of(row):
             owners[name].add(label)
     names = [[name for name in names_of(row) if len(owners[name]) == 1] for row in rows]
-    settings = settings | dict(match_settings([], "laionet"), names=names, negatives=[],
-                               queries=[f"{row['name'].lower()} which is {row['definition']}" for row in rows])  # fmt: skip
+    queries = [f"{row['name'].lower()} which is {row.get('definition', '')}" for row in rows]
+    settings = settings | dict(match_settings([], "laionet"), names=names, negatives=[], queries=queries)
     parts = run_files(laionet_file, paths, out, settings, run)
     if parts is None:
         return
@@ -2920,7 +2942,8 @@ def build_metadata(paths, out, wordnet, min_count, min_pmi, max_entries, columns
         if marks.isdisjoint(pair):
             take(" ".join(pair), "pair", pairs[pair])
     write_tsv(out, ("entry", "source", "count"), found.values())
-    counts = {"captions": n_rows, "words": n, **{f"entries: {k}": v for k, v in sources.items()}, f"entries in {out}": len(found)}
+    counts = {"captions": n_rows, "words": n, **{f"entries: {k}": v for k, v in sources.items()}}
+    counts[f"entries in {out}"] = len(found)
     write_report(out, paths, dict(min_count=min_count, min_pmi=min_pmi, max_entries=max_entries, wordnet=bool(wordnet),
                                   columns=columns), counts)  # fmt: skip
     print_funnel(counts)
@@ -2993,7 +3016,8 @@ def build_frequency(paths, out, classes, relevance, settings, run):
     if n_sample:
         write_tsv(f"{out.removesuffix('.tsv')}.sample.tsv", ("name", "definition", "key", "caption", "relevant"),
                   (dict(name=row["name"], definition=row.get("definition"), key=key, caption=text)
-                   for label, row in enumerate(rows) for _, key, text in sorted(samples[label])[:n_sample]))  # fmt: skip
+                   for label, row in enumerate(rows)
+                   for _, key, text in sorted(samples[label], reverse=True)[:n_sample]))  # fmt: skip
     table = []
     for row, n in zip(rows, class_counts.tolist()):
         line = dict(name=row["name"], count=n)
@@ -3049,8 +3073,9 @@ def build_status(folder, out, classes):
                     rows=before[label], count=after[label], success=f"{after[label] / before[label]:.4f}")
                for label in order))  # fmt: skip
     counts = {"rows": n, **{cause: -k for cause, k in causes.most_common()}, "images": n - n_failed}
-    write_report(out, [os.path.join(folder, f"{shard}.parquet") for shard in shards], dict(folder=folder, classes=classes),
-                 counts, warnings=warnings, lost_classes=[label for label in order if not after[label]])  # fmt: skip
+    inputs = [os.path.join(folder, f"{shard}.parquet") for shard in shards]
+    write_report(out, inputs, dict(folder=folder, classes=classes), counts, warnings=warnings,
+                 lost_classes=[label for label in order if not after[label]])  # fmt: skip
     print_funnel(dict(list(counts.items())[:12] + [("images", n - n_failed)]))
     for warning in warnings[:20]:
         print(f"warning: {warning}", file=sys.stderr)

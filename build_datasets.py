@@ -44,6 +44,15 @@ index lists images where they lie; nothing is unpacked, copied or decoded.
 The caption is the .txt, else the JSON's caption, text or title; the label is the .cls, else the JSON's label. The
 JSON's own image, label and caption make no columns; a key in JSON and parquet is taken from the JSON. Rows are in the
 order of the sources, sorted, and inside them of the tar or of the file names, whatever the number of workers.
+
+classes, incaps, label, laionet, metadata, curate, frequency and status build tables from texts; each --help says what
+goes in and has an example. Inputs are TSV, CSV, JSONL (each perhaps .gz) and parquet, files, folders and globs; beside
+OUT.tsv comes OUT.tsv.json with inputs, hashes, flags and what was lost at each step. Input files are the unit of work:
+each leaves a part in OUT.tsv.parts, so a killed run goes on where it was, and shards of it merge to the same bytes.
+
+    python build_datasets.py label data/shapes/yfcc/train.tsv --classes data/shapes/classes.tsv --out yfcc_cls.tsv
+    python build_datasets.py metadata data/shapes/web/train.tsv --min-pmi 3 --out entries.tsv
+    python build_datasets.py curate data/shapes/web/train.tsv --metadata entries.tsv --cap 200 --out curated.tsv
 """
 
 import argparse

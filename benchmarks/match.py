@@ -1,4 +1,4 @@
-"""Matching rules of build_datasets.py, timed and checked: python benchmarks/match.py wnids.txt /usr/share/wordnet [WORLD]
+"""Matching rules, timed and checked: python benchmarks/match.py wnids.txt /usr/share/wordnet [WORLD]
 
 Sentences are WordNet's glosses, classes the synsets of a list of wnids (ImageNet's 1,000) with all their words. A
 pyahocorasick loop with word boundaries runs in turns with ours (pip install pyahocorasick); medians and the median of
@@ -106,7 +106,8 @@ def main(wnids, wordnet, *world):
     bag = bd.Matcher(names, "bag", wordnet=wordnet)
     word = bd.Matcher(names, "word")
     for rule, matcher in (("bag", bag), ("word", word)):
-        compare(f"frequency --match {rule}", lambda m=matcher: ours(m), lambda: theirs(automaton, True), repeats * len(glosses), 3)  # fmt: skip
+        n = repeats * len(glosses)
+        compare(f"frequency --match {rule}", lambda m=matcher: ours(m), lambda: theirs(automaton, True), n, 3)
 
     patterns = {}
     for name, label in names:
@@ -136,9 +137,10 @@ def main(wnids, wordnet, *world):
     entries = entries_of(wordnet, glosses)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     metaclip = bd.Matcher([(entry, i) for i, entry in enumerate(entries)], "metaclip")
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"peak memory with {len(entries):,} entries {after / 2**20:.2f} GiB, before {before / 2**20:.2f}")
     automaton, repeats = automaton_of([(entry, i) for i, entry in enumerate(entries)]), 1
-    compare(f"curate, {len(entries):,} entries", lambda: ours(metaclip), lambda: theirs(automaton, False), len(glosses), 3)
-    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB ({before / 2**20:.2f} before)")
+    compare("curate", lambda: ours(metaclip), lambda: theirs(automaton, False), len(glosses), 3)
     if world:
         shapes(world[0])
 

@@ -2178,6 +2178,9 @@ class Matcher:
             else:
                 words = re.compile(r"\w+").findall
                 tokens = (text.translate(ASCII_WORDS).split() if text.isascii() else words(text) for text in texts)
+            if not self.odd:
+                is_hopeless = self.keys.isdisjoint
+                return [() if is_hopeless(words) else self.of_text(text, words) for text, words in zip(texts, tokens)]
         return [self.of_text(text, words) for text, words in zip(texts, tokens)]
 
     def of_bag(self, words):

@@ -44,11 +44,24 @@ index lists images where they lie; nothing is unpacked, copied or decoded.
 The caption is the .txt, else the JSON's caption, text or title; the label is the .cls, else the JSON's label. The
 JSON's own image, label and caption make no columns; a key in JSON and parquet is taken from the JSON. Rows are in the
 order of the sources, sorted, and inside them of the tar or of the file names, whatever the number of workers.
+
+classes, incaps, label, laionet, metadata, curate, frequency and status build tables from texts; each --help says what
+goes in and has an example. Inputs are TSV, CSV, JSONL (each perhaps .gz) and parquet, files, folders and globs; beside
+OUT.tsv comes OUT.tsv.json with inputs, hashes, flags and what was lost at each step. Input files are the unit of work:
+each leaves a part in OUT.tsv.parts, so a killed run goes on where it was, and shards of it merge to the same bytes.
+
+    python build_datasets.py label data/shapes/yfcc/train.tsv --classes data/shapes/classes.tsv --out yfcc_cls.tsv
+    python build_datasets.py metadata data/shapes/web/train.tsv --min-pmi 3 --out entries.tsv
+    python build_datasets.py curate data/shapes/web/train.tsv --metadata entries.tsv --cap 200 --out curated.tsv
 """
 
 import argparse
+import array
+import csv
 import fcntl
 import functools
+import glob
+import gzip
 import hashlib
 import heapq
 import html
@@ -56,6 +69,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import shutil
@@ -69,6 +83,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -98,6 +113,99 @@ def parse_args(argv=None):
     index.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; the rows do not depend on it")
     index.add_argument("--seed", type=int, default=0, help="redraws which rows --holdout takes")
 
+    def add(name, text, example):
+        epilog = f"example: python build_datasets.py {name} {example}"
+        return commands.add_parser(name, help=text, description=f"{text}.", epilog=epilog, **style)
+
+    classes = add("classes", "classes.tsv from a list of wnids or names",
+                  "wnids.txt --wordnet /usr/share/wordnet --out classes.tsv")
+    classes.add_argument("list", help="text file, a class a line in label order: wnid or name, perhaps a tab and the "
+                         "name to show (wnid) or synonyms with | and a definition (name)")
+    classes.add_argument("--out", required=True,
+                         help="classes.tsv to write: name, synonyms, definition, wnid, negative, match")
+    classes.add_argument("--wordnet", help="folder of WordNet 3.0's data.noun, index.noun, noun.exc")
+    classes.add_argument("--extra", help="table with wnid or name, and columns that replace: negative (words that "
+                         "exclude a caption, | between), match (names to look for instead of name and synonyms)")
+
+    incaps = add("incaps", "ImageNet-Captions: its JSON joined with the images",
+                 "imagenet_captions.json --images imagenet/train --classes classes.tsv --out incaps/train.tsv")
+    incaps.add_argument("json", help="imagenet_captions.json: list of filename, wnid, title, description, tags")
+    incaps.add_argument("--images", required=True, help="folder of class folders, or a table of images (see index)")
+    incaps.add_argument("--seed", type=int, default=0, help="redraws the order of the rows")
+    incaps.add_argument("--keep-repeats", action=argparse.BooleanOptionalAction, default=False,
+                        help="keep records that repeat a file name (448,896 rows instead of 443,798)")
+
+    label = add("label", "class labels for captions that name a class",
+                "data/shapes/yfcc/train.tsv --classes data/shapes/classes.tsv --match word --out yfcc_cls.tsv")
+    label.add_argument("--match", choices=("bag", "word", "regex-lemma", "substring"), default="word",
+                       help="; ".join(f"{rule}: {RULES[rule]}" for rule in ("bag", "word", "regex-lemma", "substring")))
+    label.add_argument("--multi", choices=("longest", "drop", "all", "first"), default="longest",
+                       help="rows that name several classes: longest: a name inside a longer one does not count, then "
+                       "drop; drop: out (YFCC15M-Cls); all: a row for each (CC12M-Cls); first: the lowest label")
+    label.add_argument("--case", choices=("auto", "sensitive", "insensitive"), default="auto",
+                       help="auto: as published, sensitive for substring only; bag never is")
+
+    laionet = add("laionet", "LAIONet: rows that name just one class and are similar to its definition",
+                  "data/shapes/laionet/train.tsv --classes data/shapes/classes.tsv --threshold 0.3 --out laionet.tsv")
+    laionet.add_argument("--threshold", type=float, default=0.7,
+                         help="least similarity of caption and definition; OUT.all.tsv keeps all matched rows with it")
+    laionet.add_argument("--clip", help="checkpoint of clip.py whose text tower measures the similarity")
+    laionet.add_argument("--embeddings", help="folder with classes.npy [C, D] and TABLE.npy [rows, D] for each input "
+                         "file TABLE; without this and --clip the column similarity is taken")
+
+    curate = add("curate", "MetaCLIP: captions balanced over the entries of a metadata",
+                 "data/shapes/web/train.tsv --metadata entries.tsv --cap 200 --out curated.tsv")
+    curate.add_argument("--metadata", required=True, help="table with the column entry (see metadata)")
+    curate.add_argument("--cap", type=int, default=20_000, help="t: about so many rows are drawn by each entry")
+    curate.add_argument("--tail-share", type=float, default=0.0,
+                        help="set the cap so that entries below it have this share of matches (MetaCLIP: 0.06); 0: off")
+    curate.add_argument("--seed", type=int, default=0, help="redraws which rows are kept")
+
+    metadata = add("metadata", "MetaCLIP's metadata: entries from WordNet and from a corpus",
+                   "data/shapes/web/train.tsv --min-pmi 3 --out entries.tsv")
+    metadata.add_argument("--wordnet", help="folder of WordNet 3.0's data files; without it none of its synsets")
+    metadata.add_argument("--min-count", type=int, default=100, help="least count of a word")
+    metadata.add_argument("--min-pmi", type=float, default=30.0,
+                          help="least pointwise mutual information of a pair, bits")
+    metadata.add_argument("--max-entries", type=int, default=500_000, help="stop after so many entries")
+
+    frequency = add("frequency", "how many captions name each class",
+                    "data/shapes/web/train.tsv --classes data/shapes/classes.tsv --lemmas none --out counts.tsv")
+    frequency.add_argument("--match", choices=tuple(RULES), default="bag",
+                           help="; ".join(f"{rule}: {text}" for rule, text in RULES.items()))
+    frequency.add_argument("--synonyms", help="table of further names: name (of the class), synonyms (| between)")
+    frequency.add_argument("--sample", type=int, default=0,
+                           help="captions per class to write for judging, OUT.sample.tsv, the smallest hashes; 0: none")
+    frequency.add_argument("--relevance", help="the judged sample (relevant: yes or no): adds estimates with intervals")
+    frequency.add_argument("--seed", type=int, default=0, help="redraws the sample")
+
+    for command in (label, frequency):
+        command.add_argument("--lemmas", choices=("nltk", "morphy", "none"), default="nltk",
+                             help="for bag: lemmatiser of names and captions; nltk: the paper's; none: none")
+        command.add_argument("--wordnet", default="/usr/share/wordnet", help="folder of WordNet 3.0, for lemmas (bag)")
+    for command in (incaps, label, laionet, frequency):
+        command.add_argument("--classes", required=True,
+                             help="classes.tsv: name, synonyms, definition, negative, match")
+    for command in (label, laionet, curate, metadata, frequency):
+        command.add_argument("inputs", nargs="+", metavar="TABLE",
+                             help="TSV, CSV, JSONL (or .gz), parquet; folders, globs")
+        command.add_argument("--columns", nargs="+", default=["caption"],
+                             help="columns whose texts are joined and searched")
+    for command in (label, laionet, curate, frequency):
+        command.add_argument("--workers", type=int, default=os.cpu_count(),
+                             help="processes, a file each; no effect on results")
+        command.add_argument("--shard", default="",
+                             help="i/n: do every n-th file from the i-th (0-based), then --merge")
+        command.add_argument("--merge", action="store_true", help="only merge what all shards have done")
+        command.add_argument("--skip-bad", action="store_true", help="leave out and count rows that cannot be read")
+
+    status = add("status", "what img2dataset got: successes by class and cause, rows to try again",
+                 "shards/ --out retry.tsv")
+    status.add_argument("folder", help="output folder of img2dataset: NNNNN.parquet, NNNNN_stats.json (needs pyarrow)")
+    status.add_argument("--classes", help="classes.tsv, for the names of labels")
+    for command in (incaps, label, laionet, curate, metadata, frequency, status):
+        command.add_argument("--out", required=True, help="table to write, ending in .tsv; its report is OUT.json")
+
     args = parser.parse_args(argv)
     if args.command == "shapes":
         if args.seed < 0:
@@ -115,6 +223,20 @@ def parse_args(argv=None):
             index.error("--out: val.tsv is where --holdout writes; call the table train.tsv, or drop --holdout")
         if args.workers < 1:
             index.error(f"--workers: got {args.workers}, expected 1 or more")
+    if args.command in ("label", "laionet", "curate", "frequency"):
+        command = commands.choices[args.command]
+        place = re.fullmatch(r"(\d+)/(\d+)", args.shard)
+        if args.shard and not (place and int(place[1]) < int(place[2])):
+            command.error(f"--shard: got {args.shard}, expected i/n with i from 0 to n - 1")
+        if args.workers < 1:
+            command.error(f"--workers: got {args.workers}, expected 1 or more")
+    if args.command in ("incaps", "label", "laionet", "curate", "metadata", "frequency", "status", "classes"):
+        if not args.out.endswith(".tsv"):
+            commands.choices[args.command].error(f"--out: got {args.out}, expected a file name that ends in .tsv")
+    if args.command == "label" and args.match == "bag" and args.multi == "longest":
+        label.error("--multi longest: bag finds words, not places; choose drop, all or first")
+    if args.command == "curate" and (args.cap < 1 or not 0 <= args.tail_share < 1):
+        curate.error(f"--cap {args.cap} --tail-share {args.tail_share}: expected a cap of 1 or more, a share in 0..1")
     return args
 
 
@@ -143,11 +265,15 @@ def write_tsv(path, columns, rows):
     rows: iterable of dicts; a missing key is an empty field. Returns: number of rows.
     """
     partial, n = f"{path}.partial", 0
-    with open(partial, "w", encoding="utf-8", errors="replace", newline="\n") as f:
-        f.write("\t".join(map(tsv_field, columns)) + "\n")
-        for n, row in enumerate(rows, 1):  # noqa: B007 (n is the number of rows)
-            f.write("\t".join([tsv_field(row.get(c)) for c in columns]) + "\n")
-    os.replace(partial, path)
+    try:
+        with open(partial, "w", encoding="utf-8", errors="replace", newline="\n") as f:
+            f.write("\t".join(map(tsv_field, columns)) + "\n")
+            for n, row in enumerate(rows, 1):  # noqa: B007 (n is the number of rows)
+                f.write("\t".join([tsv_field(row.get(c)) for c in columns]) + "\n")
+        os.replace(partial, path)
+    finally:
+        if os.path.exists(partial):  # bad input or a full disk
+            os.remove(partial)
     return n
 
 
@@ -1551,6 +1677,1437 @@ def write_index_report(out, folder, kind, jobs, results, counts, warnings, stats
     os.replace(f"{out}.json.partial", f"{out}.json")
 
 
+# ------------------------------------------------------------------------------ readers
+
+# What other tools call our columns, whatever the case; a table that has our name too keeps both.
+COLUMN_ALIASES = {"image": ("filepath", "path", "file"), "caption": ("text", "title"), "label": ("class", "wnid")}
+TABLE_SUFFIXES = tuple(kind + end for kind in (".tsv", ".csv", ".jsonl") for end in ("", ".gz")) + (".parquet",)
+MAX_LINE = 10 * 2**20  # bytes; a longer line is a wrong file or a missing line break, not a row
+
+
+def find_tables(paths):
+    """The table files that paths, globs and folders name, in sorted order. Raises: SystemExit if there are none."""
+    found = []
+    for path in paths:
+        if os.path.isdir(path):
+            names = [n for n in sorted(os.listdir(path)) if n.endswith(TABLE_SUFFIXES) and not n.startswith(".")]
+            kinds = {os.path.splitext(n.removesuffix(".gz"))[1] for n in names}
+            if len(kinds) != 1:
+                what = f"tables of kinds {', '.join(sorted(kinds))}: name the files" if kinds else "no table"
+                raise SystemExit(f"{path}: a folder with {what} (expected one kind of {', '.join(TABLE_SUFFIXES)})")
+            found += [os.path.join(path, n) for n in names]
+        elif os.path.exists(path):
+            if not path.endswith(TABLE_SUFFIXES):
+                raise SystemExit(f"{path}: expected a name that ends in one of {', '.join(TABLE_SUFFIXES)}")
+            found.append(path)
+        else:
+            matches = glob.glob(path, recursive=True)
+            if not matches:
+                raise SystemExit(f"{path}: no such file or folder, and as a pattern it fits none")
+            found += find_tables(matches)
+    twice = [path for path, n in Counter(map(os.path.realpath, found)).items() if n > 1]
+    if twice:
+        raise SystemExit(f"given twice: {', '.join(twice[:10])}")
+    return sorted(found)
+
+
+def note_bad(bad, path, line, reason):
+    """Count a row that cannot be read in the Counter `bad`; without one it ends the program."""
+    if bad is None:
+        raise SystemExit(f"{path}:{line}: {reason}")
+    bad[reason] += 1
+
+
+def text_lines(path, bad=None):
+    """(number, text) of each line of a UTF-8 file, plain or gzipped, without line end and byte order mark.
+
+    bad: Counter of reasons for lines that are left out; None: the first one raises SystemExit.
+    """
+    is_gzip, number = path.endswith(".gz"), 0
+    with open(path, "rb") as raw:
+        start = raw.read(2)
+        if start and (start == b"\x1f\x8b") != is_gzip:
+            is_what = "not gzip data, though its name ends in .gz" if is_gzip else "gzip data: its name must end in .gz"
+            raise SystemExit(f"{path}:1: {is_what}")
+        raw.seek(0)
+        file = gzip.GzipFile(fileobj=raw) if is_gzip and start else raw
+        try:
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), 1):
+                if len(line) > MAX_LINE:
+                    note_bad(bad, path, number, f"a line of more than {MAX_LINE // 2**20} MiB")
+                    while line and not line.endswith(b"\n"):
+                        line = file.readline(MAX_LINE)
+                    continue
+                try:
+                    text = line.decode()
+                except UnicodeDecodeError as error:
+                    note_bad(bad, path, number, f"not UTF-8 (byte {error.object[error.start]:#04x})")
+                    continue
+                if "\0" in text:
+                    note_bad(bad, path, number, "a NUL byte")
+                    continue
+                yield number, (text.removeprefix("\ufeff") if number == 1 else text).rstrip("\r\n")
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise SystemExit(f"{path}:{number + 1}: damaged gzip data ({error})") from None
+
+
+def tsv_rows(lines, n_fields, path, bad):
+    for number, line in lines:
+        fields = line.split("\t")
+        if len(fields) == n_fields:
+            yield number, fields
+        elif line:  # a blank line is no row
+            note_bad(bad, path, number, f"{len(fields)} fields, but the header has {n_fields}")
+
+
+def csv_rows(lines, n_fields, path, bad):
+    """Rows of a CSV, quoted as RFC 4180 has it; the number is of a row's last line. n_fields 0: as the first row."""
+    csv.field_size_limit(MAX_LINE)
+    reader = csv.reader((line + "\n" for _, line in lines), strict=True)
+    while True:
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            note_bad(bad, path, reader.line_num, f"not CSV ({error})")
+            continue
+        if fields is None:
+            return
+        n_fields = n_fields or len(fields)
+        if len(fields) == n_fields:
+            yield reader.line_num, fields
+        elif fields:
+            note_bad(bad, path, reader.line_num, f"{len(fields)} fields, but the header has {n_fields}")
+
+
+def json_objects(path, bad):
+    for number, line in text_lines(path, bad):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                note_bad(bad, path, number, f"not JSON ({error})")
+                continue
+            if isinstance(row, dict):
+                yield number, row
+            else:
+                note_bad(bad, path, number, f"a JSON {type(row).__name__}, expected an object")
+
+
+def parquet_rows(path, wanted):
+    """Columns of a parquet file, and its rows as lists. wanted: names to read, or None for all."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise SystemExit(f"{path}: parquet needs pyarrow (pip install pyarrow)") from None
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise SystemExit(f"{path}:1: not readable as parquet ({str(error).splitlines()[0]})") from None
+    columns = [name for name in file.schema_arrow.names if wanted is None or name in wanted]
+
+    def rows():
+        number = 0
+        try:
+            for batch in file.iter_batches(batch_size=16384, columns=columns):
+                for values in zip(*(column.to_pylist() for column in batch.columns)):
+                    number += 1
+                    yield number, [v if type(v) is str else tsv_field(v) for v in values]
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise SystemExit(f"{path}:{number + 1}: damaged parquet ({str(error).splitlines()[0]})") from None
+
+    return file.schema_arrow.names, columns, rows()
+
+
+def our_names(columns, path):
+    """Names of columns, aliases replaced by ours. Raises: SystemExit if names are empty or double."""
+    wrong = sorted(name or "an empty name" for name, n in Counter(columns).items() if n > 1 or not name)
+    if wrong:
+        raise SystemExit(f"{path}:1: the header has no or double names ({', '.join(wrong)}): {', '.join(columns)}")
+    names, lower = list(columns), [name.lower() for name in columns]
+    for ours, others in COLUMN_ALIASES.items():
+        place = next((lower.index(name) for name in (ours, *others) if name in lower), None)
+        is_classes = ours == "label" and {"image", "caption"}.isdisjoint(names)  # classes.tsv: its wnid is no label
+        if ours not in columns and place is not None and not is_classes:
+            names[place] = ours
+    return names
+
+
+def read_table(path, needed=(), bad=None, is_all=True):
+    """One table, TSV, CSV, JSONL (each perhaps .gz) or parquet, as a stream.
+
+    needed: columns that must be there; is_all: False reads only these; bad: as in text_lines.
+    Returns: (names of the columns, iterator of (line, list of strings)). None and NaN are empty, nested values JSON.
+    Raises: SystemExit "file:line: reason".
+    """
+    kind, lines = os.path.splitext(path.removesuffix(".gz"))[1], None
+    if kind == ".parquet":
+        found, header, rows = parquet_rows(path, None)
+    elif kind == ".jsonl":  # rows may differ in their keys: one more pass finds all of them
+        header = list(dict.fromkeys(key for _, row in json_objects(path, Counter()) for key in row))
+        rows = ((n, [tsv_field(row.get(key)) for key in header]) for n, row in json_objects(path, bad))
+    else:
+        lines = text_lines(path)  # a header that cannot be read is never passed over
+        first = next(lines if kind == ".tsv" else csv_rows(lines, 0, path, None), None)
+        header = [] if first is None else first[1].split("\t") if kind == ".tsv" else first[1]
+    if not header or header == [""]:
+        raise SystemExit(f"{path}:1: an empty file; expected a header and rows")
+    names = our_names(header, path)
+    missing = [name for name in needed if name not in names]
+    if missing:
+        raise SystemExit(f"{path}:1: no column {', '.join(missing)}; found {', '.join(header)}")
+    if lines is not None:
+        lines.close()
+        lines = text_lines(path, bad)
+        if kind == ".tsv":
+            next(lines)
+            rows = tsv_rows(lines, len(header), path, bad)
+        else:
+            rows = csv_rows(lines, len(header), path, bad)
+            next(rows)
+    if is_all:
+        return names, rows
+    places = [names.index(name) for name in needed]
+    if kind == ".parquet":
+        _, read, rows = parquet_rows(path, {header[place] for place in places})
+        places = [read.index(header[place]) for place in places]
+    return list(needed), ((line, [fields[place] for place in places]) for line, fields in rows)
+
+
+def relocate(image, source, target):
+    """An image's name for a table in the folder `target`, from its name in a table in the folder `source`."""
+    if os.path.isabs(image) or "://" in image or not image:
+        return image
+    return os.path.normpath(os.path.join(os.path.relpath(source or ".", target or "."), image)).replace(os.sep, "/")
+
+
+def open_tables(paths, needed=(), bad=None, out=None):
+    """The rows of several tables one after another, as dicts.
+
+    paths: files, as find_tables gives them; out: table that will hold the rows; images are named relative to it.
+    Returns: (names of all columns in order of appearance, iterator of dicts; a column a file lacks is "").
+    """
+    opened = [read_table(path, needed, bad)[0] for path in paths]
+    columns = list(dict.fromkeys(name for names in opened for name in names))
+
+    def rows():
+        for path in paths:
+            names, table = read_table(path, needed, bad)
+            source, target = (os.path.realpath(os.path.dirname(p or path) or ".") for p in (path, out))
+            empty = dict.fromkeys(columns, "")
+            for _, fields in table:
+                row = empty | dict(zip(names, fields))
+                if source != target and "image" in row:
+                    row["image"] = relocate(row["image"], source, target)
+                yield row
+
+    return columns, rows()
+
+
+def file_hash(path):
+    """sha256 of a file's bytes, hexadecimal."""
+    with open(path, "rb") as f:
+        state = hashlib.sha256()
+        while block := f.read(2**20):
+            state.update(block)
+    return state.hexdigest()
+
+
+def write_report(out, inputs, flags, counts, **more):
+    """Write OUT.json, what a table was made from and how: equal for equal inputs and flags but for the date at its end.
+
+    inputs: files; flags: dict of those that change the result, seed included; counts: the funnel, an ordered dict from
+    what came in over what was lost, and why, to what came out; more: further facts, as histograms.
+    """
+    content = dict(
+        script=file_hash(os.path.abspath(__file__)), flags=flags, funnel=counts, **more,
+        inputs=[dict(path=path, bytes=os.path.getsize(path), sha256=file_hash(path)) for path in inputs],
+        outputs=[dict(path=out, bytes=os.path.getsize(out), sha256=file_hash(out))],
+        date=time.strftime("%Y-%m-%d %H:%M:%S"))  # fmt: skip
+    with open(f"{out}.json.partial", "w", encoding="utf-8", errors="replace") as f:
+        f.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    os.replace(f"{out}.json.partial", f"{out}.json")
+
+
+def print_funnel(counts):
+    """The counts of write_report as lines; losses are negative numbers and stand to the right."""
+    for what, n in counts.items():
+        print(f"{n:>12,}  {'  ' if n < 0 else ''}{what}")
+
+
+# ------------------------------------------------------------------------------ wordnet
+
+# Plural endings and what stands for them, in morphy's order (morphy(7WN)); NLTK has ves -> f after ses -> s.
+DETACHMENTS = (("s", ""), ("ses", "s"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh"), ("men", "man"),
+               ("ies", "y"))  # fmt: skip
+NLTK_DETACHMENTS = (*DETACHMENTS[:2], ("ves", "f"), *DETACHMENTS[2:])
+
+
+def wordnet_file(folder, name):
+    """The lines of one of WordNet's files, without the licence on top. Raises: SystemExit if it is not there."""
+    path = os.path.join(folder, name)
+    if not os.path.isfile(path):
+        raise SystemExit(f"{path}: no such file; --wordnet is the folder of WordNet 3.0's data.noun, noun.exc, ...")
+    return [line for _, line in text_lines(path) if not line.startswith("  ")]
+
+
+@functools.lru_cache(2)
+def read_nouns(folder):
+    """WordNet's nouns. Returns: (exceptions {form: its bases}, index {lemma: offsets of its synsets in sense order}).
+
+    Lemmas are in lower case, with "_" for blanks. A form that stands twice in noun.exc keeps its first line.
+    """
+    exceptions, index = {}, {}
+    for line in wordnet_file(folder, "noun.exc"):
+        form, *bases = line.split()
+        exceptions.setdefault(form, bases)
+    for line in wordnet_file(folder, "index.noun"):
+        lemma, _, n_synsets, *rest = line.split()
+        index[lemma] = rest[-int(n_synsets) :]
+    return exceptions, index
+
+
+def morphword(word, exceptions, index):
+    """Base form of one lower-case noun by WordNet's morphy, or None. Source: WordNet 3.0, lib/morph.c."""
+    if word in exceptions:
+        return exceptions[word][0]
+    stem, tail = (word[: word.rindex("f")], "ful") if word.endswith("ful") else (word, "")
+    if not tail and (word.endswith("ss") or len(word) <= 2):
+        return None
+    for suffix, ending in DETACHMENTS:
+        if len(stem) > len(suffix) and stem.endswith(suffix):
+            base = stem[: -len(suffix)] + ending
+            if base != stem and base in index:
+                return base + tail
+    return None
+
+
+def morphy(phrase, exceptions, index):
+    """Base form of a noun or collocation by WordNet's morphy, or None if it has none but itself."""
+    phrase = phrase.lower().replace(" ", "_")
+    base = morphword(phrase, exceptions, index)
+    if base is not None:
+        return base
+    joined = "".join(morphword(part, exceptions, index) or part for part in re.split("([_-])", phrase))
+    return joined if joined != phrase and joined in index else None
+
+
+def nltk_lemma(word, exceptions, index):
+    """The noun lemma that NLTK's WordNetLemmatizer gives (the paper's counts), which is not morphy's: us -> u."""
+    found = exceptions.get(word)
+    if found is None:
+        found = [word[: -len(suffix)] + ending for suffix, ending in NLTK_DETACHMENTS if word.endswith(suffix)]
+    return min((form for form in [word, *found] if form in index), key=len, default=word)  # the first of the shortest
+
+
+def lemmatiser(kind, folder):
+    """The function from word to lemma. kind: nltk, morphy or none; folder: of WordNet's files."""
+    if kind == "none":
+        return str
+    if kind == "nltk":
+        return lambda word: nltk_lemma(word, *read_nouns(folder))
+    return lambda word: morphword(word, *read_nouns(folder)) or word
+
+
+def forms_of(lemmas, kind, folder):
+    """{word: lemma} of every word whose lemma is one of `lemmas`: the lemmatiser turned round, exact and finite.
+
+    Captions need no lemmatiser then: a word outside this map can't matter. Equal to lemmatising (tests/test_match.py).
+    """
+    if kind == "none":
+        return {lemma: lemma for lemma in lemmas}
+    lemma_of, exceptions = lemmatiser(kind, folder), read_nouns(folder)[0]
+    candidates = set(lemmas) | {form for form, bases in exceptions.items() if not lemmas.isdisjoint(bases)}
+    for lemma in lemmas:
+        for suffix, ending in NLTK_DETACHMENTS:
+            for stem, tail in ((lemma, ""), (lemma.removesuffix("ful"), "ful")):
+                if stem.endswith(ending) and (not tail or lemma.endswith(tail)):
+                    candidates.add(stem[: len(stem) - len(ending)] + suffix + tail)
+    return {word: lemma_of(word) for word in candidates if lemma_of(word) in lemmas}
+
+
+def read_synsets(folder, part="noun"):
+    """{offset: (words, definition)} of WordNet's data file of a part of speech; the definition has no examples."""
+    synsets = {}
+    for line in wordnet_file(folder, f"data.{part}"):
+        head, _, gloss = line.partition(" | ")
+        fields = head.split(" ")
+        words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
+        words = [re.sub(r"\((a|p|ip)\)$", "", word).replace("_", " ") for word in words]
+        synsets[fields[0]] = words, re.sub('"[^"]*"', "", gloss).strip(" ;")
+    return synsets
+
+
+# ------------------------------------------------------------------------------ match
+
+PUNCTUATION = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"  # the 32 marks that LAIONet takes for blanks
+LETTERS = bytes(c if c == 0 or 97 <= c <= 122 else 32 for c in range(256))  # NUL parts captions
+ASCII_WORDS = {c: c if chr(c).isalnum() or c == 95 else 32 for c in range(128)}  # what \w is, for str.translate
+# NLTK's tokeniser cuts these in two, and nothing else that has only letters.
+CONTRACTIONS = {w: (w[:3], w[3:]) for w in ("cannot", "gonna", "gotta", "lemme", "gimme", "wanna")}
+RULES = {
+    "bag": "all words of a name, lemmatised, in any order and place (the paper's frequencies)",
+    "word": "the name between word boundaries",
+    "regex-lemma": r"the regular expression \b(name|name)\b, not escaped (the paper's YFCC15M-Cls, CC12M-Cls)",
+    "substring": "the name anywhere, in words too (YFCC-Classification)",
+    "laionet": "the name between blanks, after ASCII punctuation in the caption became blanks; case counts",
+    "metaclip": "the name between blanks, after , . ; : ? ! ` got blanks around; case counts",
+}
+KEY_LENGTH = 3  # characters by which `substring` looks names up
+
+
+def in_bulk(texts, function):
+    """function of each text, called once on all, joined by NUL. A NUL in a text counts as a blank."""
+    done = function("\0".join(texts)).split("\0")
+    return done if len(done) == len(texts) else [function(text.replace("\0", " ")) for text in texts]
+
+
+def only_letters(text):
+    return text.lower().encode("utf-8", "replace").translate(LETTERS).decode("ascii")
+
+
+def without_punctuation(text):
+    for mark in PUNCTUATION:
+        text = text.replace(mark, " ")
+    return text
+
+
+def with_spaced_marks(text):
+    for mark in ",.;:?!`":
+        text = text.replace(mark, f" {mark} ")
+    return text.replace("\t", " ").replace("\n", " ").replace("\r", " ")
+
+
+def is_word_at(text, start, end):
+    """Whether text[start:end] has no word character beside it."""
+    before, after = text[start - 1 : start] if start else "", text[end : end + 1]
+    return not (before.isalnum() or before == "_" or after.isalnum() or after == "_")
+
+
+class Matcher:
+    """Which classes captions name, by one of RULES. The time does not grow with the number of classes.
+
+    Every name is indexed under one key that any caption with it must hold (its rarest lemma, first word, first two
+    words, first letters); the caption's own keys are looked up together, and what they bring is verified.
+    names, negatives: lists of (text, class); a caption with a negative of a class does not name it. For `bag` each word
+    of a negative counts by itself, as published. is_sensitive: case counts (word, regex-lemma, substring).
+    """
+
+    def __init__(self, names, rule, negatives=(), is_sensitive=False, lemmas="nltk", wordnet=""):
+        self.rule, self.is_sensitive, self.cache = rule, is_sensitive or rule in ("laionet", "metaclip"), {}
+        self.index, self.odd = defaultdict(list), []  # key -> [(needle or None, its number)]; always tried
+        needles = {}  # text, or frozenset of lemmas -> (classes named, classes excluded)
+        for sign, pairs in enumerate((names, negatives)):
+            for text, label in pairs:
+                for needle in self.needles_of(text, sign, lemmatiser(lemmas, wordnet)):
+                    needles.setdefault(needle, (set(), set()))[sign].add(label)
+        nothing = ()  # shared: half a million entries must not hold a set each
+        self.classes = [(tuple(sorted(yes)), tuple(no) or nothing) for yes, no in needles.values()]
+        self.needles = list(needles)
+        if rule == "bag":
+            n_names = Counter(lemma for needle in needles for lemma in needle)
+            forms = forms_of(set(n_names), lemmas, wordnet)
+            self.forms = {word: (lemma,) for word, lemma in forms.items()}
+            for word, parts in CONTRACTIONS.items():
+                self.forms[word] = tuple(forms[part] for part in parts if part in forms)
+            self.keys = frozenset(word for word, of in self.forms.items() if of)
+            # The longest word is mostly the rarest; so "hen of the woods" is not tried wherever there is a "the".
+            rarest = [min(needle, key=lambda lemma: (-len(lemma), n_names[lemma], lemma)) for needle in self.needles]
+            for number, (needle, lemma) in enumerate(zip(self.needles, rarest)):
+                self.index[lemma].append((needle, number))
+            decisive = {lemma for lemma, (yes, _) in zip(rarest, self.classes) if yes}
+            self.triggers = frozenset(word for word in self.keys if not decisive.isdisjoint(self.forms[word]))
+        else:
+            for number, needle in enumerate(self.needles):
+                self.add(needle, number)
+            self.keys = frozenset(self.index)
+            self.firsts = frozenset(key[0] for key in self.index if isinstance(key, tuple))
+            self.odd_any = re.compile("|".join(p.pattern for p, _ in self.odd), 0 if is_sensitive else re.I)
+
+    def needles_of(self, text, is_negative, lemma_of):
+        """What is looked for: the prepared text, or for `bag` sets of lemmas."""
+        if self.rule == "bag":
+            words = [part for word in only_letters(text).split() for part in CONTRACTIONS.get(word, (word,))]
+            found = [frozenset(map(lemma_of, words))]
+            if is_negative:
+                found = [frozenset([lemma]) for lemma in found[0]]
+        else:
+            found = [text if self.is_sensitive else text.lower()]
+        if not found or not found[0] or found == [" "]:
+            raise SystemExit(f"the name {text!r} has nothing to look for by the rule {self.rule}; remove it")
+        return found
+
+    def add(self, needle, number):
+        """Index a name under the key that captions with it hold; None for the needle: the key is proof enough."""
+        if self.rule in ("laionet", "metaclip"):
+            words = needle.split(" ")
+            key = needle if len(words) == 1 else tuple(words[:2])
+            self.index[key].append((None if len(words) < 3 else needle, number))
+            return None
+        elif self.rule == "substring":
+            key = needle[:KEY_LENGTH]
+            if len(key) < KEY_LENGTH:
+                return self.odd.append((re.compile(re.escape(needle)), number))
+        elif self.rule == "regex-lemma" and re.search(r"^\W|\W$|[\\^$.|?*+()\[{]", needle):
+            try:
+                return self.odd.append((re.compile(rf"\b(?:{needle})\b", 0 if self.is_sensitive else re.I), number))
+            except re.error as error:
+                raise SystemExit(f"the name {needle!r} is no regular expression ({error}); use --match word") from None
+        else:
+            words = re.findall(r"\w+", needle)
+            if not words:
+                return self.odd.append((re.compile(rf"(?<!\w){re.escape(needle)}(?!\w)"), number))
+            key = max(words, key=len)  # the longest is mostly the rarest
+        self.index[key].append((None if key == needle else needle, number))
+
+    def match(self, captions):
+        """Classes that each caption names: list of sorted tuples."""
+        if self.rule == "bag":
+            is_hopeless, known = self.triggers.isdisjoint, self.keys.intersection
+            lists = map(str.split, in_bulk(captions, only_letters))
+            return [() if is_hopeless(words) else self.of_bag(known(words)) for words in lists]
+        if self.rule in ("laionet", "metaclip"):
+            texts = in_bulk(captions, without_punctuation if self.rule == "laionet" else with_spaced_marks)
+            alone = self.firsts.isdisjoint
+            lists = (text.split(" ") for text in texts)
+            tokens = (words if alone(words) else chain(words, zip(words, words[1:])) for words in lists)
+        else:
+            texts = in_bulk(captions, str if self.is_sensitive else str.lower)
+            if self.rule == "substring":
+                tokens = [[text[i : i + KEY_LENGTH] for i in range(len(text))] for text in texts]
+            else:
+                words = re.compile(r"\w+").findall
+                tokens = (text.translate(ASCII_WORDS).split() if text.isascii() else words(text) for text in texts)
+            if not self.odd:
+                is_hopeless = self.keys.isdisjoint
+                return [() if is_hopeless(words) else self.of_text(text, words) for text, words in zip(texts, tokens)]
+        return [self.of_text(text, words) for text, words in zip(texts, tokens)]
+
+    def of_bag(self, words):
+        """Classes for a set of known words; the answer is kept, since few sets are frequent."""
+        if words not in self.cache:
+            if len(self.cache) > 200_000:
+                self.cache.clear()
+            held = {lemma for word in words for lemma in self.forms[word]}
+            numbers = [number for lemma in held for needle, number in self.index.get(lemma, ()) if needle <= held]
+            self.cache[words] = self.decide(numbers)
+        return self.cache[words]
+
+    def numbers_of(self, text, words):
+        """Numbers of the needles that a prepared text holds."""
+        numbers = []
+        for key in self.keys.intersection(words):
+            for needle, number in self.index[key]:
+                if needle is None or self.holds(text, needle):
+                    numbers.append(number)
+        if self.odd and self.odd_any.search(text):
+            numbers += [number for pattern, number in self.odd if pattern.search(text)]
+        return numbers
+
+    def of_text(self, text, words):
+        numbers = self.numbers_of(text, words)
+        return self.decide(numbers) if numbers else ()
+
+    def holds(self, text, needle):
+        if self.rule in ("laionet", "metaclip"):
+            return f" {needle} " in f" {text} "
+        if self.rule == "substring":
+            return needle in text
+        start = text.find(needle)
+        while start >= 0:
+            if is_word_at(text, start, start + len(needle)):
+                return True
+            start = text.find(needle, start + 1)
+        return False
+
+    def decide(self, numbers):
+        """Classes of needles, less those that a negative excludes."""
+        if len(numbers) == 1:
+            yes, no = self.classes[numbers[0]]
+            return tuple(label for label in yes if label not in no)
+        yes = set().union(*(self.classes[number][0] for number in numbers))
+        return tuple(sorted(yes.difference(*(self.classes[number][1] for number in numbers))))
+
+    def longest(self, caption, classes):
+        """Of the classes that a caption names, those with a place that lies not strictly inside another class's.
+
+        Not for `bag`, whose names have no place.
+        """
+        text = caption if self.is_sensitive else caption.lower()
+        if self.rule in ("laionet", "metaclip"):
+            text = (without_punctuation if self.rule == "laionet" else with_spaced_marks)(text)
+        places = []  # (start, end, class)
+        for number, needle in enumerate(self.needles):
+            mine = set(self.classes[number][0]).intersection(classes)
+            if not mine:
+                continue
+            left, right, middle = r"(?<!\w)", r"(?!\w)", re.escape(needle)
+            if self.rule in ("laionet", "metaclip"):
+                left, right = "(?<![^ ])", "(?![^ ])"
+            elif self.rule == "substring":
+                left = right = ""
+            elif self.rule == "regex-lemma":
+                left, right, middle = r"\b", r"\b", needle
+            for found in re.finditer(f"{left}(?=({middle}){right})", text):
+                places += [(*found.span(1), label) for label in mine]
+        kept = {c for a, b, c in places
+                if not any(x <= a and b <= y and y - x > b - a and other != c for x, y, other in places)}  # fmt: skip
+        return tuple(sorted(kept))
+
+
+def class_rows(path):
+    """Rows of a classes.tsv as dicts, in label order. Raises: SystemExit for empty or double names."""
+    rows = list(open_tables([path], ["name"])[1])
+    seen = {}
+    for line, row in enumerate(rows, 2):
+        if not row["name"].strip():
+            raise SystemExit(f"{path}:{line}: an empty name")
+        key = row.get("wnid") or row["name"]
+        if key in seen:
+            raise SystemExit(f"{path}:{line}: {key} stands in line {seen[key]} too")
+        seen[key] = line
+    if not rows:
+        raise SystemExit(f"{path}:2: no classes below the header")
+    return rows
+
+
+def split_names(field):
+    return [name.strip() for name in field.split("|") if name.strip()]
+
+
+def names_of(row):
+    """Names by which a class is found: the column match if it has something, else name and synonyms."""
+    names = split_names(row.get("match", "")) or [row["name"], *split_names(row.get("synonyms", ""))]
+    return list(dict.fromkeys(names))
+
+
+def shared_names(rows):
+    """{name in lower case: labels} of the names that several classes have."""
+    owners = defaultdict(set)
+    for label, row in enumerate(rows):
+        for name in names_of(row):
+            owners[name.lower()].add(label)
+    return {name: sorted(labels) for name, labels in sorted(owners.items()) if len(labels) > 1}
+
+
+@functools.lru_cache(1)
+def matcher_of(settings):
+    """The Matcher of a command's settings (JSON); made once in each worker.
+
+    settings: names and negatives as lists per class, or entries (a table of curate), and Matcher's other arguments.
+    """
+    settings = json.loads(settings)
+    if "entries" in settings:
+        names = [(row["entry"], i) for i, row in enumerate(open_tables([settings["entries"]], ["entry"])[1])]
+        return Matcher(names, "metaclip")
+    names, negatives = ([(text, label) for label, texts in enumerate(settings[key]) for text in texts]
+                        for key in ("names", "negatives"))  # fmt: skip
+    others = (settings[key] for key in ("is_sensitive", "lemmas", "wordnet"))
+    return Matcher(names, settings["rule"], negatives, *others)
+
+
+def match_settings(rows, rule, is_sensitive=False, lemmas="none", wordnet="", more_names=None):
+    """The settings of matcher_of for classes. more_names: {name of a class: further names}."""
+    unknown = sorted(set(more_names or {}) - {row["name"] for row in rows})
+    if unknown:
+        raise SystemExit(f"--synonyms: {len(unknown)} names are not in classes.tsv: {', '.join(unknown[:10])}")
+    return dict(rule=rule, is_sensitive=is_sensitive, lemmas=lemmas, wordnet=wordnet,
+                names=[names_of(row) + (more_names or {}).get(row["name"], []) for row in rows],
+                negatives=[split_names(row.get("negative", "")) for row in rows])  # fmt: skip
+
+
+def in_chunks(rows, size=4096):
+    rows = iter(rows)
+    while chunk := list(islice(rows, size)):
+        yield chunk
+
+
+def matched_rows(path, settings, counts):
+    """(row as a dict, text, classes) of the rows of one table, images named relative to the table to be written.
+
+    settings: those of matcher_of and columns (joined to the text), out, skip_bad; counts: Counter that is added to.
+    """
+    bad = Counter() if settings["skip_bad"] else None
+    names, rows = read_table(path, settings["columns"], bad)
+    matcher = matcher_of(json.dumps({k: v for k, v in settings.items() if k not in ("columns", "out", "skip_bad")}))
+    places = [names.index(column) for column in settings["columns"]]
+    source, target = (os.path.realpath(os.path.dirname(p) or ".") for p in (path, settings["out"]))
+    for chunk in in_chunks(rows):
+        texts = [" ".join(filter(None, [fields[place] for place in places])) for _, fields in chunk]
+        counts["rows"] += len(chunk)
+        for (_, fields), text, classes in zip(chunk, texts, matcher.match(texts)):
+            row = dict(zip(names, fields))
+            if source != target and "image" in row:
+                row["image"] = relocate(row["image"], source, target)
+            yield row, text, classes
+    for reason, n in (bad or {}).items():
+        counts[f"bad: {reason}"] += n
+        counts["rows"] += n
+
+
+def save_part(part, funnel_counts, **arrays):
+    """Write the result of one input file: an .npz with arrays and the Counter of its rows, whole or not at all."""
+    with open(f"{part}.partial", "wb") as f:
+        np.savez(f, funnel=np.array(json.dumps(funnel_counts)), **arrays)
+    os.replace(f"{part}.partial", part)
+
+
+def part_of(path, out, settings):
+    """Where the result of an input file lies: named by the file's path, size and time and by the settings."""
+    stat = os.stat(path)
+    facts = [os.path.abspath(path), stat.st_size, stat.st_mtime_ns, settings, file_hash(os.path.abspath(__file__))]
+    return os.path.join(f"{out}.parts", f"{hash64(json.dumps(facts)):016x}.npz")
+
+
+def run_files(work, paths, out, settings, run):
+    """Call work(path, part, settings) for each input file that has no result yet.
+
+    run: (workers, shard "i/n", "all" or "", is_merge). Without a shard, under torchrun each rank does its share and
+    rank 0 goes on alone.
+    Returns: parts in the order of paths; None if this process was one of several and has no more to do.
+    """
+    workers, shard, is_merge = run
+    ranks = os.environ.get("RANK", 0), os.environ.get("WORLD_SIZE", 1)
+    rank, n_shards = (0, 1) if shard == "all" else map(int, shard.split("/") if shard else ranks)
+    os.makedirs(f"{out}.parts", exist_ok=True)
+    parts = [part_of(path, out, settings) for path in paths]
+    todo = [(path, part) for i, (path, part) in enumerate(zip(paths, parts))
+            if i % n_shards == rank and not os.path.exists(part)]  # fmt: skip
+    if is_merge:
+        missing = [path for path, part in zip(paths, parts) if not os.path.exists(part)]
+        if missing:
+            raise SystemExit(f"--merge: no result yet of {len(missing)} of {len(paths)} files, the first {missing[0]}")
+    elif min(workers, len(todo)) <= 1:
+        for path, part in tqdm(todo, unit=" files", disable=None):
+            work(path, part, settings)
+    else:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(workers, len(todo)), mp_context=spawn, initializer=die_with_parent) as pool:
+            running = [pool.submit(work, path, part, settings) for path, part in todo]
+            try:
+                for future in tqdm(running, unit=" files", disable=None):
+                    future.result()
+            except BrokenProcessPool:
+                raise SystemExit("a worker process was killed (out of memory?); try fewer --workers") from None
+            finally:
+                pool.shutdown(cancel_futures=True)
+    if not is_merge and (n_shards > 1 or "/" in shard):
+        if shard or rank:
+            print(f"shard {rank}/{n_shards}: {len(todo)} files done; when all are, the same command with --merge")
+            return None
+        while not all(map(os.path.exists, parts)):  # torchrun ends all ranks if one fails
+            time.sleep(1)
+    return parts
+
+
+def merge_counts(parts):
+    """The funnel Counters of all parts, added, and the parts' arrays one by one."""
+    counts = Counter()
+    for part in parts:
+        with np.load(part) as arrays:
+            counts.update(json.loads(str(arrays["funnel"])))
+    return counts
+
+
+def bad_rows(counts):
+    """The losses of the readers, as entries of a funnel."""
+    return {reason: -n for reason, n in sorted(counts.items()) if reason.startswith("bad: ")}
+
+
+def finish(out, paths, flags, funnel_counts, **more):
+    """Write OUT.json, print the funnel, and remove the parts."""
+    write_report(out, paths, flags, funnel_counts, **more)
+    shutil.rmtree(f"{out}.parts", ignore_errors=True)
+    print_funnel(funnel_counts)
+
+
+# ------------------------------------------------------------------------------ label
+
+
+def label_file(path, part, settings):
+    """Label one table: PART.tsv with the rows that keep a label, PART with the counts. Arguments: as run_files."""
+    settings, counts = dict(settings), Counter()
+    multi = settings.pop("multi")
+    matcher_settings = {k: v for k, v in settings.items() if k not in ("columns", "out", "skip_bad")}
+
+    def rows():
+        for row, text, classes in matched_rows(path, settings, counts):
+            counts[f"rows that name {min(len(classes), 3)}{'+' if len(classes) > 2 else ''} classes"] += 1
+            if multi == "longest" and len(classes) > 1:
+                classes = matcher_of(json.dumps(matcher_settings)).longest(text, classes)
+            if len(classes) > 1 and multi in ("longest", "drop"):
+                counts["several classes"] += 1
+                continue
+            counts["no class"] += not classes
+            if row.get("label"):
+                row["source_label"] = row["label"]
+            for label in classes[:1] if multi == "first" else classes:
+                counts["labels"] += 1
+                counts[f"class {label}"] += 1
+                yield row | {"label": label}
+
+    columns = read_table(path)[0]
+    columns += [name for name in ("label", "source_label") if name not in columns]
+    write_tsv(f"{part}.tsv", columns, rows())
+    save_part(part, counts)
+
+
+def merge_tables(parts, out):
+    """Write the tables of all parts as one, without columns that are empty in all. Returns: its number of rows."""
+    columns, rows = open_tables([f"{part}.tsv" for part in parts])  # images are named relative to OUT already
+    if "source_label" in columns and not any(row["source_label"] for row in rows):
+        columns.remove("source_label")
+    os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
+    tables = (read_table(f"{part}.tsv") for part in parts)
+    return write_tsv(out, columns, (dict(zip(names, fields)) for names, table in tables for _, fields in table))
+
+
+def build_labels(paths, out, classes, settings, run):
+    """Write the rows that name a class, with its label. settings: of label_file but for the names."""
+    rows = class_rows(classes)
+    shared = shared_names(rows)
+    if shared:
+        print(f"warning: names of several classes: {', '.join(list(shared)[:20])}", file=sys.stderr)
+    parts = run_files(label_file, paths, out, settings, run)
+    if parts is None:
+        return
+    counts, n = merge_counts(parts), merge_tables(parts, out)
+    histogram = [counts[f"class {label}"] for label in range(len(rows))]
+    funnel_counts = {"rows": counts["rows"], **bad_rows(counts), "no class": -counts["no class"],
+                     "several classes": -counts["several classes"]}  # fmt: skip
+    extra = n - sum(funnel_counts.values())
+    funnel_counts |= ({"further labels of rows with several": extra} if extra > 0 else {}) | {f"rows in {out}": n}
+    flags = {k: v for k, v in settings.items() if k not in ("names", "negatives")}
+    finish(out, paths, dict(classes=classes, classes_sha256=file_hash(classes), **flags), funnel_counts,
+           labels_per_row={k: counts[k] for k in sorted(counts) if k.startswith("rows that name")},
+           class_counts=histogram, empty_classes=histogram.count(0), shared_names=shared)  # fmt: skip
+    print(f"{histogram.count(0):>12,}  of {len(rows):,} classes are empty")
+
+
+# ------------------------------------------------------------------------------ classes
+
+
+def clean_name(name):
+    """Names in one entry of a label set: "(..)" deleted, "_" a blank, parted at " or " and " / " (the paper's rule)."""
+    name = re.sub(r"\([^)]*\)", "", name.replace("_", " "))
+    return [" ".join(part.split()) for part in re.split(r" or | / ", name) if part.strip()]
+
+
+def class_of_line(line, where, wordnet, synsets):
+    """One line of a class list (a wnid or a name, perhaps a tab and the display name or synonyms) as a row."""
+    first, *more = [field.strip() for field in line.split("\t")]
+    if re.fullmatch(r"n\d{8}", first):
+        if first[1:] not in synsets:
+            raise SystemExit(f"{where}: {first} is not a synset of {wordnet or 'WordNet: pass --wordnet'}")
+        words, definition = synsets[first[1:]]
+        names = list(dict.fromkeys([*filter(None, more[:1]), *words]))
+        return dict(name=names[0], synonyms="|".join(names[1:]), definition=definition, wnid=first)
+    names = clean_name(first)
+    if not names:
+        raise SystemExit(f"{where}: an empty name")
+    names += [name for field in more[:1] for name in split_names(field)]
+    definition, wnid = more[1] if len(more) > 1 else "", ""
+    senses = read_nouns(wordnet)[1].get(names[0].lower().replace(" ", "_"), []) if wordnet else []
+    if len(senses) == 1:  # of several senses none is chosen silently
+        words, gloss = synsets[senses[0]]
+        names, definition, wnid = names + words, definition or gloss, f"n{senses[0]}"
+    names = [name for i, name in enumerate(names) if name.lower() not in [n.lower() for n in names[:i]]]
+    return dict(name=names[0], synonyms="|".join(names[1:]), definition=definition, wnid=wnid)
+
+
+def build_classes(path, out, wordnet, extra):
+    """Write classes.tsv. path: list, one class a line in label order; extra: table of columns that replace, or None."""
+    lines = [(number, line) for number, line in text_lines(path) if not line.startswith("#")]
+    synsets = read_synsets(wordnet) if wordnet else {}
+    rows, seen = [], {}
+    for number, line in lines:
+        row = class_of_line(line, f"{path}:{number}", wordnet, synsets)
+        first = line.split("\t")[0].strip()
+        if first in seen:
+            raise SystemExit(f"{path}:{number}: {first} stands in line {seen[first]} too")
+        seen[first] = number
+        rows.append(row)
+    if not rows:
+        raise SystemExit(f"{path}:1: an empty file; expected a wnid or a name a line")
+    columns = ["name", "synonyms", "definition", "wnid", "negative", "match"]
+    if extra:
+        names, table = open_tables([extra])
+        keys = Counter(key for row in rows for key in {row["name"], row["wnid"]})
+        by_key = {key: row for row in rows for key in (row["name"], row["wnid"]) if key and keys[key] == 1}
+        for line, more in enumerate(table, 2):
+            key = more.pop("wnid", "") or more.get("name", "")
+            if key not in by_key:
+                raise SystemExit(f"{extra}:{line}: {key!r} is not name or wnid of just one class of {path}")
+            by_key[key].update({k: v for k, v in more.items() if v})
+        columns += [name for name in names if name not in columns]
+    wnids = [row["wnid"] for row in rows]
+    if all(wnids) and wnids != sorted(wnids):
+        print(f"warning: {path} is not in sorted order, which is the order of ImageNet's labels", file=sys.stderr)
+    shared = shared_names(rows)
+    write_tsv(out, columns, rows)
+    write_report(out, [path] + ([extra] if extra else []),
+                 dict(wordnet={n: file_hash(os.path.join(wordnet, n)) for n in ("data.noun", "index.noun", "noun.exc")}
+                      if wordnet else None),
+                 {"lines": len(lines), f"classes in {out}": len(rows)}, shared_names=shared,
+                 without_definition=[row["name"] for row in rows if not row["definition"]])  # fmt: skip
+    print_funnel({"classes": len(rows), "names": sum(len(names_of(row)) for row in rows),
+                  "names that several classes share": len(shared)})  # fmt: skip
+    for name, labels in shared.items():
+        print(f"{'':12}    {name}: " + ", ".join(f"{label} {rows[label]['name']}" for label in labels))
+
+
+# ------------------------------------------------------------------------------ incaps
+
+
+def incaps_records(path):
+    """The records of imagenet_captions.json. Raises: SystemExit if it is something else."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            records = json.load(f)
+    except ValueError as error:
+        raise SystemExit(f"{path}: not JSON ({error})") from None
+    is_list = isinstance(records, list)
+    if not is_list or not all(isinstance(r, dict) and {"filename", "wnid"} <= set(r) for r in records):
+        raise SystemExit(f"{path}: expected a list of objects with filename, wnid, title, tags, description")
+    return records
+
+
+def incaps_texts(record):
+    """title, tags, description of a record without line breaks and nulls, and caption, all three joined."""
+    tags = record.get("tags") or []
+    tags = tags if isinstance(tags, str) else " ".join(map(str, tags))
+    texts = dict(title=record.get("title"), tags=tags, description=record.get("description"))
+    texts = {key: tsv_field(text).strip() for key, text in texts.items()}
+    return texts | dict(caption=" ".join(filter(None, texts.values())))
+
+
+def build_incaps(path, images, classes, out, seed, keep_repeats):
+    """Join ImageNet-Captions with its images: a folder of class folders, or a table whose images end in the names.
+
+    Rows are ordered by a hash of seed and file name; of a repeated file name the longest text is kept (then the first
+    in alphabetical order).
+    """
+    records, label_of = incaps_records(path), {row.get("wnid", ""): i for i, row in enumerate(class_rows(classes))}
+    places = None
+    if os.path.isfile(images):
+        places = {os.path.basename(row["image"].rsplit(".tar:", 1)[0]): row["image"]
+                  for row in open_tables([images], ["image"], out=out)[1]}  # fmt: skip
+    counts, kept = {"records": len(records), "unknown wnid": 0, "no such image": 0, "repeated file name": 0}, {}
+    for number, record in enumerate(records):
+        name, wnid = record["filename"], record["wnid"]
+        if wnid not in label_of or name.split("_")[0] != wnid:
+            counts["unknown wnid"] -= 1
+            continue
+        file = os.path.join(images, wnid, name)
+        image = os.path.relpath(file, os.path.dirname(os.path.abspath(out))) if places is None else places.get(name)
+        if image is None or places is None and not os.path.isfile(file):
+            counts["no such image"] -= 1
+            continue
+        row = dict(image=image, label=label_of[wnid], wnid=wnid, filename=name, **incaps_texts(record))
+        key = (name, number) if keep_repeats else name
+        if key in kept:
+            counts["repeated file name"] -= 1
+        order = lambda row: (-len(row["caption"]), row["caption"])  # noqa: E731
+        kept[key] = min(kept.get(key, row), row, key=order)
+    rows = sorted(kept.values(), key=lambda row: (unit_hash(seed, row["filename"]), row["filename"]))
+    if not rows:
+        raise SystemExit(f"no rows; nothing was written: {counts}")
+    write_tsv(out, ("image", "label", "caption", "title", "tags", "description", "wnid", "filename"), rows)
+    variants = [("title",), ("tags",), ("description",), ("title", "description"), ("tags", "description"),
+                ("title", "tags")]  # fmt: skip
+    usable = {"+".join(v): sum(any(row[part] for part in v) for row in rows) for v in variants}
+    class_counts = np.bincount([row["label"] for row in rows], minlength=len(label_of)).tolist()
+    counts[f"rows in {out}"] = len(rows)
+    write_report(out, [path, classes], dict(images=images, seed=seed, keep_repeats=keep_repeats), counts,
+                 rows_with_text=usable, class_counts=class_counts)  # fmt: skip
+    print_funnel(counts | {f"rows with {k}": n for k, n in usable.items()})
+
+
+# ------------------------------------------------------------------------------ laionet
+
+
+@functools.lru_cache(1)
+def load_text_tower(path):
+    """Text weights of a checkpoint of clip.py: (state dict, ranks of the merges, number of tokens, activation)."""
+    try:
+        import torch
+    except ImportError:
+        raise SystemExit("--clip needs torch (pip install torch)") from None
+    if not os.path.isfile(path):
+        raise SystemExit(f"--clip: no such file: {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        weights = {k: v.float() for k, v in checkpoint["state_dict"].items() if not k.startswith("visual.")}
+        merges = [tuple(merge.split()) for merge in checkpoint["bpe"].split("\n")]
+        weights["token_embedding.weight"]
+    except (RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        what = f"--clip: {path} is no checkpoint of clip.py with a text tower and its merges"
+        raise SystemExit(f"{what} ({repr(error)[:100]})") from None
+    return weights, {merge: i for i, merge in enumerate(merges)}, checkpoint.get("activation", "gelu")
+
+
+def token_ids(text, ranks, cache, context_length):
+    """Ids of a text as clip.py's Tokenizer gives them (tests/test_label.py)."""
+    if not cache:
+        symbols = list(bytes_to_unicode().values())
+        symbols += [symbol + "</w>" for symbol in symbols] + ["".join(merge) for merge in ranks]
+        cache[""] = {symbol: i for i, symbol in enumerate(symbols)}
+    ids = [len(cache[""])]
+    for word in bpe_words(text):
+        if word not in cache:
+            symbols = [bytes_to_unicode()[byte] for byte in word.encode("utf-8", "replace")]
+            symbols[-1] += "</w>"
+            while len(symbols) > 1:
+                pair = min(zip(symbols, symbols[1:]), key=lambda pair: ranks.get(pair, math.inf))
+                if pair not in ranks:
+                    break
+                symbols = merge_pair(symbols, *pair)
+            cache[word] = [cache[""][symbol] for symbol in symbols]
+        ids += cache[word]
+    return ids[: context_length - 1] + [len(cache[""]) + 1]
+
+
+def text_features(path, texts, batch_size=256):
+    """Unit embeddings [N, D] float32 of texts by the text tower of a checkpoint of clip.py."""
+    import torch
+    import torch.nn.functional as F
+
+    w, ranks, activation = load_text_tower(path)
+    width, n_layers, cache, features = w["token_embedding.weight"].shape[1], 0, {}, []
+    while f"transformer.resblocks.{n_layers}.ln_1.weight" in w:
+        n_layers += 1
+    length = len(w["positional_embedding"]) if n_layers else 77
+
+    def linear(x, name):
+        return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+
+    def norm(x, name):
+        return F.layer_norm(x, (width,), w[f"{name}.weight"], w[f"{name}.bias"])
+
+    with torch.no_grad():
+        for first in range(0, len(texts), batch_size):
+            rows = [token_ids(text, ranks, cache, length) for text in texts[first : first + batch_size]]
+            ends = torch.tensor([len(row) - 1 for row in rows])
+            tokens = torch.tensor([row + [0] * (int(ends.max()) + 1 - len(row)) for row in rows])  # [B, L]
+            x, place = w["token_embedding.weight"][tokens], torch.arange(tokens.shape[1])  # [B, L, width]
+            if n_layers == 0:  # clip.py's bag of words
+                is_word = (place > 0) & (place < ends[:, None])
+                x = (x * is_word[..., None]).sum(1) / is_word.sum(1, keepdim=True).clamp(min=1)
+                x = F.gelu(linear(norm(x, "ln_final"), "text_hidden")) @ w["text_projection"]
+            else:
+                x = x + w["positional_embedding"][: len(place)]
+                for i in range(n_layers):
+                    block = f"transformer.resblocks.{i}"
+                    weights = w[f"{block}.attn.in_proj_weight"], w[f"{block}.attn.in_proj_bias"]
+                    qkv = F.linear(norm(x, f"{block}.ln_1"), *weights)
+                    q, k, v = qkv.unflatten(2, (3, width // 64, 64)).permute(2, 0, 3, 1, 4)  # [B, H, L, 64] each
+                    heads = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+                    x = x + linear(heads.transpose(1, 2).flatten(2), f"{block}.attn.out_proj")
+                    h = linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc")
+                    h = h * torch.sigmoid(1.702 * h) if activation == "quick_gelu" else F.gelu(h)
+                    x = x + linear(h, f"{block}.mlp.c_proj")
+                x = norm(x, "ln_final")[torch.arange(len(x)), ends] @ w["text_projection"]
+            features.append(F.normalize(x, dim=1).numpy())
+    return np.concatenate(features) if features else np.zeros((0, 1), np.float32)
+
+
+def read_embeddings(folder, name, n_rows):
+    """[n_rows, D] float32, unit norm, from FOLDER/NAME.npy."""
+    path = os.path.join(folder, f"{name}.npy")
+    try:
+        found = np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--embeddings: {path}: {error}") from None
+    if found.ndim != 2 or len(found) != n_rows:
+        raise SystemExit(f"--embeddings: {path}: got shape {found.shape}, expected {n_rows} rows")
+    return found
+
+
+def cosine(a, b):
+    """Cosine of rows, [N, D] and [N, D] -> [N] float32; zero rows give 0."""
+    a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+    return (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
+
+
+def laionet_file(path, part, settings):
+    """Rows of one table that name just one class, with label and similarity of caption and definition, as PART.tsv."""
+    settings, counts, kept, numbers, texts = dict(settings), Counter(), [], [], []
+    clip, embeddings, queries = (settings.pop(key) for key in ("clip", "embeddings", "queries"))
+    for number, (row, text, classes) in enumerate(matched_rows(path, settings, counts)):
+        is_tagged = next((v for k, v in row.items() if k.lower() == "nsfw"), "UNLIKELY").upper() != "UNLIKELY"
+        loss = "no class" if not classes else "several classes" if len(classes) > 1 else "NSFW tag" if is_tagged else ""
+        if loss:
+            counts[loss] += 1
+            continue
+        if row.get("label"):
+            row["source_label"] = row["label"]
+        kept.append(row | {"label": classes[0]})
+        numbers.append(number)
+        texts.append(text)
+    labels = np.array([row["label"] for row in kept], np.int64)
+    if clip:
+        distinct = list(dict.fromkeys(texts))
+        place = {text: i for i, text in enumerate(distinct)}
+        captions = text_features(clip, distinct)[[place[text] for text in texts]]
+        similarity = cosine(captions, text_features(clip, queries)[labels]) if kept else []
+    elif embeddings:
+        if settings["skip_bad"]:
+            raise SystemExit("--skip-bad: rows left out would shift --embeddings; repair the tables first")
+        captions = read_embeddings(embeddings, os.path.basename(path), counts["rows"])
+        similarity = cosine(captions[numbers], read_embeddings(embeddings, "classes", len(queries))[labels])
+    else:
+        missing = next((i for i, row in zip(numbers, kept) if not row.get("similarity")), None)
+        if missing is not None:
+            raise SystemExit(f"{path}:{missing + 2}: no similarity; pass --clip or --embeddings")
+        similarity = [float(row["similarity"]) for row in kept]
+    columns = read_table(path)[0]
+    columns += [name for name in ("label", "similarity", "source_label") if name not in columns]
+    write_tsv(f"{part}.tsv", columns, (row | {"similarity": f"{s:.6f}"} for row, s in zip(kept, similarity)))
+    save_part(part, counts)
+
+
+def build_laionet(paths, out, classes, threshold, settings, run):
+    """Write the rows that name one class and are similar enough to its definition."""
+    rows = class_rows(classes)
+    owners = defaultdict(set)
+    for label, row in enumerate(rows):
+        for name in names_of(row):
+            owners[name].add(label)
+    names = [[name for name in names_of(row) if len(owners[name]) == 1] for row in rows]
+    queries = [f"{row['name'].lower()} which is {row.get('definition', '')}" for row in rows]
+    settings = settings | dict(match_settings([], "laionet"), names=names, negatives=[], queries=queries)
+    parts = run_files(laionet_file, paths, out, settings, run)
+    if parts is None:
+        return
+    every = f"{out.removesuffix('.tsv')}.all.tsv"
+    counts, n_all = merge_counts(parts), merge_tables(parts, every)
+    columns, table = open_tables([every])
+    class_counts = Counter()
+
+    def above():
+        for row in table:
+            if float(row["similarity"]) >= threshold:
+                class_counts[int(row["label"])] += 1
+                yield row
+
+    n = write_tsv(out, columns, above())
+    losses = {loss: -counts[loss] for loss in ("no class", "several classes", "NSFW tag")}
+    histogram = [class_counts[label] for label in range(len(rows))]
+    finish(out, paths, dict(classes=classes, classes_sha256=file_hash(classes), threshold=threshold,
+                            **{k: settings[k] for k in ("clip", "embeddings", "columns")}),
+           {"rows": counts["rows"], **bad_rows(counts), **losses, f"rows in {every}": n_all,
+            "less similar": n - n_all, f"rows in {out}": n},
+           class_counts=histogram, empty_classes=histogram.count(0),
+           without_unique_name=[row["name"] for row, unique in zip(rows, names) if not unique])  # fmt: skip
+
+
+# ------------------------------------------------------------------------------ curate
+
+
+def splitmix64(x):
+    """Uniform 64-bit hash of uint64. Source: the finaliser of splitmix64 (Steele et al., OOPSLA 2014)."""
+    with np.errstate(over="ignore"):
+        x = x + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def hash64(*parts):
+    """64-bit BLAKE2b of length-prefixed strings."""
+    data = b"".join(len(p).to_bytes(8, "big") + p for p in (part.encode("utf-8", "surrogateescape") for part in parts))
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+
+
+def key_of(row):
+    """What a row's random numbers hang on: the first there is of url, key, image and caption, never a position."""
+    return next((row[name] for name in ("url", "URL", "key", "image", "caption") if row.get(name)), "")
+
+
+def entry_file(path, part, settings):
+    """First pass over one table: counts per entry, and which entries each row with any matched (CSR)."""
+    settings, counts, ids, lengths, keys, numbers = dict(settings), Counter(), [], [], [], []
+    n_entries, seed = settings.pop("n_entries"), str(settings.pop("seed"))
+    ids = array.array("i")
+    for number, (row, _, entries) in enumerate(matched_rows(path, settings, counts)):
+        if entries:
+            ids.extend(entries)
+            lengths.append(len(entries))
+            keys.append(hash64(seed, key_of(row)))
+            numbers.append(number)
+    counts["no entry"] = counts["rows"] - len(numbers) - sum(n for k, n in counts.items() if k.startswith("bad: "))
+    ids = np.frombuffer(ids, np.int32)
+    save_part(part, counts, counts=np.bincount(ids, minlength=n_entries), ids=ids, lengths=np.array(lengths, np.int32),
+              keys=np.array(keys, np.uint64), numbers=np.array(numbers, np.int64))  # fmt: skip
+
+
+def draw(ids, lengths, keys, entry_keys, probability):
+    """Rows kept: some entry of the row draws a number below its probability. Source: MetaCLIP, arXiv 2309.16671.
+
+    ids, lengths: entries of all rows one after another, [n] int32, and how many each row has, [R]; keys: [R] uint64
+    hashes of the rows; entry_keys, probability: [E]. Returns: [R] bool. A function of hashes alone, so neither order
+    nor shards matter, and a larger cap keeps a superset.
+    """
+    if not len(lengths):
+        return np.zeros(0, bool)
+    u = splitmix64(np.repeat(keys, lengths) ^ entry_keys[ids]) / 2.0**64
+    return np.logical_or.reduceat(u < probability[ids], np.concatenate([[0], np.cumsum(lengths)[:-1]]))
+
+
+def keep_file(path, part, settings):
+    """Second pass over one table: PART.tsv with the rows that are kept, PART with kept rows per entry."""
+    first = part_of(path, settings["out"], settings["first"])
+    with np.load(first) as first, np.load(settings["draws"]) as draws:
+        arrays = {name: first[name] for name in ("ids", "lengths", "keys", "numbers")}
+        is_kept = draw(arrays["ids"], arrays["lengths"], arrays["keys"], draws["keys"], draws["probability"])
+        kept = np.bincount(arrays["ids"][np.repeat(is_kept, arrays["lengths"])], minlength=len(draws["keys"]))
+    numbers = set(arrays["numbers"][is_kept].tolist())
+    columns, rows = open_tables([path], bad=Counter() if settings["skip_bad"] else None, out=settings["out"])
+    write_tsv(f"{part}.tsv", columns, (row for number, row in enumerate(rows) if number in numbers))
+    save_part(part, {}, counts=kept)
+
+
+def tail_share(counts, cap):
+    """Share of the matches that go to entries below the cap."""
+    return float(counts[counts < cap].sum() / max(counts.sum(), 1))
+
+
+def cap_of_share(counts, share):
+    """The cap t whose tail share is nearest: the count where the cumulative share of sorted counts comes nearest."""
+    ordered = np.sort(counts[counts > 0])
+    return int(ordered[np.abs(np.cumsum(ordered) / ordered.sum() - share).argmin()])
+
+
+def build_curate(paths, out, metadata, cap, share, seed, settings, run):
+    """MetaCLIP's balancing: write the rows that some entry of the metadata draws, each entry about `cap` times."""
+    entries = [row["entry"] for row in open_tables([metadata], ["entry"])[1]]
+    if len(set(entries)) != len(entries) or "" in entries:
+        raise SystemExit(f"{metadata}: empty or double entries; build it with the subcommand metadata")
+    settings |= dict(entries=metadata, entries_sha256=file_hash(metadata), n_entries=len(entries), seed=seed)
+    parts = run_files(entry_file, paths, out, settings, run)
+    if parts is None:
+        return
+    counts, total_counts = merge_counts(parts), np.zeros(len(entries), np.int64)
+    for part in parts:
+        with np.load(part) as arrays:
+            total_counts += arrays["counts"]
+    if not total_counts.any():
+        raise SystemExit(f"no entry of {metadata} is in any of {counts['rows']} captions; nothing was written")
+    cap = cap_of_share(total_counts, share) if share else cap
+    probability = np.minimum(1, cap / np.maximum(total_counts, 1))
+    draws = f"{out}.parts/draws.npz"
+    np.savez(draws, keys=np.array([hash64(entry) for entry in entries], np.uint64), probability=probability)
+    second = dict(first=settings, draws=draws, cap=cap, out=out, skip_bad=settings["skip_bad"])
+    kept_parts = run_files(keep_file, paths, out, second, (run[0], "all", False))
+    kept = np.zeros(len(entries), np.int64)
+    for part in kept_parts:
+        with np.load(part) as arrays:
+            kept += arrays["counts"]
+    n = merge_tables(kept_parts, out)
+    order = np.argsort(-total_counts, kind="stable")
+    write_tsv(f"{out.removesuffix('.tsv')}.entries.tsv", ("entry", "count", "probability", "kept"),
+              (dict(entry=entries[i], count=total_counts[i], probability=f"{probability[i]:.6g}", kept=kept[i])
+               for i in order))  # fmt: skip
+    is_head, matches = total_counts > cap, int(total_counts.sum())
+    facts = {"entries": len(entries), "entries never found": int((total_counts == 0).sum()),
+             "entries above the cap": int(is_head.sum()), "cap": cap, "tail share": tail_share(total_counts, cap),
+             "matches": matches, "matches of entries above the cap": int(total_counts[is_head].sum())}  # fmt: skip
+    head = [(entries[i], int(total_counts[i]), int(kept[i])) for i in order[:20]]
+    balanced = counts["rows"] - counts["no entry"] - sum(v for k, v in counts.items() if k.startswith("bad: ")) - n
+    finish(out, paths, dict(metadata=metadata, metadata_sha256=settings["entries_sha256"], cap=cap, seed=seed,
+                            columns=settings["columns"]),
+           {"rows": counts["rows"], **bad_rows(counts), "no entry": -counts["no entry"], "balancing": -balanced,
+            f"rows in {out}": n}, **facts, head=head)  # fmt: skip
+    for what, value in facts.items():
+        print(f"{value:>12,}  {what}" if isinstance(value, int) else f"{value:12.4f}  {what}")
+
+
+def build_metadata(paths, out, wordnet, min_count, min_pmi, max_entries, columns):
+    """Write MetaCLIP's entries: "0".."99", WordNet's synsets, words and pairs of words of a corpus (methods, 6)."""
+    words, pairs, n_rows = Counter(), Counter(), 0
+    for path in paths:
+        for chunk in in_chunks(fields for _, fields in read_table(path, columns, is_all=False)[1]):
+            n_rows += len(chunk)
+            for text in in_bulk([" ".join(fields) for fields in chunk], with_spaced_marks):
+                tokens = text.split()
+                words.update(tokens)
+                pairs.update(zip(tokens, tokens[1:]))
+    n, found, sources = words.total(), {}, Counter()
+
+    def take(entry, source, count):
+        is_mark = len(entry) == 1 and entry.isascii() and not entry.isalnum()
+        if entry and not is_mark and entry not in found and len(found) < max_entries:
+            found[entry] = dict(entry=entry, source=source, count=count)
+            sources[source] += 1
+
+    for number in range(100):
+        take(str(number), "number", "")
+    for part in ("noun", "verb", "adj", "adv") if wordnet else ():
+        for synonyms, _ in read_synsets(wordnet, part).values():
+            take(synonyms[0], "wordnet", "")
+    for word, count in sorted(words.items(), key=lambda item: (-item[1], item[0])):
+        if count >= min_count:
+            take(word, "word", count)
+    pmi = {pair: math.log2(c * n / (words[pair[0]] * words[pair[1]])) for pair, c in pairs.items()}
+    marks = set(",.;:?!`")
+    for pair in sorted((p for p in pmi if pmi[p] >= min_pmi), key=lambda p: (-pairs[p], p)):
+        if marks.isdisjoint(pair):
+            take(" ".join(pair), "pair", pairs[pair])
+    write_tsv(out, ("entry", "source", "count"), found.values())
+    counts = {"captions": n_rows, "words": n, **{f"entries: {k}": v for k, v in sources.items()}}
+    counts[f"entries in {out}"] = len(found)
+    write_report(out, paths, dict(min_count=min_count, min_pmi=min_pmi, max_entries=max_entries, wordnet=bool(wordnet),
+                                  columns=columns), counts)  # fmt: skip
+    print_funnel(counts)
+
+
+# ------------------------------------------------------------------------------ frequency
+
+
+def wilson(yes, n, z=1.959964):
+    """95 % interval of a share of yes among n drawn, as fractions. Source: Wilson, JASA 1927."""
+    if not n:
+        return 0.0, 1.0
+    p, z2 = yes / n, z * z
+    middle, half = (p + z2 / (2 * n)) / (1 + z2 / n), z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def frequency_file(path, part, settings):
+    """Count the captions of one table that name each class; with n_sample the captions of the smallest hashes too."""
+    settings, counts = dict(settings), Counter()
+    n_sample, seed, n_classes = (settings.pop(key) for key in ("n_sample", "seed", "n_classes"))
+    class_counts, samples = [0] * n_classes, defaultdict(list)
+    if n_sample:
+        for row, text, classes in matched_rows(path, settings, counts):
+            for label in classes:
+                class_counts[label] += 1
+                drawn = (-hash64(str(seed), str(label), key_of(row)), key_of(row), text)
+                (heapq.heappush if len(samples[label]) < n_sample else heapq.heappushpop)(samples[label], drawn)
+    else:  # only the captions are read
+        bad = Counter() if settings["skip_bad"] else None
+        matcher = matcher_of(json.dumps({k: v for k, v in settings.items() if k not in ("columns", "out", "skip_bad")}))
+        for chunk in in_chunks(read_table(path, settings["columns"], bad, is_all=False)[1]):
+            counts["rows"] += len(chunk)
+            for classes, n in Counter(matcher.match([" ".join(filter(None, fields)) for _, fields in chunk])).items():
+                for label in classes:
+                    class_counts[label] += n
+                counts["rows that name a class"] += n if classes else 0
+        counts.update({f"bad: {reason}": n for reason, n in (bad or {}).items()})
+        counts["rows"] += (bad or Counter()).total()
+    drawn = [[label, -h, key, text] for label in sorted(samples) for h, key, text in samples[label]]
+    save_part(part, counts, counts=np.array(class_counts, np.int64), sample=np.array(json.dumps(drawn)))
+
+
+def read_relevance(path):
+    """{name: (judged, relevant)} of a judged sample: columns name and relevant (yes, no or empty)."""
+    judged = defaultdict(lambda: [0, 0])
+    for line, row in enumerate(open_tables([path], ["name", "relevant"])[1], 2):
+        answer = row["relevant"].strip().lower().rstrip(".")
+        if answer not in ("", "yes", "no", "1", "0"):
+            raise SystemExit(f"{path}:{line}: relevant is {row['relevant']!r}, expected yes or no")
+        if answer:
+            judged[row["name"]][0] += 1
+            judged[row["name"]][1] += answer in ("yes", "1")
+    return judged
+
+
+def build_frequency(paths, out, classes, relevance, settings, run):
+    """Write how many captions name each class, in label order."""
+    rows, n_sample = class_rows(classes), settings["n_sample"]
+    judged = read_relevance(relevance) if relevance else {}
+    parts = run_files(frequency_file, paths, out, settings | dict(n_classes=len(rows)), run)
+    if parts is None:
+        return
+    counts, class_counts, samples = merge_counts(parts), np.zeros(len(rows), np.int64), defaultdict(list)
+    for part in parts:
+        with np.load(part) as arrays:
+            class_counts += arrays["counts"]
+            for label, *drawn in json.loads(str(arrays["sample"])):
+                samples[label].append(drawn)
+    if n_sample:
+        write_tsv(f"{out.removesuffix('.tsv')}.sample.tsv", ("name", "definition", "key", "caption", "relevant"),
+                  (dict(name=row["name"], definition=row.get("definition"), key=key, caption=text)
+                   for label, row in enumerate(rows)
+                   for _, key, text in sorted(samples[label], reverse=True)[:n_sample]))  # fmt: skip
+    table = []
+    for row, n in zip(rows, class_counts.tolist()):
+        line = dict(name=row["name"], count=n)
+        if relevance:
+            seen, yes = judged.get(row["name"], (0, 0))
+            low, high = wilson(yes, seen)
+            line |= dict(judged=seen, relevant=yes, estimate=round(n * yes / seen) if seen else "",
+                         low=round(n * low), high=round(n * high))  # fmt: skip
+        table.append(line)
+    write_tsv(out, list(table[0]), table)
+    order = np.argsort(-class_counts, kind="stable")
+    finish(out, paths, dict(classes=classes, classes_sha256=file_hash(classes), relevance=relevance,
+                            **{k: v for k, v in settings.items() if k not in ("names", "negatives")}),
+           {"rows": counts["rows"], **bad_rows(counts)}, matches=int(class_counts.sum()),
+           empty_classes=int((class_counts == 0).sum()))  # fmt: skip
+    print(f"{class_counts.sum():>12,}  matches; {(class_counts == 0).sum()} of {len(rows)} classes in no caption")
+    for i in (*order[:3], *order[-3:]):
+        print(f"{class_counts[i]:>12,}    {rows[i]['name']}")
+
+
+# ------------------------------------------------------------------------------ status
+
+
+def build_status(folder, out, classes):
+    """What img2dataset got: successes by class and cause, frequencies of the survivors, list of rows to try again."""
+    shards = sorted(n.removesuffix(".parquet") for n in os.listdir(folder) if n.endswith(".parquet"))
+    if not shards:
+        raise SystemExit(f"{folder}: no .parquet files; expected the output folder of img2dataset")
+    causes, before, after, warnings = Counter(), Counter(), Counter(), []
+
+    def failures():
+        for shard in shards:
+            path, seen = os.path.join(folder, f"{shard}.parquet"), Counter()
+            columns, rows = open_tables([path], ["status"])
+            for row in rows:
+                seen[row["status"]] += 1
+                label = row.get("label") or "none"
+                before[label] += 1
+                if row["status"] == "success":
+                    after[label] += 1
+                    continue
+                message = row.get("error_message", "")
+                causes[f"{row['status']}: {message[:80]}"] += 1
+                yield {k: row.get(k, "") for k in ("key", "url", "caption", "label", "status", "error_message")}
+            check_shard(folder, shard, seen, warnings)
+
+    n_failed = write_tsv(out, ("key", "url", "caption", "label", "status", "error_message"), failures())
+    n, names = before.total(), [row["name"] for row in class_rows(classes)] if classes else []
+    order = sorted(before, key=lambda label: (not label.isdecimal(), int(label) if label.isdecimal() else 0, label))
+    by_class = f"{out.removesuffix('.tsv')}.classes.tsv"
+    write_tsv(by_class, ("label", "name", "rows", "count", "success"),
+              (dict(label=label, name=names[int(label)] if label.isdecimal() and int(label) < len(names) else "",
+                    rows=before[label], count=after[label], success=f"{after[label] / before[label]:.4f}")
+               for label in order))  # fmt: skip
+    counts = {"rows": n, **{cause: -k for cause, k in causes.most_common()}, "images": n - n_failed}
+    inputs = [os.path.join(folder, f"{shard}.parquet") for shard in shards]
+    write_report(out, inputs, dict(folder=folder, classes=classes), counts, warnings=warnings,
+                 lost_classes=[label for label in order if not after[label]])  # fmt: skip
+    print_funnel(dict(list(counts.items())[:12] + [("images", n - n_failed)]))
+    for warning in warnings[:20]:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"{n_failed:>12,}  rows to try again in {out}; by class in {by_class}")
+
+
+def check_shard(folder, shard, seen, warnings):
+    """Warn if a shard's _stats.json is missing or disagrees with its parquet. seen: Counter of status."""
+    path = os.path.join(folder, f"{shard}_stats.json")
+    try:
+        with open(path, encoding="utf-8") as f:
+            stats = json.load(f)
+    except (OSError, ValueError):
+        warnings.append(f"{path}: not readable; an unfinished shard?")
+        return
+    for key, n in (("successes", seen["success"]), ("count", seen.total())):
+        if stats.get(key) != n:
+            warnings.append(f"{path}: {key} is {stats.get(key)}, but {shard}.parquet has {n}")
+
+
 # ------------------------------------------------------------------------------ main
 
 
@@ -1559,7 +3116,42 @@ def main(args):
         build_shapes(args.out, args.seed, args.size, args.names, args.workers)
     elif args.command == "index":
         build_index(args.sources, args.out, args.holdout, args.classes, args.workers, args.seed)
+    elif args.command == "classes":
+        build_classes(args.list, args.out, args.wordnet, args.extra)
+    elif args.command == "incaps":
+        build_incaps(args.json, args.images, args.classes, args.out, args.seed, args.keep_repeats)
+    elif args.command == "metadata":
+        build_metadata(find_tables(args.inputs), args.out, args.wordnet, args.min_count, args.min_pmi, args.max_entries,
+                       args.columns)
+    elif args.command == "status":
+        build_status(args.folder, args.out, args.classes)
+    elif args.command in ("label", "laionet", "curate", "frequency"):
+        paths, run = find_tables(args.inputs), (args.workers, args.shard, args.merge)
+        settings = dict(columns=args.columns, out=args.out, skip_bad=args.skip_bad)
+        if args.command == "label":
+            is_sensitive = args.case == "sensitive" or args.case == "auto" and args.match == "substring"
+            names = match_settings(class_rows(args.classes), args.match, is_sensitive, args.lemmas, args.wordnet)
+            build_labels(paths, args.out, args.classes, settings | names | dict(multi=args.multi), run)
+        elif args.command == "laionet":
+            settings |= dict(clip=args.clip, embeddings=args.embeddings)
+            build_laionet(paths, args.out, args.classes, args.threshold, settings, run)
+        elif args.command == "curate":
+            build_curate(paths, args.out, args.metadata, args.cap, args.tail_share, args.seed, settings, run)
+        else:
+            more = open_tables([args.synonyms], ["name", "synonyms"])[1] if args.synonyms else ()
+            more = {row["name"]: split_names(row["synonyms"]) for row in more}
+            names = match_settings(class_rows(args.classes), args.match, False, args.lemmas, args.wordnet, more)
+            settings |= names | dict(n_sample=args.sample, seed=args.seed)
+            build_frequency(paths, args.out, args.classes, args.relevance, settings, run)
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    ARGS = parse_args()
+    try:
+        main(ARGS)
+    except (SystemExit, OSError) as error:  # bad input, a full disk: one line and exit code 2
+        if ARGS.command in ("shapes", "index") or isinstance(error, SystemExit) and not isinstance(error.code, str):
+            raise
+        is_os = isinstance(error, OSError)
+        print(f"{error.filename or 'error'}: {error.strerror}" if is_os else error.code, file=sys.stderr)
+        sys.exit(2)

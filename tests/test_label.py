@@ -1,0 +1,294 @@
+"""build_datasets.py label, classes, incaps, laionet, frequency, status: hand-made tables, counts, resume, shards."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import build_datasets as bd
+
+SCRIPT = Path(bd.__file__)
+WORDNET = "/usr/share/wordnet"
+needs_wordnet = pytest.mark.skipif(not os.path.isfile(f"{WORDNET}/data.noun"), reason="WordNet's files are not here")
+CLASSES = "name\tsynonyms\tdefinition\tnegative\nsea lion\t\ta seal\t\nlion\tsimba\ta cat\tzoo\ncrane\t\ta bird\t\n"
+
+
+def run(*args):
+    bd.main(bd.parse_args([*map(str, args)]))
+
+
+def read(path):
+    return list(bd.open_tables([str(path)])[1])
+
+
+def report(path):
+    return json.loads(Path(f"{path}.json").read_text("utf-8"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "classes.tsv").write_text(CLASSES)
+    return tmp_path
+
+
+def write_captions(path, captions, **columns):
+    lines = ["\t".join(["image", "caption", *columns])]
+    lines += ["\t".join([f"{i}.jpg", c, *(str(v[i]) for v in columns.values())]) for i, c in enumerate(captions)]
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+    return path
+
+
+CAPTIONS = ["one sea lion", "Simba!", "a lion and a crane", "lion in a zoo", "nothing", "sealion, lions", "crane crane"]
+
+
+@pytest.mark.parametrize(
+    "multi, labels",
+    [
+        ("longest", [0, 1, 2]),
+        ("drop", [1, 2]),
+        ("all", [0, 1, 1, 1, 2, 2]),
+        ("first", [0, 1, 1, 2]),
+    ],
+)
+def test_label_policies(folder, multi, labels):
+    source = write_captions(folder / "in.tsv", CAPTIONS, source=["yfcc"] * len(CAPTIONS))
+    out = folder / "x" / "out.tsv"
+    run("label", source, "--classes", folder / "classes.tsv", "--multi", multi, "--out", out, "--workers", 1)
+    rows = read(out)
+    assert [int(row["label"]) for row in rows] == labels
+    assert rows[0]["image"] == ("../0.jpg" if multi != "drop" else "../1.jpg") and rows[0]["source"] == "yfcc"
+    facts = report(out)
+    assert facts["class_counts"] == np.bincount(labels, minlength=3).tolist() and sum(
+        facts["funnel"].values()
+    ) == 2 * len(rows)
+    assert facts["labels_per_row"] == {
+        "rows that name 0 classes": 3,
+        "rows that name 1 classes": 2,
+        "rows that name 2 classes": 2,
+    }
+    assert not os.path.exists(f"{out}.parts") and facts["funnel"]["rows"] == 7
+
+
+def test_truth_is_kept_beside_the_label(folder):
+    write_captions(folder / "in.tsv", ["a lion", "a crane"], label=["2", ""])
+    run("label", folder / "in.tsv", "--classes", folder / "classes.tsv", "--out", folder / "o.tsv", "--workers", 1)
+    assert [(row["label"], row["source_label"]) for row in read(folder / "o.tsv")] == [("1", "2"), ("2", "")]
+
+
+def test_results_depend_neither_on_workers_nor_on_shards_nor_on_a_kill(folder):
+    for i in range(5):
+        write_captions(folder / f"in{i}.tsv", [f"{c} {i}" for c in CAPTIONS * (i + 1)])
+    (folder / "in4.tsv").rename(folder / "plain")
+    (folder / "in4.tsv.gz").write_bytes(gzip.compress((folder / "plain").read_bytes()))
+    common = [folder / "in*", "--classes", folder / "classes.tsv"]
+    out = {name: folder / f"{name}.tsv" for name in ("one", "two", "shards", "killed")}
+    run("label", *common, "--out", out["one"], "--workers", 1)
+    run("label", *common, "--out", out["two"], "--workers", 2)
+    for shard in ("0/3", "2/3", "1/3"):
+        if shard == "1/3":
+            with pytest.raises(SystemExit, match="--merge: no result yet of 2 of 5 files"):
+                run("label", *common, "--out", out["shards"], "--merge")
+        run("label", *common, "--out", out["shards"], "--workers", 1, "--shard", shard)
+        assert not out["shards"].exists()
+    run("label", *common, "--out", out["shards"], "--merge")
+    # a bad row in the last file ends the run; the others' parts stay, and are not made again
+    whole = (folder / "in4.tsv.gz").read_bytes()
+    (folder / "in4.tsv.gz").write_bytes(whole[:-9])
+    with pytest.raises(SystemExit, match="in4.tsv.gz:.*damaged gzip"):
+        run("label", *common, "--out", out["killed"], "--workers", 1)
+    parts = list(Path(f"{out['killed']}.parts").glob("*.npz"))
+    assert len(parts) == 4 and not out["killed"].exists()
+    (folder / "in4.tsv.gz").write_bytes(whole)
+    times = {p: p.stat().st_mtime_ns for p in parts}
+    run("label", *common, "--out", out["killed"], "--workers", 1, "--shard", "4/5")
+    assert {p: p.stat().st_mtime_ns for p in parts} == times
+    run("label", *common, "--out", out["killed"], "--merge")
+    texts = [path.read_bytes() for path in out.values()]
+    assert texts[0] and len(set(texts)) == 1
+    reports = [{k: v for k, v in report(path).items() if k not in ("date", "outputs")} for path in out.values()]
+    assert all(r["class_counts"] == reports[0]["class_counts"] and r["inputs"] == reports[0]["inputs"] for r in reports)
+
+
+def test_end_to_end_exit_codes(folder):
+    source = write_captions(folder / "in.tsv", CAPTIONS)
+    command = [sys.executable, SCRIPT, "label", source, "--classes", folder / "classes.tsv", "--out", folder / "o.tsv"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert done.returncode == 0 and "3  rows in" in done.stdout, done.stderr
+    source.write_bytes(source.read_bytes() + b"7.jpg\tbad \xff\n")
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(f"{source}:9: not UTF-8") and done.stderr.count("\n") == 1
+    done = subprocess.run([*map(str, command), "--skip-bad"], capture_output=True, text=True)
+    assert done.returncode == 0 and "-1    bad: not UTF-8" in done.stdout, done.stderr
+    full = ["bash", "-c", f"ulimit -f 1; trap '' XFSZ; exec {' '.join(map(str, command))} --skip-bad --workers 1"]
+    big = write_captions(folder / "in.tsv", CAPTIONS * 999)
+    done = subprocess.run(full, capture_output=True, text=True)
+    assert done.returncode == 2 and "File too large" in done.stderr and done.stderr.count("\n") == 1 and big.exists()
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("name\nlion\nlion\n", "3: lion stands in line 2 too"),
+        ("name\tsynonyms\n\tx\n", "2: an empty name"),
+        ("name\n", "2: no classes"),
+        ("nom\nlion\n", "1: no column name; found nom"),
+        ("", "1: an empty file"),
+    ],
+)
+def test_bad_classes(folder, text, reason):
+    (folder / "classes.tsv").write_text(text)
+    write_captions(folder / "in.tsv", CAPTIONS)
+    with pytest.raises(SystemExit, match=f"^{folder / 'classes.tsv'}:{reason}"):
+        run("label", folder / "in.tsv", "--classes", folder / "classes.tsv", "--out", folder / "o.tsv")
+
+
+@needs_wordnet
+def test_classes_from_wordnet(tmp_path):
+    (tmp_path / "list").write_text("n02012849\tcrane bird\nn03126707\nn03710637\nn03710721\n")
+    (tmp_path / "extra.tsv").write_text("wnid\tnegative\nn03126707\tbird|fish\n")
+    out = tmp_path / "classes.tsv"
+    run("classes", tmp_path / "list", "--wordnet", WORDNET, "--extra", tmp_path / "extra.tsv", "--out", out)
+    rows = bd.class_rows(str(out))
+    assert [row["name"] for row in rows] == ["crane bird", "crane", "maillot", "maillot"]
+    assert rows[3]["synonyms"] == "tank suit" and rows[3]["definition"] == "a woman's one-piece bathing suit"
+    assert rows[1]["negative"] == "bird|fish" and report(out)["shared_names"] == {"crane": [0, 1], "maillot": [2, 3]}
+    (tmp_path / "list").write_text("n00000001\n")
+    with pytest.raises(SystemExit, match="list:1: n00000001 is not a synset"):
+        run("classes", tmp_path / "list", "--wordnet", WORDNET, "--out", out)
+
+
+def test_classes_from_names(tmp_path):
+    (tmp_path / "list").write_text("lock_chamber\narcade (game) or gallery / hall\ndog\thound|cur\ta beast\n")
+    run("classes", tmp_path / "list", "--out", tmp_path / "c.tsv")
+    assert [(r["name"], r["synonyms"], r["definition"]) for r in bd.class_rows(str(tmp_path / "c.tsv"))] == [
+        ("lock chamber", "", ""),
+        ("arcade", "gallery|hall", ""),
+        ("dog", "hound|cur", "a beast"),
+    ]
+    for text, reason in (
+        ("a\n\n", "2: an empty name"),
+        ("a\na\n", "2: a stands in line 1 too"),
+        ("", "1: an empty file"),
+    ):
+        (tmp_path / "list").write_text(text)
+        with pytest.raises(SystemExit, match=reason):
+            run("classes", tmp_path / "list", "--out", tmp_path / "c.tsv")
+
+
+def test_incaps(tmp_path):
+    (tmp_path / "classes.tsv").write_text("name\twnid\ncatamaran\tn01\nbear\tn02\n")
+    records = [
+        dict(filename="n01_1.JPEG", wnid="n01", title="My Boat", tags=["sea", "blue boat"], description="l1\nl2"),
+        dict(filename="n01_1.JPEG", wnid="n01", title="My", tags=None, description=None),
+        dict(filename="n01_2.JPEG", wnid="n01", title="gone", tags=[], description=""),
+        dict(filename="n09_2.JPEG", wnid="n09", title="who", tags=[], description=""),
+    ]
+    (tmp_path / "in.json").write_text(json.dumps(records))
+    (tmp_path / "images" / "n01").mkdir(parents=True)
+    (tmp_path / "images" / "n01" / "n01_1.JPEG").write_bytes(b"x")
+    for keep, n in ((), 1), (["--keep-repeats"], 2):
+        run("incaps", tmp_path / "in.json", "--images", tmp_path / "images", "--classes", tmp_path / "classes.tsv",
+            "--out", tmp_path / "o.tsv", *keep)  # fmt: skip
+        assert len(read(tmp_path / "o.tsv")) == n
+    rows = sorted(row["caption"] for row in read(tmp_path / "o.tsv"))
+    assert (
+        rows == ["My", "My Boat sea blue boat l1 l2"]
+        and read(tmp_path / "o.tsv")[0]["image"] == "images/n01/n01_1.JPEG"
+    )
+    losses = {"records": 4, "unknown wnid": -1, "no such image": -1, "repeated file name": 0}
+    assert report(tmp_path / "o.tsv")["funnel"] == losses | {f"rows in {tmp_path / 'o.tsv'}": 2}
+
+
+def test_laionet_by_column_and_by_embeddings(folder):
+    captions = ["one sea lion", "simba here", "lion and crane", "crane", "none", "a crane"]
+    similarity, nsfw = [0.9, 0.69, 0.9, 0.7, 1, 0.99], ["UNLIKELY"] * 5 + ["NSFW"]
+    source = write_captions(folder / "in.tsv", captions, similarity=similarity, NSFW=nsfw)
+    (folder / "classes.tsv").write_text(CLASSES.replace("\tzoo", "\t"))
+    common = [source, "--classes", folder / "classes.tsv", "--out", folder / "o.tsv", "--workers", 1]
+    run("laionet", *common)
+    assert [(r["label"], r["similarity"]) for r in read(folder / "o.tsv")] == [("2", "0.700000")]
+    assert [r["label"] for r in read(folder / "o.all.tsv")] == ["1", "2"]  # "sea lion" names lion too: dropped
+    rng = np.random.default_rng(0)
+    vectors, queries = rng.normal(size=(6, 8)), rng.normal(size=(3, 8))
+    np.save(folder / "in.tsv.npy", vectors)
+    np.save(folder / "classes.npy", queries)
+    run("laionet", *common, "--embeddings", folder, "--threshold", "-1")
+    unit = [v / np.linalg.norm(v) for v in (vectors[1], vectors[3], queries[1], queries[2])]
+    found = [float(r["similarity"]) for r in read(folder / "o.tsv")]
+    assert found == pytest.approx([unit[0] @ unit[2], unit[1] @ unit[3]], abs=1e-6)
+    np.save(folder / "classes.npy", queries[:2])
+    with pytest.raises(SystemExit, match=r"classes.npy: got shape \(2, 8\), expected 3 rows"):
+        run("laionet", *common, "--embeddings", folder)
+
+
+@pytest.mark.parametrize("arch", ["cbow", "transformer"])
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_text_tower_equals_that_of_clip(tmp_path, arch, activation):
+    import torch
+
+    import clip
+
+    torch.manual_seed(0)
+    texts = ["A crane bird &amp; 12 fish", "", "the sea lion's " * 40, "naïve café"]
+    tokenizer = clip.Tokenizer(clip.train_bpe(texts, 50), 20 if arch == "transformer" else 77)
+    text = dict(arch=arch, width=128, vocab_size=tokenizer.vocab_size, context_length=20, n_layers=2)
+    model = clip.CLIP("tiny", 16, text, activation).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    torch.save({"state_dict": model.state_dict(), "bpe": "\n".join(tokenizer.merges), "activation": activation}, tmp_path / "c.pt")  # fmt: skip
+    with torch.no_grad():
+        expected = torch.nn.functional.normalize(model.encode_text(tokenizer(texts)), dim=1).numpy()
+    bd.load_text_tower.cache_clear()
+    np.testing.assert_allclose(bd.text_features(str(tmp_path / "c.pt"), texts), expected, atol=2e-6)  # order of sums
+
+
+def test_frequency_counts_samples_and_relevance(folder):
+    for i in range(3):
+        write_captions(folder / f"in{i}.tsv", [f"{c} {i} {j}" for j in range(10) for c in CAPTIONS])
+    (folder / "more.tsv").write_text("name\tsynonyms\ncrane\tnothing\n")
+    common = [folder / "in*.tsv", "--classes", folder / "classes.tsv", "--match", "word", "--seed", 3]
+    for workers in (1, 2):
+        out = folder / f"o{workers}.tsv"
+        run("frequency", *common, "--out", out, "--workers", workers, "--sample", 8)
+    assert [row["count"] for row in read(out)] == ["30", "90", "60"]
+    assert (folder / "o1.sample.tsv").read_bytes() == (folder / "o2.sample.tsv").read_bytes()
+    sample = read(folder / "o1.sample.tsv")
+    assert Counter(row["name"] for row in sample) == {"sea lion": 8, "lion": 8, "crane": 8}
+    run("frequency", *common, "--out", folder / "n.tsv", "--synonyms", folder / "more.tsv")
+    assert [row["count"] for row in read(folder / "n.tsv")] == ["30", "90", "90"]
+    judged = [row | {"relevant": "yes" if i % 4 else "No."} for i, row in enumerate(sample)]
+    bd.write_tsv(folder / "judged.tsv", list(judged[0]), judged)
+    run("frequency", *common, "--out", folder / "r.tsv", "--relevance", folder / "judged.tsv")
+    row = read(folder / "r.tsv")[1]
+    low, high = (0.75 + 1.92 / 8 + np.array([-1, 1]) * 1.96 * np.sqrt(0.75 * 0.25 / 8 + 0.9604 / 64)) / (1 + 3.8416 / 8)
+    assert (row["estimate"], row["judged"], row["relevant"]) == ("68", "8", "6")  # 67.5, half to even
+    assert abs(int(row["low"]) - 90 * low) < 1 and abs(int(row["high"]) - 90 * high) < 1
+
+
+def test_status(tmp_path):
+    for shard, n_stats in (("00000", 3), ("00001", 9)):
+        status = ["success", "failed_to_download", "success"]
+        table = dict(key=[f"{shard}{i}" for i in range(3)], url=["u"] * 3, caption=["c"] * 3, label=["0", "1", "1"],
+                     status=status, error_message=["", "HTTP Error 404", ""])  # fmt: skip
+        pq.write_table(pa.table(table), tmp_path / f"{shard}.parquet")
+        (tmp_path / f"{shard}_stats.json").write_text(json.dumps(dict(count=n_stats, successes=2)))
+    run("status", tmp_path, "--out", tmp_path / "retry.tsv")
+    assert [row["key"] for row in read(tmp_path / "retry.tsv")] == ["000001", "000011"]
+    assert report(tmp_path / "retry.tsv")["funnel"] == {
+        "rows": 6,
+        "failed_to_download: HTTP Error 404": -2,
+        "images": 4,
+    }
+    assert report(tmp_path / "retry.tsv")["warnings"] == [
+        f"{tmp_path}/00001_stats.json: count is 9, but 00001.parquet has 3"
+    ]
+    by_class = read(tmp_path / "retry.classes.tsv")
+    assert [(row["label"], row["rows"], row["count"]) for row in by_class] == [("0", "2", "2"), ("1", "4", "2")]

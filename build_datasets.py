@@ -47,8 +47,11 @@ order of the sources, sorted, and inside them of the tar or of the file names, w
 """
 
 import argparse
+import csv
 import fcntl
 import functools
+import glob
+import gzip
 import hashlib
 import heapq
 import html
@@ -143,11 +146,15 @@ def write_tsv(path, columns, rows):
     rows: iterable of dicts; a missing key is an empty field. Returns: number of rows.
     """
     partial, n = f"{path}.partial", 0
-    with open(partial, "w", encoding="utf-8", errors="replace", newline="\n") as f:
-        f.write("\t".join(map(tsv_field, columns)) + "\n")
-        for n, row in enumerate(rows, 1):  # noqa: B007 (n is the number of rows)
-            f.write("\t".join([tsv_field(row.get(c)) for c in columns]) + "\n")
-    os.replace(partial, path)
+    try:
+        with open(partial, "w", encoding="utf-8", errors="replace", newline="\n") as f:
+            f.write("\t".join(map(tsv_field, columns)) + "\n")
+            for n, row in enumerate(rows, 1):  # noqa: B007 (n is the number of rows)
+                f.write("\t".join([tsv_field(row.get(c)) for c in columns]) + "\n")
+        os.replace(partial, path)
+    finally:
+        if os.path.exists(partial):  # bad input or a full disk
+            os.remove(partial)
     return n
 
 
@@ -1551,6 +1558,263 @@ def write_index_report(out, folder, kind, jobs, results, counts, warnings, stats
     os.replace(f"{out}.json.partial", f"{out}.json")
 
 
+# ------------------------------------------------------------------------------ readers
+
+# What other tools call our columns, whatever the case; a table that has our name too keeps both.
+COLUMN_ALIASES = {"image": ("filepath", "path", "file"), "label": ("class", "wnid"), "caption": ("text", "title")}
+TABLE_SUFFIXES = tuple(kind + end for kind in (".tsv", ".csv", ".jsonl") for end in ("", ".gz")) + (".parquet",)
+MAX_LINE = 10 * 2**20  # bytes; a longer line is a wrong file or a missing line break, not a row
+
+
+def find_tables(paths):
+    """The table files that paths, globs and folders name, in sorted order. Raises: SystemExit if there are none."""
+    found = []
+    for path in paths:
+        if os.path.isdir(path):
+            names = [n for n in sorted(os.listdir(path)) if n.endswith(TABLE_SUFFIXES) and not n.startswith(".")]
+            kinds = {os.path.splitext(n.removesuffix(".gz"))[1] for n in names}
+            if len(kinds) != 1:
+                what = f"tables of kinds {', '.join(sorted(kinds))}: name the files" if kinds else "no table"
+                raise SystemExit(f"{path}: a folder with {what} (expected one kind of {', '.join(TABLE_SUFFIXES)})")
+            found += [os.path.join(path, n) for n in names]
+        elif os.path.exists(path):
+            if not path.endswith(TABLE_SUFFIXES):
+                raise SystemExit(f"{path}: expected a name that ends in one of {', '.join(TABLE_SUFFIXES)}")
+            found.append(path)
+        else:
+            matches = glob.glob(path, recursive=True)
+            if not matches:
+                raise SystemExit(f"{path}: no such file or folder, and as a pattern it fits none")
+            found += find_tables(matches)
+    twice = [path for path, n in Counter(map(os.path.realpath, found)).items() if n > 1]
+    if twice:
+        raise SystemExit(f"given twice: {', '.join(twice[:10])}")
+    return sorted(found)
+
+
+def note_bad(bad, path, line, reason):
+    """Count a row that cannot be read in the Counter `bad`; without one it ends the program."""
+    if bad is None:
+        raise SystemExit(f"{path}:{line}: {reason}")
+    bad[reason] += 1
+
+
+def text_lines(path, bad=None):
+    """(number, text) of each line of a UTF-8 file, plain or gzipped, without line end and byte order mark.
+
+    bad: Counter of reasons for lines that are left out; None: the first one raises SystemExit.
+    """
+    is_gzip, number = path.endswith(".gz"), 0
+    with open(path, "rb") as raw:
+        start = raw.read(2)
+        if start and (start == b"\x1f\x8b") != is_gzip:
+            is_what = "not gzip data, though its name ends in .gz" if is_gzip else "gzip data: its name must end in .gz"
+            raise SystemExit(f"{path}:1: {is_what}")
+        raw.seek(0)
+        file = gzip.GzipFile(fileobj=raw) if is_gzip and start else raw
+        try:
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), 1):
+                if len(line) > MAX_LINE:
+                    note_bad(bad, path, number, f"a line of more than {MAX_LINE // 2**20} MiB")
+                    while line and not line.endswith(b"\n"):
+                        line = file.readline(MAX_LINE)
+                    continue
+                try:
+                    text = line.decode()
+                except UnicodeDecodeError as error:
+                    note_bad(bad, path, number, f"not UTF-8 (byte {error.object[error.start]:#04x})")
+                    continue
+                if "\0" in text:
+                    note_bad(bad, path, number, "a NUL byte")
+                    continue
+                yield number, (text.removeprefix("\ufeff") if number == 1 else text).rstrip("\r\n")
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise SystemExit(f"{path}:{number + 1}: damaged gzip data ({error})") from None
+
+
+def tsv_rows(lines, n_fields, path, bad):
+    for number, line in lines:
+        fields = line.split("\t")
+        if len(fields) == n_fields:
+            yield number, fields
+        elif line:  # a blank line is no row
+            note_bad(bad, path, number, f"{len(fields)} fields, but the header has {n_fields}")
+
+
+def csv_rows(lines, n_fields, path, bad):
+    """Rows of a CSV, quoted as RFC 4180 has it; the number is of a row's last line. n_fields 0: as the first row."""
+    csv.field_size_limit(MAX_LINE)
+    reader = csv.reader((line + "\n" for _, line in lines), strict=True)
+    while True:
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            note_bad(bad, path, reader.line_num, f"not CSV ({error})")
+            continue
+        if fields is None:
+            return
+        n_fields = n_fields or len(fields)
+        if len(fields) == n_fields:
+            yield reader.line_num, fields
+        elif fields:
+            note_bad(bad, path, reader.line_num, f"{len(fields)} fields, but the header has {n_fields}")
+
+
+def json_objects(path, bad):
+    for number, line in text_lines(path, bad):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                note_bad(bad, path, number, f"not JSON ({error})")
+                continue
+            if isinstance(row, dict):
+                yield number, row
+            else:
+                note_bad(bad, path, number, f"a JSON {type(row).__name__}, expected an object")
+
+
+def parquet_rows(path, wanted):
+    """Columns of a parquet file, and its rows as lists. wanted: names to read, or None for all."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise SystemExit(f"{path}: parquet needs pyarrow (pip install pyarrow)") from None
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise SystemExit(f"{path}:1: not readable as parquet ({str(error).splitlines()[0]})") from None
+    columns = [name for name in file.schema_arrow.names if wanted is None or name in wanted]
+
+    def rows():
+        number = 0
+        try:
+            for batch in file.iter_batches(batch_size=16384, columns=columns):
+                for values in zip(*(column.to_pylist() for column in batch.columns)):
+                    number += 1
+                    yield number, [v if type(v) is str else tsv_field(v) for v in values]
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise SystemExit(f"{path}:{number + 1}: damaged parquet ({str(error).splitlines()[0]})") from None
+
+    return file.schema_arrow.names, columns, rows()
+
+
+def our_names(columns, path):
+    """Names of columns, aliases replaced by ours. Raises: SystemExit if names are empty or double."""
+    wrong = sorted(name or "an empty name" for name, n in Counter(columns).items() if n > 1 or not name)
+    if wrong:
+        raise SystemExit(f"{path}:1: the header has no or double names ({', '.join(wrong)}): {', '.join(columns)}")
+    names, lower = list(columns), [name.lower() for name in columns]
+    for ours, others in COLUMN_ALIASES.items():
+        place = next((lower.index(name) for name in (ours, *others) if name in lower), None)
+        if ours not in columns and place is not None:
+            names[place] = ours
+    return names
+
+
+def read_table(path, needed=(), bad=None, is_all=True):
+    """One table, TSV, CSV, JSONL (each perhaps .gz) or parquet, as a stream.
+
+    needed: columns that must be there; is_all: False reads only these; bad: as in text_lines.
+    Returns: (names of the columns, iterator of (line, list of strings)). None and NaN are empty, nested values JSON.
+    Raises: SystemExit "file:line: reason".
+    """
+    kind, lines = os.path.splitext(path.removesuffix(".gz"))[1], None
+    if kind == ".parquet":
+        found, header, rows = parquet_rows(path, None)
+    elif kind == ".jsonl":  # rows may differ in their keys: one more pass finds all of them
+        header = list(dict.fromkeys(key for _, row in json_objects(path, Counter()) for key in row))
+        rows = ((n, [tsv_field(row.get(key)) for key in header]) for n, row in json_objects(path, bad))
+    else:
+        lines = text_lines(path)  # a header that cannot be read is never passed over
+        first = next(lines if kind == ".tsv" else csv_rows(lines, 0, path, None), None)
+        header = [] if first is None else first[1].split("\t") if kind == ".tsv" else first[1]
+    if not header or header == [""]:
+        raise SystemExit(f"{path}:1: an empty file; expected a header and rows")
+    names = our_names(header, path)
+    missing = [name for name in needed if name not in names]
+    if missing:
+        raise SystemExit(f"{path}:1: no column {', '.join(missing)}; found {', '.join(header)}")
+    if lines is not None:
+        lines.close()
+        lines = text_lines(path, bad)
+        if kind == ".tsv":
+            next(lines)
+            rows = tsv_rows(lines, len(header), path, bad)
+        else:
+            rows = csv_rows(lines, len(header), path, bad)
+            next(rows)
+    if is_all:
+        return names, rows
+    places = [names.index(name) for name in needed]
+    if kind == ".parquet":
+        _, read, rows = parquet_rows(path, {header[place] for place in places})
+        places = [read.index(header[place]) for place in places]
+    return list(needed), ((line, [fields[place] for place in places]) for line, fields in rows)
+
+
+def relocate(image, source, target):
+    """An image's name for a table in the folder `target`, from its name in a table in the folder `source`."""
+    if os.path.isabs(image) or "://" in image or not image:
+        return image
+    return os.path.normpath(os.path.join(os.path.relpath(source or ".", target or "."), image)).replace(os.sep, "/")
+
+
+def open_tables(paths, needed=(), bad=None, out=None):
+    """The rows of several tables one after another, as dicts.
+
+    paths: files, as find_tables gives them; out: table that will hold the rows; images are named relative to it.
+    Returns: (names of all columns in order of appearance, iterator of dicts; a column a file lacks is "").
+    """
+    opened = [read_table(path, needed, bad)[0] for path in paths]
+    columns = list(dict.fromkeys(name for names in opened for name in names))
+
+    def rows():
+        for path in paths:
+            names, table = read_table(path, needed, bad)
+            source, target = (os.path.realpath(os.path.dirname(p or path) or ".") for p in (path, out))
+            empty = dict.fromkeys(columns, "")
+            for _, fields in table:
+                row = empty | dict(zip(names, fields))
+                if source != target and "image" in row:
+                    row["image"] = relocate(row["image"], source, target)
+                yield row
+
+    return columns, rows()
+
+
+def file_hash(path):
+    """sha256 of a file's bytes, hexadecimal."""
+    with open(path, "rb") as f:
+        state = hashlib.sha256()
+        while block := f.read(2**20):
+            state.update(block)
+    return state.hexdigest()
+
+
+def write_report(out, inputs, flags, counts, **more):
+    """Write OUT.json, what a table was made from and how: equal for equal inputs and flags but for the date at its end.
+
+    inputs: files; flags: dict of those that change the result, seed included; counts: the funnel, an ordered dict from
+    what came in over what was lost, and why, to what came out; more: further facts, as histograms.
+    """
+    content = dict(
+        script=file_hash(os.path.abspath(__file__)), flags=flags, funnel=counts, **more,
+        inputs=[dict(path=path, bytes=os.path.getsize(path), sha256=file_hash(path)) for path in inputs],
+        outputs=[dict(path=out, bytes=os.path.getsize(out), sha256=file_hash(out))],
+        date=time.strftime("%Y-%m-%d %H:%M:%S"))  # fmt: skip
+    with open(f"{out}.json.partial", "w", encoding="utf-8", errors="replace") as f:
+        f.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    os.replace(f"{out}.json.partial", f"{out}.json")
+
+
+def print_funnel(counts):
+    """The counts of write_report as lines; losses are negative numbers and stand to the right."""
+    for what, n in counts.items():
+        print(f"{n:>12,}  {'  ' if n < 0 else ''}{what}")
+
+
 # ------------------------------------------------------------------------------ main
 
 
@@ -1562,4 +1826,12 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    ARGS = parse_args()
+    try:
+        main(ARGS)
+    except (SystemExit, OSError) as error:  # bad input, a full disk: one line and exit code 2
+        if ARGS.command in ("shapes", "index") or isinstance(error, SystemExit) and not isinstance(error.code, str):
+            raise
+        is_os = isinstance(error, OSError)
+        print(f"{error.filename or 'error'}: {error.strerror}" if is_os else error.code, file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,174 @@
+"""build_datasets.py, readers: every kind of table gives the same rows; bad input ends with file, line and reason."""
+
+import csv
+import gzip
+import json
+import os
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import build_datasets as bd
+
+SCRIPT = Path(bd.__file__)
+ROWS = [
+    {"image": "a.jpg", "caption": 'a "cat", sat', "n": "1"},
+    {"image": "b.jpg", "caption": "Käse — 日本 🐈", "n": ""},
+    {"image": "c.jpg", "caption": " spaces  stay ", "n": "3"},
+]
+
+
+def write(folder, kind, rows=ROWS, columns=("image", "caption", "n")):
+    path = folder / f"rows{kind}"
+    if kind == ".parquet":
+        pq.write_table(pa.table({c: [row[c] for row in rows] for c in columns}), path)
+        return path
+    if kind.startswith(".jsonl"):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+    elif kind.startswith(".csv"):
+        with open(folder / "plain", "w", encoding="utf-8", newline="") as f:
+            writer = csv.DictWriter(f, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        text = (folder / "plain").read_text("utf-8")
+    else:
+        text = "\n".join("\t".join(line) for line in [columns, *([row[c] for c in columns] for row in rows)]) + "\n"
+    path.write_bytes(gzip.compress(text.encode()) if kind.endswith(".gz") else text.encode())
+    return path
+
+
+@pytest.mark.parametrize("kind", bd.TABLE_SUFFIXES)
+def test_all_kinds_give_the_same_rows(tmp_path, kind):
+    path = str(write(tmp_path, kind))
+    columns, rows = bd.open_tables([path])
+    assert columns == ["image", "caption", "n"] and list(rows) == ROWS
+    names, projected = bd.read_table(path, ["n", "caption"], is_all=False)
+    assert names == ["n", "caption"] and [f for _, f in projected] == [[r["n"], r["caption"]] for r in ROWS]
+
+
+def test_aliases_and_missing_columns(tmp_path):
+    write(tmp_path, ".tsv", [{"FilePath": "a", "TEXT": "x", "wnid": "n01"}], ("FilePath", "TEXT", "wnid"))
+    path = str(tmp_path / "rows.tsv")
+    assert list(bd.open_tables([path])[1]) == [{"image": "a", "caption": "x", "label": "n01"}]
+    assert bd.our_names(["title", "caption", "text"], "f") == ["title", "caption", "text"]
+    assert bd.our_names(["title", "text"], "f") == ["title", "caption"]
+    with pytest.raises(SystemExit, match=r"rows.tsv:1: no column similarity; found FilePath, TEXT, wnid"):
+        bd.read_table(path, ["similarity"])
+
+
+GOOD = b"image\tcaption\na\tb\n"
+BAD = {
+    "utf8": (".tsv", GOOD + b"c\t\xff\n", 3, r"not UTF-8 \(byte 0xff\)"),
+    "nul": (".tsv", GOOD + b"c\t\0\n", 3, "a NUL byte"),
+    "long": (".tsv", GOOD + b"c\t" + b"x" * (bd.MAX_LINE + 1) + b"\n", 3, "more than 10 MiB"),
+    "ragged": (".tsv", GOOD + b"c\td\te\n", 3, "3 fields, but the header has 2"),
+    "ragged csv": (".csv", b"image,caption\na,b\nc\n", 3, "1 fields, but the header has 2"),
+    "quote": (".csv", b'image,caption\na,"b\n', 2, "not CSV"),
+    "json": (".jsonl", b'{"a": 1}\n{"a": \n', 2, "not JSON"),
+    "json list": (".jsonl", b'{"a": 1}\n[1]\n', 2, "a JSON list, expected an object"),
+    "double": (".tsv", b"image\tcaption\timage\n", 1, r"no or double names \(image\)"),
+    "unnamed": (".csv", b"image,,caption\n", 1, "no or double names"),
+    "empty": (".tsv", b"", 1, "an empty file"),
+    "empty gz": (".tsv.gz", gzip.compress(b""), 1, "an empty file"),
+    "zero gz": (".csv.gz", b"", 1, "an empty file"),
+    "not gz": (".tsv.gz", GOOD, 1, "not gzip data"),
+    "hidden gz": (".tsv", gzip.compress(GOOD), 1, "gzip data: its name must end in .gz"),
+    "cut gz": (".tsv.gz", gzip.compress(os.urandom(9000).hex().encode())[:-40], 1, "damaged gzip data"),
+    "parquet": (".parquet", b"PAR1 nothing", 1, "not readable as parquet"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(tmp_path, name):
+    kind, content, line, reason = BAD[name]
+    path = tmp_path / f"bad{kind}"
+    path.write_bytes(content)
+    with pytest.raises(SystemExit, match=rf"^{path}:{line}: .*{reason}") as error:
+        list(bd.open_tables([str(path)])[1])
+    assert "\n" not in str(error.value)
+
+
+def test_bad_rows_are_counted_when_asked(tmp_path):
+    path = tmp_path / "a.tsv"
+    lines = [b"c\t\xff", b"d\te", b"f\t\0", b"g", b"h\t" + b"x" * (bd.MAX_LINE + 5), b"i\tj"]
+    path.write_bytes(GOOD + b"\n".join(lines))
+    bad = Counter()
+    assert [row["image"] for row in bd.open_tables([str(path)], bad=bad)[1]] == ["a", "d", "i"]
+    assert sum(bad.values()) == 4 and all(n == 1 for n in bad.values())
+
+
+def test_crlf_bom_and_quoted_line_breaks(tmp_path):
+    (tmp_path / "a.tsv").write_bytes(b"\xef\xbb\xbfimage\tcaption\r\n\r\na\tb\r\n")
+    (tmp_path / "b.csv").write_bytes(b'\xef\xbb\xbfimage,caption\r\na,"b\r\nc"\r\n')
+    assert list(bd.open_tables([str(tmp_path / "a.tsv")])[1]) == [{"image": "a", "caption": "b"}]
+    assert list(bd.open_tables([str(tmp_path / "b.csv")])[1]) == [{"image": "a", "caption": "b\nc"}]
+
+
+def test_files_are_found(tmp_path):
+    for name in ("b.tsv", "a.tsv", ".hidden.tsv", "notes.txt"):
+        (tmp_path / name).write_bytes(GOOD)
+    both = [str(tmp_path / "a.tsv"), str(tmp_path / "b.tsv")]
+    assert bd.find_tables([str(tmp_path)]) == bd.find_tables([str(tmp_path / "*.tsv")]) == both
+    for wrong, reason in (
+        ([str(tmp_path / "none*")], "no such file"),
+        ([str(tmp_path / "notes.txt")], "expected a name"),
+        ([both[0], str(tmp_path)], "given twice"),
+    ):
+        with pytest.raises(SystemExit, match=reason):
+            bd.find_tables(wrong)
+    (tmp_path / "c.csv").write_bytes(b"image\n")
+    with pytest.raises(SystemExit, match="kinds .csv, .tsv: name the files"):
+        bd.find_tables([str(tmp_path)])
+    (tmp_path / "none").mkdir()
+    with pytest.raises(SystemExit, match="no table"):
+        bd.find_tables([str(tmp_path / "none")])
+
+
+def test_several_files_join_and_images_move(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "a.tsv").write_text("image\tcaption\n0.tar:512:3\tA\n/abs/b.jpg\tB\nhttps://c/d.jpg\tC\n")
+    (tmp_path / "b.tsv").write_text("image\ttags\nval.npy:3\tt\n")
+    paths = [str(tmp_path / "x" / "a.tsv"), str(tmp_path / "b.tsv")]
+    columns, rows = bd.open_tables(paths, ["image"], out=str(tmp_path / "y" / "out.tsv"))
+    assert columns == ["image", "caption", "tags"]
+    rows = list(rows)
+    assert [row["image"] for row in rows] == ["../x/0.tar:512:3", "/abs/b.jpg", "https://c/d.jpg", "../val.npy:3"]
+    assert rows[3]["caption"] == "" and rows[0]["tags"] == ""
+
+
+FIELD = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(FIELD, FIELD), min_size=1, max_size=5))
+def test_writer_and_reader_round_trip(tmp_path_factory, pairs):
+    path = tmp_path_factory.mktemp("trip") / "a.tsv"
+    rows = [{"image": a, "caption": b} for a, b in pairs]
+    bd.write_tsv(path, ("image", "caption"), rows)
+    read = list(bd.open_tables([str(path)])[1])
+    assert read == [{k: bd.tsv_field(v) for k, v in row.items()} for row in rows]
+
+
+def test_report_and_half_written_tables(tmp_path):
+    out, source = tmp_path / "out.tsv", write(tmp_path, ".csv")
+
+    def rows():
+        yield ROWS[0]
+        raise SystemExit("bad row")
+
+    with pytest.raises(SystemExit, match="bad row"):
+        bd.write_tsv(out, ("image",), rows())
+    assert sorted(os.listdir(tmp_path)) == ["plain", "rows.csv"]
+    bd.write_tsv(out, ("image",), ROWS)
+    bd.write_report(str(out), [str(source)], {"seed": 0}, {"rows in": 3, "lost": -1, "rows out": 2}, extra=[1])
+    report = json.loads(Path(f"{out}.json").read_text())
+    digest = subprocess.run(["sha256sum", source], capture_output=True, text=True, check=True).stdout.split()[0]
+    assert report["inputs"] == [{"path": str(source), "bytes": source.stat().st_size, "sha256": digest}]
+    assert list(report)[-1] == "date" and report["funnel"] == {"rows in": 3, "lost": -1, "rows out": 2}
+    assert report["extra"] == [1] and len(report["script"]) == 64

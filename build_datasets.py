@@ -138,8 +138,8 @@ def parse_args(argv=None):
     dedup.add_argument("--distance", type=int, default=3, help="dhash, phash: bits that may differ, 0 to 7")
     dedup.add_argument("--cosine", type=float, default=0.6, help="embedding: copies are above it (DINOv2: 0.6 inside a "
                        "set, 0.45 against test sets, with SSCD embeddings)")  # fmt: skip
-    dedup.add_argument("--embeddings", nargs="+", default=[], metavar="FILE", help="of the rows, tables sorted by name: "
-                       ".npy [N, D], or .npz with `features`, as clip.py --eval-only writes; pictures: their pixels")  # fmt: skip
+    dedup.add_argument("--embeddings", nargs="+", default=[], metavar="FILE", help="of the rows, tables by name: .npy "
+                       "[N, D], or .npz with `features` (clip.py --eval-only writes it); of pictures, their pixels")
     dedup.add_argument("--protect", nargs="+", default=[], metavar="DATA", help="those of DATA whose rows win")
     dedup.add_argument("--against", nargs="+", default=[], metavar="DATA", help="test sets; their copies are dropped")
     dedup.add_argument("--against-embeddings", nargs="+", default=[], metavar="FILE", help="of the rows of --against")
@@ -2183,7 +2183,8 @@ def check_tables(tables, out, sample, max_bad, classes, max_pixels, workers, see
     print(f"{len(scan.bad):>12,}  bad rows, in {out}")
     write_report(out, paths, dict(sample=sample, seed=seed, max_pixels=max_pixels), counts, repeated_captions=copies)
     # Text is checked in all rows, pixels perhaps in a sample.
-    share = n_undecoded / max(n_decoded, 1) + (len(scan.bad) - n_undecoded) / max(scan.n_rows, 1)
+    n_rows = max(scan.n_rows, 1)
+    share = n_undecoded / (max(n_decoded, 1) if sample else n_rows) + (len(scan.bad) - n_undecoded) / n_rows
     return int(share > max_bad)
 
 
@@ -2373,7 +2374,7 @@ def unit_blocks(arrays, device, keep=None):
         for start in range(0, len(part), BLOCK):
             rows = part[start : start + BLOCK]
             rows = rows if keep is None else rows[keep[first : first + len(rows)]]
-            block = torch.from_numpy(np.array(rows, dtype=np.float32).reshape(len(rows), -1)).to(device)
+            block = torch.from_numpy(np.array(rows, dtype=np.float32)).flatten(1).to(device)
             yield first, (block / block.norm(dim=1, keepdim=True)).nan_to_num_(0, 0, 0)
             first += min(BLOCK, len(part) - start)
 
@@ -2566,6 +2567,10 @@ def prune_table(tables, out, embeddings, small, tests, keep, verify, device, see
     """Write the pruned tables, and the table of what was dropped. Arguments: as the flags."""
     paths = find_tables(tables)
     arrays, small_arrays, queries = load_features(embeddings), load_features(small), {}
+    n = sum(map(len, arrays))
+    n_rows = sum(1 for path in paths for _ in read_table(path, ["image"], is_all=False)[1])
+    if n != n_rows:
+        raise SystemExit(f"--embeddings: got {n} rows, the tables have {n_rows}")
     for name, path in (test.split("=", 1) for test in tests):
         queries[name] = [block for _, block in unit_blocks(load_features([path]), device)]
         if not queries[name] or any((~block.any(dim=1)).any() for block in queries[name]):
@@ -2574,7 +2579,6 @@ def prune_table(tables, out, embeddings, small, tests, keep, verify, device, see
     if any((limit < -1.5).any() for blocks in limits.values() for limit in blocks):
         raise SystemExit(f"--small: no usable row in {', '.join(small)}; against nothing, all rows would go")
     found = prune_rows(arrays, queries, limits, device)
-    n = sum(map(len, arrays))
     drops = {name: drop for name, (drop, _, _) in found.items()}
     if len(drops) > 1:
         drops["combined"] = np.logical_or.reduce(list(drops.values()))
@@ -2591,13 +2595,14 @@ def prune_table(tables, out, embeddings, small, tests, keep, verify, device, see
         print(f"{name}: mean cosine to the nearest row: {gaps[name]['small']} of the small set, "
               f"{gaps[name]['pruned']} of the rows left")  # fmt: skip
     columns, rows = open_tables(paths)
-    leaks = write_leaks(rows, out.replace("{set}", "leaks"), found, limits, n)
+    leaks = write_leaks(rows, out.replace("{set}", "leaks"), found, limits)
     for name, drop in drops.items():
         target = out.replace("{set}", name)
         columns, rows = open_tables(paths, out=target)
         n_left = write_tsv(target, columns, itertools.compress(rows, ~drop))
-        counts = {"rows": n, f"more similar to {name} than the small set"
-                  if name in (*found, "combined") else "not chosen": n_left - n, f"rows left, in {target}": n_left}
+        why = "closer to a test image than the small set" if name in (*found, "combined") else "not chosen"
+        counts = {"rows": n, why: n_left - n, "rows left": n_left}
+        print(target)
         print_funnel(counts)
         write_report(target, paths, flags, counts, gap=gaps.get(name), leaks=leaks)
 
@@ -2614,20 +2619,16 @@ def least_similar(paths, similarity, keep, seed):
     return masks
 
 
-def write_leaks(rows, path, found, limits, n):
+def write_leaks(rows, path, found, limits):
     """Write what was dropped with the test image it is closest to. Returns: {test set: rows with a cosine over .95}."""
     limit_of = {name: np.concatenate([x.cpu().numpy() for x in blocks]) for name, blocks in limits.items()}
 
     def leaks():
-        n_rows = 0
         for i, row in enumerate(rows):
-            n_rows = i + 1
-            for name, (drop, best, query) in found.items() if i < n else ():
+            for name, (drop, best, query) in found.items():
                 if drop[i]:
                     yield dict(set=name, image=row["image"], caption=row.get("caption", ""), test_row=int(query[i]),
                                similarity=f"{best[i]:.6f}", limit=f"{limit_of[name][query[i]]:.6f}")  # fmt: skip
-        if n_rows != n:
-            raise SystemExit(f"--embeddings: got {n} rows, the tables have {n_rows}")
 
     write_tsv(path, ("set", "image", "caption", "test_row", "similarity", "limit"), leaks())
     return {name: int((best > 0.95).sum()) for name, (_, best, _) in found.items()}

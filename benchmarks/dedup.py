@@ -69,7 +69,8 @@ def prune(folder, n, n_tests, dim, repeats):
     rows = unit_rows(n, dim, 0, folder / "rows.npy")
     tests, small = unit_rows(n_tests, dim, 1), unit_rows(2000, dim, 2)
     small[:5] = rows[:5]  # copies of these rows tie with the limit
-    tests[:2000] = 0.6 * tests[:2000] + 0.4 * rows[:2000]
+    near = min(2000, n_tests, n)
+    tests[:near] = 0.6 * tests[:near] + 0.4 * rows[:near]
     tests /= np.linalg.norm(tests, axis=1, keepdims=True)
     queries = [block for _, block in bd.unit_blocks([tests], "cpu")]
     limits = bd.nearest(queries, [small], "cpu")
@@ -88,7 +89,8 @@ def prune(folder, n, n_tests, dim, repeats):
 def embedding(folder, n, n_tests, dim, repeats):
     print(f"dedup --by embedding --against: {n} x {dim} against {n_tests}")
     rows, tests = unit_rows(n, dim, 0, folder / "rows.npy"), unit_rows(n_tests, dim, 1)
-    tests[:2000] = 0.6 * tests[:2000] + 0.4 * rows[:2000]
+    near = min(2000, n_tests, n)
+    tests[:near] = 0.6 * tests[:near] + 0.4 * rows[:near]
     queries = [block for _, block in bd.unit_blocks([tests], "cpu")]
     roots, _ = race(
         lambda: bd.connect(n + n_tests, {"embedding": bd.cosine_pairs([rows], [tests], 0.45, False, "cpu")}),

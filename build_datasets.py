@@ -56,7 +56,6 @@ each leaves a part in OUT.tsv.parts, so a killed run goes on where it was, and s
 """
 
 import argparse
-import array
 import csv
 import fcntl
 import functools
@@ -65,6 +64,8 @@ import gzip
 import hashlib
 import heapq
 import html
+import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -73,20 +74,23 @@ import pickle
 import random
 import re
 import shutil
+import struct
 import sys
 import tempfile
 import threading
 import time
 import unicodedata
 import zlib
-from collections import Counter, defaultdict
+from array import array
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
+from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------ flags
@@ -205,6 +209,122 @@ def parse_args(argv=None):
     status.add_argument("--classes", help="classes.tsv, for the names of labels")
     for command in (incaps, label, laionet, curate, metadata, frequency, status):
         command.add_argument("--out", required=True, help="table to write, ending in .tsv; its report is OUT.json")
+    def add_common(sub, out="table to write; its report is OUT.json, with what came in, what was lost and why"):
+        sub.add_argument("tables", nargs="+", metavar="DATA", help="tables (.tsv .csv .jsonl, .gz of them, .parquet), "
+                         "patterns, or folders of tables")  # fmt: skip
+        sub.add_argument("--out", required=True, help=out)
+
+    check = commands.add_parser(
+        "check", help="decode every image, list bad rows, show what is in a table", **style,
+        description="In: tables. Out: bad rows with file, line and reason; on the screen three rows, classes and their "
+        "frequencies, repeated captions. Exit code 1 when more than --max-bad of the rows are bad.",
+        epilog="example: python build_datasets.py check data/shapes/laionet/train.tsv --sample 1000 --out bad.tsv")
+    add_common(check, "table of bad rows to write: file, line, image, reason")
+    check.add_argument("--sample", type=int, default=0, help="decode so many images, picked by hash; 0: all")
+    check.add_argument("--max-bad", type=float, default=0.0, help="fraction of bad rows that is still exit code 0")
+    check.add_argument("--classes", help="classes.tsv; default: beside the first table, or one folder up, if any")
+    check.add_argument("--max-pixels", type=int, default=100_000_000, help="an image with more is bad, not decoded")
+    check.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; the result is the same")
+    check.add_argument("--seed", type=int, default=0, help="redraws which images --sample takes")
+
+    dedup = commands.add_parser(
+        "dedup", help="drop copies inside a data set, or of the images of test sets", **style,
+        description="In: tables, and their embeddings for --by embedding. Out: the table without copies: of each "
+        "connected component of copies one row stays, by: table of --protect, labelled, larger image, longer caption, "
+        "smaller name. OUT.pairs.tsv lists the pairs that joined components. With --against: without the rows that are "
+        "copies of a row there, nothing else.",
+        epilog="example: python build_datasets.py dedup data/shapes/web/train.tsv --by pixels phash --out web.tsv")
+    add_common(dedup)
+    dedup.add_argument("--by", nargs="+", required=True, metavar="WHAT",
+                       help="what makes copies, one or more of: bytes (of the file), pixels, dhash, phash, caption "
+                       "(regardless of case and blanks), embedding, or a column (sha256, url)")  # fmt: skip
+    dedup.add_argument("--distance", type=int, default=3, help="dhash, phash: bits that may differ, 0 to 7")
+    dedup.add_argument("--cosine", type=float, default=0.6, help="embedding: copies are above it (DINOv2: 0.6 inside a "
+                       "set, 0.45 against test sets, with SSCD embeddings)")  # fmt: skip
+    dedup.add_argument("--embeddings", nargs="+", default=[], metavar="FILE", help="of the rows, tables by name: .npy "
+                       "[N, D], or .npz with `features` (clip.py --eval-only writes it); of pictures, their pixels")
+    dedup.add_argument("--protect", nargs="+", default=[], metavar="DATA", help="those of DATA whose rows win")
+    dedup.add_argument("--against", nargs="+", default=[], metavar="DATA", help="test sets; their copies are dropped")
+    dedup.add_argument("--against-embeddings", nargs="+", default=[], metavar="FILE", help="of the rows of --against")
+    dedup.add_argument("--chain", action=argparse.BooleanOptionalAction, default=False, help="with --against: drop the "
+                       "copies of a test image's copies too (DINOv2); compares all rows with each other")  # fmt: skip
+    dedup.add_argument("--max-pixels", type=int, default=100_000_000, help="an image with more is kept, not decoded")
+    dedup.add_argument("--device", default="cpu", help="cpu, or cuda: where embeddings are compared")
+    dedup.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; the result is the same")
+
+    prune = commands.add_parser(
+        "prune", help="drop rows that are closer to a test set than a small training set is", **style,
+        description="In: a table with embeddings, embeddings of a small training set (ImageNet) and of test sets. Out: "
+        "one table per test set, without rows whose cosine to some test image is above that image's best in the small "
+        "set; `combined` without all of them; of --keep rows: near, far, rand. A table `leaks` lists what was dropped.",
+        epilog="example: python build_datasets.py prune data/shapes/web/train.tsv --embeddings "
+        "data/shapes/web/train.npy --small data/shapes/imagenet/train.npy --tests val=data/shapes/val.npy "
+        "sketch=data/shapes/sketch.npy --out 'web-{set}.tsv'")
+    add_common(prune, "tables to write; {set} in the name becomes the test set, combined, near, far, rand, leaks")
+    prune.add_argument("--embeddings", nargs="+", required=True, metavar="FILE", help="of the rows, tables "
+                       "sorted by name: .npy [N, D], or .npz with `features`, as clip.py --eval-only writes; "
+                       "pictures: their pixels")  # fmt: skip
+    prune.add_argument("--small", nargs="+", required=True, metavar="FILE", help="embeddings of the small training set")
+    prune.add_argument("--tests", nargs="+", required=True, metavar="NAME=FILE", help="embeddings of the test sets")
+    prune.add_argument("--keep", type=int, default=0, help="rows of near (the least similar stay: the nearest are "
+                       "pruned), far (the most similar stay) and rand; 0: none of the three")  # fmt: skip
+    prune.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True, help="compare the rows that "
+                       "stay once more with the test sets, and stop if the gap is not closed")  # fmt: skip
+    prune.add_argument("--device", default="cpu", help="cpu, or cuda: where embeddings are compared")
+    prune.add_argument("--seed", type=int, default=0, help="redraws rand, and the order of equal similarities")
+
+    subset = commands.add_parser(
+        "subset", help="cut a data set: fraction, shots, classes, frequencies", **style,
+        description="In: tables. Out: one table with a part of the rows. Rows are chosen by the hash of seed and key: "
+        "whatever their order, and the smaller cut lies inside the larger. Steps in this order: --threshold, "
+        "--class-list, rows per class (--match-frequency, --shots, --profile), rows in all (--fraction or --rows).",
+        epilog="example: python build_datasets.py subset data/shapes/laionet/train.tsv --fraction 0.25 --out small.tsv")
+    add_common(subset)
+    subset.add_argument("--threshold", metavar="COLUMN=VALUE", help="keep rows of at least that, as similarity=0.7")
+    subset.add_argument("--class-list", metavar="FILE", help="keep classes in it: number, name or wnid, one a line; "
+                        "adds the column subset_label, their place in the list")  # fmt: skip
+    subset.add_argument("--match-frequency", metavar="DATA", help="as many rows of each class as this table has, or as "
+                        "its column count says")  # fmt: skip
+    subset.add_argument("--fill", nargs="+", default=[], metavar="DATA", help="tables that give what --match-frequency "
+                        "lacks")  # fmt: skip
+    subset.add_argument("--shots", type=int, default=-1, help="at most so many rows of each class; -1: no limit")
+    subset.add_argument("--trim-tail", type=int, default=0, help="--shots only for so many classes, the least frequent")
+    subset.add_argument("--profile", choices=("balanced", "exponential", "pareto"), help="rows per class, the class of "
+                        "the most rows first: equal; F^(-i/(C-1)) (Cui et al. 2019); (i+1)^(-ln F/ln C)")  # fmt: skip
+    subset.add_argument("--imbalance", type=float, default=100.0, help="F of --profile: largest over smallest class")
+    subset.add_argument("--fraction", type=float, default=0.0, help="of the rows left by the other steps; 0: all")
+    subset.add_argument("--rows", type=int, default=0, help="rows in all, exactly; 0: as they come")
+    subset.add_argument("--rescue", action=argparse.BooleanOptionalAction, default=True, help="--fraction, --rows: a "
+                        "class that lost all rows gets one back (--rows: instead of one of a large class)")  # fmt: skip
+    subset.add_argument("--key", default="image", help="column that names a row for the hash, e.g. url")
+    subset.add_argument("--classes", help="classes.tsv; default: beside the first table, or one folder up, if any")
+    subset.add_argument("--dry-run", action="store_true", help="print the resulting histogram and write nothing")
+    subset.add_argument("--seed", type=int, default=0, help="redraws the rows")
+
+    mix = commands.add_parser(
+        "mix", help="join data sets in proportions, or whole", **style,
+        description="In: tables, each a source. Out: one table with a column source. A row whose key is in an earlier "
+        "source is a copy and goes.",
+        epilog="example: python build_datasets.py mix data/shapes/laionet/train.tsv data/shapes/incaps/train.tsv "
+        "--rows 4000 --out mix.tsv")
+    add_common(mix)
+    mix.add_argument("--rows", type=int, default=0, help="rows in all; 0: the union, all rows of all sources")
+    mix.add_argument("--weights", nargs="+", type=float, default=[], help="share of each source; default: equal")
+    mix.add_argument("--spill", action=argparse.BooleanOptionalAction, default=False, help="what a source is short of "
+                     "comes from the others; without it that is an error")  # fmt: skip
+    mix.add_argument("--key", default="image", help="column that names a row, e.g. url")
+    mix.add_argument("--seed", type=int, default=0, help="redraws the rows")
+
+    stats = commands.add_parser(
+        "stats", help="class frequencies, imbalance and captions of data sets, side by side", **style,
+        description="In: tables with labels, or with columns name and count. Out: a table on the screen and in --out: "
+        "rows, classes, Gini, head share, tail counts, caption lengths; Spearman correlation of the class counts of "
+        "each two.",
+        epilog="example: python build_datasets.py stats data/shapes/incaps/train.tsv data/shapes/laionet/train.tsv "
+        "--out stats.tsv --plot stats.png")
+    add_common(stats)
+    stats.add_argument("--classes", help="classes.tsv; default: beside the first table, or one folder up, if any")
+    stats.add_argument("--plot", help="picture to write: the sorted class counts (needs matplotlib)")
 
     args = parser.parse_args(argv)
     if args.command == "shapes":
@@ -237,6 +357,38 @@ def parse_args(argv=None):
         label.error("--multi longest: bag finds words, not places; choose drop, all or first")
     if args.command == "curate" and (args.cap < 1 or not 0 <= args.tail_share < 1):
         curate.error(f"--cap {args.cap} --tail-share {args.tail_share}: expected a cap of 1 or more, a share in 0..1")
+    if args.command in ("check", "dedup") and args.workers < 1:
+        parser.error(f"--workers: got {args.workers}, expected 1 or more")
+    if args.command in ("check", "dedup", "subset", "mix", "stats") and not args.out.endswith(".tsv"):
+        parser.error(f"--out: got {args.out}, expected a file name that ends in .tsv")
+    if args.command == "dedup":
+        if not 0 <= args.distance <= 7:
+            dedup.error(f"--distance: got {args.distance}, expected 0 to 7 bits")
+        if not 0 <= args.cosine <= 1:
+            dedup.error(f"--cosine: got {args.cosine}, expected 0 to 1")
+        if ("embedding" in args.by) != bool(args.embeddings):
+            dedup.error("--by embedding and --embeddings go together")
+        if args.against and not args.chain and len(args.by) > 1:
+            dedup.error("--against: give one --by at a time, or --chain")
+    if args.command == "prune":
+        if "{set}" not in args.out or not args.out.endswith(".tsv"):
+            prune.error(f"--out: got {args.out}, expected a file name with {{set}} in it that ends in .tsv")
+        names = [test.partition("=")[0] for test in args.tests]
+        if not all("=" in test for test in args.tests) or len(set(names)) < len(names):
+            prune.error(f"--tests: got {' '.join(args.tests)}, expected NAME=FILE, each name once")
+        if set(names) & {"combined", "near", "far", "rand", "leaks"}:
+            prune.error("--tests: combined, near, far, rand and leaks are the names of other tables")
+    if args.command == "subset":
+        if not 0 <= args.fraction <= 1 or args.fraction and args.rows:
+            subset.error("--fraction and --rows: expected one of them, the fraction 0 to 1")
+        if args.profile and (args.match_frequency or args.fraction) or args.profile and args.imbalance < 1:
+            subset.error("--profile: not with --match-frequency or --fraction, and --imbalance is 1 or more")
+        if args.trim_tail and args.shots < 0 or args.fill and not args.match_frequency:
+            subset.error("--trim-tail needs --shots, --fill needs --match-frequency")
+        if args.threshold and not re.fullmatch(r".+=-?[0-9.]+", args.threshold):
+            subset.error(f"--threshold: got {args.threshold}, expected COLUMN=NUMBER")
+    if args.command == "mix" and args.weights and (len(args.weights) != len(args.tables) or min(args.weights) <= 0):
+        mix.error(f"--weights: got {args.weights}, expected a positive number for each of {len(args.tables)} sources")
     return args
 
 
@@ -1320,10 +1472,7 @@ def sample_fields(texts, label, classes, n_classes, counts):
 
 def unit_hash(seed, key):
     """A number in [0, 1) that depends on the two alone. Source: methods, BLAKE2b of length-prefixed parts."""
-    state = hashlib.blake2b(digest_size=8)
-    for part in (str(seed).encode(), key.encode("utf-8", "surrogateescape")):
-        state.update(len(part).to_bytes(8, "big") + part)
-    return int.from_bytes(state.digest(), "big") / 2**64
+    return hash64(str(seed), key) / 2**64
 
 
 def is_writable_name(name):
@@ -1712,10 +1861,13 @@ def find_tables(paths):
 
 
 def note_bad(bad, path, line, reason):
-    """Count a row that cannot be read in the Counter `bad`; without one it ends the program."""
+    """Count a row that cannot be read in the Counter `bad`, or list it; without that it ends the program."""
     if bad is None:
         raise SystemExit(f"{path}:{line}: {reason}")
-    bad[reason] += 1
+    if isinstance(bad, list):
+        bad.append((path, line, reason))
+    else:
+        bad[reason] += 1
 
 
 def text_lines(path, bad=None):
@@ -2317,6 +2469,7 @@ def match_settings(rows, rule, is_sensitive=False, lemmas="none", wordnet="", mo
 
 
 def in_chunks(rows, size=4096):
+    """Lists of so many rows, the last perhaps shorter."""
     rows = iter(rows)
     while chunk := list(islice(rows, size)):
         yield chunk
@@ -2828,7 +2981,7 @@ def entry_file(path, part, settings):
     """First pass over one table: counts per entry, and which entries each row with any matched (CSR)."""
     settings, counts, ids, lengths, keys, numbers = dict(settings), Counter(), [], [], [], []
     n_entries, seed = settings.pop("n_entries"), str(settings.pop("seed"))
-    ids = array.array("i")
+    ids = array("i")
     for number, (row, _, entries) in enumerate(matched_rows(path, settings, counts)):
         if entries:
             ids.extend(entries)
@@ -3106,6 +3259,1011 @@ def check_shard(folder, shard, seen, warnings):
     for key, n in (("successes", seen["success"]), ("count", seen.total())):
         if stats.get(key) != n:
             warnings.append(f"{path}: {key} is {stats.get(key)}, but {shard}.parquet has {n}")
+# ------------------------------------------------------------------------------ check
+
+IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]  # not EPS: Pillow would run Ghostscript on it
+NO_DRAFT = 2**16  # px, min_side of read_image: no JPEG is decoded at a smaller size
+ROWS_PER_JOB = 256
+
+
+class ImageNames:
+    """What read_image needs of a table: the names of images, relative to folder."""
+
+    def __init__(self, folder, names):
+        self.folder, self.names = Path(folder), names
+
+    def get(self, row, _):
+        return self.names[row]
+
+
+Table = ImageNames  # the name it has in functions that come from clip.py
+
+
+# Copied from clip.py
+def locate_image(table: Table, row: int) -> tuple[Path, int, int]:
+    """Where the image of a row is: path, offset (row of an .npy, -1 if none is named), size in bytes or -1 for all."""
+    field = table.get(row, "image")
+    if match := re.fullmatch(r"(.+\.tar):(\d+):(\d+)", field):
+        return table.folder / match[1], int(match[2]), int(match[3])
+    if match := re.fullmatch(r"(.+\.npy):(\d+)", field):
+        return table.folder / match[1], int(match[2]), -1
+    return table.folder / field, -1 if field.endswith(".npy") else 0, -1
+
+
+# Copied from clip.py
+@functools.lru_cache(maxsize=64)
+def open_npy(path: Path) -> np.ndarray:
+    """Memory map of a uint8 array (N, H, W, 3)."""
+    array = np.load(path, mmap_mode="r")
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
+        raise ValueError(f"{path} holds {array.dtype} {array.shape}, expected uint8 (N, H, W, 3)")
+    return array
+
+
+# Copied from clip.py
+def read_image(table: Table, row: int, min_side: float, max_pixels: int) -> Image.Image | str:
+    """Decode an image to RGB, turned as its EXIF says, alpha on white; or the reason why that cannot be done.
+
+    min_side: px that the caller needs of each side; JPEGs are decoded at 1/2, 1/4 or 1/8 where that leaves enough.
+    max_pixels: limit on what the header announces, checked before a pixel is decoded.
+    """
+    Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns at a fixed size; ours is a flag and comes before decoding
+    path, offset, size = locate_image(table, row)
+    try:
+        if offset < 0:
+            return "no row of the .npy file is named"
+        if path.suffix == ".npy":
+            return Image.fromarray(open_npy(path)[offset])
+        with open(path, "rb", buffering=0) as file:
+            file.seek(offset)
+            content = file.read(size)
+        if len(content) < size:
+            return "offset or size beyond the end of the file"
+        image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
+        if image.width * image.height > max_pixels:
+            return "more pixels than --max-pixels"
+        image.draft("RGB", (math.ceil(min_side), math.ceil(min_side)))
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16") or image.mode == "I":  # 16-bit grey: Pillow's convert would clip at 255
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except FileNotFoundError:
+        return "missing file"
+    except IndexError:
+        return "row beyond the end of the .npy file"
+    except Image.UnidentifiedImageError:
+        return "not an image"
+    except Image.DecompressionBombError:
+        return "more pixels than --max-pixels"
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, OverflowError) as error:  # Pillow's
+        return "truncated" if "truncated" in str(error).lower() else "cannot be decoded"
+
+
+def in_processes(function, jobs, workers):
+    """function of each job, in order; at most 8 jobs a worker wait or are done, so memory does not grow with them."""
+    if workers == 1:
+        yield from map(function, jobs)
+        return
+    spawn, running = multiprocessing.get_context("spawn"), deque()
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=die_with_parent) as pool:
+        try:
+            for job in jobs:
+                running.append(pool.submit(function, job))
+                if len(running) > 8 * workers:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        except BrokenProcessPool:
+            raise SystemExit("a worker process was killed (out of memory?); try fewer --workers") from None
+
+
+def find_classes(given, table):
+    """Class names in label order, and {name or wnid: label, None if several have it}; [], {} without a classes.tsv.
+
+    given: --classes, or None: beside the table or one folder up.
+    """
+    folder = os.path.dirname(os.path.abspath(table))
+    paths = [given] if given else [os.path.join(f, "classes.tsv") for f in (folder, os.path.dirname(folder))]
+    path = next(filter(os.path.isfile, paths), given)
+    if path is None:
+        return [], {}
+    labels, _ = labels_by_name(path)
+    return [row["name"] for row in open_tables([path], ["name"])[1]], labels
+
+
+def label_number(field, ids, n_classes):
+    """The class number in a label field (a number, `3|17`, a name or wnid); -1: empty; None: no such class."""
+    field = field.split("|")[0].strip()
+    if not field:
+        return -1
+    label = int(field) if field.isascii() and field.isdigit() else ids.get(field)
+    return None if label is None or n_classes and label >= n_classes else label
+
+
+def why_bad(job):
+    """Decode images. job: (folder, their names, max_pixels). Returns: for each the reason it is bad, or its (w, h)."""
+    folder, names, max_pixels = job
+    images = (read_image(ImageNames(folder, names), row, NO_DRAFT, max_pixels) for row in range(len(names)))
+    return [image if isinstance(image, str) else image.size for image in images]
+
+
+class RowScan:
+    """The rows of tables as a stream, and what is counted on the way.
+
+    bad: list of (file, line, image, reason); counts: [C or more] rows of each class; hashes: array of caption hashes.
+    """
+
+    def __init__(self, paths, ids, n_classes):
+        self.paths, self.ids, self.n_classes = paths, ids, n_classes
+        self.n_rows, self.bad, self.counts, self.hashes = 0, [], Counter(), array("Q")
+
+    def __iter__(self):
+        """Yields: (file, line, {column: field}) of each row whose text is in order."""
+        for path in self.paths:
+            broken = []
+            columns, rows = read_table(path, ["image"], broken)
+            for line, fields in rows:
+                self.n_rows += 1
+                row = dict(zip(columns, fields))
+                label = label_number(row.get("label", ""), self.ids, self.n_classes)
+                self.counts[label] += 1
+                self.hashes.append(text_hash(row.get("caption", "")))
+                if label is None:
+                    self.bad.append((path, line, row["image"], f"label {row['label']!r} is no class"))
+                elif label < 0 and not row.get("caption"):
+                    self.bad.append((path, line, row["image"], "neither label nor caption"))
+                else:
+                    yield path, line, row
+            self.n_rows += len(broken)
+            self.bad += [(path, line, "", reason) for path, line, reason in broken]
+
+
+def text_hash(text):
+    """64 bits of a text, never 0. Two of 400 M different texts share it with a probability of 0.4 %."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big") or 1
+
+
+def check_tables(tables, out, sample, max_bad, classes, max_pixels, workers, seed):
+    """Write the bad rows of tables to out, print what is in them. Returns: 1 if more than max_bad are bad, else 0."""
+    paths = find_tables(tables)
+    names, ids = find_classes(classes, paths[0])
+    scan, shown, n_decoded, n_undecoded = RowScan(paths, ids, len(names)), [], 0, 0
+    rows = scan
+    if sample:  # the rows of the smallest hashes
+        rows = heapq.nsmallest(sample, scan, key=lambda row: (unit_hash(seed, row[2]["image"]), row[0], row[1]))
+        rows.sort(key=lambda row: row[:2])
+    waiting = deque()  # rows in the hands of workers
+
+    def jobs():
+        for path, group in itertools.groupby(rows, key=lambda row: row[0]):
+            for chunk in in_chunks(group, ROWS_PER_JOB):
+                waiting.append(chunk)
+                yield os.path.dirname(os.path.abspath(path)), [row["image"] for _, _, row in chunk], max_pixels
+
+    for results in in_processes(why_bad, jobs(), workers):
+        for (path, line, row), result in zip(waiting.popleft(), results):
+            n_decoded += 1
+            if isinstance(result, str):
+                n_undecoded += 1
+                scan.bad.append((path, line, row["image"], result))
+            elif len(shown) < 3:
+                shown.append((path, line, row, result))
+    for path, line, row, (width, height) in shown:
+        print(f"{path}:{line}: {row['image']}, {width} x {height}, label {row.get('label', '') or 'none'}"
+              f"\n    {row.get('caption', '')[:200]}")  # fmt: skip
+    scan.bad.sort(key=lambda row: row[:2])
+    write_tsv(out, ("file", "line", "image", "reason"),
+              (dict(zip(("file", "line", "image", "reason"), row)) for row in scan.bad))  # fmt: skip
+    print_classes(names, scan.counts)
+    copies = repeated_captions(paths, scan.hashes)
+    reasons = Counter(reason for *_, reason in scan.bad)
+    counts = {"rows": scan.n_rows, "decoded": n_decoded, **{r: -n for r, n in sorted(reasons.items())}}
+    print_funnel(counts)
+    print(f"{len(scan.bad):>12,}  bad rows, in {out}")
+    write_report(out, paths, dict(sample=sample, seed=seed, max_pixels=max_pixels), counts, repeated_captions=copies)
+    # Text is checked in all rows, pixels perhaps in a sample.
+    n_rows = max(scan.n_rows, 1)
+    share = n_undecoded / (max(n_decoded, 1) if sample else n_rows) + (len(scan.bad) - n_undecoded) / n_rows
+    return int(share > max_bad)
+
+
+def print_classes(names, counts):
+    """How many classes have rows, and which have the most and the fewest. counts: {label: rows}; -1, None: no class."""
+    n_unlabelled = counts.pop(-1, 0) + counts.pop(None, 0)
+    n_classes = len(names) or max(counts, default=-1) + 1
+    print(f"{n_unlabelled:>12,}  rows without a class\n{len(counts):>12,}  of {n_classes:,} classes have rows")
+    order = sorted(counts, key=lambda label: (-counts[label], label))
+    for label in order[:3] + order[3:][-3:]:
+        print(f"{counts[label]:>12,}    {names[label] if names else label}")
+
+
+def repeated_captions(paths, hashes):
+    """Print how many captions occur again, and the three most frequent. Returns: [(caption, times)], non-empty ones."""
+    values, first, times = np.unique(np.array(hashes), return_index=True, return_counts=True)
+    is_text = (times > 1) & (values != text_hash(""))
+    print(f"{int((times[is_text] - 1).sum()):>12,}  repetitions of a caption")
+    most = [i for i in np.argsort(-times, kind="stable")[:4] if is_text[i]][:3]
+    captions = (fields.get("caption", "") for fields in open_tables(paths, bad=[])[1]) if most else ()
+    place = {int(first[i]): int(times[i]) for i in most}
+    found = [(caption, place[row]) for row, caption in enumerate(captions) if row in place]
+    for caption, n in sorted(found, key=lambda pair: -pair[1]):
+        print(f"{n:>12,}    x {caption[:100]!r}")
+    return found
+
+
+# ------------------------------------------------------------------------------ dedup
+
+IMAGE_HASHES = ("bytes", "pixels", "dhash", "phash")
+NEAR = ("dhash", "phash")  # compared by Hamming distance; all others by equality
+BLOCK = 1024  # rows of a product of embeddings: fits the cache of a core, and fills a GPU well enough
+
+
+def dhash(image):
+    """64 bits: is a pixel brighter than its left neighbour, of 9 x 8 grey ones; equal to imagehash.dhash."""
+    grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.LANCZOS))
+    return int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes(), "big")
+
+
+def phash(image):
+    """64 bits: which of the 8 x 8 lowest DCT frequencies lie above their median; equal to imagehash.phash."""
+    from scipy.fft import dct
+
+    grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), dtype=np.float64)
+    low = dct(dct(grey, axis=0), axis=1)[:8, :8]
+    return int.from_bytes(np.packbits(low > np.median(low)).tobytes(), "big")
+
+
+def hash_rows(job):
+    """Hashes of rows. job: (folder, list of (image, {column: text}), methods, max_pixels).
+
+    Returns: [rows, methods + 1] uint64, 0 where a hash says nothing: no image or text, or a picture so flat that its
+    perceptual hash has under 4 or over 60 bits set. The last column is the image's area in px.
+    """
+    folder, rows, by, max_pixels = job
+    found = np.zeros((len(rows), len(by) + 1), np.uint64)
+    images = ImageNames(folder, [image for image, _ in rows])
+    for i, (_, texts) in enumerate(rows):
+        is_decoded = {"pixels", "dhash", "phash"} & set(by)
+        image = read_image(images, i, NO_DRAFT, max_pixels) if is_decoded else ""
+        for k, method in enumerate(by):
+            if method == "bytes":
+                found[i, k] = file_piece_hash(*locate_image(images, i))
+            elif method not in IMAGE_HASHES:
+                found[i, k] = text_hash(texts[method]) if texts[method] else 0
+            elif not isinstance(image, str):
+                if method == "pixels":
+                    found[i, k] = text_hash(f"{image.size}{hashlib.sha256(image.tobytes()).hexdigest()}")
+                else:
+                    value = dhash(image) if method == "dhash" else phash(image)
+                    found[i, k] = value if 4 <= value.bit_count() <= 60 else 0
+        found[i, -1] = 0 if isinstance(image, str) else image.width * image.height
+    return found
+
+
+def file_piece_hash(path, offset, size):
+    """64 bits of an image's bytes as stored; 0 if they cannot be read. Arguments: of locate_image."""
+    try:
+        if path.suffix == ".npy":
+            content = open_npy(path)[offset].tobytes()
+        else:
+            with open(path, "rb") as file:
+                file.seek(offset)
+                content = file.read(size)
+    except (OSError, ValueError, IndexError):
+        return 0
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") or 1
+
+
+def hash_tables(paths, by, max_pixels, workers):
+    """hash_rows of all rows of tables, [N, methods + 1]."""
+    columns = [method for method in by if method not in IMAGE_HASHES]
+
+    def jobs():
+        for path in paths:
+            needed = ["image", *columns]
+            _, rows = read_table(path, needed, is_all=False)
+            for chunk in in_chunks(rows, ROWS_PER_JOB):
+                texts = [(fields[0], dict(zip(columns, fields[1:]))) for _, fields in chunk]
+                for _, text in texts:
+                    if "caption" in text:
+                        caption = unicodedata.normalize("NFC", text["caption"]).casefold()
+                        text["caption"] = " ".join(caption.split())
+                yield os.path.dirname(os.path.abspath(path)), texts, by, max_pixels
+
+    found = list(in_processes(hash_rows, tqdm(jobs(), unit=f" x {ROWS_PER_JOB} rows", disable=None), workers))
+    return np.concatenate([np.zeros((0, len(by) + 1), np.uint64), *found])
+
+
+def count_bits(x):
+    """Set bits of each uint64. Source: Hacker's Delight, 5-1."""
+    x = x - ((x >> np.uint64(1)) & np.uint64(0x5555555555555555))
+    x = (x & np.uint64(0x3333333333333333)) + ((x >> np.uint64(2)) & np.uint64(0x3333333333333333))
+    x = (x + (x >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    return ((x * np.uint64(0x0101010101010101)) >> np.uint64(56)).astype(np.int64)
+
+
+def near_hashes(hashes, distance):
+    """All pairs of different hashes at most so many bits apart, each at least once.
+
+    hashes: [n] uint64, all different; distance: 0..7. Of four bands of 16 bits one is equal in a pair up to 3 bits
+    apart, and differs in one bit at most up to 7 bits apart (pigeonhole).
+    Yields: (i, j, bits) int64 arrays, i < j, of at most a few million candidates a time.
+    """
+    flips = [0] + ([1 << k for k in range(16)] if distance > 3 else [])
+    for band in range(4 if distance else 0):
+        values = ((hashes >> np.uint64(16 * band)) & np.uint64(0xFFFF)).astype(np.int64)
+        order = np.argsort(values, kind="stable")
+        starts = np.searchsorted(values[order], np.arange(2**16 + 1))
+        for flip in flips:
+            first, n = starts[values ^ flip], np.diff(starts)[values ^ flip]
+            ends = np.cumsum(n)
+            start = 0
+            while start < len(hashes):
+                stop = max(start + 1, int(np.searchsorted(ends, (ends[start - 1] if start else 0) + 2**22, "right")))
+                i = np.repeat(np.arange(start, stop), n[start:stop])
+                within = np.arange(len(i)) - np.repeat(ends[start:stop] - n[start:stop], n[start:stop])
+                j = order[np.repeat(first[start:stop], n[start:stop]) + within + (ends[start - 1] if start else 0)]
+                i, j = i[i < j], j[i < j]
+                bits = count_bits(hashes[i] ^ hashes[j])
+                yield i[bits <= distance], j[bits <= distance], bits[bits <= distance]
+                start = stop
+
+
+def hash_pairs(hashes, distance, n, is_chain):
+    """Pairs of rows with equal hashes (to the first of them) and with near ones (the first rows of both hashes).
+
+    hashes: [n + test rows] uint64, 0: none. is_chain: False leaves out near pairs without a test row.
+    Yields: (i, j, bits) arrays of row numbers, i != j.
+    """
+    known = np.flatnonzero(hashes)
+    values, first, inverse = np.unique(hashes[known], return_index=True, return_inverse=True)
+    equal = np.flatnonzero(first[inverse] != np.arange(len(known)))
+    yield known[first[inverse[equal]]], known[equal], np.zeros(len(equal), np.int64)
+    has_test = np.zeros(len(values), bool)
+    has_test[inverse[known >= n]] = True
+    for i, j, bits in near_hashes(values, distance):
+        keep = has_test[i] | has_test[j] | is_chain
+        yield known[first[i[keep]]], known[first[j[keep]]], bits[keep]
+
+
+def load_features(paths):
+    """Embeddings as memory maps, one array [n, D] (pixels: [n, H, W, 3]) per file; an .npz is read whole."""
+    arrays = []
+    for path in paths:
+        try:
+            array = np.load(path, mmap_mode="r")
+            array = array["features"] if isinstance(array, np.lib.npyio.NpzFile) else array
+        except (ValueError, KeyError, EOFError) as error:
+            raise SystemExit(f"{path}: not readable as embeddings, .npy or .npz with `features` ({error})") from None
+        if array.ndim < 2 or array.dtype.kind not in "fu" or array.shape[1:] != (arrays or [array])[0].shape[1:]:
+            raise SystemExit(f"{path}: got {array.dtype} {array.shape}, expected floats [rows, D], D as in {paths[0]}")
+        arrays.append(array)
+    return arrays
+
+
+def unit_blocks(arrays, device, keep=None):
+    """Blocks of embeddings in order: (first row, [<= BLOCK, D] float32 of unit length, zeros if that is impossible).
+
+    keep: [N] bool; a block holds the kept rows of BLOCK ones.
+    """
+    import torch  # not above: it takes seconds, and --help needs none of it
+
+    first = 0
+    for part in arrays:
+        for start in range(0, len(part), BLOCK):
+            rows = part[start : start + BLOCK]
+            rows = rows if keep is None else rows[keep[first : first + len(rows)]]
+            block = torch.from_numpy(np.array(rows, dtype=np.float32)).flatten(1).to(device)
+            yield first, (block / block.norm(dim=1, keepdim=True)).nan_to_num_(0, 0, 0)
+            first += min(BLOCK, len(part) - start)
+
+
+def cosine_pairs(rows, tests, threshold, is_chain, device):
+    """All pairs of rows above a cosine, among rows or, not is_chain, only between rows and tests (numbered behind).
+
+    rows, tests: lists of [n, D] arrays. Source: DINOv2 (2304.07193) A.3, with all edges instead of 64 nearest ones.
+    Yields: (i, j, cosine) arrays, i < j.
+    """
+    n = sum(map(len, rows))
+    held = list(unit_blocks(rows + tests if is_chain else tests, device))
+    for first, block in held if is_chain else unit_blocks(rows, device):
+        for other_first, other in held:
+            other_first += 0 if is_chain else n
+            if other_first < first:
+                continue
+            cosines = block @ other.T
+            if cosines.amax() > threshold:
+                i, j = (cosines > threshold).nonzero(as_tuple=True)
+                values, i, j = cosines[i, j].cpu().numpy(), i.cpu().numpy() + first, j.cpu().numpy() + other_first
+                yield i[i < j], j[i < j], values[i < j]
+
+
+def roots_of(parent, rows):
+    """The smallest row of each row's component; shortens their paths. parent: [N] int64, changed."""
+    roots = parent[rows]
+    while (roots != parent[roots]).any():
+        roots = parent[roots]
+    parent[rows] = roots
+    return roots
+
+
+def join(parent, i, j):
+    """Join the components of rows i and j, edge by edge. Returns: positions of the edges that joined two."""
+    left, right = roots_of(parent, i), roots_of(parent, j)
+    joined = []
+    for edge in np.flatnonzero(left != right).tolist():
+        a, b = int(left[edge]), int(right[edge])
+        while parent[a] != a:
+            parent[a] = parent[parent[a]]
+            a = int(parent[a])
+        while parent[b] != b:
+            parent[b] = parent[parent[b]]
+            b = int(parent[b])
+        if a != b:
+            parent[max(a, b)] = min(a, b)
+            joined.append(edge)
+    return joined
+
+
+def connect(n_all, sources):
+    """Connected components of rows.
+
+    sources: {method: iterator of (i, j, distance) arrays}. Returns: ([n_all] smallest row of each row's component,
+    list of (i, j, method, distance), the edges that joined two components, closest first within a block).
+    """
+    parent, edges = np.arange(n_all), []
+    for method, blocks in sources.items():
+        for i, j, distance in blocks:
+            order = np.argsort(-distance if method == "embedding" else distance, kind="stable")
+            i, j, distance = i[order], j[order], distance[order]
+            edges += [(int(i[e]), int(j[e]), method, distance[e].item()) for e in join(parent, i, j)]
+    return roots_of(parent, np.arange(n_all)), edges
+
+
+def keep_best(paths, roots, area, protect):
+    """Which row of each component of several stays, and the names of all their rows.
+
+    Rule: a row of a table in protect, a labelled one, the larger image, the longer caption, the smaller name.
+    Returns: ({root: row that stays}, {row: name}).
+    """
+    size, protected = np.bincount(roots, minlength=len(roots)), set(map(os.path.realpath, protect))
+    best, names, n = {}, {}, 0
+    for path in paths:
+        columns, rows = read_table(path, ["image"])
+        is_late = os.path.realpath(path) not in protected
+        for row, (_, fields) in enumerate(rows, n):
+            n = row + 1
+            if size[roots[row]] > 1:
+                fields = dict(zip(columns, fields))
+                names[row] = relocate(fields["image"], os.path.dirname(path), "")
+                rule = (is_late, not fields.get("label"), -int(area[row]), -len(fields.get("caption", "")),
+                        names[row], row)  # fmt: skip
+                best[roots[row]] = min(best.get(roots[row], rule), rule)
+    return {root: rule[-1] for root, rule in best.items()}, names
+
+
+def dedup_tables(tables, out, by, distance, cosine, embeddings, protect, against, against_embeddings, chain,
+                 max_pixels, device, workers):  # fmt: skip
+    """Write the rows of tables that are no copies of others, or of rows of `against`. Arguments: as the flags."""
+    paths, tests, protected = find_tables(tables), find_tables(against) if against else [], []
+    if protect:
+        protected = find_tables(protect)
+        if missing := set(map(os.path.realpath, protected)) - set(map(os.path.realpath, paths)):
+            raise SystemExit(f"--protect: not among the tables: {', '.join(sorted(missing))}")
+    hashed = [method for method in by if method != "embedding"]
+    workers = workers if set(hashed) & set(IMAGE_HASHES) else 1  # texts alone are not worth the start of processes
+    found = [hash_tables(each, hashed, max_pixels, workers) for each in (paths, tests)]
+    n, found = len(found[0]), np.concatenate(found)
+    n_all = len(found)
+    is_chain = chain or not against
+    sources = {method: hash_pairs(found[:, k], distance if method in NEAR else 0, n, is_chain)
+               for k, method in enumerate(hashed)}  # fmt: skip
+    if "embedding" in by:
+        rows, test_rows = load_features(embeddings), load_features(against_embeddings)
+        for flag, arrays, expected in (("embeddings", rows, n), ("against-embeddings", test_rows, n_all - n)):
+            if sum(map(len, arrays)) != expected:
+                raise SystemExit(f"--{flag}: got {sum(map(len, arrays))} rows, the tables have {expected}")
+        sources["embedding"] = cosine_pairs(rows, test_rows, cosine, is_chain, device)
+    roots, edges = connect(n_all, sources)
+    best, names = keep_best(paths + tests, roots, found[:, -1], protected)
+    sizes = np.bincount(roots, minlength=n_all)
+    if against:
+        tainted = np.zeros(n_all, bool)
+        tainted[roots[n:]] = True
+        keep = ~tainted[roots[:n]]
+    else:
+        keep = np.array([sizes[root] == 1 or best[root] == row for row, root in enumerate(roots.tolist())], bool)
+    columns, stream = open_tables(paths, out=out)
+    n_kept = write_tsv(out, columns, itertools.compress(stream, keep))
+    stem = out.removesuffix(".tsv")
+    pairs = (dict(image=names[i], other=names[j], by=method, distance=round(d, 6),
+                  kept="" if against else names[best[roots[i]]]) for i, j, method, d in edges)  # fmt: skip
+    write_tsv(f"{stem}.pairs.tsv", ("image", "other", "by", "distance", "kept"), pairs)
+    report_dedup(out, paths, tests, n, n_kept, found, hashed, sizes, best, names, bool(against),
+                 dict(by=by, distance=distance, cosine=cosine, chain=chain, embeddings=embeddings, protect=protect,
+                      against=against, against_embeddings=against_embeddings, max_pixels=max_pixels))  # fmt: skip
+
+
+def report_dedup(out, paths, tests, n, n_kept, found, hashed, sizes, best, names, is_relative, flags):
+    """Print and write what dedup did: the funnel, the histogram of component sizes, the three largest components."""
+    what = "copies of a row of --against" if is_relative else "copies of a row that stays"
+    counts = {"rows": n, what: n_kept - n, "rows left": n_kept}
+    print_funnel(counts)
+    unknown = {method: int((found[:n, k] == 0).sum()) for k, method in enumerate(hashed)}
+    for method, n_unknown in unknown.items():
+        if n_unknown:
+            print(f"{'':12}  note: {n_unknown:,} x no {method} (empty, cannot be decoded, flat picture); not compared")
+    histogram = {int(size): int(times) for size, times in zip(*np.unique(sizes[sizes > 1], return_counts=True))}
+    print(f"{sum(histogram.values()):>12,}  components of several rows, in {out.removesuffix('.tsv')}.pairs.tsv")
+    for root in np.argsort(-sizes, kind="stable")[:3]:
+        if sizes[root] > 1:
+            print(f"{sizes[root]:>12,}    rows with {names[best[root]]}")
+    write_report(out, paths + tests, flags, counts, component_sizes=histogram, not_compared=unknown)
+
+
+# ------------------------------------------------------------------------------ prune
+
+TIE = 1e-6  # cosines are float32, off by about 1e-7: one that exceeds a limit by less is equal to it, and stays
+
+
+def nearest(queries, arrays, device, keep=None):
+    """The largest cosine of each query to any row. queries: list of [<= BLOCK, D] blocks. Returns: list of [n] tensors.
+
+    Rows without a direction (zero, NaN) do not count. Source: similarity gap, Mayilvahanan et al. (2310.09562).
+    """
+    best = [query.new_full((len(query),), -math.inf) for query in queries]
+    for _, block in unit_blocks(arrays, device, keep):
+        block = block[block.any(dim=1)]
+        for k, query in enumerate(queries if len(block) else ()):
+            best[k] = best[k].maximum((query @ block.T).amax(dim=1))
+    return best
+
+
+def prune_rows(arrays, queries, limits, device):
+    """Which rows lie closer to some query than its limit, the row's hull in the paper's words.
+
+    arrays: list of [n, D]; queries, limits: {test set: list of blocks [<= BLOCK, D], of [<= BLOCK]}.
+    Returns: {test set: (drop [N] bool, best cosine [N] float32, its query [N] int64)}; a row without a direction goes.
+    """
+    n = sum(map(len, arrays))
+    found = {name: (np.zeros(n, bool), np.full(n, -2, np.float32), np.zeros(n, np.int64)) for name in queries}
+    for first, block in unit_blocks(arrays, device):
+        rows = slice(first, first + len(block))
+        for name, (drop, best, query) in found.items():
+            top, place = block.new_full((len(block),), -2), block.new_zeros(len(block), dtype=int)
+            excess = top.new_zeros(len(block)).masked_fill(~block.any(dim=1), math.inf)
+            for k, limit in enumerate(limits[name]):
+                cosines = block @ queries[name][k].T
+                value, index = cosines.max(dim=1)
+                is_new = value > top  # of equal ones the first query
+                top, place = top.where(~is_new, value), place.where(~is_new, index + k * BLOCK)
+                excess = excess.maximum(cosines.sub_(limit).amax(dim=1))
+            drop[rows], best[rows], query[rows] = (excess > TIE).cpu(), top.cpu(), place.cpu()
+    return found
+
+
+def prune_table(tables, out, embeddings, small, tests, keep, verify, device, seed):
+    """Write the pruned tables, and the table of what was dropped. Arguments: as the flags."""
+    paths = find_tables(tables)
+    arrays, small_arrays, queries = load_features(embeddings), load_features(small), {}
+    n = sum(map(len, arrays))
+    n_rows = sum(1 for path in paths for _ in read_table(path, ["image"], is_all=False)[1])
+    if n != n_rows:
+        raise SystemExit(f"--embeddings: got {n} rows, the tables have {n_rows}")
+    for name, path in (test.split("=", 1) for test in tests):
+        queries[name] = [block for _, block in unit_blocks(load_features([path]), device)]
+        if not queries[name] or any((~block.any(dim=1)).any() for block in queries[name]):
+            raise SystemExit(f"{path}: no rows, or a row that is zero or not finite; a test set needs whole embeddings")
+    limits = {name: nearest(blocks, small_arrays, device) for name, blocks in queries.items()}
+    if any((limit < -1.5).any() for blocks in limits.values() for limit in blocks):
+        raise SystemExit(f"--small: no usable row in {', '.join(small)}; against nothing, all rows would go")
+    found = prune_rows(arrays, queries, limits, device)
+    drops = {name: drop for name, (drop, _, _) in found.items()}
+    if len(drops) > 1:
+        drops["combined"] = np.logical_or.reduce(list(drops.values()))
+    if keep:
+        drops |= least_similar(paths, np.max([best for _, best, _ in found.values()], axis=0), keep, seed)
+    flags = dict(embeddings=embeddings, small=small, tests=tests, keep=keep, seed=seed)
+    gaps = {}
+    for name in found if verify else ():
+        after = nearest(queries[name], arrays, device, ~drops[name])
+        over = max(float((a - limit).max()) for a, limit in zip(after, limits[name]))
+        assert over <= 2 * TIE, f"{name}: after pruning a row exceeds its limit by {over}"
+        gaps[name] = dict(small=round(float(sum(x.sum() for x in limits[name])) / sum(map(len, limits[name])), 4),
+                          pruned=round(float(sum(x.clamp(min=-1).sum() for x in after)) / sum(map(len, after)), 4))
+        print(f"{name}: mean cosine to the nearest row: {gaps[name]['small']} of the small set, "
+              f"{gaps[name]['pruned']} of the rows left")  # fmt: skip
+    columns, rows = open_tables(paths)
+    leaks = write_leaks(rows, out.replace("{set}", "leaks"), found, limits)
+    for name, drop in drops.items():
+        target = out.replace("{set}", name)
+        columns, rows = open_tables(paths, out=target)
+        n_left = write_tsv(target, columns, itertools.compress(rows, ~drop))
+        why = "closer to a test image than the small set" if name in (*found, "combined") else "not chosen"
+        counts = {"rows": n, why: n_left - n, "rows left": n_left}
+        print(target)
+        print_funnel(counts)
+        write_report(target, paths, flags, counts, gap=gaps.get(name), leaks=leaks)
+
+
+def least_similar(paths, similarity, keep, seed):
+    """Masks of what to drop so that `keep` rows stay: near keeps the least similar, far the most, rand any."""
+    hashes, _, _ = scan_rows(paths, "image", seed)
+    if keep > len(hashes):
+        raise SystemExit(f"--keep: got {keep}, the tables have {len(hashes)} rows")
+    masks = {}
+    for name, score in (("near", similarity), ("far", -similarity), ("rand", np.zeros(len(hashes)))):
+        masks[name] = np.ones(len(hashes), bool)
+        masks[name][np.lexsort((hashes, score))[:keep]] = False
+    return masks
+
+
+def write_leaks(rows, path, found, limits):
+    """Write what was dropped with the test image it is closest to. Returns: {test set: rows with a cosine over .95}."""
+    limit_of = {name: np.concatenate([x.cpu().numpy() for x in blocks]) for name, blocks in limits.items()}
+
+    def leaks():
+        for i, row in enumerate(rows):
+            for name, (drop, best, query) in found.items():
+                if drop[i]:
+                    yield dict(set=name, image=row["image"], caption=row.get("caption", ""), test_row=int(query[i]),
+                               similarity=f"{best[i]:.6f}", limit=f"{limit_of[name][query[i]]:.6f}")  # fmt: skip
+
+    write_tsv(path, ("set", "image", "caption", "test_row", "similarity", "limit"), leaks())
+    return {name: int((best > 0.95).sum()) for name, (_, best, _) in found.items()}
+
+
+# ------------------------------------------------------------------------------ subset
+
+PROFILES = {  # share of class i of C, the largest first, of the largest; F: largest over smallest
+    "balanced": lambda i, C, F: np.ones(C),
+    "exponential": lambda i, C, F: F ** (-i / max(C - 1, 1)),  # Cui et al., 1901.05555, section 5
+    "pareto": lambda i, C, F: (i + 1.0) ** (-math.log(F) / math.log(max(C, 2))),
+}
+
+
+def scan_rows(paths, key, seed, classes=([], {}), column=None):
+    """One pass over tables. key: column that names a row; classes: of find_classes; column: of numbers, or None.
+
+    Returns: (hashes [N] float64 in [0, 1), labels [N] int32, -1: none, values [N] float64, NaN: empty).
+    """
+    hashes, labels, values = array("d"), array("i"), array("d")
+    for path in paths:
+        columns, rows = read_table(path, [key] + [column] * (column is not None))
+        for line, fields in rows:
+            row = dict(zip(columns, fields))
+            label = label_number(row.get("label", ""), classes[1], len(classes[0]))
+            if label is None:
+                raise SystemExit(f"{path}:{line}: label {row['label']!r} is not one of {len(classes[0])} classes")
+            hashes.append(unit_hash(seed, row[key]))
+            labels.append(label)
+            if column is not None:
+                try:
+                    values.append(float(row[column] or "nan"))
+                except ValueError:
+                    raise SystemExit(f"{path}:{line}: {column} is {row[column]!r}, expected a number") from None
+    return np.array(hashes), np.array(labels, np.int32), np.array(values)
+
+
+def class_counts(labels, n_classes):
+    """Rows of each class. Returns: [C] int64."""
+    return np.bincount(labels[labels >= 0], minlength=n_classes)
+
+
+def bottom(hashes, mask, k):
+    """Of the rows in mask the k with the smallest hashes. Returns: mask. Raises: SystemExit if there are fewer."""
+    rows = np.flatnonzero(mask)
+    if k > len(rows):
+        raise SystemExit(f"{k:,} rows wanted, {len(rows):,} there; rows are never repeated")
+    chosen = np.zeros_like(mask)
+    chosen[rows[np.argsort(hashes[rows], kind="stable")[:k]]] = True
+    return chosen
+
+
+def bottom_per_class(hashes, labels, mask, quota):
+    """Of the rows in mask the quota[c] of each class c with the smallest hashes; all if a class has fewer."""
+    rows = np.flatnonzero(mask & (labels >= 0))
+    rows = rows[np.lexsort((hashes[rows], labels[rows]))]
+    counts = class_counts(labels[rows], len(quota))
+    rank = np.arange(len(rows)) - (np.cumsum(counts) - counts)[labels[rows]]
+    chosen = np.zeros_like(mask)
+    chosen[rows[rank < quota[labels[rows]]]] = True
+    return chosen
+
+
+def round_shares(total, shares):
+    """Whole numbers in the ratio of shares that sum to total: largest remainders, ties to the first."""
+    exact = total * np.asarray(shares, float) / np.sum(shares)
+    whole = np.floor(exact).astype(np.int64)
+    whole[np.argsort(whole - exact, kind="stable")[: total - whole.sum()]] += 1
+    return whole
+
+
+def profile_quota(counts, profile, imbalance, rows, seed):
+    """Rows per class that follow a profile over the classes that have rows, those with the most first.
+
+    counts: [C]; rows: in all, or 0: the most that keep the profile exact. Equal counts: in the order of a hash.
+    Returns: [C] int64; at least 1 for each class that has rows.
+    """
+    present = np.flatnonzero(counts)
+    present = np.array(sorted(present, key=lambda c: (-counts[c], unit_hash(seed, str(c)))))
+    shares, quota = PROFILES[profile](np.arange(len(present)), len(present), imbalance), np.zeros_like(counts)
+    quota[present] = round_shares(rows, shares) if rows else np.floor((counts[present] / shares).min() * shares + 1e-9)
+    quota[present] = np.maximum(quota[present], 1)
+    return quota
+
+
+def rescue(hashes, labels, mask, pool, is_equal):
+    """Give each class of the pool that lost all rows its row of the smallest hash back.
+
+    is_equal: so many rows of the 10 largest classes go instead, largest hash first, never a class's last.
+    Returns: (mask, number of rescued rows).
+    """
+    n, n_classes = mask.sum(), int(labels.max(initial=-1)) + 1
+    lost = (class_counts(labels[mask], n_classes) == 0).astype(np.int64)
+    mask = mask | bottom_per_class(hashes, labels, pool, lost)
+    n_rescued = mask.sum() - n
+    while is_equal and mask.sum() > n:
+        counts = class_counts(labels[mask], n_classes)
+        largest = np.argsort(-counts, kind="stable")[:10]
+        last = bottom_per_class(hashes, labels, mask, np.ones(n_classes, np.int64))
+        rows = np.flatnonzero(mask & ~last & np.isin(labels, largest))
+        if not len(rows):
+            raise SystemExit(f"--rows {n} cannot hold a row of each of {(counts > 0).sum()} classes; try --no-rescue")
+        mask[rows[np.argsort(-hashes[rows], kind="stable")[: mask.sum() - n]]] = False
+    return mask, int(n_rescued)
+
+
+def table_counts(table, classes, n_classes=0):
+    """Class counts of a table by its labels, or of one with the columns name and count. Returns: [C] int64."""
+    paths = find_tables([table])
+    columns, rows = open_tables(paths)
+    if "label" in columns or "count" not in columns:
+        labels = scan_rows(paths, columns[0], 0, classes)[1]
+        return class_counts(labels, n_classes or int(labels.max(initial=-1)) + 1)
+    counts = np.zeros(n_classes, np.int64)
+    for row in rows:
+        label = classes[1].get(row.get("name", ""))
+        if label is None or not row["count"].isdigit():
+            raise SystemExit(f"{table}: {row.get('name')!r} {row['count']!r}: no class of classes.tsv, or no count")
+        counts[label] += int(row["count"])
+    return counts
+
+
+def rows_per_class(hashes, labels, mask, is_fill, counts, match, profile, imbalance, rows, shots, trim_tail, seed):
+    """The steps of subset that set numbers per class. counts: [C], of mask; match: [C], or None.
+
+    Returns: (mask, [C] rows that were wanted and are not there).
+    """
+    deficit = np.zeros_like(counts)
+    if match is not None:
+        mask = bottom_per_class(hashes, labels, mask, match)
+        mask |= bottom_per_class(hashes, labels, is_fill, match - class_counts(labels[mask], len(counts)))
+        deficit = match - class_counts(labels[mask], len(counts))
+    if profile:
+        quota = profile_quota(counts, profile, imbalance, rows, seed)
+        mask = bottom_per_class(hashes, labels, mask, quota)
+        deficit = quota - class_counts(labels[mask], len(counts))
+    if shots >= 0:
+        tail = np.argsort(counts, kind="stable")[: trim_tail or len(counts)]
+        quota = np.full(len(counts), len(labels))
+        quota[tail] = shots
+        mask = bottom_per_class(hashes, labels, mask, quota) | mask & (labels < 0) & bool(trim_tail)
+    return mask, deficit
+
+
+def subset_tables(tables, out, threshold, class_list, match_frequency, fill, shots, trim_tail, profile, imbalance,
+                  fraction, rows, is_rescue, key, classes, dry_run, seed):  # fmt: skip
+    """Write a part of the rows of tables. Arguments: as the flags."""
+    paths, fill_paths = find_tables(tables), find_tables(fill) if fill else []
+    known = find_classes(classes, paths[0])
+    column, _, least = threshold.partition("=") if threshold else (None, "", "nan")
+    hashes, labels, values = scan_rows(paths, key, seed, known, column)
+    n, more = len(hashes), scan_rows(fill_paths, key, seed, known)
+    hashes, labels = np.concatenate([hashes, more[0]]), np.concatenate([labels, more[1]])
+    n_classes = len(known[0]) or int(labels.max(initial=-1)) + 1
+    is_fill = np.arange(len(hashes)) >= n
+    mask, counts, wanted = ~is_fill, {"rows": n}, []
+    before = class_counts(labels[mask], n_classes)
+
+    def count(what, was):
+        counts[what] = int(mask.sum() - was.sum())
+
+    if class_list:
+        with open(class_list, encoding="utf-8-sig") as f:
+            wanted = [label_number(line, known[1], n_classes) for line in f.read().splitlines()]
+        if not wanted or None in wanted or -1 in wanted or len(set(wanted)) < len(wanted):
+            raise SystemExit(f"{class_list}: expected classes, one a line, none empty, unknown or twice; got {wanted}")
+        was, mask = mask, mask & np.isin(labels, wanted)
+        count("not in --class-list", was)
+    pool = mask
+    if threshold:
+        was, mask = mask, mask & (np.concatenate([values, np.zeros(len(more[0]))]) >= float(least))
+        count(f"{column} below {least}", was)
+    was = mask
+    match = table_counts(match_frequency, known, n_classes) if match_frequency else None
+    mask, deficit = rows_per_class(hashes, labels, mask, is_fill, class_counts(labels[mask], n_classes), match, profile,
+                                   imbalance, rows, shots, trim_tail, seed)  # fmt: skip
+    counts["not among the rows wanted of a class"] = int((mask & ~is_fill).sum() - was.sum())
+    if fill:
+        counts["of them from --fill"] = int((mask & is_fill).sum())
+    if (fraction or rows) and not profile:
+        was, mask = mask, bottom(hashes, mask, rows or int(fraction * mask.sum() + 0.5))
+        count("not drawn", was)
+        if is_rescue:
+            was = mask
+            mask, n_rescued = rescue(hashes, labels, mask, pool, bool(rows))
+            count(f"{n_rescued} rescued of lost classes, as many taken from large ones" if rows else "rescued", was)
+    counts["rows left"] = int(mask.sum())
+    after = class_counts(labels[mask], n_classes)
+    print_funnel({what: c for what, c in counts.items() if c or what.startswith("rows")})
+    print_histogram(before, after, deficit, known[0])
+    if dry_run:
+        return
+    columns, stream = open_tables(paths + fill_paths, out=out)
+    chosen = itertools.compress(stream, mask)
+    if wanted:
+        place = {label: str(i) for i, label in enumerate(wanted)}
+        chosen = (row | {"subset_label": place[label_number(row["label"], known[1], n_classes)]} for row in chosen)
+    write_tsv(out, [*columns, *["subset_label"][: len(wanted)]], chosen)
+    written = class_counts(scan_rows([out], key if key != "image" else columns[0], 0, known)[1], n_classes)
+    assert (written == after).all(), "the table written does not have the counts that were planned"
+    flags = dict(threshold=threshold, class_list=class_list, match_frequency=match_frequency, fill=fill, shots=shots,
+                 trim_tail=trim_tail, profile=profile, imbalance=imbalance, fraction=fraction, rows=rows,
+                 rescue=is_rescue, key=key, classes=classes, seed=seed)  # fmt: skip
+    write_report(out, paths + fill_paths, flags, counts, classes_before=before.tolist(),
+                 classes_after=written.tolist(), deficit=deficit.tolist())  # fmt: skip
+
+
+def gini(counts):
+    """Gini coefficient of class counts, 0 (equal) to 1, empty classes included; 0 if all are empty."""
+    counts = np.sort(counts)
+    n, total = len(counts), counts.sum()
+    return float(2 * (np.arange(1, n + 1) * counts).sum() / (n * total) - (n + 1) / n) if total else 0.0
+
+
+def print_histogram(before, after, deficit, names):
+    """Print how many classes have so many rows, before and after; Gini; the classes lost and those short of rows."""
+    edges = [0, 1] + [m * 10**e for e in range(10) for m in (2, 5, 10)]
+    print(f"{'rows per class':>20}  {'classes before':>14}  after")
+    for low, high in zip(edges, edges[1:]):
+        n_before, n_after = (int(((c >= low) & (c < high)).sum()) for c in (before, after))
+        if n_before or n_after:
+            print(f"{low if high == low + 1 else f'{low} to {high - 1}':>20}  {n_before:14,}  {n_after:5,}")
+    print(f"{'Gini':>20}  {gini(before):14.3f}  {gini(after):.3f}")
+    for what, which in (("lost", (before > 0) & (after == 0)), ("short of rows", deficit > 0)):
+        if which.any():
+            shown = [names[c] if names else str(c) for c in np.flatnonzero(which)]
+            more = f" and {len(shown) - 10} more" if len(shown) > 10 else ""
+            n_rows = f" ({deficit[which].sum():,} rows)" if what != "lost" else ""
+            print(f"{len(shown):>20,}  classes {what}{n_rows}: {', '.join(shown[:10])}{more}")
+
+
+def source_name(path):
+    """What mix and stats call a table: its file name, or its folder's, if that says more (laionet/train.tsv)."""
+    folder, name = os.path.split(os.path.abspath(path.rstrip("/")))
+    stem = name.split(".")[0]
+    return os.path.basename(folder) if stem == "train" else stem
+
+
+def source_quota(rows, weights, available, is_spill):
+    """Rows of each source. weights, available: lists. Raises: SystemExit if they are short and is_spill is False."""
+    available = np.array(available)
+    if rows > available.sum():
+        raise SystemExit(f"--rows: got {rows:,}, the sources have {available.sum():,} together")
+    quota = round_shares(rows, weights)
+    while (quota > available).any():
+        if not is_spill:
+            raise SystemExit(f"the sources have {available.tolist()} rows, wanted {quota.tolist()}; fewer --rows, "
+                             "other --weights, or --spill")  # fmt: skip
+        quota = np.minimum(quota, available)
+        quota += round_shares(rows - quota.sum(), np.where(quota < available, weights, 0))
+    return quota
+
+
+def mix_tables(tables, out, rows, weights, is_spill, key, seed):
+    """Write rows of several sources as one table. Arguments: as the flags; each of tables is a source."""
+    sources = [find_tables([table]) for table in tables]
+    names = [source_name(table) for table in tables]
+    if len(set(names)) < len(names):
+        names = [f"{name}{i}" for i, name in enumerate(names)]
+    paths = [path for source in sources for path in source]
+    hashes = [scan_rows(source, key, seed)[0] for source in sources]
+    of = np.repeat(np.arange(len(sources)), list(map(len, hashes)))
+    hashes = np.concatenate(hashes)
+    keys = np.fromiter((text_hash(row[key]) for row in open_tables(paths, out=out)[1]), np.uint64)
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    is_own = of == of[first[inverse]]
+    available = np.bincount(of[is_own], minlength=len(sources))
+    quota = source_quota(rows, weights or [1] * len(sources), available, is_spill) if rows else available
+    mask = np.logical_or.reduce([bottom(hashes, is_own & (of == s), k) for s, k in enumerate(quota)])
+    columns, stream = open_tables(paths, out=out)
+    chosen = (row | {"source": names[s]} for row, s, is_in in zip(stream, of.tolist(), mask.tolist()) if is_in)
+    n = write_tsv(out, [*columns, *["source"][: "source" not in columns]], chosen)
+    counts = {"rows": len(of), "copies of a row of an earlier source": int(is_own.sum()) - len(of),
+              "not drawn": n - int(is_own.sum()), "rows left": n}  # fmt: skip
+    shares = {name: dict(rows=int(k), share=round(int(k) / max(n, 1), 4)) for name, k in zip(names, quota)}
+    print_funnel(counts)
+    for name, share in shares.items():
+        print(f"{share['rows']:>12,}    {share['share']:.1%} {name}")
+    flags = dict(rows=rows, weights=weights, spill=is_spill, key=key, seed=seed)
+    write_report(out, paths, flags, counts, shares=shares)
+
+
+# ------------------------------------------------------------------------------ stats
+
+
+def caption_lengths(table):
+    """Mean and median number of words of a table's captions, and the share of different ones; None without captions."""
+    columns, rows = open_tables(find_tables([table]))
+    if "caption" not in columns:
+        return dict(words_mean=None, words_median=None, captions_distinct=None)
+    words, hashes = array("I"), array("Q")
+    for row in rows:
+        words.append(len(row["caption"].split()))
+        hashes.append(text_hash(row["caption"]))
+    n = max(len(words), 1)
+    return dict(words_mean=sum(words) / n, words_median=float(np.median(words or [0])),
+                captions_distinct=len(np.unique(np.array(hashes))) / n)  # fmt: skip
+
+
+def describe_counts(counts):
+    """What class counts [C] say of imbalance. head_share: of the most frequent tenth of the classes."""
+    ordered = np.sort(counts)[::-1]
+    total = max(int(counts.sum()), 1)
+    return dict(labelled=int(counts.sum()), classes=int((counts > 0).sum()), empty=int((counts == 0).sum()),
+                max=int(ordered[0]), median=float(np.median(counts)), min=int(ordered[-1]), gini=gini(counts),
+                head_share=float(ordered[: max(1, len(counts) // 10)].sum() / total),
+                below_20=int((counts < 20).sum()), below_100=int((counts < 100).sum()))  # fmt: skip
+
+
+def compare_tables(tables, out, classes, plot):
+    """Print and write describe_counts, caption_lengths and rank correlations of tables. Arguments: as the flags."""
+    from scipy.stats import spearmanr
+
+    known = find_classes(classes, find_tables(tables[:1])[0])
+    counts = [table_counts(table, known, len(known[0])) for table in tables]
+    n_classes = max(1, *map(len, counts))
+    counts = [np.pad(c, (0, n_classes - len(c))) for c in counts]
+    names = [source_name(table) for table in tables]
+    if len(set(names)) < len(names):
+        names = list(tables)
+    rows = [dict(name=name) | describe_counts(c) | caption_lengths(table)
+            for name, c, table in zip(names, counts, tables)]  # fmt: skip
+    for row, own in zip(rows, counts):
+        for name, other in zip(names, counts):
+            is_flat = np.ptp(own) == 0 or np.ptp(other) == 0
+            row[f"spearman {name}"] = None if is_flat else float(spearmanr(own, other).statistic)
+    shown = [{c: f"{v:.4g}" if isinstance(v, float) else tsv_field(v) for c, v in row.items()} for row in rows]
+    for column in shown[0]:
+        print(f"{column:>26}" + "".join(f"  {row[column]:>14}" for row in shown))
+    write_tsv(out, list(rows[0]), rows)
+    write_report(out, [p for table in tables for p in find_tables([table])], dict(classes=classes), {},
+                 class_counts={name: c.tolist() for name, c in zip(names, counts)})  # fmt: skip
+    if plot:
+        plot_counts(names, counts, plot)
+
+
+def plot_counts(names, counts, path):
+    """Plot class counts of data sets, in their own order and in that of the first. Source: Wen et al., Fig 1a."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise SystemExit("--plot needs matplotlib (pip install matplotlib)") from None
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    order = np.argsort(-counts[0], kind="stable")
+    for name, c in zip(names, counts):
+        left.plot(np.sort(c)[::-1], label=name)
+        right.plot(c[order], label=name, linewidth=0.8)
+    left.set(yscale="symlog", ylabel="rows", xlabel="class, in the order of each set")
+    right.set(xlabel=f"class, in the order of {names[0]}")
+    left.legend()
+    figure.savefig(f"{path}.partial", format=os.path.splitext(path)[1][1:] or "png", dpi=150)
+    os.replace(f"{path}.partial", path)
 
 
 # ------------------------------------------------------------------------------ main
@@ -3143,6 +4301,24 @@ def main(args):
             names = match_settings(class_rows(args.classes), args.match, False, args.lemmas, args.wordnet, more)
             settings |= names | dict(n_sample=args.sample, seed=args.seed)
             build_frequency(paths, args.out, args.classes, args.relevance, settings, run)
+    elif args.command == "check":
+        sys.exit(check_tables(args.tables, args.out, args.sample, args.max_bad, args.classes, args.max_pixels,
+                              args.workers, args.seed))  # fmt: skip
+    elif args.command == "dedup":
+        dedup_tables(args.tables, args.out, args.by, args.distance, args.cosine, args.embeddings, args.protect,
+                     args.against, args.against_embeddings, args.chain, args.max_pixels, args.device,
+                     args.workers)  # fmt: skip
+    elif args.command == "prune":
+        prune_table(args.tables, args.out, args.embeddings, args.small, args.tests, args.keep, args.verify,
+                    args.device, args.seed)  # fmt: skip
+    elif args.command == "subset":
+        subset_tables(args.tables, args.out, args.threshold, args.class_list, args.match_frequency, args.fill,
+                      args.shots, args.trim_tail, args.profile, args.imbalance, args.fraction, args.rows, args.rescue,
+                      args.key, args.classes, args.dry_run, args.seed)  # fmt: skip
+    elif args.command == "mix":
+        mix_tables(args.tables, args.out, args.rows, args.weights, args.spill, args.key, args.seed)
+    elif args.command == "stats":
+        compare_tables(args.tables, args.out, args.classes, args.plot)
 
 
 if __name__ == "__main__":

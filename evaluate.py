@@ -334,7 +334,7 @@ def unit_rows(array: np.ndarray) -> np.ndarray:
     return array / np.maximum(np.linalg.norm(array, axis=1, keepdims=True), 1e-12)
 
 
-def read_table(path: str | Path) -> list[dict[str, str]]:
+def read_records(path: str | Path) -> list[dict[str, str]]:
     """Rows of a CSV, TSV (by suffix) or JSON table (a list of objects, or {name: object}) as dicts of text."""
     try:
         if Path(path).suffix == ".json":
@@ -378,7 +378,7 @@ def read_named_counts(path: str | Path) -> dict[str, float]:
         raise SystemExit(f"{path}: cannot be read ({str(error)[:100]})") from None
     if isinstance(content, dict) and not any(isinstance(v, dict) for v in content.values()):
         return {str(k): number(v, f"{path}: {k}") for k, v in content.items()}
-    rows = read_table(path)
+    rows = read_records(path)
     columns = list(rows[0]) if rows else []
     key = next((c for c in ("class", "name", "label") if c in columns), None)
     value = next((c for c in ("count", "freq", "frequency", "n") if c in columns), None)
@@ -812,7 +812,7 @@ def models_of_run(folder: Path, group: str, id_set: str, shifts: list[str], subs
 
 def models_of_table(path: str, group: str, id_set: str, shifts: list[str], n_of: dict[str, float]) -> list[dict]:
     """The same from a table; accuracies are percent if one of the table is above 1."""
-    rows, models = read_table(path), []
+    rows, models = read_records(path), []
     columns = list(rows[0]) if rows else []
     names = shifts or [c for c in columns if c not in ("model", "group", id_set) and "@" not in c]
     wanted = [c for c in columns if c.split("@")[0] in (id_set, *names)]

@@ -125,13 +125,13 @@ def test_tables_of_all_kinds_read_alike(tmp_path):
     (tmp_path / "t.json").write_text(json.dumps(rows))
     (tmp_path / "u.json").write_text(json.dumps({"a": {"val": 1.5}, "b, c": {"val": 2}}))
     for name in ("t.csv", "t.tsv", "t.json", "u.json"):
-        assert evaluate.read_table(tmp_path / name) == rows, name
+        assert evaluate.read_records(tmp_path / name) == rows, name
     (tmp_path / "bad.tsv").write_text("model\tval\na\n")
     with pytest.raises(SystemExit, match="bad.tsv:2: the row and the header"):
-        evaluate.read_table(tmp_path / "bad.tsv")
+        evaluate.read_records(tmp_path / "bad.tsv")
     (tmp_path / "t.json").write_text("[1, 2]")
     with pytest.raises(SystemExit, match="cannot be read as a table"):
-        evaluate.read_table(tmp_path / "t.json")
+        evaluate.read_records(tmp_path / "t.json")
 
 
 def test_counts_by_place_name_and_json(tmp_path):

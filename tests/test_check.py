@@ -1,0 +1,64 @@
+"""build_datasets.py check: every kind of bad row is listed with file, line and reason; the exit code."""
+
+import subprocess
+import sys
+
+import numpy as np
+from PIL import Image
+
+import build_datasets as bd
+
+
+def check(folder, *flags):
+    command = [sys.executable, bd.__file__, "check", "all.tsv", "--out", "bad.tsv", *map(str, flags)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr, done.stderr
+    bad = [(int(r["line"]), r["reason"]) for r in bd.open_tables([str(folder / "bad.tsv")])[1]]
+    return done, bad
+
+
+def make(folder):
+    Image.new("RGB", (20, 30), "red").save(folder / "a.png")
+    (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:60])
+    (folder / "text.jpg").write_text("no image")
+    np.save(folder / "p.npy", np.zeros((2, 8, 8, 3), np.uint8))
+    bd.write_tsv(folder / "classes.tsv", ("name",), [dict(name="cat"), dict(name="dog")])
+    lines = [
+        "image\tlabel\tcaption",
+        "a.png\t0\tone cat",
+        "p.npy:1\tdog\tone dog",
+        "p.npy:2\t1\tone dog",
+        "gone.png\t\tx",
+    ]
+    lines += ["text.jpg\t1\ty", "a.png\t2\tz", "a.png\t\t", "a.png\t1", "cut.png\t1\tone dog"]
+    (folder / "all.tsv").write_text("\n".join(lines) + "\n")
+
+
+def test_every_reason(tmp_path):
+    make(tmp_path)
+    done, bad = check(tmp_path, "--workers", 2)
+    assert [line for line, _ in bad] == [4, 5, 6, 7, 8, 9, 10]
+    reasons = dict(bad)
+    assert reasons[4] == "row beyond the end of the .npy file" and reasons[5] == "missing file"
+    assert reasons[6] == "not an image" and reasons[7] == "label '2' is no class"
+    assert reasons[8] == "neither label nor caption" and reasons[9] == "2 fields, but the header has 3"
+    assert reasons[10] in ("truncated", "cannot be decoded", "not an image")
+    assert done.returncode == 1
+    assert "all.tsv:2: a.png, 20 x 30, label 0\n    one cat" in done.stdout
+    assert "2  repetitions of a caption" in done.stdout and "x 'one dog'" in done.stdout
+    assert check(tmp_path, "--max-bad", 0.77)[0].returncode == 1  # 7 of 9 rows
+    assert check(tmp_path, "--max-bad", 0.78)[0].returncode == 0
+    assert check(tmp_path, "--max-pixels", 100)[1][0] == (2, "more pixels than --max-pixels")
+
+
+def test_good_table_and_sample(tmp_path):
+    np.save(tmp_path / "p.npy", np.zeros((300, 8, 8, 3), np.uint8))
+    rows = [dict(image=f"p.npy:{i}", caption=f"c{i}") for i in range(301)]  # the last has no pixels
+    bd.write_tsv(tmp_path / "all.tsv", ("image", "caption"), rows)
+    done, bad = check(tmp_path, "--workers", 1)
+    assert bad == [(302, "row beyond the end of the .npy file")] and done.returncode == 1
+    assert check(tmp_path, "--max-bad", 0.01)[0].returncode == 0
+    done, bad = check(tmp_path, "--sample", 3, "--workers", 1)
+    assert "3  decoded" in done.stdout and done.returncode == (1 if bad else 0)
+    bd.write_tsv(tmp_path / "all.tsv", ("image", "caption"), rows[:300])
+    assert check(tmp_path)[0].returncode == 0

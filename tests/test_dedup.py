@@ -1,0 +1,170 @@
+"""build_datasets.py dedup: hashes against imagehash, pairs against brute force, components against scipy."""
+
+import json
+import math
+import subprocess
+import sys
+
+import imagehash
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+import build_datasets as bd
+
+
+def picture(seed, side=48):
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), np.uint8)
+    return Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def run(*args):
+    return subprocess.run([sys.executable, bd.__file__, *map(str, args)], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_perceptual_hashes_equal_imagehash(seed):
+    image = picture(seed, 20 + 7 * seed)
+    assert f"{bd.dhash(image):016x}" == str(imagehash.dhash(image))
+    assert f"{bd.phash(image):016x}" == str(imagehash.phash(image))
+
+
+def test_hashes_by_hand():
+    ramp = np.tile(np.arange(0, 225, 25, dtype=np.uint8), (8, 1))
+    assert bd.dhash(Image.fromarray(ramp)) == 2**64 - 1 and bd.dhash(Image.fromarray(ramp[:, ::-1].copy())) == 0
+    flat = Image.new("RGB", (30, 30), "grey")
+    assert bd.phash(flat) == 0x8000000000000000 and bd.dhash(flat) == 0
+
+
+@given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=50))
+def test_count_bits(numbers):
+    assert bd.count_bits(np.array(numbers, np.uint64)).tolist() == [x.bit_count() for x in numbers]
+
+
+@pytest.mark.parametrize("distance", range(8))
+def test_banding_finds_all_near_pairs(distance):
+    rng = np.random.default_rng(distance)
+    base = rng.integers(0, 2**64, 1500, np.uint64)
+    for _ in range(9):  # every distance up to 9 occurs
+        flipped = base[-400:] ^ (np.uint64(1) << rng.integers(0, 64, 400, np.uint64))
+        base = np.concatenate([base, flipped])
+    hashes = np.unique(base)
+    i, j = np.triu_indices(len(hashes), 1)
+    bits = bd.count_bits(hashes[i] ^ hashes[j])
+    truth = set(zip(i[bits <= distance].tolist(), j[bits <= distance].tolist(), bits[bits <= distance].tolist()))
+    found = {t for block in bd.near_hashes(hashes, distance) for t in zip(*(a.tolist() for a in block))}
+    assert found == truth and (distance == 0 or truth)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 29), st.integers(0, 29)), max_size=60), st.integers(1, 7))
+def test_components_equal_scipy(pairs, size):
+    i, j = np.array(pairs, np.int64).reshape(-1, 2).T
+    blocks = [(i[s : s + size], j[s : s + size], np.zeros(len(i[s : s + size]))) for s in range(0, len(i), size)]
+    roots, edges = bd.connect(30, {"x": iter(blocks)})
+    n, labels = connected_components(coo_array((np.ones(len(i)), (i, j)), shape=(30, 30)), directed=False)
+    assert all((roots[labels == c] == np.flatnonzero(labels == c)[0]).all() for c in range(n))
+    assert len(edges) == 30 - n  # a spanning forest, no edge more
+
+
+def test_cosine_pairs_equal_brute_force(monkeypatch):
+    monkeypatch.setattr(bd, "BLOCK", 16)
+    rows = np.random.default_rng(0).standard_normal((100, 5)).astype(np.float16)
+    rows[3], rows[7] = 0, np.nan
+    unit = rows.astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    cosines = unit @ unit.T
+    for is_chain in (True, False):
+        pairs = bd.cosine_pairs([rows[:30], rows[30:60]], [rows[60:]], 0.6, is_chain, "cpu")
+        found = {(i, j) for block in pairs for i, j in zip(block[0].tolist(), block[1].tolist())}
+        truth = {(i, j) for i in range(100) for j in range(i + 1, 100) if cosines[i, j] > 0.6}
+        assert found == {(i, j) for i, j in truth if is_chain or i < 60 <= j}
+
+
+def test_chain_by_hand():
+    """At 0, 40 and 80 degrees with cos 45 as the limit, the graph is one component."""
+    rows = np.array([[math.cos(math.radians(a)), math.sin(math.radians(a))] for a in (0, 40, 80)], np.float32)
+    pairs = bd.cosine_pairs([rows], [], math.cos(math.radians(45)), True, "cpu")
+    assert bd.connect(3, {"embedding": pairs})[0].tolist() == [0, 0, 0]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """a: a picture; b: re-encoded; c: larger; d: another; e: its bytes; f: broken; g, h: flat; i: labelled copy of d."""
+    picture(1).save(tmp_path / "a.png")
+    picture(1).save(tmp_path / "b.jpg", quality=90)
+    picture(1).resize((96, 96), Image.Resampling.BICUBIC).save(tmp_path / "c.png")
+    picture(2).save(tmp_path / "d.png")
+    for name in ("e", "i"):
+        (tmp_path / f"{name}.png").write_bytes((tmp_path / "d.png").read_bytes())
+    (tmp_path / "f.png").write_bytes(b"no image")
+    for name, colour in (("g", "red"), ("h", "blue")):
+        Image.new("RGB", (40, 40), colour).save(tmp_path / f"{name}.png")
+    names = "a.png b.jpg c.png d.png e.png f.png g.png h.png i.png".split()
+    rows = [dict(image=n, label="3" if n[0] == "i" else "", caption="Ein  Bild" if n[0] in "gh" else n) for n in names]
+    bd.write_tsv(tmp_path / "all.tsv", ("image", "label", "caption"), rows)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "flags, kept",
+    [
+        (["bytes"], "abcfghi"),
+        (["pixels"], "abcfghi"),
+        (["phash"], "cfghi"),
+        (["caption"], "abcdefgi"),
+        (["phash", "caption"], "cfgi"),
+    ],
+)
+def test_end_to_end(photos, flags, kept):
+    out = photos / "sub" / "kept.tsv"
+    out.parent.mkdir()
+    done = run("dedup", photos / "all.tsv", "--by", *flags, "--out", out, "--workers", 1)
+    assert done.returncode == 0, done.stderr
+    rows = list(bd.open_tables([str(out)])[1])
+    assert "".join(row["image"][3] for row in rows) == kept and rows[0]["image"].startswith("../")
+    report = json.loads((photos / "sub" / "kept.tsv.json").read_text())
+    assert report["funnel"]["rows left"] == len(kept)
+    pairs = list(bd.open_tables([str(photos / "sub" / "kept.pairs.tsv")])[1])
+    assert len(pairs) == 9 - len(kept) and {p["kept"][-5] for p in pairs} <= set(kept)
+    assert len(list(out.parent.iterdir())) == 3
+
+
+def test_protected_and_against(photos):
+    bd.write_tsv(photos / "test.tsv", ("image",), [dict(image="b.jpg")])
+    out = photos / "kept.tsv"
+    flags = ["--by", "phash", "--out", out, "--workers", 1]
+    assert run("dedup", photos / "all.tsv", *flags, "--against", photos / "test.tsv").returncode == 0
+    assert "".join(r["image"][0] for r in bd.open_tables([str(out)])[1]) == "defghi"  # other copies are left
+    assert run("dedup", photos / "all.tsv", photos / "test.tsv", *flags, "--protect", photos / "test.tsv").stderr == ""
+    assert "".join(sorted(r["image"][0] for r in bd.open_tables([str(out)])[1])) == "bfghi"
+
+
+def test_against_with_embeddings(tmp_path):
+    angles = np.radians([0, 20, 40, 60, 180])
+    np.save(tmp_path / "e.npy", np.stack([np.cos(angles), np.sin(angles)], axis=1))
+    np.save(tmp_path / "t.npy", np.array([[1.0, 0.0]]))
+    bd.write_tsv(tmp_path / "all.tsv", ("image", "caption"), [dict(image=f"{i}.jpg") for i in range(5)])
+    bd.write_tsv(tmp_path / "test.tsv", ("image", "caption"), [dict(image="t.jpg")])
+    command = ["dedup", tmp_path / "all.tsv", "--by", "embedding", "--embeddings", tmp_path / "e.npy", "--cosine", 0.9]
+    command += ["--against", tmp_path / "test.tsv", "--against-embeddings", tmp_path / "t.npy"]
+    for chain, left in (("--no-chain", ["2.jpg", "3.jpg", "4.jpg"]), ("--chain", ["4.jpg"])):
+        done = run(*command, chain, "--out", tmp_path / "kept.tsv")
+        assert done.returncode == 0, done.stderr
+        assert [row["image"] for row in bd.open_tables([str(tmp_path / "kept.tsv")])[1]] == left
+
+
+def test_bad_input(photos):
+    np.save(photos / "e.npy", np.zeros((3, 4)))
+    done = run(
+        "dedup", photos / "all.tsv", "--by", "embedding", "--embeddings", photos / "e.npy", "--out", photos / "o.tsv"
+    )
+    assert done.returncode == 2 and done.stderr == "--embeddings: got 3 rows, the tables have 9\n"
+    done = run("dedup", photos / "all.tsv", "--by", "sha256", "--out", photos / "o.tsv")
+    assert done.returncode == 2 and "no column sha256; found image, label, caption" in done.stderr
+    assert run("dedup", photos / "all.tsv", "--by", "phash", "--distance", 8, "--out", photos / "o.tsv").returncode == 2
+    assert not list(photos.glob("o.*"))

@@ -1,0 +1,187 @@
+"""build_datasets.py subset, mix, stats: hand numbers of the methods, nesting, independence of order, end to end."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import spearmanr
+
+import build_datasets as bd
+
+
+def run(*args):
+    return subprocess.run([sys.executable, bd.__file__, *map(str, args)], capture_output=True, text=True)
+
+
+def table(path, counts, **columns):
+    """counts: {label: rows}."""
+    path.parent.mkdir(exist_ok=True)
+    rows = [
+        dict(image=f"{path.stem}{c}-{i}.jpg", label=c, caption=f"w {c}") for c, n in counts.items() for i in range(n)
+    ]
+    rows = [row | {name: value(i) for name, value in columns.items()} for i, row in enumerate(rows)]
+    bd.write_tsv(path, ("image", "label", "caption", *columns), rows)
+    return path
+
+
+def read(path):
+    return list(bd.open_tables([str(path)])[1])
+
+
+def counts_of(path):
+    return dict(sorted(Counter(int(row["label"]) for row in read(path)).items()))
+
+
+def test_rescue_by_hand():
+    """Methods 10: a10 b3 c1, the three smallest hashes are all a; rescue gives a3 b1 c1, at equal n a1 b1 c1."""
+    labels = np.array([0] * 10 + [1] * 3 + [2])
+    hashes = np.linspace(0, 0.9, 14)
+    pool = np.ones(14, bool)
+    mask = bd.bottom(hashes, pool, 3)
+    assert np.flatnonzero(mask).tolist() == [0, 1, 2]
+    more, n = bd.rescue(hashes, labels, mask, pool, False)
+    assert n == 2 and np.flatnonzero(more).tolist() == [0, 1, 2, 10, 13]
+    equal, _ = bd.rescue(hashes, labels, mask, pool, True)
+    assert np.flatnonzero(equal).tolist() == [0, 10, 13]  # the largest hashes go
+    with pytest.raises(SystemExit, match="cannot hold a row of each of 3"):
+        bd.rescue(hashes, labels, bd.bottom(hashes, pool, 2), pool, True)
+    with pytest.raises(SystemExit, match="15 rows wanted, 14 there"):
+        bd.bottom(hashes, pool, 15)
+
+
+def test_gini_and_shares_by_hand():
+    assert bd.gini(np.array([5, 5, 5])) == 0 and bd.gini(np.array([0, 0, 0, 8])) == 0.75
+    x = np.array([1, 3, 7, 0, 2])
+    assert bd.gini(x) == pytest.approx(np.abs(x[:, None] - x).sum() / (2 * len(x) ** 2 * x.mean()))
+    assert bd.round_shares(10, [1, 1, 1]).tolist() == [4, 3, 3] and bd.round_shares(7, [2, 1]).tolist() == [5, 2]
+
+
+def test_profiles():
+    counts = np.array([1000, 0, 1000, 1000, 1000])
+    assert bd.profile_quota(counts, "balanced", 1, 0, 0).tolist() == [1000, 0, 1000, 1000, 1000]
+    assert sorted(bd.profile_quota(counts, "exponential", 1000, 0, 0)) == [0, 1, 10, 100, 1000]
+    pareto = np.sort(bd.profile_quota(counts, "pareto", 16, 0, 0))[::-1]
+    assert pareto.tolist() == [1000, 250, 111, 62, 0]  # 1 / i^2, since 4^2 = 16
+    assert bd.profile_quota(np.array([10, 40]), "exponential", 2, 0, 0).tolist() == [10, 20]
+    assert bd.profile_quota(counts, "balanced", 1, 10, 0).sum() == 10
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(-1, 4), min_size=1, max_size=60), st.integers(0, 5), st.integers(0, 99))
+def test_bottom_per_class_equals_sorting(labels, quota, seed):
+    labels, hashes = np.array(labels), np.random.default_rng(seed).random(len(labels))
+    mask = np.random.default_rng(seed + 1).random(len(labels)) < 0.8
+    chosen = bd.bottom_per_class(hashes, labels, mask, np.full(5, quota))
+    rows = [i for c in range(5) for i in sorted(np.flatnonzero(mask & (labels == c)), key=lambda i: hashes[i])[:quota]]
+    assert sorted(rows) == np.flatnonzero(chosen).tolist()
+
+
+def test_order_of_rows_does_not_matter_and_cuts_are_nested(tmp_path):
+    path = table(tmp_path / "a.tsv", {0: 200, 1: 60, 2: 2})
+    lines = path.read_text().splitlines()
+    shuffled = [lines[1 + i] for i in np.random.default_rng(0).permutation(len(lines) - 1)]
+    (tmp_path / "b.tsv").write_text("\n".join([lines[0], *shuffled]) + "\n")
+    found = {}
+    for name, flags in (("a", [0.25]), ("b", [0.25]), ("a2", [0.5]), ("seed", [0.25, "--seed", 1])):
+        out = tmp_path / f"out_{name}.tsv"
+        assert run("subset", tmp_path / f"{name[0] if name != 'seed' else 'a'}.tsv", "--fraction", *flags, "--out", out).stderr == ""  # fmt: skip
+        found[name] = {row["image"] for row in read(out)}
+    assert found["a"] == found["b"] != found["seed"]
+    assert {x for x in found["a"] if x[1] != "2"} <= found["a2"]
+    assert any(x.startswith("a2") for x in found["a"])  # class 2 is not lost
+    first = (tmp_path / "out_a.tsv").read_bytes(), json.loads((tmp_path / "out_a.tsv.json").read_text())
+    run("subset", path, "--fraction", 0.25, "--out", tmp_path / "out_a.tsv")
+    again = json.loads((tmp_path / "out_a.tsv.json").read_text())
+    assert first[0] == (tmp_path / "out_a.tsv").read_bytes()
+    assert list(again)[-1] == "date" and again | {"date": 0} == first[1] | {"date": 0}
+
+
+@pytest.mark.parametrize(
+    "flags, counts",
+    [
+        (["--shots", 4], {0: 4, 1: 3, 2: 1}),
+        (["--trim-tail", 2, "--shots", 1], {0: 10, 1: 1, 2: 1}),
+        (["--trim-tail", 1, "--shots", 0], {0: 10, 1: 3}),
+        (["--threshold", "similarity=6"], {0: 4, 1: 3, 2: 1}),
+        (["--threshold", "similarity=11", "--rows", 3], {0: 1, 1: 1, 2: 1}),
+        (["--rows", 14], {0: 10, 1: 3, 2: 1}),
+        (["--profile", "exponential", "--imbalance", 9], {0: 9, 1: 3, 2: 1}),
+        (["--class-list", "list"], {0: 10, 2: 1}),
+    ],
+)
+def test_cuts(tmp_path, flags, counts):
+    path = table(tmp_path / "a.tsv", {0: 10, 1: 3, 2: 1}, similarity=str)
+    (tmp_path / "list").write_text("2\n0\n")
+    out = tmp_path / "o.tsv"
+    done = run("subset", path, *[tmp_path / "list" if f == "list" else f for f in flags], "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert counts_of(out) == counts
+    report = json.loads((tmp_path / "o.tsv.json").read_text())
+    assert sum(n for what, n in report["funnel"].items() if what != "rows left") == sum(counts.values())
+    if "list" in flags:
+        assert {(row["label"], row["subset_label"]) for row in read(out)} == {("0", "1"), ("2", "0")}
+
+
+def test_match_frequency_by_hand(tmp_path):
+    """Methods 10: {a2 b5 c1} from A {a4 b3} and B {b1 c9}: a2, b3 + 1, c0 + 1, and one b is missing."""
+    target, a = table(tmp_path / "t.tsv", {0: 2, 1: 5, 2: 1}), table(tmp_path / "a.tsv", {0: 4, 1: 3})
+    fill, out = table(tmp_path / "deep" / "b.tsv", {1: 1, 2: 9}), tmp_path / "o.tsv"
+    done = run("subset", a, "--match-frequency", target, "--fill", fill, "--out", out)
+    assert done.returncode == 0 and "classes short of rows (1 rows): 1" in done.stdout, done.stderr
+    assert counts_of(out) == {0: 2, 1: 4, 2: 1} and read(out)[-1]["image"].startswith("deep/b2-")
+    assert json.loads((tmp_path / "o.tsv.json").read_text())["deficit"] == [0, 1, 0]
+
+
+def test_dry_run_and_bad_input(tmp_path):
+    path, out = table(tmp_path / "a.tsv", {0: 10, 1: 3}, similarity=lambda i: "x" if i == 5 else i), tmp_path / "o.tsv"
+    done = run("subset", path, "--shots", 0, "--trim-tail", 1, "--dry-run", "--out", out)
+    assert done.returncode == 0 and "classes lost: 1" in done.stdout
+    (tmp_path / "list").write_text("1\n\n1\n")
+    for flags, message in (
+        (["--threshold", "similarity=1"], "a.tsv:7: similarity is 'x', expected a number"),
+        (["--rows", 99], "99 rows wanted, 13 there"),
+        (["--class-list", tmp_path / "list"], "none empty, unknown or twice"),
+        (["--key", "url"], "no column url"),
+        (["--trim-tail", 3], "--trim-tail needs --shots"),
+    ):
+        done = run("subset", path, *flags, "--out", out)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not out.exists()
+
+
+def test_mix(tmp_path):
+    a, b = table(tmp_path / "a" / "train.tsv", {0: 10}), table(tmp_path / "b" / "train.tsv", {1: 30})
+    out = tmp_path / "o.tsv"
+    for flags, counts in (
+        ([], (10, 30)),
+        (["--rows", 9, "--weights", 2, 1], (6, 3)),
+        (["--rows", 30, "--spill"], (10, 20)),
+    ):
+        done = run("mix", a, b, *flags, "--out", out)
+        assert done.returncode == 0, done.stderr
+        rows = read(out)
+        assert Counter(row["source"] for row in rows) == dict(zip("ab", counts))
+        assert all(row["image"].startswith(f"{row['source']}/") for row in rows)
+    done = run("mix", a, b, "--rows", 30, "--out", out)
+    assert done.returncode == 2 and "or --spill" in done.stderr
+    copy = tmp_path / "a" / "copy.tsv"
+    copy.write_bytes(a.read_bytes())
+    assert run("mix", a, copy, "--out", out).returncode == 0 and len(read(out)) == 10
+
+
+def test_stats(tmp_path):
+    a, b = table(tmp_path / "a.tsv", {0: 50, 1: 10, 2: 3}), table(tmp_path / "b.tsv", {0: 9, 1: 20, 2: 1})
+    bd.write_tsv(tmp_path / "classes.tsv", ("name",), [dict(name=n) for n in ("x", "y", "z")])
+    bd.write_tsv(tmp_path / "f.tsv", ("name", "count"), [dict(name=n, count=c) for n, c in zip("zyx", (1, 2, 900))])
+    done = run("stats", a, b, tmp_path / "f.tsv", "--out", tmp_path / "o.tsv", "--plot", tmp_path / "o.png")
+    assert done.returncode == 0, done.stderr
+    rows = {row["name"]: row for row in read(tmp_path / "o.tsv")}
+    assert rows["f"]["max"] == "900" and rows["f"]["words_mean"] == "" and rows["a"]["below_20"] == "2"
+    assert float(rows["a"]["spearman b"]) == pytest.approx(spearmanr([50, 10, 3], [9, 20, 1]).statistic)
+    assert float(rows["a"]["head_share"]) == pytest.approx(50 / 63) and float(rows["f"]["spearman a"]) == 1
+    assert (tmp_path / "o.png").read_bytes().startswith(b"\x89PNG")

@@ -4118,7 +4118,7 @@ def subset_tables(tables, out, threshold, class_list, match_frequency, fill, sho
                  classes_after=written.tolist(), deficit=deficit.tolist())  # fmt: skip
 
 
-def gini(counts):
+def gini_of(counts):
     """Gini coefficient of class counts, 0 (equal) to 1, empty classes included; 0 if all are empty."""
     counts = np.sort(counts)
     n, total = len(counts), counts.sum()
@@ -4133,7 +4133,7 @@ def print_histogram(before, after, deficit, names):
         n_before, n_after = (int(((c >= low) & (c < high)).sum()) for c in (before, after))
         if n_before or n_after:
             print(f"{low if high == low + 1 else f'{low} to {high - 1}':>20}  {n_before:14,}  {n_after:5,}")
-    print(f"{'Gini':>20}  {gini(before):14.3f}  {gini(after):.3f}")
+    print(f"{'Gini':>20}  {gini_of(before):14.3f}  {gini_of(after):.3f}")
     for what, which in (("lost", (before > 0) & (after == 0)), ("short of rows", deficit > 0)):
         if which.any():
             shown = [names[c] if names else str(c) for c in np.flatnonzero(which)]
@@ -4215,7 +4215,7 @@ def describe_counts(counts):
     ordered = np.sort(counts)[::-1]
     total = max(int(counts.sum()), 1)
     return dict(labelled=int(counts.sum()), classes=int((counts > 0).sum()), empty=int((counts == 0).sum()),
-                max=int(ordered[0]), median=float(np.median(counts)), min=int(ordered[-1]), gini=gini(counts),
+                max=int(ordered[0]), median=float(np.median(counts)), min=int(ordered[-1]), gini=gini_of(counts),
                 head_share=float(ordered[: max(1, len(counts) // 10)].sum() / total),
                 below_20=int((counts < 20).sum()), below_100=int((counts < 100).sum()))  # fmt: skip
 

@@ -1179,7 +1179,7 @@ def sweep_strength(protocol: str, C: float, model: Logistic, val: dict, metric: 
     return 10.0 ** -min(found, key=lambda e: (-found[e], e))
 
 
-def join(a: dict, b: dict) -> dict:
+def join_parts(a: dict, b: dict) -> dict:
     """Features and labels of two parts."""
     return {key: np.concatenate([a[key], b[key]]) for key in ("features", "labels")}
 
@@ -1188,7 +1188,7 @@ def probe_scores(train: dict, val: dict | None, test: dict, n_classes: int, prot
                  seed: int, device: str) -> tuple[np.ndarray, dict]:
     """Scores [N, C] of the test images from logistic regression: strength chosen on validation images (of the training
     part a random 20 %, if there are none), then fitted on both."""
-    whole = train if val is None else join(train, val)
+    whole = train if val is None else join_parts(train, val)
     if protocol != "none":
         if val is None:
             is_val = np.random.default_rng(seed).random(len(train["labels"])) < 0.2
@@ -1231,7 +1231,7 @@ def transfer(command: str, inputs: list[str], sets: list[str], ks: list[int], pr
     for model, name, train, val, test in read_tasks(inputs, sets, command == "probe"):
         n_classes, kind = max(train["n_classes"], test["n_classes"]), metric_of(name, test["labels"], metric)
         if command == "fewshot":
-            both = train if val is None else join(train, val)
+            both = train if val is None else join_parts(train, val)
             for k in shots:
                 values = [few_shot(both, test, n_classes, k, C, kind, seed + i, device) for i in range(n_draws)]
                 rows.setdefault(model, {})[f"{name} {k}-shot"] = t_interval(values)
@@ -1240,7 +1240,7 @@ def transfer(command: str, inputs: list[str], sets: list[str], ks: list[int], pr
         if command == "probe":
             outcomes = {"": probe_scores(train, val, test, n_classes, protocol, C, kind, seed, device)}
         else:
-            both = train if val is None else join(train, val)
+            both = train if val is None else join_parts(train, val)
             outcomes = {f" k={k}": (knn_scores(both, test, n_classes, k, device), {"k": k}) for k in ks}
         for suffix, (scores, detail) in outcomes.items():
             value, draw = transfer_metric(scores, test["labels"], kind, boot, seed)

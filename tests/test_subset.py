@@ -55,9 +55,9 @@ def test_rescue_by_hand():
 
 
 def test_gini_and_shares_by_hand():
-    assert bd.gini(np.array([5, 5, 5])) == 0 and bd.gini(np.array([0, 0, 0, 8])) == 0.75
+    assert bd.gini_of(np.array([5, 5, 5])) == 0 and bd.gini_of(np.array([0, 0, 0, 8])) == 0.75
     x = np.array([1, 3, 7, 0, 2])
-    assert bd.gini(x) == pytest.approx(np.abs(x[:, None] - x).sum() / (2 * len(x) ** 2 * x.mean()))
+    assert bd.gini_of(x) == pytest.approx(np.abs(x[:, None] - x).sum() / (2 * len(x) ** 2 * x.mean()))
     assert bd.round_shares(10, [1, 1, 1]).tolist() == [4, 3, 3] and bd.round_shares(7, [2, 1]).tolist() == [5, 2]
 
 

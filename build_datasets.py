@@ -53,6 +53,13 @@ each leaves a part in OUT.tsv.parts, so a killed run goes on where it was, and s
     python build_datasets.py label data/shapes/yfcc/train.tsv --classes data/shapes/classes.tsv --out yfcc_cls.tsv
     python build_datasets.py metadata data/shapes/web/train.tsv --min-pmi 3 --out entries.tsv
     python build_datasets.py curate data/shapes/web/train.tsv --metadata entries.tsv --cap 200 --out curated.tsv
+
+check, dedup, prune, subset, mix and stats work on tables of images, with the same reports; what is drawn hangs on a
+hash of the row, so a cut is the same for any order and repeated calls.
+
+    python build_datasets.py check data/shapes/laionet/train.tsv --out bad.tsv
+    python build_datasets.py dedup data/shapes/web/train.tsv --by pixels phash --out web.tsv
+    python build_datasets.py stats data/shapes/laionet/train.tsv data/shapes/incaps/train.tsv --out stats.tsv
 """
 
 import argparse
@@ -4326,7 +4333,7 @@ if __name__ == "__main__":
     try:
         main(ARGS)
     except (SystemExit, OSError) as error:  # bad input, a full disk: one line and exit code 2
-        if ARGS.command in ("shapes", "index") or isinstance(error, SystemExit) and not isinstance(error.code, str):
+        if isinstance(error, SystemExit) and not isinstance(error.code, str):
             raise
         is_os = isinstance(error, OSError)
         print(f"{error.filename or 'error'}: {error.strerror}" if is_os else error.code, file=sys.stderr)

@@ -442,7 +442,7 @@ def test_exit_codes(tmp_path):
     done = run(tmp_path / "0.tar", "--out", tmp_path / "t" / "train.tsv")
     assert done.returncode == 0 and "1  rows" in done.stdout and not done.stderr
     missing = run(tmp_path / "none", "--out", tmp_path / "train.tsv")
-    assert missing.returncode == 1 and missing.stderr == f"{tmp_path / 'none'}: no such file or folder\n"
+    assert missing.returncode == 2 and missing.stderr == f"{tmp_path / 'none'}: no such file or folder\n"
     usage = run(tmp_path, "--out", tmp_path / "train.csv")
     assert usage.returncode == 2 and "ends in .tsv" in usage.stderr
 

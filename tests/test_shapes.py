@@ -119,7 +119,7 @@ def test_foreign_folder_is_refused_and_kept(tmp_path, content):
     (tmp_path / "shapes").mkdir()
     (tmp_path / "shapes" / content).write_text('{"world": "mine"}')
     done = subprocess.run(command(tmp_path / "shapes"), capture_output=True, text=True)
-    assert done.returncode == 1 and "is not a shapes world" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "is not a shapes world" in done.stderr and "Traceback" not in done.stderr
     assert (tmp_path / "shapes" / content).read_text() == '{"world": "mine"}'
 
 
@@ -127,14 +127,14 @@ def test_foreign_partial_folder_is_refused_and_kept(tmp_path):
     (tmp_path / "shapes.partial").mkdir()
     (tmp_path / "shapes.partial" / "notes.txt").write_text("mine")
     done = subprocess.run(command(tmp_path / "shapes"), capture_output=True, text=True)
-    assert done.returncode == 1 and "shapes.partial" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "shapes.partial" in done.stderr and "Traceback" not in done.stderr
     assert (tmp_path / "shapes.partial" / "notes.txt").read_text() == "mine"
 
 
 def test_other_parameters_are_named_in_the_error(world):
     before = hashes(world)
     done = subprocess.run(command(world, "--seed", "7", "--names", "atomic"), capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "seed is 0, asked for 7" in done.stderr and "names is compositional" in done.stderr
     assert "size" not in done.stderr, "only what differs"
     assert hashes(world) == before

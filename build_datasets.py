@@ -2246,7 +2246,7 @@ def is_word_at(text, start, end):
 class Matcher:
     """Which classes captions name, by one of RULES. The time does not grow with the number of classes.
 
-    Every name is indexed under one key that any caption with it must hold (its rarest lemma, first word, first two
+    Every name is indexed under one key that any caption with it must hold (its rarest lemma, first word, first three
     words, first letters); the caption's own keys are looked up together, and what they bring is verified.
     names, negatives: lists of (text, class); a caption with a negative of a class does not name it. For `bag` each word
     of a negative counts by itself, as published. is_sensitive: case counts (word, regex-lemma, substring).
@@ -2262,7 +2262,7 @@ class Matcher:
                     needles.setdefault(needle, (set(), set()))[sign].add(label)
         nothing = ()  # shared: half a million entries must not hold a set each
         self.classes = [(tuple(sorted(yes)), tuple(no) or nothing) for yes, no in needles.values()]
-        self.needles = list(needles)
+        self.needles, self.has_negatives = list(needles), bool(negatives)
         if rule == "bag":
             n_names = Counter(lemma for needle in needles for lemma in needle)
             forms = forms_of(set(n_names), lemmas, wordnet)
@@ -2300,8 +2300,8 @@ class Matcher:
         """Index a name under the key that captions with it hold; None for the needle: the key is proof enough."""
         if self.rule in ("laionet", "metaclip"):
             words = needle.split(" ")
-            key = needle if len(words) == 1 else tuple(words[:2])
-            self.index[key].append((None if len(words) < 3 else needle, number))
+            key = needle if len(words) == 1 else tuple(words[:3])
+            self.index[key].append((None if len(words) <= 3 else needle, number))
             return None
         elif self.rule == "substring":
             key = needle[:KEY_LENGTH]
@@ -2329,7 +2329,8 @@ class Matcher:
             texts = in_bulk(captions, without_punctuation if self.rule == "laionet" else with_spaced_marks)
             alone = self.firsts.isdisjoint
             lists = (text.split(" ") for text in texts)
-            tokens = (words if alone(words) else chain(words, zip(words, words[1:])) for words in lists)
+            tokens = (words if alone(words) else chain(words, zip(words, words[1:]), zip(words, words[1:], words[2:]))
+                      for words in lists)
         else:
             texts = in_bulk(captions, str if self.is_sensitive else str.lower)
             if self.rule == "substring":
@@ -2384,8 +2385,10 @@ class Matcher:
         if len(numbers) == 1:
             yes, no = self.classes[numbers[0]]
             return tuple(label for label in yes if label not in no)
-        yes = set().union(*(self.classes[number][0] for number in numbers))
-        return tuple(sorted(yes.difference(*(self.classes[number][1] for number in numbers))))
+        yes = {label for number in numbers for label in self.classes[number][0]}
+        if self.has_negatives:
+            yes.difference_update(*(self.classes[number][1] for number in numbers))
+        return tuple(sorted(yes))
 
     def longest(self, caption, classes):
         """Of the classes that a caption names, those with a place that lies not strictly inside another class's.

@@ -2281,6 +2281,11 @@ class Matcher:
                 self.add(needle, number)
             self.keys = frozenset(self.index)
             self.firsts = frozenset(key[0] for key in self.index if isinstance(key, tuple))
+            self.direct = {}  # key -> its only class, where the key is proof enough
+            if not negatives and not self.odd:
+                for key, ((needle, number), *more) in self.index.items():
+                    if needle is None and not more and len(self.classes[number][0]) == 1:
+                        self.direct[key] = self.classes[number][0][0]
             self.odd_any = re.compile("|".join(p.pattern for p, _ in self.odd), 0 if is_sensitive else re.I)
 
     def needles_of(self, text, is_negative, lemma_of):
@@ -2353,10 +2358,10 @@ class Matcher:
             self.cache[words] = self.decide(numbers)
         return self.cache[words]
 
-    def numbers_of(self, text, words):
-        """Numbers of the needles that a prepared text holds."""
+    def numbers_of(self, text, found):
+        """Numbers of the needles that a prepared text holds. found: its keys."""
         numbers = []
-        for key in self.keys.intersection(words):
+        for key in found:
             for needle, number in self.index[key]:
                 if needle is None or self.holds(text, needle):
                     numbers.append(number)
@@ -2365,7 +2370,11 @@ class Matcher:
         return numbers
 
     def of_text(self, text, words):
-        numbers = self.numbers_of(text, words)
+        found = self.keys.intersection(words)
+        labels = {self.direct.get(key) for key in found}
+        if self.direct and None not in labels:
+            return tuple(sorted(labels))
+        numbers = self.numbers_of(text, found)
         return self.decide(numbers) if numbers else ()
 
     def holds(self, text, needle):

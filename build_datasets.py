@@ -89,6 +89,7 @@ import time
 import unicodedata
 import zlib
 from array import array
+from bisect import bisect_left
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -2279,13 +2280,15 @@ class Matcher:
         else:
             for number, needle in enumerate(self.needles):
                 self.add(needle, number)
-            self.keys = frozenset(self.index)
             self.firsts = frozenset(key[0] for key in self.index if isinstance(key, tuple))
-            self.direct = {}  # key -> its only class, where the key is proof enough
-            if not negatives and not self.odd:
-                for key, ((needle, number), *more) in self.index.items():
-                    if needle is None and not more and len(self.classes[number][0]) == 1:
-                        self.direct[key] = self.classes[number][0][0]
+            self.of_key, self.unsure = {}, []  # key -> its only class, where it is proof enough, else ~place in unsure
+            for key, found in self.index.items():
+                yes = self.classes[found[0][1]][0]
+                if negatives or len(found) > 1 or found[0][0] is not None or len(yes) > 1:
+                    yes = [~len(self.unsure)]
+                    self.unsure.append(found)
+                self.of_key[key] = yes[0]
+            self.index = None
             self.odd_any = re.compile("|".join(p.pattern for p, _ in self.odd), 0 if is_sensitive else re.I)
 
     def needles_of(self, text, is_negative, lemma_of):
@@ -2344,7 +2347,7 @@ class Matcher:
                 words = re.compile(r"\w+").findall
                 tokens = (text.translate(ASCII_WORDS).split() if text.isascii() else words(text) for text in texts)
             if not self.odd:
-                is_hopeless = self.keys.isdisjoint
+                is_hopeless = self.of_key.keys().isdisjoint
                 return [() if is_hopeless(words) else self.of_text(text, words) for text, words in zip(texts, tokens)]
         return [self.of_text(text, words) for text, words in zip(texts, tokens)]
 
@@ -2358,26 +2361,23 @@ class Matcher:
             self.cache[words] = self.decide(numbers)
         return self.cache[words]
 
-    def numbers_of(self, text, found):
-        """Numbers of the needles that a prepared text holds. found: its keys."""
-        numbers = []
-        for key in found:
-            for needle, number in self.index[key]:
-                if needle is None or self.holds(text, needle):
-                    numbers.append(number)
-        if self.odd and self.odd_any.search(text):
-            numbers += [number for pattern, number in self.odd if pattern.search(text)]
-        return numbers
-
     def of_text(self, text, words):
-        found = self.keys.intersection(words)
-        labels = {self.direct.get(key) for key in found}
-        if self.direct and None not in labels:
-            return tuple(sorted(labels))
-        numbers = self.numbers_of(text, found)
-        return self.decide(numbers) if numbers else ()
+        """Classes for a prepared text and its tokens, of which some are keys."""
+        found = set(map(self.of_key.get, words))
+        found.discard(None)
+        labels = sorted(found)
+        if not self.odd and (not labels or labels[0] >= 0):
+            return tuple(labels)
+        n = bisect_left(labels, 0)
+        candidates = [candidate for place in labels[:n] for candidate in self.unsure[~place]]
+        if self.odd and self.odd_any.search(text):
+            candidates += self.odd
+        numbers = [number for needle, number in candidates if needle is None or self.holds(text, needle)]
+        return tuple(sorted({*labels[n:], *self.decide(numbers)}))
 
     def holds(self, text, needle):
+        if isinstance(needle, re.Pattern):
+            return needle.search(text) is not None
         if self.rule in ("laionet", "metaclip"):
             return f" {needle} " in f" {text} "
         if self.rule == "substring":

@@ -2202,7 +2202,7 @@ def read_synsets(folder, part="noun"):
 
 PUNCTUATION = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"  # the 32 marks that LAIONet takes for blanks
 LETTERS = bytes(c if c == 0 or 97 <= c <= 122 else 32 for c in range(256))  # NUL parts captions
-ASCII_WORDS = {c: c if chr(c).isalnum() or c == 95 else 32 for c in range(128)}  # what \w is, for str.translate
+WORDS = bytes(c if c in (0, 95) or c < 128 and chr(c).isalnum() else 32 for c in range(256))  # what \w is in ASCII
 # NLTK's tokeniser cuts these in two, and nothing else that has only letters.
 CONTRACTIONS = {w: (w[:3], w[3:]) for w in ("cannot", "gonna", "gotta", "lemme", "gimme", "wanna")}
 RULES = {
@@ -2224,6 +2224,10 @@ def in_bulk(texts, function):
 
 def only_letters(text):
     return text.lower().encode("utf-8", "replace").translate(LETTERS).decode("ascii")
+
+
+def only_words(text):
+    return text.encode("ascii").translate(WORDS).decode("ascii")
 
 
 def without_punctuation(text):
@@ -2344,8 +2348,9 @@ class Matcher:
             if self.rule == "substring":
                 tokens = [[text[i : i + KEY_LENGTH] for i in range(len(text))] for text in texts]
             else:
-                words = re.compile(r"\w+").findall
-                tokens = (text.translate(ASCII_WORDS).split() if text.isascii() else words(text) for text in texts)
+                words, plain = re.compile(r"\w+").findall, filter(str.isascii, texts)
+                plain = iter(in_bulk(list(plain), only_words))
+                tokens = (next(plain).split() if text.isascii() else words(text) for text in texts)
             if not self.odd:
                 is_hopeless = self.of_key.keys().isdisjoint
                 return [() if is_hopeless(words) else self.of_text(text, words) for text, words in zip(texts, tokens)]
@@ -2369,15 +2374,15 @@ class Matcher:
         if not self.odd and (not labels or labels[0] >= 0):
             return tuple(labels)
         n = bisect_left(labels, 0)
-        candidates = [candidate for place in labels[:n] for candidate in self.unsure[~place]]
+        numbers = [number for place in labels[:n] for needle, number in self.unsure[~place]
+                   if needle is None or needle in text and self.holds(text, needle)]  # fmt: skip
         if self.odd and self.odd_any.search(text):
-            candidates += self.odd
-        numbers = [number for needle, number in candidates if needle is None or self.holds(text, needle)]
+            numbers += [number for pattern, number in self.odd if pattern.search(text)]
+        if not numbers:
+            return tuple(labels[n:])
         return tuple(sorted({*labels[n:], *self.decide(numbers)}))
 
     def holds(self, text, needle):
-        if isinstance(needle, re.Pattern):
-            return needle.search(text) is not None
         if self.rule in ("laionet", "metaclip"):
             return f" {needle} " in f" {text} "
         if self.rule == "substring":

@@ -1397,9 +1397,14 @@ def tar_samples(reader, tar_name, counts):
         yield key, image, n_bytes, texts
 
 
+def stop(error):
+    """For os.walk, which would pass over a folder that it cannot read."""
+    raise error
+
+
 def folder_samples(folder, prefix, is_recursive, counts):
     """The images of a folder in the order of their names, as tar_samples. prefix: the folder, seen from the table."""
-    for parent, folders, files in os.walk(folder, followlinks=True):
+    for parent, folders, files in os.walk(folder, onerror=stop, followlinks=True):
         folders[:] = sorted(f for f in folders if not f.startswith(".")) if is_recursive else []
         relative = os.path.relpath(parent, folder).replace(os.sep, "/")
         inside = "" if relative == "." else relative + "/"
@@ -1594,7 +1599,7 @@ def check_tar(problem, result):
 
 def has_images(folder):
     """Whether a folder or one below it holds a file named like an image."""
-    for _, _, files in os.walk(folder, followlinks=True):
+    for _, _, files in os.walk(folder, onerror=stop, followlinks=True):
         if any(os.path.splitext(f)[1][1:].lower() in IMAGE_SUFFIXES for f in files if not f.startswith(".")):
             return True
     return False
@@ -3003,9 +3008,9 @@ def key_of(row):
 
 def entry_file(path, part, settings):
     """First pass over one table: counts per entry, and which entries each row with any matched (CSR)."""
-    settings, counts, ids, lengths, keys, numbers = dict(settings), Counter(), [], [], [], []
+    settings, counts = dict(settings), Counter()
     n_entries, seed = settings.pop("n_entries"), str(settings.pop("seed"))
-    ids = array("i")
+    ids, lengths, keys, numbers = array("i"), array("i"), array("Q"), array("q")
     for number, (row, _, entries) in enumerate(matched_rows(path, settings, counts)):
         if entries:
             ids.extend(entries)

@@ -1,9 +1,9 @@
 """Memory and rate on an endless stream: python benchmarks/stream.py wnids.txt /usr/share/wordnet [MINUTES] [WHAT ...]
 
 frequency: synthetic captions go through `frequency` as one input file, drawn by a seed from the words of WordNet's
-glosses, so that hardly one comes twice, for so many minutes; printed are the rate and the resident memory every tenth of the time.
-The seconds that drawing them takes are measured and left out of the rate. reader: the command itself on files of
-0.4 M and 4 M rows, as a subprocess; printed are its rate, with reading, and its peak of memory.
+glosses, so that hardly one comes twice, for so many minutes; printed are the rate and the resident memory every tenth
+of the time. The seconds that drawing them takes are measured and left out of the rate. reader: the command itself on
+files of 0.4 M and 4 M rows, as a subprocess; printed are its rate, with reading, and its peak of memory.
 """
 
 import json

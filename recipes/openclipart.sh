@@ -4,7 +4,7 @@
 #     apt install openclipart-png openclipart-svg wordnet-base       # pictures; their titles and tags; class names
 #     bash recipes/openclipart.sh
 #
-# Env: PYTHON, OUT (is replaced), CLIPART (holds png/ and svg/), WORDNET, STEPS, WORKERS. Five minutes on 2 cores.
+# Env: PYTHON, OUT (is replaced), CLIPART (holds png/ and svg/), WORDNET, STEPS, WORKERS. 3 min on 2 cores at STEPS=20.
 # Ends with a funnel, in OUT/funnel.tsv too; docs/openclipart.md has it with remarks.
 set -euo pipefail
 cd "$(dirname "$0")/.."

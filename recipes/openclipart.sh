@@ -4,7 +4,7 @@
 #     apt install openclipart-png openclipart-svg wordnet-base       # pictures; their titles and tags; class names
 #     bash recipes/openclipart.sh
 #
-# Env: PYTHON, OUT (is replaced), CLIPART (holds png/ and svg/), WORDNET, STEPS, WORKERS. 3 min on 2 cores at STEPS=20.
+# Env: PYTHON, OUT (is replaced), CLIPART (holds png/ and svg/), WORDNET, STEPS, WORKERS. 2 min on 2 cores at STEPS=20.
 # Ends with a funnel, in OUT/funnel.tsv too; docs/openclipart.md has it with remarks.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -26,7 +26,7 @@ CC, DC = "{http://web.resource.org/cc/}", "{http://purl.org/dc/elements/1.1/}"
 ITEM = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}li"
 for png in sorted((root / "png").rglob("*.png")):
     name = png.relative_to(root / "png").with_suffix("")
-    svg, why = (root / "svg" / name).with_suffix(".svg"), ""
+    svg, why = root / "svg" / f"{name}.svg", ""  # with_suffix would cut "a_g._01"
     try:
         work = ElementTree.parse(svg).find(f".//{CC}Work")
     except (ElementTree.ParseError, FileNotFoundError) as error:

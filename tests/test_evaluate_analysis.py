@@ -271,13 +271,13 @@ class Page(HTMLParser):
         self.open, self.addresses, self.rows = [], [], 0
 
     def handle_starttag(self, tag, attrs):
-        if tag not in ("meta", "link", "path"):
+        if tag not in ("meta", "link", "path", "img"):
             self.open.append(tag)
         self.rows += tag == "tr"
         self.addresses += [v for k, v in attrs if k in ("src", "href") and not v.startswith("data:")]
 
     def handle_endtag(self, tag):
-        if tag not in ("meta", "link", "path"):
+        if tag not in ("meta", "link", "path", "img"):
             assert self.open.pop() == tag
 
 

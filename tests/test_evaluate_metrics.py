@@ -254,7 +254,7 @@ def test_fit_of_a_published_table(tmp_path):
     tables = dict(zip(("cifar10", "cifar100", "food", "pets", "sun397"), np.log(columns / (1 - columns))))
     for shift in ("cifar10", "cifar100", "pets", "sun397"):
         x, y = tables["food"], tables[shift]
-        line, fit = linregress(x[:4], y[:4]), result["fits"][f"{shift}, laionet"]
+        line, fit = stats.linregress(x[:4], y[:4]), result["fits"][f"{shift}, laionet"]
         assert fit["slope"]["value"] == pytest.approx(line.slope, abs=1e-9)
         assert fit["intercept"]["value"] == pytest.approx(line.intercept, abs=1e-9)
         assert fit["r2"]["value"] == pytest.approx(line.rvalue**2, abs=1e-9)

@@ -180,8 +180,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("files", nargs="+", help="predictions, or tables of counts")
     p.add_argument("--counts", default="", help="for accuracy: frequencies, if other than the files' class_counts")
     p = command("report", "one HTML page, and Markdown tables, of runs side by side")
-    p.add_argument("runs", nargs="+", help="folders, as NAME=FOLDER, where names like frozen/0.4M make a series along an "
-                                           "axis; FILE.json of other commands: their tables and plots (matplotlib)")
+    p.add_argument("runs", nargs="+", help="folders, as NAME=FOLDER, where names like frozen/0.4M make a series along "
+                                           "an axis; FILE.json of other commands: tables and plots (matplotlib)")
     p.add_argument("--out", default="report.html", help="the page: one file, no requests")
     p.add_argument("--markdown", default="", help="also write the tables to this file")
 
@@ -370,16 +370,13 @@ def read_named_counts(path: str | Path) -> dict[str, float]:
     one number each (the classes are 0, 1, ...), or of a JSON object."""
     path = Path(path)
     try:
-        lines = path.read_text("utf-8").split("\n") if path.suffix != ".json" else []
-    except (OSError, UnicodeDecodeError) as error:
-        raise SystemExit(f"{path}: cannot be read ({str(error)[:100]})") from None
-    lines = [line.strip() for line in lines if line.strip()]
-    if lines and re.fullmatch(r"[\d.eE+]+", lines[0]):
-        return {str(i): number(line, f"{path}:{i + 1}") for i, line in enumerate(lines)}
-    try:
-        content = json.loads(path.read_text("utf-8")) if path.suffix == ".json" else None
+        text = path.read_text("utf-8")
+        content = json.loads(text) if path.suffix == ".json" else None
     except (OSError, ValueError) as error:
         raise SystemExit(f"{path}: cannot be read ({str(error)[:100]})") from None
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    if path.suffix != ".json" and lines and re.fullmatch(r"[\d.eE+]+", lines[0]):
+        return {str(i): number(line, f"{path}:{i + 1}") for i, line in enumerate(lines)}
     if isinstance(content, dict) and not any(isinstance(v, dict) for v in content.values()):
         return {str(k): number(v, f"{path}: {k}") for k, v in content.items()}
     rows = read_records(path)
@@ -773,12 +770,10 @@ def compare(paths_a: list[str], paths_b: list[str], counts: str, boot: int, seed
     rows = {}
     for key, draw in draws.items():
         a, b = ([m[key] for m in side] for side in metrics)
-        if None in a + b:
-            rows[key] = {"A": t_interval(a), "B": t_interval(b), "B - A": estimate(None), "seeds": estimate(None)}
-            continue
-        pairs = [y - x for x, y in zip(a, b)]
-        rows[key] = {"A": t_interval(a), "B": t_interval(b), "B - A": estimate(np.mean(b) - np.mean(a), draw),
-                     "seeds": t_interval(pairs)}
+        is_known = None not in a + b
+        rows[key] = {"A": t_interval(a), "B": t_interval(b),
+                     "B - A": estimate(np.mean(b) - np.mean(a) if is_known else None, draw),
+                     "seeds": t_interval([y - x for x, y in zip(a, b)] if is_known else [])}
     mcnemar = {}
     for i, (x, y) in enumerate(zip(*right)):
         only_a, only_b = int((x & ~y).sum()), int((y & ~x).sum())
@@ -999,9 +994,19 @@ def robustness(inputs: list[str], id_set: str, shifts: list[str], baseline: str,
     return effective_robustness(kept, shifts, baseline, before, cuts, boot, seed)
 
 
-def percent_axes(axis, x: list[float], y: list[float]) -> None:
-    """Limits and ticks, in percent, of axes that hold log odds, round accuracies x and y in 0..1; the line y = x."""
-    for which, values in (("x", x), ("y", y)):
+def logit_points(axis, rows: list[dict], key_x: str, key_y: str, **style) -> tuple[np.ndarray, np.ndarray]:
+    """Draw two accuracies of each row as log odds, the second with its interval; returns their places."""
+    x, y = (np.array([value_of(row[key]) for row in rows]) for key in (key_x, key_y))
+    error = error_bars([row[key_y] for row in rows])
+    x, y, low, high = (logit(np.clip(v, 1e-3, 0.999)) for v in (x, y, y - error[0], y + error[1]))
+    axis.errorbar(x, y, [y - low, high - y], **style)
+    return x, y
+
+
+def percent_axes(axis, rows: list[dict], key_x: str, key_y: str) -> None:
+    """Limits and ticks, in percent, of axes that hold the log odds of two accuracies of rows; the line y = x."""
+    for which, key in (("x", key_x), ("y", key_y)):
+        values = [value_of(row[key]) for row in rows]
         limits = logit(np.clip([min(values), max(values)], 2e-3, 0.998)) + [-0.35, 0.35]
         for step in (20, 10, 5, 2, 1):  # percent between ticks
             ticks = np.arange(step, 100, step) / 100
@@ -1022,19 +1027,15 @@ def plot_robustness(results: dict, path: str) -> None:
     for axis, shift in zip(axes, shifts):
         for i, group in enumerate(groups):
             members = [row for row in results["rows"].values() if row["group"] == group]
-            x, y = (np.array([value_of(row[key]) for row in members]) for key in (f"{shift} id", shift))
-            error = np.array([[v - (row[shift]["low"] or v), (row[shift]["high"] or v) - v]
-                              for row, v in zip(members, y)]).T
-            x, y, low, high = (logit(np.clip(v, 1e-3, 0.999)) for v in (x, y, y - error[0], y + error[1]))
-            axis.errorbar(x, y, [y - low, high - y], label=group, **line_style(i) | {"linestyle": "", "markersize": 5})
+            logit_points(axis, members, f"{shift} id", shift, label=group,
+                         **line_style(i) | {"linestyle": "", "markersize": 5})
             curve = results["curves"][shift].get(group)
             if curve:
                 axis.plot(logit(curve["x"]), logit(curve["y"]), color=COLORS[i % len(COLORS)], linewidth=1)
                 if "low" in curve and len(members) >= 6:  # the band of a few models is the whole panel
                     axis.fill_between(logit(curve["x"]), logit(curve["low"]), logit(curve["high"]), alpha=0.2,
                                       color=COLORS[i % len(COLORS)], linewidth=0)
-        rows = results["rows"].values()
-        percent_axes(axis, *([value_of(row[key]) for row in rows] for key in (f"{shift} id", shift)))
+        percent_axes(axis, list(results["rows"].values()), f"{shift} id", shift)
         axis.set(title=shift, xlabel="in distribution (%), same classes", ylabel="under shift (%)")
     axes[0].legend(fontsize=7, frameon=False)
     save_figure(figure, path)
@@ -1210,16 +1211,16 @@ def sweep_strength(protocol: str, C: float, model: Logistic, val: dict, metric: 
     return 10.0 ** -min(found, key=lambda e: (-found[e], e))
 
 
-def join_parts(a: dict, b: dict) -> dict:
-    """Features and labels of two parts."""
-    return {key: np.concatenate([a[key], b[key]]) for key in ("features", "labels")}
+def join_parts(a: dict, b: dict | None) -> dict:
+    """Features and labels of two parts, or of the first alone."""
+    return a if b is None else {key: np.concatenate([a[key], b[key]]) for key in ("features", "labels")}
 
 
 def probe_scores(train: dict, val: dict | None, test: dict, n_classes: int, protocol: str, C: float, metric: str,
                  seed: int, device: str) -> tuple[np.ndarray, dict]:
     """Scores [N, C] of the test images from logistic regression: strength chosen on validation images (of the training
     part a random 20 %, if there are none), then fitted on both."""
-    whole = train if val is None else join_parts(train, val)
+    whole = join_parts(train, val)
     if protocol != "none":
         if val is None:
             is_val = np.random.default_rng(seed).random(len(train["labels"])) < 0.2
@@ -1262,7 +1263,7 @@ def transfer(command: str, inputs: list[str], sets: list[str], ks: list[int], pr
     for model, name, train, val, test in read_tasks(inputs, sets, command == "probe"):
         n_classes, kind = max(train["n_classes"], test["n_classes"]), metric_of(name, test["labels"], metric)
         if command == "fewshot":
-            both = train if val is None else join_parts(train, val)
+            both = join_parts(train, val)
             for k in shots:
                 values = [few_shot(both, test, n_classes, k, C, kind, seed + i, device) for i in range(n_draws)]
                 rows.setdefault(model, {})[f"{name} {k}-shot"] = t_interval(values)
@@ -1271,7 +1272,7 @@ def transfer(command: str, inputs: list[str], sets: list[str], ks: list[int], pr
         if command == "probe":
             outcomes = {"": probe_scores(train, val, test, n_classes, protocol, C, kind, seed, device)}
         else:
-            both = train if val is None else join_parts(train, val)
+            both = join_parts(train, val)
             outcomes = {f" k={k}": (knn_scores(both, test, n_classes, k, device), {"k": k}) for k in ks}
         for suffix, (scores, detail) in outcomes.items():
             value, draw = transfer_metric(scores, test["labels"], kind, boot, seed)
@@ -1605,10 +1606,8 @@ def similarity(path_a: str, path_b: str, n_pairs: int, max_images: int, min_pair
     left out. Source: Shirali and Hardt, arXiv 2310.06872; their intervals resample pairs, ours images.
     """
     rng = np.random.default_rng(seed)
-    sides, labels = [], []
-    for data in (read_predictions(path, "features") for path in (path_a, path_b)):
-        sides.append(data["features"])
-        labels.append(data["labels"])
+    data = [read_predictions(path, "features") for path in (path_a, path_b)]
+    sides, labels = ([d[key] for d in data] for key in ("features", "labels"))
     if sides[0].shape[1] != sides[1].shape[1]:
         raise SystemExit(f"{path_a} has features of width {sides[0].shape[1]}, {path_b} of {sides[1].shape[1]}")
     classes, means, draws, samples = [], [], [], ([], [])
@@ -2098,13 +2097,10 @@ def plot_wiseft(results: dict, path: str) -> None:
     shifts = [k for k in next(iter(rows.values())) if k != id_set]
     figure, axes = new_figure(len(shifts), 3.2, 2.8)
     for axis, shift in zip(axes, shifts):
-        x, y = (np.array([value_of(row[k]) for row in rows.values()]) for k in (id_set, shift))
-        error = error_bars([row[shift] for row in rows.values()])
-        at_x, at_y, low, high = (logit(np.clip(v, 1e-3, 0.999)) for v in (x, y, y - error[0], y + error[1]))
-        axis.errorbar(at_x, at_y, [at_y - low, high - at_y], capsize=2, **line_style(0))
-        for alpha, at in zip(rows, zip(at_x, at_y)):
+        places = logit_points(axis, list(rows.values()), id_set, shift, capsize=2, **line_style(0))
+        for alpha, at in zip(rows, zip(*places)):
             axis.annotate(alpha, at, fontsize=7, xytext=(3, 3), textcoords="offset points")
-        percent_axes(axis, x, y)
+        percent_axes(axis, list(rows.values()), id_set, shift)
         axis.set(title=shift, xlabel=f"{id_set} (%)", ylabel="under shift (%)")
     save_figure(figure, path)
 

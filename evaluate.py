@@ -193,7 +193,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.boot < 0:
         parser.error(f"--boot must not be negative, got {args.boot}")
     writes_weights = args.command == "wiseft" and args.checkpoints
-    if args.plot and (writes_weights or args.command in ("compare", "retrieval", "report")):
+    if args.plot and (writes_weights or args.command == "report"):
         parser.error(f"{args.command} has no --plot of this")
     if args.plot and Path(args.plot).suffix not in (".png", ".svg"):
         parser.error(f"--plot ends in .png or .svg, got {args.plot}")
@@ -780,6 +780,19 @@ def compare(paths_a: list[str], paths_b: list[str], counts: str, boot: int, seed
         p = binomtest(min(only_a, only_b), only_a + only_b).pvalue if only_a + only_b else 1.0
         mcnemar[f"pair {i}"] = {"only A right": only_a, "only B right": only_b, "p": float(p)}
     return {"rows": rows, "mcnemar": mcnemar}
+
+
+def plot_compare(results: dict, path: str) -> None:
+    """B - A of every metric, with its interval."""
+    cells = {name: row["B - A"] for name, row in results["rows"].items() if row["B - A"]["value"] is not None}
+    figure, (axis,) = new_figure(1)
+    axis.errorbar([value_of(c) for c in cells.values()], range(len(cells)), xerr=error_bars(list(cells.values())),
+                  capsize=2, **line_style(0) | {"linestyle": ""})
+    axis.axvline(0, color="0.5", linestyle=":", linewidth=0.8)
+    axis.set_yticks(range(len(cells)), list(cells))
+    axis.invert_yaxis()
+    axis.set(xlabel="B - A")
+    save_figure(figure, path)
 
 
 # ------------------------------------------------------------------------------ robustness
@@ -1394,6 +1407,19 @@ def retrieval(paths: list[str], ks: list[int], boot: int, seed: int, device: str
                            f"t2i_r{k}": estimate((t2i < k).mean(), [w @ hits / (w @ n_texts) for w in weights])}
         rows[name] |= {"i2t median rank": float(np.median(i2t) + 1), "t2i median rank": float(np.median(t2i) + 1)}
     return {"rows": rows}
+
+
+def plot_retrieval(results: dict, path: str) -> None:
+    """Recall at k, of texts for an image and of images for a text."""
+    figure, axes = new_figure(2)
+    for axis, way, title in zip(axes, ("i2t_r", "t2i_r"), ("texts for an image", "images for a text")):
+        for i, (name, row) in enumerate(results["rows"].items()):
+            cells = {int(c.removeprefix(way)): row[c] for c in row if c.startswith(way)}
+            y, error = [100 * value_of(c) for c in cells.values()], 100 * error_bars(list(cells.values()))
+            axis.errorbar(list(cells), y, error, label=name, capsize=2, **line_style(i))
+        axis.set(xlabel="k", ylabel="recall at k (%)", title=title)
+    axes[0].legend(fontsize=7, frameon=False)
+    save_figure(figure, path)
 
 
 # ------------------------------------------------------------------------------ calibration
@@ -2222,7 +2248,7 @@ th:first-child, td:first-child { text-align: left } th button { font: inherit; f
  background: none; border: 0; padding: 0; cursor: pointer } th[aria-sort=ascending] button::after { content: " \\2191" }
 th[aria-sort=descending] button::after { content: " \\2193" } small { opacity: .75 }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr)); gap: .8rem }
-img { max-width: 100%; background: #fff }
+img { max-width: max(100%, 700px); background: #fff }
 figure { margin: 0 } figcaption { font-size: .85rem } svg { width: 100%; height: auto; display: block }
 svg text { fill: var(--ink); font-size: 11px } .axis { stroke: var(--line); fill: none }
 </style></head><body>
@@ -2397,10 +2423,9 @@ def file_section(name: str, path: Path) -> tuple[str, list[str]]:
             title = name if key == "rows" else f"{name}: {key}"
             text += f"<h2>{html.escape(title)}</h2>" + html_table(rows, dict(zip(columns, columns)))
             lines += markdown_table(title, rows, dict(zip(columns, columns)))
-    draw = PLOTS.get(content["command"])
-    if draw and not (content["command"] == "wiseft" and "id" not in content):
+    if content["command"] in PLOTS and (content["command"] != "wiseft" or "id" in content):
         with tempfile.TemporaryDirectory() as folder:
-            draw(content, f"{folder}/plot.svg")
+            PLOTS[content["command"]](content, f"{folder}/plot.svg")
             image = base64.b64encode(Path(folder, "plot.svg").read_bytes()).decode()
         alt = html.escape(f"{content['command']}: {name}")
         text += f'<div class="wide"><img alt="{alt}" src="data:image/svg+xml;base64,{image}"></div>'
@@ -2456,9 +2481,10 @@ def report_runs(runs: list[str], out: str, markdown: str, boot: int, seed: int) 
 # ------------------------------------------------------------------------------ output
 
 COLORS = ("#000000", "#d55e00", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9")  # Okabe and Ito
-PLOTS = {"imbalance": plot_imbalance, "robustness": plot_robustness, "probe": plot_transfer, "knn": plot_transfer,
-         "fewshot": plot_transfer, "calibration": plot_calibration, "collapse": plot_collapse, "wiseft": plot_wiseft,
-         "similarity": plot_similarity, "prototypes": plot_prototypes, "debias": plot_debias, "concepts": plot_concepts}
+PLOTS = {"imbalance": plot_imbalance, "robustness": plot_robustness, "compare": plot_compare, "probe": plot_transfer,
+         "knn": plot_transfer, "fewshot": plot_transfer, "retrieval": plot_retrieval, "calibration": plot_calibration,
+         "collapse": plot_collapse, "similarity": plot_similarity, "prototypes": plot_prototypes,
+         "debias": plot_debias, "wiseft": plot_wiseft, "concepts": plot_concepts}
 EXTRA_TABLES = ("fits", "mcnemar", "minus zero-shot", "minus fine-tuned")
 TURNED = ("imbalance", "robustness", "probe", "knn", "fewshot", "retrieval", "calibration")  # a line a column
 MARKERS, DASHES = "osD^vPX", ("-", "--", "-.", ":")

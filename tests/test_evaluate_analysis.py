@@ -345,7 +345,7 @@ def test_report_of_other_commands(tmp_path):
     page.feed(text)
     assert page.open == [] and page.addresses == [] and not re.search(r"https?://", text)
     pictures = re.findall(r"base64,([^\"]+)", text)
-    assert [ElementTree.fromstring(base64.b64decode(p)).tag.split("}")[1] for p in pictures] == ["svg"] * 4
+    assert [ElementTree.fromstring(base64.b64decode(p)).tag.split("}")[1] for p in pictures] == ["svg"] * 5
     assert "## debias: minus zero-shot" in (tmp_path / "r.md").read_text()
     (tmp_path / "x.json").write_text('{"a": 1}')
     with pytest.raises(SystemExit, match="not what --json"):
@@ -374,7 +374,8 @@ def test_every_plot_is_drawn(tmp_path, kind):
     rng = np.random.default_rng(0)
     arrays |= {"features": rng.normal(size=(600, 8)), "prototypes": rng.normal(size=(12, 8))}
     np.savez(tmp_path / "full.npz", **arrays)
-    full = str(tmp_path / "full.npz")
+    full, pairs = str(tmp_path / "full.npz"), str(tmp_path / "pairs.npz")
+    np.savez(pairs, features=rng.normal(size=(20, 4)), text_features=rng.normal(size=(20, 4)))
     (tmp_path / "t.csv").write_text("model,group,val,v2\na,x,50,40\nb,x,60,50\nc,x,70,62\nd,y,65,61\n")
     (tmp_path / "a.txt").write_text("5\n0\n7\n")
     (tmp_path / "b.txt").write_text("6\n1\n7\n")
@@ -390,6 +391,8 @@ def test_every_plot_is_drawn(tmp_path, kind):
         (evaluate.plot_prototypes, evaluate.prototypes(full, "", "", [0.1, 0.2], 3, True, 9, 10, 0, "cpu")),
         (evaluate.plot_debias, evaluate.debias(zs, ft, "", "", {}, "", "prior", True, 10, 0)),
         (evaluate.plot_calibration, evaluate.calibration([zs], 10, 0.5, 10, 0)),
+        (evaluate.plot_compare, evaluate.compare([zs], [ft], "", 10, 0)),
+        (evaluate.plot_retrieval, evaluate.retrieval([pairs], [1, 5], 10, 0, "cpu")),
         (evaluate.plot_transfer, evaluate.transfer("knn", [full, full], [], [3], "", 0, "top1", [], 0, 10, 0, "cpu")),
         (evaluate.plot_concepts, evaluate.shared_tail(counts, 10, 0)),
         (evaluate.plot_concepts, evaluate.agreement(counts, 10, 0)),

@@ -19,7 +19,7 @@
     python evaluate.py retrieval pairs.npz                                      # features, text_features, image_ids
     python evaluate.py calibration runs/clip/val.npz --plot reliability.png
     python evaluate.py concepts shared laion.tsv yfcc.tsv cc12m.tsv --plot tail.png
-    python evaluate.py report runs/sl runs/clip runs/frozen --out report.html
+    python evaluate.py report runs/sl runs/clip collapse.json --out report.html  # runs, and --json of other commands
 
 in    <set>.npz     labels [N] (-1: none), logits [N, C], features [N, D], class_counts [C], class_names [C], prototypes
                     [C, D]; each command names what it misses. `predictions` [N], if there, takes the place of argmax
@@ -46,6 +46,7 @@ Differences from the paper's notebooks and from the methods' released code:
 """
 
 import argparse
+import base64
 import contextlib
 import csv
 import html
@@ -55,6 +56,7 @@ import os
 import pickle
 import re
 import sys
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -151,6 +153,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--tail", type=int, default=50,
                    help="rarest rows, and as many random others, in the affinity matrix")
     p.add_argument("--tsne", action="store_true", help="add t-SNE to numbers and plot (pip install scikit-learn)")
+    p.add_argument("--samples", type=int, default=0, help="t-SNE of as many images a class of the .npz, of 25 frequent "
+                                                          "and 8 rare classes, too; 0 is off")
     p = command("debias", "remove the label bias of a zero-shot and a fine-tuned model after training")
     p.add_argument("--zeroshot", required=True, help="predictions of the zero-shot model on the test images")
     p.add_argument("--finetuned", required=True, help="predictions of the fine-tuned model on the same images")
@@ -176,8 +180,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("files", nargs="+", help="predictions, or tables of counts")
     p.add_argument("--counts", default="", help="for accuracy: frequencies, if other than the files' class_counts")
     p = command("report", "one HTML page, and Markdown tables, of runs side by side")
-    p.add_argument("runs", nargs="+",
-                   help="folders, as NAME=FOLDER; names like frozen/0.4M make a series along an axis")
+    p.add_argument("runs", nargs="+", help="folders, as NAME=FOLDER, where names like frozen/0.4M make a series along "
+                                           "an axis; FILE.json of other commands: tables and plots (matplotlib)")
     p.add_argument("--out", default="report.html", help="the page: one file, no requests")
     p.add_argument("--markdown", default="", help="also write the tables to this file")
 
@@ -189,7 +193,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.boot < 0:
         parser.error(f"--boot must not be negative, got {args.boot}")
     writes_weights = args.command == "wiseft" and args.checkpoints
-    if args.plot and (writes_weights or args.command in ("compare", "retrieval", "report")):
+    if args.plot and (writes_weights or args.command == "report"):
         parser.error(f"{args.command} has no --plot of this")
     if args.plot and Path(args.plot).suffix not in (".png", ".svg"):
         parser.error(f"--plot ends in .png or .svg, got {args.plot}")
@@ -366,16 +370,13 @@ def read_named_counts(path: str | Path) -> dict[str, float]:
     one number each (the classes are 0, 1, ...), or of a JSON object."""
     path = Path(path)
     try:
-        lines = path.read_text("utf-8").split("\n") if path.suffix != ".json" else []
-    except (OSError, UnicodeDecodeError) as error:
-        raise SystemExit(f"{path}: cannot be read ({str(error)[:100]})") from None
-    lines = [line.strip() for line in lines if line.strip()]
-    if lines and re.fullmatch(r"[\d.eE+]+", lines[0]):
-        return {str(i): number(line, f"{path}:{i + 1}") for i, line in enumerate(lines)}
-    try:
-        content = json.loads(path.read_text("utf-8")) if path.suffix == ".json" else None
+        text = path.read_text("utf-8")
+        content = json.loads(text) if path.suffix == ".json" else None
     except (OSError, ValueError) as error:
         raise SystemExit(f"{path}: cannot be read ({str(error)[:100]})") from None
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    if path.suffix != ".json" and lines and re.fullmatch(r"[\d.eE+]+", lines[0]):
+        return {str(i): number(line, f"{path}:{i + 1}") for i, line in enumerate(lines)}
     if isinstance(content, dict) and not any(isinstance(v, dict) for v in content.values()):
         return {str(k): number(v, f"{path}: {k}") for k, v in content.items()}
     rows = read_records(path)
@@ -690,6 +691,7 @@ def imbalance(paths: list[str], counts: str, subset: str, cuts: tuple[int, int],
         names = data.get("class_names", np.arange(data["n_classes"]).astype(str))
         models[name] = {"class_names": names, "class_counts": class_counts, "accuracy": accuracy,
                         "predictions": predicted, "predictions_per_image": share,
+                        "rarest": np.argsort(class_counts, kind="stable")[:tail_classes],
                         "bins": binned_statistics(bins, class_counts, accuracy, share, boot,
                                                   np.random.default_rng(seed))}
     over = []
@@ -702,8 +704,10 @@ def imbalance(paths: list[str], counts: str, subset: str, cuts: tuple[int, int],
 
 
 def plot_imbalance(results: dict, path: str) -> None:
-    """Accuracy, and predictions per test image, against frequency: classes (one model) and frequency bins."""
-    figure, axes = new_figure(2)
+    """Accuracy, and predictions per test image, against frequency: classes (one model) and frequency bins; bars of each
+    of the rarest classes (figure 9b)."""
+    has_bars = any(model["rarest"] for model in results["models"].values())
+    figure, axes = new_figure(4 if has_bars else 2)
     for i, (name, model) in enumerate(results["models"].items()):
         for axis, key, std in zip(axes, ("accuracy", "predictions_per_image"), ("accuracy", "predictions")):
             counts = np.maximum(model["class_counts"], 0.5)
@@ -713,6 +717,11 @@ def plot_imbalance(results: dict, path: str) -> None:
             x = np.maximum([b["count"] for b in bins], 0.5) * 1.03**i
             axis.errorbar(x, [value_of(b[std]) for b in bins], [b[f"{std}_std"] for b in bins], capsize=2,
                           **line_style(i), label=name if len(results["models"]) > 1 else "bin: mean, std of classes")
+        for axis, key in zip(axes[2:], ("accuracy", "predictions")):
+            width, ids = 0.8 / len(results["models"]), model["rarest"]
+            axis.bar(np.arange(len(ids)) + i * width, [value_of(model[key][c]) for c in ids], width,
+                     color=COLORS[i % len(COLORS)], label=name)
+            axis.set(xlabel="rarest classes, rarest first", ylabel=key, xticks=[])
     for axis, title in zip(axes, ("accuracy", "predictions / test images")):
         axis.set(xscale="log", xlabel="training images of the class (0.5: none)", ylabel=title, ylim=(0, None))
     axes[1].axhline(1, color="0.5", linewidth=0.8, linestyle=":")
@@ -761,18 +770,29 @@ def compare(paths_a: list[str], paths_b: list[str], counts: str, boot: int, seed
     rows = {}
     for key, draw in draws.items():
         a, b = ([m[key] for m in side] for side in metrics)
-        if None in a + b:
-            rows[key] = {"A": t_interval(a), "B": t_interval(b), "B - A": estimate(None), "seeds": estimate(None)}
-            continue
-        pairs = [y - x for x, y in zip(a, b)]
-        rows[key] = {"A": t_interval(a), "B": t_interval(b), "B - A": estimate(np.mean(b) - np.mean(a), draw),
-                     "seeds": t_interval(pairs)}
+        is_known = None not in a + b
+        rows[key] = {"A": t_interval(a), "B": t_interval(b),
+                     "B - A": estimate(np.mean(b) - np.mean(a) if is_known else None, draw),
+                     "seeds": t_interval([y - x for x, y in zip(a, b)] if is_known else [])}
     mcnemar = {}
     for i, (x, y) in enumerate(zip(*right)):
         only_a, only_b = int((x & ~y).sum()), int((y & ~x).sum())
         p = binomtest(min(only_a, only_b), only_a + only_b).pvalue if only_a + only_b else 1.0
         mcnemar[f"pair {i}"] = {"only A right": only_a, "only B right": only_b, "p": float(p)}
     return {"rows": rows, "mcnemar": mcnemar}
+
+
+def plot_compare(results: dict, path: str) -> None:
+    """B - A of every metric, with its interval."""
+    cells = {name: row["B - A"] for name, row in results["rows"].items() if row["B - A"]["value"] is not None}
+    figure, (axis,) = new_figure(1)
+    axis.errorbar([value_of(c) for c in cells.values()], range(len(cells)), xerr=error_bars(list(cells.values())),
+                  capsize=2, **line_style(0) | {"linestyle": ""})
+    axis.axvline(0, color="0.5", linestyle=":", linewidth=0.8)
+    axis.set_yticks(range(len(cells)), list(cells))
+    axis.invert_yaxis()
+    axis.set(xlabel="B - A")
+    save_figure(figure, path)
 
 
 # ------------------------------------------------------------------------------ robustness
@@ -987,6 +1007,31 @@ def robustness(inputs: list[str], id_set: str, shifts: list[str], baseline: str,
     return effective_robustness(kept, shifts, baseline, before, cuts, boot, seed)
 
 
+def logit_points(axis, rows: list[dict], key_x: str, key_y: str, **style) -> tuple[np.ndarray, np.ndarray]:
+    """Draw two accuracies of each row as log odds, the second with its interval; returns their places."""
+    x, y = (np.array([value_of(row[key]) for row in rows]) for key in (key_x, key_y))
+    error = error_bars([row[key_y] for row in rows])
+    x, y, low, high = (logit(np.clip(v, 1e-3, 0.999)) for v in (x, y, y - error[0], y + error[1]))
+    axis.errorbar(x, y, [y - low, high - y], **style)
+    return x, y
+
+
+def percent_axes(axis, rows: list[dict], key_x: str, key_y: str) -> None:
+    """Limits and ticks, in percent, of axes that hold the log odds of two accuracies of rows; the line y = x."""
+    for which, key in (("x", key_x), ("y", key_y)):
+        values = [value_of(row[key]) for row in rows]
+        limits = logit(np.clip([min(values), max(values)], 2e-3, 0.998)) + [-0.35, 0.35]
+        for step in (20, 10, 5, 2, 1):  # percent between ticks
+            ticks = np.arange(step, 100, step) / 100
+            inside = ticks[(logit(ticks) > limits[0]) & (logit(ticks) < limits[1])]
+            if len(inside) >= 4:
+                break
+        axis.set(**{f"{which}lim": limits, f"{which}ticks": logit(inside),
+                    f"{which}ticklabels": [f"{100 * t:g}" for t in inside]})
+    ends = axis.get_xlim()
+    axis.plot(ends, ends, color="0.5", linestyle=":", linewidth=0.8)
+
+
 def plot_robustness(results: dict, path: str) -> None:
     """For every shift: accuracy under shift against ID accuracy, logit axes, y = x, the groups' lines and bands."""
     shifts = results["shifts"]
@@ -995,30 +1040,15 @@ def plot_robustness(results: dict, path: str) -> None:
     for axis, shift in zip(axes, shifts):
         for i, group in enumerate(groups):
             members = [row for row in results["rows"].values() if row["group"] == group]
-            x, y = (np.array([value_of(row[key]) for row in members]) for key in (f"{shift} id", shift))
-            error = np.array([[v - (row[shift]["low"] or v), (row[shift]["high"] or v) - v]
-                              for row, v in zip(members, y)]).T
-            x, y, low, high = (logit(np.clip(v, 1e-3, 0.999)) for v in (x, y, y - error[0], y + error[1]))
-            axis.errorbar(x, y, [y - low, high - y], label=group, **line_style(i) | {"linestyle": "", "markersize": 5})
+            logit_points(axis, members, f"{shift} id", shift, label=group,
+                         **line_style(i) | {"linestyle": "", "markersize": 5})
             curve = results["curves"][shift].get(group)
             if curve:
                 axis.plot(logit(curve["x"]), logit(curve["y"]), color=COLORS[i % len(COLORS)], linewidth=1)
                 if "low" in curve and len(members) >= 6:  # the band of a few models is the whole panel
                     axis.fill_between(logit(curve["x"]), logit(curve["low"]), logit(curve["high"]), alpha=0.2,
                                       color=COLORS[i % len(COLORS)], linewidth=0)
-        rows = results["rows"].values()
-        for which, key in (("x", f"{shift} id"), ("y", shift)):
-            low, high = (f(value_of(row[key]) for row in rows) for f in (min, max))
-            limits = logit(np.clip([low, high], 2e-3, 0.998)) + [-0.35, 0.35]
-            for step in (20, 10, 5, 2, 1):  # percent between ticks
-                ticks = np.arange(step, 100, step) / 100
-                inside = ticks[(logit(ticks) > limits[0]) & (logit(ticks) < limits[1])]
-                if len(inside) >= 4:
-                    break
-            axis.set(**{f"{which}lim": limits, f"{which}ticks": logit(inside),
-                        f"{which}ticklabels": [f"{100 * t:g}" for t in inside]})
-        ends = axis.get_xlim()
-        axis.plot(ends, ends, color="0.5", linestyle=":", linewidth=0.8)
+        percent_axes(axis, list(results["rows"].values()), f"{shift} id", shift)
         axis.set(title=shift, xlabel="in distribution (%), same classes", ylabel="under shift (%)")
     axes[0].legend(fontsize=7, frameon=False)
     save_figure(figure, path)
@@ -1034,16 +1064,26 @@ class Logistic:
 
     Minimises mean cross-entropy + |W|^2 / (2 C n), the bias free: scikit-learn's optimum for the same C. L-BFGS
     over float32 products; small objectives of few images, where these have too few digits, go on in float64. Fits start
-    from the last one.
+    from the last one. The search is in the features' principal axes, each divided by the root of about its curvature:
+    the same optimum in fewer steps.
     """
 
     def __init__(self, features: np.ndarray, labels: np.ndarray, n_classes: int, device: str):
         self.n, self.n_classes, self.is_multi = len(features), n_classes, labels.ndim == 2
         x = torch.from_numpy(np.asarray(features, np.float32)).to(device)
         self.mean = x.double().mean(0).float()  # taken off, the bias makes up for it: better conditioned
-        self.x = torch.cat([x - self.mean, torch.ones(self.n, 1, device=device)], 1)  # [n, D + 1]
+        x, n_features = x - self.mean, x.shape[1]
+        if self.n > n_features:
+            variance, self.axes = torch.linalg.eigh((x.T @ x / self.n).double().cpu())
+            x = x @ self.axes.to(x)
+        else:  # fewer images than axes: too few to be worth it
+            variance, self.axes = torch.ones(n_features), torch.eye(n_features, dtype=torch.float64)
+        # At W = 0, and for axes of little variance as if they had the mean: near separation these are all that moves.
+        curvature = torch.cat([variance.clamp(min=0) + variance.mean(), torch.ones(1)])
+        self.curvature = curvature * (0.25 if self.is_multi else 1 / n_classes)
+        self.x = torch.cat([x, torch.ones(self.n, 1, device=device)], 1)  # [n, D + 1]
         self.y = torch.from_numpy(labels).to(device)
-        self.weight = torch.zeros(self.x.shape[1], n_classes, dtype=torch.float64)  # the last row is the bias
+        self.weight = torch.zeros(n_features + 1, n_classes, dtype=torch.float64)  # of the features; last row: bias
 
     def loss(self, x: torch.Tensor, weight: torch.Tensor) -> tuple[float, torch.Tensor]:
         """Mean cross-entropy and its gradient [D + 1, C], in the precision of x; without the penalty."""
@@ -1054,30 +1094,35 @@ class Logistic:
             error = (logits.sigmoid() - (self.y == 1).to(x)) * counted
         else:
             rows = torch.arange(self.n, device=x.device)
-            value = logits.logsumexp(1) - logits[rows, self.y]
-            error = logits.softmax(1)
-            error[rows, self.y] -= 1
+            error = logits.log_softmax(1)
+            value = -error[rows, self.y]
+            error.exp_()[rows, self.y] -= 1
         return float(value.sum(dtype=torch.float64)) / self.n, (x.T @ error).double().cpu() / self.n
 
     def fit(self, C: float, max_iter: int = 10_000) -> float:
         """Fit for one inverse strength; returns the objective."""
-        decay = 1 / (C * self.n)
+        decay = torch.full((len(self.weight), 1), 1 / (C * self.n), dtype=torch.float64)
+        decay[-1] = 0
+        scale = (self.curvature[:, None] + decay).rsqrt()  # [D + 1, 1]
 
         def objective(flat: np.ndarray, x: torch.Tensor, unit: float) -> tuple[float, np.ndarray]:
-            weight = torch.from_numpy(flat).view(-1, self.n_classes)
+            weight = torch.from_numpy(flat).view(-1, self.n_classes) * scale
             value, gradient = self.loss(x, weight)
-            gradient[:-1] += decay * weight[:-1]
-            return (value + decay / 2 * float((weight[:-1] ** 2).sum())) / unit, gradient.numpy().ravel() / unit
+            value += float((decay * weight**2).sum()) / 2
+            return value / unit, ((gradient + decay * weight) * scale).numpy().ravel() / unit
 
         unit = 1.0  # scipy takes `ftol` as absolute below 1: the second round is in units of the first one's result
+        start = torch.cat([self.axes.T @ self.weight[:-1], self.weight[-1:]]) / scale
         for is_second in (False, True):
             if is_second and unit * math.sqrt(self.n) > 2:  # rounding errors of images average out
                 break
             x = self.x.double() if is_second else self.x
-            found = scipy.optimize.minimize(objective, self.weight.numpy().ravel(), (x, unit), jac=True,
+            found = scipy.optimize.minimize(objective, start.numpy().ravel(), (x, unit), jac=True,
                                             method="L-BFGS-B", options={"maxiter": max_iter, "maxfun": max_iter,
                                                                         "ftol": 1e-8, "gtol": 1e-9})
-            self.weight, unit = torch.from_numpy(found.x).view(-1, self.n_classes), max(found.fun * unit, 1e-300)
+            start, unit = torch.from_numpy(found.x).view(-1, self.n_classes), max(found.fun * unit, 1e-300)
+        self.weight = start * scale
+        self.weight[:-1] = self.axes @ self.weight[:-1]
         return unit
 
     def scores(self, features: np.ndarray) -> np.ndarray:
@@ -1179,16 +1224,16 @@ def sweep_strength(protocol: str, C: float, model: Logistic, val: dict, metric: 
     return 10.0 ** -min(found, key=lambda e: (-found[e], e))
 
 
-def join_parts(a: dict, b: dict) -> dict:
-    """Features and labels of two parts."""
-    return {key: np.concatenate([a[key], b[key]]) for key in ("features", "labels")}
+def join_parts(a: dict, b: dict | None) -> dict:
+    """Features and labels of two parts, or of the first alone."""
+    return a if b is None else {key: np.concatenate([a[key], b[key]]) for key in ("features", "labels")}
 
 
 def probe_scores(train: dict, val: dict | None, test: dict, n_classes: int, protocol: str, C: float, metric: str,
                  seed: int, device: str) -> tuple[np.ndarray, dict]:
     """Scores [N, C] of the test images from logistic regression: strength chosen on validation images (of the training
     part a random 20 %, if there are none), then fitted on both."""
-    whole = train if val is None else join_parts(train, val)
+    whole = join_parts(train, val)
     if protocol != "none":
         if val is None:
             is_val = np.random.default_rng(seed).random(len(train["labels"])) < 0.2
@@ -1231,7 +1276,7 @@ def transfer(command: str, inputs: list[str], sets: list[str], ks: list[int], pr
     for model, name, train, val, test in read_tasks(inputs, sets, command == "probe"):
         n_classes, kind = max(train["n_classes"], test["n_classes"]), metric_of(name, test["labels"], metric)
         if command == "fewshot":
-            both = train if val is None else join_parts(train, val)
+            both = join_parts(train, val)
             for k in shots:
                 values = [few_shot(both, test, n_classes, k, C, kind, seed + i, device) for i in range(n_draws)]
                 rows.setdefault(model, {})[f"{name} {k}-shot"] = t_interval(values)
@@ -1240,7 +1285,7 @@ def transfer(command: str, inputs: list[str], sets: list[str], ks: list[int], pr
         if command == "probe":
             outcomes = {"": probe_scores(train, val, test, n_classes, protocol, C, kind, seed, device)}
         else:
-            both = train if val is None else join_parts(train, val)
+            both = join_parts(train, val)
             outcomes = {f" k={k}": (knn_scores(both, test, n_classes, k, device), {"k": k}) for k in ks}
         for suffix, (scores, detail) in outcomes.items():
             value, draw = transfer_metric(scores, test["labels"], kind, boot, seed)
@@ -1362,6 +1407,19 @@ def retrieval(paths: list[str], ks: list[int], boot: int, seed: int, device: str
                            f"t2i_r{k}": estimate((t2i < k).mean(), [w @ hits / (w @ n_texts) for w in weights])}
         rows[name] |= {"i2t median rank": float(np.median(i2t) + 1), "t2i median rank": float(np.median(t2i) + 1)}
     return {"rows": rows}
+
+
+def plot_retrieval(results: dict, path: str) -> None:
+    """Recall at k, of texts for an image and of images for a text."""
+    figure, axes = new_figure(2)
+    for axis, way, title in zip(axes, ("i2t_r", "t2i_r"), ("texts for an image", "images for a text")):
+        for i, (name, row) in enumerate(results["rows"].items()):
+            cells = {int(c.removeprefix(way)): row[c] for c in row if c.startswith(way)}
+            y, error = [100 * value_of(c) for c in cells.values()], 100 * error_bars(list(cells.values()))
+            axis.errorbar(list(cells), y, error, label=name, capsize=2, **line_style(i))
+        axis.set(xlabel="k", ylabel="recall at k (%)", title=title)
+    axes[0].legend(fontsize=7, frameon=False)
+    save_figure(figure, path)
 
 
 # ------------------------------------------------------------------------------ calibration
@@ -1574,10 +1632,8 @@ def similarity(path_a: str, path_b: str, n_pairs: int, max_images: int, min_pair
     left out. Source: Shirali and Hardt, arXiv 2310.06872; their intervals resample pairs, ours images.
     """
     rng = np.random.default_rng(seed)
-    sides, labels = [], []
-    for data in (read_predictions(path, "features") for path in (path_a, path_b)):
-        sides.append(data["features"])
-        labels.append(data["labels"])
+    data = [read_predictions(path, "features") for path in (path_a, path_b)]
+    sides, labels = ([d[key] for d in data] for key in ("features", "labels"))
     if sides[0].shape[1] != sides[1].shape[1]:
         raise SystemExit(f"{path_a} has features of width {sides[0].shape[1]}, {path_b} of {sides[1].shape[1]}")
     classes, means, draws, samples = [], [], [], ([], [])
@@ -1768,8 +1824,8 @@ def affinity(vectors: np.ndarray, head: np.ndarray, tail: np.ndarray, boot: int,
     return rows
 
 
-def prototypes(path: str, key: str, counts: str, epsilons: list[float], n_tail: int, is_tsne: bool, boot: int,
-               seed: int, device: str) -> dict:
+def prototypes(path: str, key: str, counts: str, epsilons: list[float], n_tail: int, is_tsne: bool, n_samples: int,
+               boot: int, seed: int, device: str) -> dict:
     """Distinct prototypes at each eps, in two definitions; head-tail affinity where frequencies are known."""
     array, more = read_array(path, key)
     unit = torch.nn.functional.normalize(torch.from_numpy(array), dim=1).to(device)
@@ -1800,7 +1856,26 @@ def prototypes(path: str, key: str, counts: str, epsilons: list[float], n_tail: 
             results |= {"class_counts": frequency, "margin": 1 - cosine.max(1)}
     if is_tsne:
         results["tsne"] = tsne(array, seed)
+    if n_samples:
+        results["samples"] = sample_plane(path, counts, n_samples, seed)
     return results
+
+
+def sample_plane(path: str, counts: str, n_samples: int, seed: int) -> dict:
+    """t-SNE [n + C, 2] of images of 25 of the more frequent half and 8 of the rarest 4 % of the classes (at least 8),
+    then of the classes' means; class of each; whether it is rare. Source: Wen et al., figure 7 (k = 500 and 40)."""
+    data, rng = read_predictions(path, "features", "class_counts", counts=counts), np.random.default_rng(seed)
+    labels = data["labels"]
+    tested = np.unique(labels)
+    order = tested[np.argsort(-data["class_counts"][tested], kind="stable")]
+    half = len(order) // 2
+    rare = order[max(half, len(order) - max(8, len(order) // 25)) :]
+    classes = np.concatenate([rng.permutation(order[:half])[:25], rng.permutation(rare)[:8]])
+    rows = [rng.permutation(np.flatnonzero(labels == c))[:n_samples] for c in classes]
+    means = class_means(data["features"], labels, data["n_classes"])[classes]
+    ids = np.concatenate([np.repeat(classes, [len(r) for r in rows]), classes])
+    points = tsne(np.concatenate([data["features"][np.concatenate(rows)].astype(np.float64), means]), seed)
+    return {"points": points, "classes": ids, "is_rare": np.isin(ids, rare), "n_means": len(classes)}
 
 
 def tsne(array: np.ndarray, seed: int) -> np.ndarray:
@@ -1817,7 +1892,7 @@ def tsne(array: np.ndarray, seed: int) -> np.ndarray:
 
 def plot_prototypes(results: dict, path: str) -> None:
     """Distinct prototypes over eps; cosines of head and tail classes; t-SNE."""
-    panels = 1 + bool(results["affinity"]) + ("tsne" in results)
+    panels = 1 + bool(results["affinity"]) + ("tsne" in results) + ("samples" in results)
     figure, axes = new_figure(panels)
     K = results["rows"]["K"]["value"]
     for i, name in enumerate(("greedy", "linked")):
@@ -1836,9 +1911,20 @@ def plot_prototypes(results: dict, path: str) -> None:
     if "tsne" in results:
         x, y = np.array(results["tsne"]).T
         color = np.log10(np.maximum(results.get("class_counts", np.ones(len(x))), 0.5))
-        points = axes[-1].scatter(x, y, c=color, s=10, cmap="viridis")
-        figure.colorbar(points, ax=axes[-1], label="log10 frequency")
-        axes[-1].set(xticks=[], yticks=[], xlabel="t-SNE, cosine")
+        axis = axes[1 + bool(results["affinity"])]
+        points = axis.scatter(x, y, c=color, s=10, cmap="viridis")
+        figure.colorbar(points, ax=axis, label="log10 frequency")
+        axis.set(xticks=[], yticks=[], xlabel="t-SNE, cosine")
+    if "samples" in results:
+        found = results["samples"]
+        points, is_rare = np.array(found["points"]), np.array(found["is_rare"])
+        is_mean = np.arange(len(points)) >= len(points) - found["n_means"]
+        for i, (name, part) in enumerate((("frequent", ~is_rare), ("rare", is_rare))):
+            style = {"color": ("#56b4e9", "#d55e00")[i], "marker": "o^"[i]}
+            axes[-1].scatter(*points[part & ~is_mean].T, s=5, alpha=0.5, linewidths=0, **style)
+            axes[-1].scatter(*points[part & is_mean].T, s=40, edgecolors="black", label=f"{name}: class mean", **style)
+        axes[-1].set(xticks=[], yticks=[], xlabel="t-SNE of images, cosine")
+        axes[-1].legend(fontsize=7, frameon=False)
     save_figure(figure, path)
 
 
@@ -2032,15 +2118,15 @@ def wiseft_results(folder: str, id_set: str, shifts: list[str]) -> dict:
 
 
 def plot_wiseft(results: dict, path: str) -> None:
-    """ID accuracy against the shifts' average and against each shift, along alpha."""
+    """ID accuracy against the shifts' average and against each shift, along alpha, on logit axes."""
     rows, id_set = results["rows"], results["id"]
     shifts = [k for k in next(iter(rows.values())) if k != id_set]
     figure, axes = new_figure(len(shifts), 3.2, 2.8)
     for axis, shift in zip(axes, shifts):
-        x, y = ([100 * value_of(row[k]) for row in rows.values()] for k in (id_set, shift))
-        axis.errorbar(x, y, 100 * error_bars([row[shift] for row in rows.values()]), capsize=2, **line_style(0))
-        for alpha, at in zip(rows, zip(x, y)):
+        places = logit_points(axis, list(rows.values()), id_set, shift, capsize=2, **line_style(0))
+        for alpha, at in zip(rows, zip(*places)):
             axis.annotate(alpha, at, fontsize=7, xytext=(3, 3), textcoords="offset points")
+        percent_axes(axis, list(rows.values()), id_set, shift)
         axis.set(title=shift, xlabel=f"{id_set} (%)", ylabel="under shift (%)")
     save_figure(figure, path)
 
@@ -2162,6 +2248,7 @@ th:first-child, td:first-child { text-align: left } th button { font: inherit; f
  background: none; border: 0; padding: 0; cursor: pointer } th[aria-sort=ascending] button::after { content: " \\2191" }
 th[aria-sort=descending] button::after { content: " \\2193" } small { opacity: .75 }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr)); gap: .8rem }
+img { max-width: max(100%, 700px); background: #fff }
 figure { margin: 0 } figcaption { font-size: .85rem } svg { width: 100%; height: auto; display: block }
 svg text { fill: var(--ink); font-size: 11px } .axis { stroke: var(--line); fill: none }
 </style></head><body>
@@ -2212,17 +2299,26 @@ def html_table(rows: dict[str, dict], columns: dict[str, str]) -> str:
     """A sortable table; cells show the interval small, and hold the value in data-v."""
     def one(entry: dict | float | None) -> str:
         value = value_of(entry)
+        if isinstance(value, str | bool):
+            return f'<td data-v="{html.escape(str(value))}">{html.escape(str(value))}</td>'
         if not math.isfinite(value):
             return '<td data-v="">-</td>'
         if not isinstance(entry, dict):
             return f'<td data-v="{value:g}">{value:g}</td>'
-        ends = f" <small>{entry['low']:.3f} to {entry['high']:.3f}</small>" if entry["low"] is not None else ""
+        ends = f" <small>{entry['low']:.3f} to {entry['high']:.3f}</small>" if entry.get("low") is not None else ""
         return f'<td data-v="{value:.6g}">{value:.3f}{ends}</td>'
 
     head = "".join(f"<th><button>{html.escape(title)}</button></th>" for title in ("run", *columns.values()))
     body = "\n".join(f'<tr><td data-v="{html.escape(name)}">{html.escape(name)}</td>'
                      + "".join(one(row.get(c)) for c in columns) + "</tr>" for name, row in rows.items())
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+
+
+def markdown_table(title: str, rows: dict[str, dict], columns: dict[str, str]) -> list[str]:
+    """Lines of the same table under a heading."""
+    lines = [["run", *columns.values()], ["---"] * (len(columns) + 1)]
+    lines += [[name, *(cell(row.get(c)) for c in columns)] for name, row in rows.items()]
+    return [f"## {title}", "", *(f"| {' | '.join(line)} |" for line in lines), ""]
 
 
 def nice_ticks(low: float, high: float) -> list[float]:
@@ -2233,17 +2329,20 @@ def nice_ticks(low: float, high: float) -> list[float]:
 
 
 def svg_chart(series: dict[str, list[tuple]], title: str, x_title: str, x_names: list[str] | None = None,
-              is_line: bool = False) -> str:
+              is_line: bool = False, is_logit: bool = False) -> str:
     """One chart as inline SVG: {series: [(x, y, low, high, tip)]}, error bars, a tooltip a point.
 
-    x_names: names of x = 0, 1, ... in place of numbers. Series differ in colour (the page's) and shape.
+    x_names: names of x = 0, 1, ... in place of numbers. is_logit: axes of fractions are their log odds, with the line
+    y = x. Series differ in colour (the page's) and shape.
     """
     points = [p for ps in series.values() for p in ps]
     ys = [v for p in points for v in (p[1], *(v for v in p[2:4] if v is not None))]
     xs = [p[0] for p in points]
     (x0, x1), (y0, y1) = ((min(v) - 0.06 * (max(v) - min(v) or 1), max(v) + 0.06 * (max(v) - min(v) or 1))
                           for v in (xs, ys))
-    at_x, at_y = (lambda x: 48 + 262 * (x - x0) / (x1 - x0)), (lambda y: 190 - 170 * (y - y0) / (y1 - y0))
+    bend = (lambda v: float(logit(min(max(v, 1e-3), 0.999)))) if is_logit else (lambda v: v)  # noqa: E731
+    (u0, u1), (v0, v1) = map(bend, (x0, x1)), map(bend, (y0, y1))
+    at_x, at_y = (lambda x: 48 + 262 * (bend(x) - u0) / (u1 - u0)), (lambda y: 190 - 170 * (bend(y) - v0) / (v1 - v0))
     legend = "".join(f' <span style="color:var(--c{i % 7})">{"●■◆▲▼✚✕"[i % 7]}</span> {html.escape(name)}'
                      for i, name in enumerate(series) if len(series) > 1)
     short = [name if len(name) < 15 else name[:6] + ".." + name[-6:] for name in x_names or []]
@@ -2251,6 +2350,10 @@ def svg_chart(series: dict[str, list[tuple]], title: str, x_title: str, x_names:
     out = [f'<figure><figcaption>{html.escape(title)}<small>{legend}</small></figcaption>',
            f'<svg viewBox="0 0 320 {height}" role="img" aria-label="{html.escape(title)}">',
            '<path class="axis" d="M48 20V190H310"/>']
+    if is_logit and max(x0, y0) < min(x1, y1):
+        ends = max(x0, y0, 1e-3), min(x1, y1, 0.999)
+        out.append(f'<path class="axis" stroke-dasharray="2 2" d="M{at_x(ends[0]):.1f} {at_y(ends[0]):.1f}'
+                   f'L{at_x(ends[1]):.1f} {at_y(ends[1]):.1f}"/>')
     for t in nice_ticks(y0, y1):
         out.append(f'<path class="axis" d="M44 {at_y(t):.1f}h4"/><text x="41" y="{at_y(t) + 4:.1f}" '
                    f'text-anchor="end">{t:g}</text>')
@@ -2287,71 +2390,110 @@ def chart_points(rows: dict[str, dict], key_x: str, key_y: str, x_names: list[st
     return series
 
 
+def set_section(test_set: str, rows: dict[str, dict], x_names: list[str]) -> tuple[str, list[str], dict[str, str]]:
+    """HTML (table and charts) and Markdown lines of the runs on one test set, and the columns {metric: title}."""
+    present = {c for row in rows.values() for c in row}
+    columns = {"n": "n"} | {k: v for k, v in REPORT_KEYS.items() if k in present} | {
+        c: c for c in sorted(present) if c.startswith(("retrieval", "knn", "probe"))}
+    charts = []
+    for key in (c for c in columns if c != "n"):
+        points = chart_points(rows, "", key, x_names)
+        charts += [svg_chart(points, columns[key], "", x_names, True)] if points else []
+    x_title = REPORT_KEYS["spearman_acc"]
+    for key in ("spearman_pred", "top1") if len(rows) > 1 else ():
+        points = chart_points(rows, "spearman_acc", key, x_names)
+        charts += [svg_chart(points, f"{REPORT_KEYS[key]} against {x_title}", x_title)] if points else []
+    bins = {name: row["bins"] for name, row in list(rows.items())[:7] if "bins" in row}  # more would be a tangle
+    if bins:
+        charts.append(svg_chart(bins, "accuracy of frequency bins", "log10 of the training images of the class",
+                                is_line=True))
+    text = f"<h2>{html.escape(test_set)}</h2>{html_table(rows, columns)}<div class=\"charts\">{''.join(charts)}</div>"
+    return text, markdown_table(test_set, rows, columns), columns
+
+
+def file_section(name: str, path: Path) -> tuple[str, list[str]]:
+    """HTML (tables and the command's own plot, inside the page) and Markdown lines of what --json wrote."""
+    content, text, lines = read_json(path), "", []
+    if not isinstance(content.get("rows"), dict) or "command" not in content:
+        raise SystemExit(f"{path}: not what --json of evaluate.py writes")
+    for key in ("rows", *EXTRA_TABLES):
+        rows = content.get(key)
+        if rows:
+            columns = list(dict.fromkeys(c for row in rows.values() for c in row))
+            title = name if key == "rows" else f"{name}: {key}"
+            text += f"<h2>{html.escape(title)}</h2>" + html_table(rows, dict(zip(columns, columns)))
+            lines += markdown_table(title, rows, dict(zip(columns, columns)))
+    if content["command"] in PLOTS and (content["command"] != "wiseft" or "id" in content):
+        with tempfile.TemporaryDirectory() as folder:
+            PLOTS[content["command"]](content, f"{folder}/plot.svg")
+            image = base64.b64encode(Path(folder, "plot.svg").read_bytes()).decode()
+        alt = html.escape(f"{content['command']}: {name}")
+        text += f'<div class="wide"><img alt="{alt}" src="data:image/svg+xml;base64,{image}"></div>'
+    return text, lines
+
+
 def report_runs(runs: list[str], out: str, markdown: str, boot: int, seed: int) -> dict:
-    """Score runs (NAME=FOLDER; NAME may be SERIES/X, which puts runs on an axis) and write the page and the tables."""
+    """Write the page and the tables of runs, scored, and of results of other commands.
+
+    runs: NAME=FOLDER, where NAME may be SERIES/X, which puts runs on an axis; NAME=FILE.json.
+    """
     named = dict(r.split("=", 1) if "=" in r else (Path(r).name, r) for r in runs)
-    if len(named) < len(runs) or not all(Path(folder).is_dir() for folder in named.values()):
+    files = {name.removesuffix(".json"): Path(path) for name, path in named.items() if path.endswith(".json")}
+    folders = {name: Path(path) for name, path in named.items() if not path.endswith(".json")}
+    if len(named) < len(runs) or not all(p.is_dir() for p in folders.values()):
         raise SystemExit(f"runs are folders with different names: {', '.join(f'{k}={v}' for k, v in named.items())}")
-    scores = {name: score_run(Path(folder), boot, seed) for name, folder in named.items()}
+    scores = {name: score_run(folder, boot, seed) for name, folder in folders.items()}
     empty = [named[name] for name, score in scores.items() if not score]
     if empty:
         raise SystemExit(f"{', '.join(empty)}: neither metrics.json nor <set>.npz that could be scored")
     sets = list(dict.fromkeys(s for score in scores.values() for s in score))
     x_names = list(dict.fromkeys(name.rpartition("/")[2] for name in scores))
-    body = [f"<h1>{len(scores)} runs on {len(sets)} test sets</h1>",
-            "<p>Intervals are 95 %: images resampled for accuracies, "
-            f"classes for correlations, {boot} times. A click on a column's name sorts.</p>"]
-    lines, tables = ["# Runs side by side", ""], {}
+    body, lines, tables, short = [], ["# Runs side by side", ""], {}, {}
+    if scores:
+        body = [f"<h1>{len(scores)} runs on {len(sets)} test sets</h1>",
+                "<p>Intervals are 95 %: images resampled for accuracies, "
+                f"classes for correlations, {boot} times. A click on a column's name sorts.</p>"]
+        short = {name: {k: score[sets[0]].get(k) for k in REPORT_KEYS} for name, score in scores.items()
+                 if sets[0] in score}
     for test_set in sets:
         rows = {name: score[test_set] for name, score in scores.items() if test_set in score}
-        present = {c for row in rows.values() for c in row}
-        columns = {"n": "n"} | {k: v for k, v in REPORT_KEYS.items() if k in present} | {
-            c: c for c in sorted(present) if c.startswith(("retrieval", "knn", "probe"))}
-        body.append(f"<h2>{html.escape(test_set)}</h2>" + html_table(rows, columns))
-        lines += [f"## {test_set}", "", "| " + " | ".join(["run", *columns.values()]) + " |",
-                  "|---" * (len(columns) + 1) + "|"]
-        lines += ["| " + " | ".join([name, *(cell(row.get(c)) for c in columns)]) + " |" for name, row in rows.items()]
-        lines.append("")
-        charts = []
-        for key in REPORT_KEYS if set(columns) & set(REPORT_KEYS) else [c for c in columns if c != "n"]:
-            points = chart_points(rows, "", key, x_names)
-            charts += [svg_chart(points, columns.get(key, key), "", x_names, True)] if points else []
-        for key_x, key_y in (("spearman_acc", "spearman_pred"), ("spearman_acc", "top1")):
-            points = chart_points(rows, key_x, key_y, x_names)
-            if points and len(rows) > 1:
-                x_title = REPORT_KEYS[key_x]
-                charts.append(svg_chart(points, f"{REPORT_KEYS[key_y]} against {x_title}", x_title))
-        bins = {name: row["bins"] for name, row in list(rows.items())[:7] if "bins" in row}  # more would be a tangle
-        if bins:
-            charts.append(svg_chart(bins, "accuracy of frequency bins", "log10 of the training images of the class",
-                                    is_line=True))
-        body.append(f'<div class="charts">{"".join(charts)}</div>')
+        text, more, columns = set_section(test_set, rows, x_names)
+        body, lines = [*body, text], lines + more
         tables[test_set] = {name: {c: row.get(c) for c in columns} for name, row in rows.items()}
-    first = sets[0]
     shifted = {}
     for name, score in scores.items() if len(sets) > 2 else ():
         others = np.array([value_of(score[s].get("top1")) for s in sets[1:] if s in score])
-        shifted[name] = {"id": score.get(first, {}).get("top1"), "shift": estimate(float(nan_mean(others)))}
+        shifted[name] = {"id": score.get(sets[0], {}).get("top1"), "shift": estimate(float(nan_mean(others)))}
     points = chart_points(shifted, "id", "shift", x_names)
     if points:
-        body.append(f'<h2>Under shift</h2><div class="charts">'
-                    f'{svg_chart(points, f"mean top-1 of the other sets against {first}", f"top-1, {first}")}</div>')
+        chart = svg_chart(points, f"mean top-1 of the other sets against {sets[0]}", f"top-1, {sets[0]}", is_logit=True)
+        body.append(f'<h2>Under shift</h2><div class="charts">{chart}</div>')
+    for name, path in files.items():
+        text, more = file_section(name, path)
+        body, lines = [*body, text], lines + more
     write_atomically(Path(out), lambda file: file.write(PAGE.replace("BODY", "\n".join(body)).encode()))
     if markdown:
         write_atomically(Path(markdown), lambda file: file.write("\n".join(lines).encode()))
-    short = {name: {k: score[first].get(k) for k in REPORT_KEYS} for name, score in scores.items() if first in score}
-    return {"rows": short, "sets": tables, "written": [p for p in (out, markdown) if p]}
+    return {"rows": short or {name: {"file": str(path)} for name, path in files.items()}, "sets": tables,
+            "written": [p for p in (out, markdown) if p]}
 
 
 # ------------------------------------------------------------------------------ output
 
 COLORS = ("#000000", "#d55e00", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9")  # Okabe and Ito
+PLOTS = {"imbalance": plot_imbalance, "robustness": plot_robustness, "compare": plot_compare, "probe": plot_transfer,
+         "knn": plot_transfer, "fewshot": plot_transfer, "retrieval": plot_retrieval, "calibration": plot_calibration,
+         "collapse": plot_collapse, "similarity": plot_similarity, "prototypes": plot_prototypes,
+         "debias": plot_debias, "wiseft": plot_wiseft, "concepts": plot_concepts}
+EXTRA_TABLES = ("fits", "mcnemar", "minus zero-shot", "minus fine-tuned")
+TURNED = ("imbalance", "robustness", "probe", "knn", "fewshot", "retrieval", "calibration")  # a line a column
 MARKERS, DASHES = "osD^vPX", ("-", "--", "-.", ":")
 
 
 def value_of(entry: dict | float | None) -> float:
-    """The number of an estimate or a plain number; NaN for None."""
-    entry = entry["value"] if isinstance(entry, dict) else entry
+    """The number of an estimate (in similarity's tables inside another) or a plain number; NaN for None."""
+    while isinstance(entry, dict):
+        entry = entry.get("value")
     return math.nan if entry is None else entry
 
 
@@ -2466,60 +2608,52 @@ def show(rows: dict[str, dict], title: str = "", is_turned: bool = False) -> Non
 
 
 def main(args: argparse.Namespace) -> None:
-    draw, is_turned, boot, seed = None, False, args.boot, args.seed
+    boot, seed = args.boot, args.seed
     if args.command == "imbalance":
         results = imbalance(args.files, args.counts, args.classes, tuple(args.cuts), args.tail_classes, args.worst,
                             args.bins, args.equal_count, boot, seed)
-        draw, is_turned = plot_imbalance, True
     elif args.command == "robustness":
         results = robustness(args.inputs, args.id, args.shifts, args.baseline, args.before,
                              set_flag(args.subset, "--subset"), set_flag(args.n, "--n"),
                              set_flag(args.split, "--split"), boot, seed)
-        draw, is_turned = plot_robustness, True
     elif args.command == "compare":
         results = compare(args.a.split(","), args.b.split(","), args.counts, boot, seed)
     elif args.command == "probe":
         results = transfer("probe", args.inputs, args.sets, [], args.sweep, args.C, args.metric, [], 0, boot, seed,
                            args.device)
-        draw, is_turned = plot_transfer, True
     elif args.command == "knn":
         results = transfer("knn", args.inputs, args.sets, args.k, "", 0, args.metric, [], 0, boot, seed, args.device)
-        draw, is_turned = plot_transfer, True
     elif args.command == "fewshot":
         results = transfer("fewshot", args.inputs, args.sets, [], "", args.C, args.metric, args.shots, args.draws, boot,
                            seed, args.device)
-        draw, is_turned = plot_transfer, True
     elif args.command == "retrieval":
-        results, is_turned = retrieval(args.files, args.k, boot, seed, args.device), True
+        results = retrieval(args.files, args.k, boot, seed, args.device)
     elif args.command == "calibration":
         results = calibration(args.files, args.bins, args.fraction, boot, seed)
-        draw, is_turned = plot_calibration, True
     elif args.command == "collapse":
-        results, draw = collapse(args.files, args.counts, boot, seed), plot_collapse
+        results = collapse(args.files, args.counts, boot, seed)
     elif args.command == "similarity":
         results = similarity(args.a, args.b, args.pairs, args.max_images, args.min_pairs, boot, seed)
-        draw = plot_similarity
     elif args.command == "prototypes":
-        results = prototypes(args.file, args.key, args.counts, args.eps, args.tail, args.tsne, boot, seed, args.device)
-        draw = plot_prototypes
+        results = prototypes(args.file, args.key, args.counts, args.eps, args.tail, args.tsne, args.samples,
+                             boot, seed, args.device)
     elif args.command == "debias":
         results = debias(args.zeroshot, args.finetuned, args.val_zeroshot, args.val_finetuned,
                          set_flag(args.more, "--more"), args.prior, args.group_by, args.calibrate, boot, seed)
-        draw = plot_debias
     elif args.command == "wiseft" and args.results:
-        results, draw = wiseft_results(args.results, args.id, args.shifts), plot_wiseft
+        results = wiseft_results(args.results, args.id, args.shifts)
     elif args.command == "wiseft":
         results = wiseft(args.checkpoints, args.alpha, args.out)
     elif args.command == "concepts" and args.what == "accuracy":
-        results, draw = concept_sets(args.files, args.counts, boot, seed), plot_concepts
+        results = concept_sets(args.files, args.counts, boot, seed)
     elif args.command == "concepts":
         results = (agreement if args.what == "agree" else shared_tail)(args.files, boot, seed)
-        draw, is_turned = plot_concepts, args.what == "shared"
     elif args.command == "report":
         results = report_runs(args.runs, args.out, args.markdown, boot, seed)
 
+    is_turned = args.command in TURNED or getattr(args, "what", "") == "shared"
     show(results["rows"], args.command, is_turned)
-    for name in ("fits", "mcnemar", "minus zero-shot", "minus fine-tuned"):
+    for name in EXTRA_TABLES:
         if results.get(name):
             show(results[name], name)
     if args.json:
@@ -2527,7 +2661,7 @@ def main(args: argparse.Namespace) -> None:
         head = {"command": args.command, "args": vars(args), "versions": versions}
         write_json(Path(args.json), plain(head | results))
     if args.plot:
-        draw(plain(results), args.plot)
+        PLOTS[args.command](plain(results), args.plot)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """evaluate.py: collapse, similarity, prototypes, debiasing, WiSE-FT, concepts, report."""
 
+import base64
 import json
 import re
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
+from programs import run_here
 from scipy.special import softmax
 
 import evaluate
@@ -248,7 +251,11 @@ def test_concepts(tmp_path):
     )
     paths = [str(tmp_path / "a.tsv"), str(tmp_path / "b.tsv")]
     rows = evaluate.agreement(paths, 50, 0)["rows"]["a, b"]
-    assert rows["classes"] == 10 and rows["rho"]["value"] == pytest.approx(1) and rows["median A / B"]["value"] == pytest.approx(1 / 3)
+    assert (
+        rows["classes"] == 10
+        and rows["rho"]["value"] == pytest.approx(1)
+        and rows["median A / B"]["value"] == pytest.approx(1 / 3)
+    )
     shared = evaluate.shared_tail(paths, 50, 0)["rows"]
     assert shared["tmp/a" if "tmp/a" in shared else list(shared)[0]]["max"] == 512
     assert list(shared.values())[1]["share of the top 10 %"] == pytest.approx(512 / 1023)
@@ -264,13 +271,13 @@ class Page(HTMLParser):
         self.open, self.addresses, self.rows = [], [], 0
 
     def handle_starttag(self, tag, attrs):
-        if tag not in ("meta", "link", "path"):
+        if tag not in ("meta", "link", "path", "img"):
             self.open.append(tag)
         self.rows += tag == "tr"
         self.addresses += [v for k, v in attrs if k in ("src", "href") and not v.startswith("data:")]
 
     def handle_endtag(self, tag):
-        if tag not in ("meta", "link", "path"):
+        if tag not in ("meta", "link", "path", "img"):
             assert self.open.pop() == tag
 
 
@@ -321,6 +328,42 @@ def test_report_scores_predictions(tmp_path):
     assert "accuracy of frequency bins" in (tmp_path / "r.html").read_text()
 
 
+def test_report_of_other_commands(tmp_path):
+    """Files of --json become tables and the command's own plot, inside the page; other JSON is refused."""
+    pytest.importorskip("matplotlib")
+    zs, ft = biased_pair(tmp_path, n=600)
+    for flags in (["imbalance", zs, ft, "--tail-classes", 4], ["calibration", zs], ["similarity", zs, ft],
+                  ["debias", "--zeroshot", zs, "--finetuned", ft], ["compare", zs, ft]):  # fmt: skip
+        if flags[0] == "similarity":
+            with np.load(zs) as data:
+                np.savez(tmp_path / "f.npz", features=data["logits"], labels=data["labels"])
+            flags[1:] = [tmp_path / "f.npz", tmp_path / "f.npz"]
+        run_here(evaluate, *flags, "--boot", 20, "--json", tmp_path / f"{flags[0]}.json")
+    paths = [tmp_path / f"{name}.json" for name in ("imbalance", "calibration", "similarity", "debias", "compare")]
+    run_here(evaluate, "report", *paths, "--out", tmp_path / "r.html", "--markdown", tmp_path / "r.md")
+    page, text = Page(), (tmp_path / "r.html").read_text()
+    page.feed(text)
+    assert page.open == [] and page.addresses == [] and not re.search(r"https?://", text)
+    pictures = re.findall(r"base64,([^\"]+)", text)
+    assert [ElementTree.fromstring(base64.b64decode(p)).tag.split("}")[1] for p in pictures] == ["svg"] * 5
+    assert "## debias: minus zero-shot" in (tmp_path / "r.md").read_text()
+    (tmp_path / "x.json").write_text('{"a": 1}')
+    with pytest.raises(SystemExit, match="not what --json"):
+        run_here(evaluate, "report", tmp_path / "x.json", "--out", tmp_path / "r.html")
+
+
+def test_samples_in_the_plane(tmp_path):
+    """Images of frequent and of rare classes, never one class as both, and a mean for each."""
+    rng, labels = np.random.default_rng(0), np.repeat(np.arange(30), 6)
+    centers = 5 * rng.normal(size=(30, 8))
+    np.savez(tmp_path / "a.npz", features=centers[labels] + rng.normal(size=(180, 8)), labels=labels,
+             class_counts=np.arange(30, 0, -1))  # fmt: skip
+    found = evaluate.sample_plane(str(tmp_path / "a.npz"), "", 4, 0)
+    classes, is_rare = found["classes"], found["is_rare"]
+    assert len(found["points"]) == 5 * (15 + 8) and found["n_means"] == 23
+    assert set(classes[is_rare]) == set(range(22, 30)) and set(classes[~is_rare]) == set(range(15))
+
+
 @pytest.mark.parametrize("kind", ["png", "svg"])
 def test_every_plot_is_drawn(tmp_path, kind):
     """Each family's plot from its own numbers, by way of JSON, as main does it."""
@@ -331,27 +374,32 @@ def test_every_plot_is_drawn(tmp_path, kind):
     rng = np.random.default_rng(0)
     arrays |= {"features": rng.normal(size=(600, 8)), "prototypes": rng.normal(size=(12, 8))}
     np.savez(tmp_path / "full.npz", **arrays)
-    full = str(tmp_path / "full.npz")
+    full, pairs = str(tmp_path / "full.npz"), str(tmp_path / "pairs.npz")
+    np.savez(pairs, features=rng.normal(size=(20, 4)), text_features=rng.normal(size=(20, 4)))
     (tmp_path / "t.csv").write_text("model,group,val,v2\na,x,50,40\nb,x,60,50\nc,x,70,62\nd,y,65,61\n")
     (tmp_path / "a.txt").write_text("5\n0\n7\n")
     (tmp_path / "b.txt").write_text("6\n1\n7\n")
     counts = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
     results = [
-        (evaluate.plot_imbalance, evaluate.imbalance([zs], "", "", (100, 20), 0, 5, 4, False, 10, 0)),
+        (evaluate.plot_imbalance, evaluate.imbalance([zs], "", "", (100, 20), 3, 5, 4, False, 10, 0)),
         (
             evaluate.plot_robustness,
             evaluate.robustness([str(tmp_path / "t.csv")], "val", [], "x", "", {}, {}, {}, 0, 0),
         ),
         (evaluate.plot_collapse, evaluate.collapse([full], "", 10, 0)),
         (evaluate.plot_similarity, evaluate.similarity(full, full, 10, 20, 3, 10, 0)),
-        (evaluate.plot_prototypes, evaluate.prototypes(full, "", "", [0.1, 0.2], 3, False, 10, 0, "cpu")),
+        (evaluate.plot_prototypes, evaluate.prototypes(full, "", "", [0.1, 0.2], 3, True, 9, 10, 0, "cpu")),
         (evaluate.plot_debias, evaluate.debias(zs, ft, "", "", {}, "", "prior", True, 10, 0)),
         (evaluate.plot_calibration, evaluate.calibration([zs], 10, 0.5, 10, 0)),
+        (evaluate.plot_compare, evaluate.compare([zs], [ft], "", 10, 0)),
+        (evaluate.plot_retrieval, evaluate.retrieval([pairs], [1, 5], 10, 0, "cpu")),
         (evaluate.plot_transfer, evaluate.transfer("knn", [full, full], [], [3], "", 0, "top1", [], 0, 10, 0, "cpu")),
         (evaluate.plot_concepts, evaluate.shared_tail(counts, 10, 0)),
         (evaluate.plot_concepts, evaluate.agreement(counts, 10, 0)),
         (evaluate.plot_concepts, evaluate.concept_sets([zs, ft], "", 10, 0)),
     ]
+    curve = {a: {"val": evaluate.estimate(v), "v2": evaluate.estimate(v - 0.2)} for a, v in (("0", 0.5), ("1", 0.7))}
+    results.append((evaluate.plot_wiseft, {"rows": curve, "id": "val"}))
     for i, (draw, result) in enumerate(results):
         path = tmp_path / f"{i}.{kind}"
         draw(json.loads(json.dumps(evaluate.plain(result))), str(path))

@@ -619,9 +619,9 @@ MAP_SIDE, MAP_REACH = 128, 1.5  # a distance map covers [-1.5, 1.5] x [-1.5, 1.5
 # rotation: degrees, each way; noise: sigma, of 1 = white; specks: at most so many; contrast: least RGB distance of
 # foreground and background, of sqrt(3); gradient: change of colour from the image's middle to its edge.
 PROCESSES = {
-    "plain": dict(radius=(10.5, 14.0), shift=2.0, rotation=15, noise=0.05, specks=1, contrast=0.65, gradient=0.10),
-    "wide": dict(radius=(10.0, 14.0), shift=2.5, rotation=18, noise=0.05, specks=2, contrast=0.60, gradient=0.10),
-    "harder": dict(radius=(9.5, 13.5), shift=3.0, rotation=22, noise=0.07, specks=3, contrast=0.55, gradient=0.10),
+    "plain": dict(radius=(9.7, 14.0), shift=2.5, rotation=19, noise=0.057, specks=2, contrast=0.60, gradient=0.10),
+    "wide": dict(radius=(9.2, 14.0), shift=3.0, rotation=22, noise=0.06, specks=3, contrast=0.56, gradient=0.10),
+    "harder": dict(radius=(9.0, 13.5), shift=3.0, rotation=24, noise=0.075, specks=4, contrast=0.52, gradient=0.10),
     "sketch": dict(radius=(9.0, 13.5), shift=3.0, rotation=20, noise=0.03, specks=0, contrast=0.50, gradient=0.04),
     "rendition": dict(radius=(9.0, 13.5), shift=3.5, rotation=20, noise=0.04, specks=2, contrast=0.70, gradient=0.15),
     "objectnet": dict(radius=(8.0, 10.5), shift=5.0, rotation=180, noise=0.05, specks=4, contrast=0.60, gradient=0.12),

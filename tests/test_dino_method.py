@@ -183,5 +183,5 @@ def test_unique_prototypes():
 
 
 def test_ema():
-    assert math.isclose(dino.ema_at(0, 0.996, 100), 0.996) and math.isclose(dino.ema_at(50, 0.996, 100), 0.998)
-    assert dino.ema_at(99, 0.996, 100) < 1
+    assert math.isclose(dino.cosine(0.996, 1.0, 0, 100), 0.996) and math.isclose(dino.ema_at(50, 0.996, 100), 0.998)
+    assert dino.cosine(0.996, 1.0, 99, 100) < 1

@@ -15,8 +15,8 @@ makes CLIP robust to imbalance.
     python dino_laionet.py --export backbone.pt          # then sl_vocab_subsample.py --init backbone.pt
 
 The defaults are a recipe for 32 px images. The paper's, on LAIONet, is
-    torchrun --nproc-per-node 8 dino_laionet.py --root ROOT --arch RN50 --batch-size 1024 --epochs 200 --warmup-steps 1200
-with --optimizer sgd --lr 0.12 --weight-decay 1e-4 --ema 0.996 --teacher-temp 0.04 --augment dino --global-size 224
+    torchrun --nproc-per-node 8 dino_laionet.py --root ROOT --arch RN50 --batch-size 1024 --epochs 200
+with --warmup-steps 1200 --optimizer sgd --lr 0.12 --weight-decay 1e-4 --ema 0.996 --teacher-temp 0.04 --augment dino --global-size 224
 --global-scale 0.14 1 --crop-aspect 1.3333 --local-crops 8 --local-size 96 --no-head-bn --sample-prototypes 16384
 
 A data set is a TSV with a column image (clip.py's docstring has the formats). Labels are not trained on; k-NN and a
@@ -96,23 +96,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     views.add_argument("--augment", default="colour", choices=["colour", "dino"],
                        help="colour: channels permuted, inverted, scaled and shifted, noise, for synthetic pictures; "
                             "dino: jitter, grey, blur, solarise")
-    views.add_argument("--global-size", type=int, default=28, help="px of the two global crops, which the teacher sees")
+    views.add_argument("--global-size", type=int, default=28,
+                       help="px of the two global crops, which the teacher sees too")
     views.add_argument("--global-scale", type=float, nargs=2, default=[0.6, 1.0], metavar=("LO", "HI"),
                        help="area of a global crop, as a fraction of the image")
     views.add_argument("--local-crops", type=int, default=0, help="local crops, which only the student sees")
     views.add_argument("--local-size", type=int, default=16, help="px of a local crop")
     views.add_argument("--local-scale", type=float, nargs=2, default=[0.05, 0.14], metavar=("LO", "HI"),
                        help="area of a local crop, as a fraction of the image")
-    views.add_argument("--crop-aspect", type=float, default=1.15, help="largest width / height of a crop, and height / "
-                                                                       "width")
+    views.add_argument("--crop-aspect", type=float, default=1.15,
+                       help="largest width / height of a crop, and largest height / width")
 
     model = parser.add_argument_group("model")
     model.add_argument("--arch", default="tiny", choices=["tiny", "RN50", "ViT-S-16", "resnet50"],
                        help="image tower; tiny is a small residual net for 32 px images")
     model.add_argument("--init", default="",
                        help="checkpoint to start from: in clip.py the whole model, elsewhere the image tower")
-    model.add_argument("--head-hidden", type=int, default=0, help="width of the head's two hidden layers; 0 is 256 for "
-                                                                  "tiny, else 2048")
+    model.add_argument("--head-hidden", type=int, default=0,
+                       help="width of the head's two hidden layers; 0 is 256 for tiny, else 2048")
     model.add_argument("--head-bn", action=argparse.BooleanOptionalAction, default=True,
                        help="batch norm in the head's hidden layers")
     model.add_argument("--bn", default="sync", choices=["sync", "local"],
@@ -1204,7 +1205,8 @@ def augment_colour(x: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     x = torch.where(u[:, 12] < 0.25, grey(x), x)
     top, left = (draws[:, 13:15] * (256 - S)).long().unbind(1)
     span = torch.arange(S, device=x.device)
-    x = x + 0.02 * noise_field(x.device)[:, (top[:, None] + span)[:, :, None], (left[:, None] + span)[:, None]].movedim(0, 1)
+    rows, columns = (top[:, None] + span)[:, :, None], (left[:, None] + span)[:, None]  # [n, S, 1], [n, 1, S]
+    x = x + 0.02 * noise_field(x.device)[:, rows, columns].transpose(0, 1)
     return torch.where(u[:, 0] < 0.5, x.flip(3), x)
 
 
@@ -1660,10 +1662,10 @@ def evaluate_dino(model: Network, worlds: list[tuple[Table, dict[str, Table], li
                     metrics[name] |= imbalance_metrics(guesses["probe"][labelled], labels[labelled], counts)
                 metrics[name] |= right
                 if npz_folder is not None and (not dist.is_initialized() or dist.get_rank() == 0):
-                    arrays = {"logits": found["probe"].cpu().numpy().astype(np.float16), "predictions": guesses["probe"],
-                              "features": found["features"].cpu().numpy().astype(np.float16), "labels": labels,
-                              "rows": found["rows"], "class_counts": counts, "class_names": np.array(class_names, str),
-                              "prototypes": found["weights"].cpu().numpy().astype(np.float16)}
+                    half = {"logits": found["probe"], "features": found["features"], "prototypes": found["weights"]}
+                    arrays = {key: x.cpu().numpy().astype(np.float16) for key, x in half.items()}
+                    arrays |= {"predictions": guesses["probe"], "labels": labels, "rows": found["rows"],
+                               "class_counts": counts, "class_names": np.array(class_names, str)}
                     write_atomically(npz_folder / f"{name}.npz",
                                      lambda file, arrays=arrays: np.savez(file, **arrays))
     model.train()
@@ -1826,7 +1828,7 @@ class RunLog:
 
 
 def find_worlds(args: argparse.Namespace, root: Path) -> list[tuple[Table, dict[str, Table], list[str]]]:
-    """What the features are probed on: (labelled set, test sets, class names), the root's first; none without labels."""
+    """What the features are probed on: (labelled set, test sets, class names), the root's first if it has labels."""
     worlds, class_names = [], [row["name"] for row in read_classes(root)]
     test_sets = find_test_sets(args.eval_sets, root)
     if class_names and test_sets:
@@ -2064,7 +2066,8 @@ def main(args: argparse.Namespace) -> None:
         with torch.no_grad():
             torch._foreach_lerp_(teacher_params, student_params, 1 - momentum)
             teacher_prototypes.lerp_(table.weight, 1 - momentum)
-            won = torch.zeros_like(usage).index_add_(0, proto_ids[targets.argmax(1)], torch.ones_like(targets[:, 0], dtype=torch.int64))
+            winners = proto_ids[targets.argmax(1)]
+            won = torch.zeros_like(usage).index_add_(0, winners, torch.ones_like(winners))
             if world_size > 1:
                 dist.all_reduce(won)  # All ranks
             usage += won

@@ -16,8 +16,9 @@ makes CLIP robust to imbalance.
 
 The defaults are a recipe for 32 px images. The paper's, on LAIONet, is
     torchrun --nproc-per-node 8 dino_laionet.py --root ROOT --arch RN50 --batch-size 1024 --epochs 200
-with --warmup-steps 1200 --optimizer sgd --lr 0.12 --weight-decay 1e-4 --ema 0.996 --teacher-temp 0.04 --augment dino --global-size 224
---global-scale 0.14 1 --crop-aspect 1.3333 --local-crops 8 --local-size 96 --no-head-bn --sample-prototypes 16384
+with --warmup-steps 1200 --optimizer sgd --lr 0.12 --weight-decay 1e-4 --ema 0.996 --teacher-temp 0.04 --no-head-bn
+--augment dino --global-size 224 --global-scale 0.14 1 --crop-aspect 1.3333 --local-crops 8 --local-size 96
+--sample-prototypes 16384
 
 A data set is a TSV with a column image (clip.py's docstring has the formats). Labels are not trained on; k-NN and a
 linear probe are fitted on the features of a labelled set (--probe-set). Written to --out: args.json, log.jsonl,
@@ -126,7 +127,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     method.add_argument("--prototype-power", type=float, default=0.0,
                         help="prototypes are drawn with weight (times won + 1) ** this; 0 is evenly")
     method.add_argument("--centering", default="sinkhorn", choices=["sinkhorn", "mean"],
-                        help="what keeps the teacher from one answer for all: equal shares, or a running mean taken off")
+                        help="against one answer for all images: equal shares of the prototypes, or a running mean taken off")
     method.add_argument("--student-temp", type=float, default=0.1, help="temperature of the student's softmax")
     method.add_argument("--teacher-temp", type=float, default=0.02, help="temperature of the teacher's targets")
     method.add_argument("--warmup-teacher-temp", type=float, default=0.0,
@@ -1850,8 +1851,9 @@ def checkpoint_of_dino(teacher: Network, prototypes: torch.Tensor, class_names: 
             "class_counts": torch.from_numpy(class_counts)}
 
 
-def report(teacher: Network, prototypes: torch.Tensor, worlds: list, class_counts: np.ndarray,
-           args: argparse.Namespace, step: int, seconds: float, rank: int, device: torch.device, precision: str) -> None:
+def report_dino(teacher: Network, prototypes: torch.Tensor, worlds: list, class_counts: np.ndarray,
+                args: argparse.Namespace, step: int, seconds: float, rank: int, device: torch.device,
+                precision: str) -> None:
     """Evaluate, write metrics.json and <set>.npz, print the table. All ranks."""
     out = Path(args.out)
     metrics = evaluate_dino(teacher, worlds, class_counts, args, device, out)
@@ -1882,8 +1884,8 @@ def evaluate_file(args: argparse.Namespace, worlds: list, rank: int, device: tor
         setattr(args, name, made_with[name])
     if worlds and loaded["class_names"] != worlds[0][2]:
         loaded["class_counts"] = torch.zeros(len(worlds[0][2]), dtype=torch.int64)
-    report(model.to(device), prototypes, worlds, loaded["class_counts"].numpy(), args, loaded["step"], 0.0, rank, device,
-           precision)
+    report_dino(model.to(device), prototypes, worlds, loaded["class_counts"].numpy(), args, loaded["step"], 0.0, rank,
+                device, precision)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -2127,8 +2129,8 @@ def main(args: argparse.Namespace) -> None:
     if args.export:
         exported = checkpoint_of_dino(teacher, teacher_prototypes, class_names, class_counts, args, steps)
         on_one_rank(rank, lambda: write_atomically(Path(args.export), functools.partial(torch.save, exported)))
-    report(teacher, teacher_prototypes, worlds, class_counts, args, steps, seconds_before + time.time() - started, rank,
-           device, precision)
+    report_dino(teacher, teacher_prototypes, worlds, class_counts, args, steps,
+                seconds_before + time.time() - started, rank, device, precision)
 
 
 if __name__ == "__main__":

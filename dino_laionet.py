@@ -127,7 +127,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     method.add_argument("--prototype-power", type=float, default=0.0,
                         help="prototypes are drawn with weight (times won + 1) ** this; 0 is evenly")
     method.add_argument("--centering", default="sinkhorn", choices=["sinkhorn", "mean"],
-                        help="against one answer for all images: equal shares of the prototypes, or a running mean taken off")
+                        help="against one answer for all: equal shares of the prototypes, or a running mean taken off")
     method.add_argument("--student-temp", type=float, default=0.1, help="temperature of the student's softmax")
     method.add_argument("--teacher-temp", type=float, default=0.02, help="temperature of the teacher's targets")
     method.add_argument("--warmup-teacher-temp", type=float, default=0.0,
@@ -1872,7 +1872,7 @@ def report_dino(teacher: Network, prototypes: torch.Tensor, worlds: list, class_
     print(f"metrics: {out / 'metrics.json'}", flush=True)
 
 
-def evaluate_file(args: argparse.Namespace, worlds: list, rank: int, device: torch.device, precision: str) -> None:
+def evaluate_checkpoint(args: argparse.Namespace, worlds: list, rank: int, device: torch.device, precision: str) -> None:
     """--eval-only: the teacher of a checkpoint."""
     loaded = load_weights(args.eval_only)
     if "dino_prototypes" not in loaded:
@@ -1909,7 +1909,7 @@ def main(args: argparse.Namespace) -> None:
     on_one_rank(rank, lambda: ensure_shapes(root))
     worlds = find_worlds(args, root)
     if args.eval_only:
-        evaluate_file(args, worlds, rank, device, precision)
+        evaluate_checkpoint(args, worlds, rank, device, precision)
         return
     class_names = [row["name"] for row in read_classes(root)]
     paths, weights = find_sets(args.data, root)

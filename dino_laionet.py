@@ -1829,7 +1829,7 @@ class RunLog:
 
 
 def find_worlds(args: argparse.Namespace, root: Path) -> list[tuple[Table, dict[str, Table], list[str]]]:
-    """What the features are probed on: (labelled set, test sets, class names), the root's first if it has labels."""
+    """What features are probed on: (labelled set, test sets, class names), the root's first if it has labels."""
     worlds, class_names = [], [row["name"] for row in read_classes(root)]
     test_sets = find_test_sets(args.eval_sets, root)
     if class_names and test_sets:
@@ -1872,7 +1872,7 @@ def report_dino(teacher: Network, prototypes: torch.Tensor, worlds: list, class_
     print(f"metrics: {out / 'metrics.json'}", flush=True)
 
 
-def evaluate_checkpoint(args: argparse.Namespace, worlds: list, rank: int, device: torch.device, precision: str) -> None:
+def evaluate_teacher(args: argparse.Namespace, worlds: list, rank: int, device: torch.device, precision: str) -> None:
     """--eval-only: the teacher of a checkpoint."""
     loaded = load_weights(args.eval_only)
     if "dino_prototypes" not in loaded:
@@ -1909,7 +1909,7 @@ def main(args: argparse.Namespace) -> None:
     on_one_rank(rank, lambda: ensure_shapes(root))
     worlds = find_worlds(args, root)
     if args.eval_only:
-        evaluate_checkpoint(args, worlds, rank, device, precision)
+        evaluate_teacher(args, worlds, rank, device, precision)
         return
     class_names = [row["name"] for row in read_classes(root)]
     paths, weights = find_sets(args.data, root)

@@ -349,7 +349,7 @@ class PrototypeTable:
                 self.state.setdefault(name, torch.zeros_like(self.weight))[proto_ids] = value
 
 
-def cosine(start: float, end: float, step: int, steps: int) -> float:
+def cosine_at(start: float, end: float, step: int, steps: int) -> float:
     """From start at step 0 towards end."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / max(steps, 1)))
 
@@ -1541,7 +1541,7 @@ def imbalance_metrics(predictions: np.ndarray, labels: np.ndarray, class_counts:
     }
 
 
-def knn_scores(bank: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor, C: int, k: int = 20,
+def knn_votes(bank: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor, C: int, k: int = 20,
                temperature: float = 0.07) -> torch.Tensor:
     """[n, C] votes of the k nearest images of a bank, each exp(cosine / temperature).
 
@@ -1627,7 +1627,7 @@ def probe_features(model: Network | RawPixels, bank: Table, test_sets: dict[str,
     for name, table in test_sets.items():
         x, test_labels, rows, bad = labelled_features(model, table, class_names, args, device)
         with exact_matmul():
-            knn = knn_scores(F.normalize(embed, dim=1), labels, F.normalize(x, dim=1), C)
+            knn = knn_votes(F.normalize(embed, dim=1), labels, F.normalize(x, dim=1), C)
             found[name] = {"knn": knn, "probe": standard(x) @ weights, "weights": (weights[:-1] / std[:, None]).T,
                            "features": x, "labels": test_labels, "rows": rows, "bad": bad, "decay": decay}
     return found
@@ -2028,12 +2028,13 @@ def main(args: argparse.Namespace) -> None:
     progress = tqdm(total=steps, initial=start, disable=not (is_main and sys.stderr.isatty()), unit="step")
     for step, batch in enumerate(loader, start):
         lr = lr_at(step, peak_lr, args.warmup_steps, steps)
-        optimizer.param_groups[0]["weight_decay"] = cosine(args.weight_decay, decay_end, step, steps)
+        optimizer.param_groups[0]["weight_decay"] = cosine_at(args.weight_decay, decay_end, step, steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
         warm = min(1.0, step / args.warmup_teacher_temp_steps) if args.warmup_teacher_temp_steps else 1.0
         first_temp = args.warmup_teacher_temp or args.teacher_temp
-        temperature, momentum = first_temp + warm * (args.teacher_temp - first_temp), cosine(args.ema, 1.0, step, steps)
+        temperature = first_temp + warm * (args.teacher_temp - first_temp)
+        momentum = cosine_at(args.ema, 1.0, step, steps)
         counts = usage.cpu().numpy() if args.prototype_power else None  # Sync
         proto_ids = draw_prototypes(K, M, args.seed, step, counts, args.prototype_power).to(device)
         table.load(proto_ids, student.head.prototypes, optimizer)

@@ -183,7 +183,7 @@ def test_unique_prototypes():
 
 
 def test_ema():
-    assert math.isclose(dino.cosine(0.996, 1.0, 0, 100), 0.996) and math.isclose(
-        dino.cosine(0.996, 1.0, 50, 100), 0.998
+    assert math.isclose(dino.cosine_at(0.996, 1.0, 0, 100), 0.996) and math.isclose(
+        dino.cosine_at(0.996, 1.0, 50, 100), 0.998
     )
-    assert dino.cosine(0.996, 1.0, 99, 100) < 1
+    assert dino.cosine_at(0.996, 1.0, 99, 100) < 1

@@ -27,6 +27,9 @@ checkpoint.pt, metrics.json and <set>.npz for each test set (logits of the probe
 Dimension key: B images of this process, V views, K prototypes, M of them used in a step, D width of a prototype,
 C classes.
 
+Expected on the default world, one seed: with --data imagenet, which is balanced, a linear probe has 0.12 on val and k-NN
+0.06; with the long-tailed default 0.09 and 0.04. Raw pixels have 0.07 and 0.09, a random network 0.03 and 0.02 (README).
+
 Deviations from the paper and its code:
  1. Sinkhorn runs in the log domain: the published exp(logits / temperature) overflows at low temperatures.
  2. Prototypes that a step does not use do not move in it: neither momentum nor weight decay touches their rows. The
@@ -138,7 +141,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     method.add_argument("--freeze-prototypes", type=int, default=0, help="steps before the prototypes are trained")
 
     optimization = parser.add_argument_group("optimization")
-    optimization.add_argument("--steps", type=int, default=1600,
+    optimization.add_argument("--steps", type=int, default=1000,
                               help="optimiser steps; --epochs takes its place when given")
     optimization.add_argument("--epochs", type=float, default=0, help="passes over the data; 0 leaves it to --steps")
     optimization.add_argument("--batch-size", type=int, default=128, help="examples of a step over all processes")

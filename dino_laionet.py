@@ -27,8 +27,8 @@ checkpoint.pt, metrics.json and <set>.npz for each test set (logits of the probe
 Dimension key: B images of this process, V views, K prototypes, M of them used in a step, D width of a prototype,
 C classes.
 
-Expected on the default world, one seed: with --data imagenet, which is balanced, a linear probe has 0.12 on val and k-NN
-0.06; with the long-tailed default 0.09 and 0.04. Raw pixels have 0.07 and 0.09, a random network 0.03 and 0.02 (README).
+Expected on the default world, one seed: with --data imagenet, which is balanced, a linear probe has 0.12 on val, k-NN
+0.06; with the long-tailed default 0.09 and 0.04. Raw pixels have 0.07 and 0.09, a random network 0.03 and 0.02.
 
 Deviations from the paper and its code:
  1. Sinkhorn runs in the log domain: the published exp(logits / temperature) overflows at low temperatures.

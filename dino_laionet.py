@@ -202,7 +202,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{flag.replace('_', '-')} must not be negative, got {getattr(args, flag)}")
     if args.sample_prototypes > args.prototypes:
         parser.error(f"--sample-prototypes {args.sample_prototypes} is more than the {args.prototypes} --prototypes")
-    if args.student_temp <= 0 or args.teacher_temp <= 0:
+    if not (args.student_temp > 0 and args.teacher_temp > 0):  # NaN is not
         parser.error("--student-temp and --teacher-temp must be positive")
     if not 0 <= args.ema <= 1:
         parser.error(f"--ema must be in [0, 1], got {args.ema}")
@@ -1976,7 +1976,7 @@ def main(args: argparse.Namespace) -> None:
     groups = param_groups(student, args.weight_decay)
     if args.optimizer == "sgd":
         peak_lr = args.lr or 0.03 * args.batch_size / 256  # Wen et al., appendix
-        optimizer = torch.optim.SGD(groups, peak_lr, 0.9, fused=True)
+        optimizer = torch.optim.SGD(groups, peak_lr, 0.9, fused=not args.freeze_prototypes)  # no row may lack a momentum
     else:
         peak_lr = args.lr or (3e-3 if args.arch == "tiny" else 5e-4 * args.batch_size / 256)
         optimizer = torch.optim.AdamW(groups, peak_lr, (0.9, 0.98), eps=1e-8, fused=True)

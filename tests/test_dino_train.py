@@ -1,0 +1,195 @@
+"""dino_laionet.py as a program: files, processes, resume, SIGTERM, bad images, export, bad input."""
+
+import functools
+import json
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import programs
+import pytest
+import torch
+from PIL import Image
+from programs import ENV, ROOT, assert_bit_equal, log_of, weights_of
+
+import dino_laionet as dino
+import sl_vocab_subsample as sl
+
+FLAGS = ["--batch-size", "32", "--log-every", "1", "--warmup-steps", "2", "--precision", "fp32", "--device", "cpu"]
+FLAGS += ["--eval-sets", "val", "--probe-images", "150", "--prototypes", "64"]
+QUICK = [*FLAGS, "--no-baselines"]
+SMALL = ["--sample-prototypes", "16"]
+run = functools.partial(programs.run, "dino_laionet.py")
+run_here = functools.partial(programs.run_here, dino)
+STATE = ("student_prototypes", "dino_prototypes", "usage", "last_won", "center")
+
+
+def state_of(out):
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def trained(world):
+    """A run as a program, with local crops, an export and the baselines; its folder and what it printed."""
+    out = world / "dino"
+    flags = ["--steps", "4", "--local-crops", "2", "--export", world / "backbone.pt", "--eval-every", "2", *SMALL]
+    return out, run("--root", world, *flags, *FLAGS, "--out", out).stdout
+
+
+def test_files_and_table(world, trained):
+    out, printed = trained
+    metrics = json.loads((out / "metrics.json").read_text())
+    keys = "n top1 balanced head medium tail knn probe random_knn random_probe pixels_knn pixels_probe chance".split()
+    assert set(keys) <= set(metrics["val"]) and metrics["val"]["top1"] == metrics["val"]["probe"]
+    assert metrics["run"]["script"] == "dino_laionet.py" and metrics["run"]["step"] == 4
+    assert 0 < metrics["run"]["unique_prototypes"] <= metrics["run"]["prototypes"] == 64
+    header, line = (next(x for x in printed.splitlines()[::-1] if x.startswith(start)) for start in ("test set", "val"))
+    assert re.split(r"\s{2,}", header)[2:] == [
+        "knn",
+        "random knn",
+        "pixels knn",
+        "probe",
+        "random probe",
+        "pixels probe",
+        "chance",
+    ]
+    assert line.split()[1] == str(metrics["val"]["n"]) and f"{metrics['val']['knn']:.1%}" == line.split()[2]
+    with np.load(out / "val.npz") as found:
+        names = "logits features prototypes predictions labels rows class_counts class_names".split()
+        assert set(names) == set(found.files)
+        n = len(found["labels"])
+        assert found["logits"].shape == (n, 120) and found["features"].shape == (n, 256)
+        assert found["prototypes"].shape == (120, 256)
+        assert np.mean(found["predictions"] == found["labels"]) == pytest.approx(metrics["val"]["probe"])
+    lines = [line for line in log_of(out) if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4] and any("val" in line for line in log_of(out))
+    for line in lines:
+        assert 0 <= line["teacher_entropy"] <= 1 + 1e-6 and 0 <= line["spread_entropy"] <= 1 + 1e-6
+        assert line["teacher_kl"] == pytest.approx(np.log(16) * (1 - line["teacher_entropy"]), abs=1e-5)
+        assert 0 < line["won_1000"] <= 1 and line["feature_std"] > 0 and line["temperature"] > 0
+        assert 0.95 <= line["ema"] < 1 and line["bad_images"] == 0 and np.isfinite(line["loss"])
+    won = state_of(out)["usage"]
+    assert int(won.sum()) == 4 * 2 * 32 and lines[-1]["won_1000"] == pytest.approx(float((won > 0).float().mean()))
+
+
+def test_eval_only_gives_the_metrics_of_the_run(world, trained, tmp_path):
+    flags = ["--root", world, "--eval-only", trained[0] / "checkpoint.pt", *FLAGS, "--out", tmp_path]
+    run_here(*flags)
+    again, first = (json.loads((x / "metrics.json").read_text()) for x in (tmp_path, trained[0]))
+    assert again["val"] == first["val"]
+    assert again["run"]["unique_prototypes"] == first["run"]["unique_prototypes"]
+
+
+def test_export_starts_a_classifier(world, trained, tmp_path):
+    exported = torch.load(world / "backbone.pt", weights_only=True)
+    assert "optimizer" not in exported
+    flags = ["--root", world, "--init", world / "backbone.pt", "--freeze-backbone", "--steps", "2", *FLAGS[:12]]
+    programs.run_here(sl, *flags, "--out", tmp_path)
+    own, theirs = weights_of(tmp_path), exported["state_dict"]
+    towers = [name for name in own if name.startswith("visual.")]
+    assert towers and all(torch.equal(own[name], theirs[name]) for name in towers)
+    run_here("--root", world, "--init", world / "backbone.pt", "--steps", "1", *QUICK, "--out", tmp_path / "dino")
+
+
+@pytest.mark.parametrize("centering, optimizer", [("sinkhorn", "adamw"), ("mean", "sgd")])
+def test_one_process_equals_two(world, tmp_path, centering, optimizer):
+    flags = ["--root", world, "--centering", centering, "--optimizer", optimizer, "--steps", "10", *SMALL, *QUICK]
+    flags += ["--local-crops", "1", "--eval-sets"]
+    run_here(*flags, "--out", tmp_path / "one")
+    run(*flags, "--out", tmp_path / "two", processes=2)
+    one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
+    assert len(one) == len(two) == 10
+    for a, b in zip(one, two, strict=True):
+        assert abs(a["loss"] - b["loss"]) <= 1e-5, (a, b)
+    assert one[0]["loss"] != one[-1]["loss"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [*SMALL, "--prototype-power", "-0.5", "--centering", "mean"],
+        ["--optimizer", "sgd", "--lr", "0.1", "--freeze-prototypes", "3"],
+    ],
+)
+def test_kill_and_resume_is_bit_equal(world, tmp_path, flags):
+    flags = ["--root", world, "--steps", "30", "--save-every", "5", *QUICK, *flags, "--eval-sets"]
+    run_here(*flags, "--out", tmp_path / "straight")
+    programs.kill_after(7, tmp_path / "killed", "dino_laionet.py", *flags)
+    step = state_of(tmp_path / "killed")["step"]
+    assert 0 < step < 30
+    assert f"continued from step {step}" in run_here(*flags, "--out", tmp_path / "killed")
+    a, b = (state_of(tmp_path / name) for name in ("straight", "killed"))
+    for name in "state_dict", "student", "prototype_state":
+        assert_bit_equal(a[name], b[name])
+    assert_bit_equal({name: a[name] for name in STATE}, {name: b[name] for name in STATE})
+    a, b = ([{**x, "images_per_s": 0} for x in log_of(tmp_path / name)] for name in ("straight", "killed"))
+    assert a == b
+
+
+def test_sigterm_saves_and_exits_0(world, tmp_path):
+    flags = ["--root", world, "--steps", "20", "--save-every", "0", *SMALL, *QUICK, "--eval-sets"]
+    run_here(*flags, "--out", tmp_path / "straight")
+    command = [sys.executable, ROOT / "dino_laionet.py", *map(str, flags), "--out", str(tmp_path / "stopped")]
+    process = subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step      3"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 0 and "SIGTERM: saved at step" in rest
+    run_here(*flags, "--out", tmp_path / "stopped")
+    assert_bit_equal(weights_of(tmp_path / "straight"), weights_of(tmp_path / "stopped"))
+
+
+def test_bad_images_are_replaced_and_counted(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "train.tsv").write_text("image\tlabel\n" + "".join(f"{i}.jpg\t{i % 3}\n" for i in range(40)))
+    (tmp_path / "classes.tsv").write_text("name\ncat\ndog\ncow\n")
+    for i in range(40):
+        size = (40, 48, 3) if i % 2 else (64, 40, 3)
+        Image.fromarray(rng.integers(0, 256, size, np.uint8)).save(tmp_path / f"{i}.jpg")
+    (tmp_path / "7.jpg").write_bytes(b"no picture")
+    flags = ["--data", tmp_path / "train.tsv", "--probe-set", tmp_path / "train.tsv", "--steps", "4", "--max-bad", "1"]
+    flags += ["--augment", "dino", "--local-crops", "1", "--workers", "0", *QUICK, "--eval-sets"]
+    printed = run_here(*flags, tmp_path / "train.tsv", "--out", tmp_path / "out")
+    assert "unreadable image (not an image)" in printed
+    assert 3 <= log_of(tmp_path / "out")[-1]["bad_images"] <= 6  # 128 draws of 40: row 7 comes 3 or 4 times
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())["train"]
+    assert metrics["n"] == 39 and metrics["bad_images"] == {"not an image": 1}
+    with pytest.raises(SystemExit, match="cannot be read .* more than --max-bad 0.0"):
+        flags[flags.index("--max-bad") + 1] = "0"
+        run_here(*flags, tmp_path / "train.tsv", "--out", tmp_path / "strict")
+
+
+def test_bad_input(world, trained, tmp_path, capsys):
+    """One clear line, exit code 2, nothing written."""
+    out = tmp_path / "out"
+    cases = [
+        (["--global-size", "33"], "a crop of 33 px is larger than the images of 32 x 32"),
+        (["--local-crops", "1", "--local-size", "40"], "a crop of 40 px is larger"),
+        (["--sample-prototypes", "65"], "--sample-prototypes 65 is more than the 64 --prototypes"),
+        (["--sample-prototypes", "-1"], "--sample-prototypes must not be negative"),
+        (["--prototypes", "-3"], "--prototypes must be at least 1, got -3"),
+        (["--teacher-temp", "0"], "must be positive"),
+        (["--student-temp", "0"], "must be positive"),
+        (["--teacher-temp", "nan"], "must be positive"),
+        (["--ema", "1.5"], "--ema must be in [0, 1]"),
+        (["--global-scale", "0.9", "0.2"], "--global-scale must be 0 < LO <= HI <= 1"),
+        (["--init", world / "backbone.pt", "--arch", "ViT-S-16", "--global-size", "16"], "does not fit --arch ViT"),
+        (["--arch", "ViT-S-16"], "multiples of its patches of 16 px"),
+        (["--init", tmp_path / "none.pt"], "no such checkpoint"),
+        (["--batch-size", "100000"], "larger than the"),
+    ]
+    for flags, message in cases:
+        with pytest.raises(SystemExit) as error:
+            run_here("--root", world, *QUICK, *flags, "--out", out)
+        said = error.value.code if isinstance(error.value.code, str) else capsys.readouterr().err.split("error: ")[-1]
+        assert message in said and "\n" not in said.strip(), flags
+        assert isinstance(error.value.code, str) or error.value.code == 2
+        assert not out.exists(), flags
+    flags = ["--root", world, "--steps", "4", "--local-crops", "2", *SMALL, *QUICK, "--prototypes", "32"]
+    result = run(*flags, "--out", trained[0], check=False)
+    assert result.returncode == 2 and "Traceback" not in result.stdout
+    assert "--prototypes 64, now 32: pass another --out" in result.stdout

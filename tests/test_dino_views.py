@@ -1,0 +1,289 @@
+"""dino_laionet.py: crops, colours, towers, published weights and probes, against torchvision, scipy and scikit-learn."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+import torchvision.transforms.v2.functional as tv
+from PIL import Image
+from scipy.stats import ks_2samp
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+
+import clip
+import dino_laionet as dino
+
+
+def uniform(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("scale, aspect", [((0.05, 0.14), 1.5), ((0.6, 1.0), 1.0), ((0.4, 1.0), 3.0)])
+def test_boxes_have_the_law_of_torchvision(scale, aspect):
+    n, height = 3000, 2000
+    width, ratio = round(aspect * height), 4 / 3
+    boxes = dino.view_boxes(scale, ratio, np.full(n, width / height), 0, np.arange(n))
+    assert boxes.min() >= 0 and boxes.max() <= 1 + 1e-12
+    left, top, right, bottom = (boxes * [width, height, width, height]).T
+    ours = np.stack([left, top, right - left, bottom - top], 1)
+    torch.manual_seed(0)
+    image, get = torch.empty(1, 1, 1).expand(1, height, width), torchvision.transforms.RandomResizedCrop.get_params
+    theirs = np.array([get(image, list(scale), [1 / ratio, ratio]) for _ in range(n)])[:, [1, 0, 3, 2]]
+    for name, of in {
+        "left": lambda x: x[:, 0] / width,
+        "top": lambda x: x[:, 1] / height,
+        "area": lambda x: x[:, 2] * x[:, 3] / (width * height),
+        "ratio": lambda x: np.log(x[:, 2] / x[:, 3]),
+    }.items():
+        a, b = (np.round(of(x), 2) for x in (ours, theirs))  # torchvision's sides are whole pixels
+        assert ks_2samp(a, b).pvalue > 1e-3, name
+    if aspect < 3:
+        area, shape = ours[:, 2] * ours[:, 3] / (width * height), ours[:, 2] / ours[:, 3]
+        assert scale[0] - 1e-9 <= area.min() and area.max() <= scale[1] + 1e-9
+        assert 1 / ratio - 1e-9 <= shape.min() and shape.max() <= ratio + 1e-9
+
+
+@pytest.mark.parametrize("aspect", [10.0, 0.1])
+def test_box_that_never_fits(aspect):
+    """The largest crop of an allowed ratio, in the middle."""
+    box = dino.view_boxes((0.9, 1.0), 4 / 3, np.array([aspect]), 0, 1)[0]
+    side = 4 / 3 / 10
+    expected = [0.5 - side / 2, 0, 0.5 + side / 2, 1] if aspect > 1 else [0, 0.5 - side / 2, 1, 0.5 + side / 2]
+    np.testing.assert_allclose(box, expected, atol=1e-12)
+
+
+def test_boxes_depend_on_their_own_keys_alone():
+    boxes = dino.view_boxes((0.1, 1.0), 1.3, np.ones(5), 3, np.arange(5))
+    alone = dino.view_boxes((0.1, 1.0), 1.3, np.ones(1), 3, np.array([4]))
+    assert np.array_equal(boxes[4:], alone) and len(np.unique(boxes, axis=0)) == 5
+    assert not np.array_equal(alone, dino.view_boxes((0.1, 1.0), 1.3, np.ones(1), 4, np.array([4])))
+
+
+@pytest.mark.parametrize("f", [0.0, 0.3, 1.0])
+def test_jitter_is_torchvisions(f):
+    x, f1 = uniform(4, 3, 20, 20), torch.full((4, 1, 1, 1), f)
+    x[0, :, :5], x[1, :, 3] = 0.5, 0  # grey and black: no hue
+    expected = [
+        tv.adjust_brightness(x, 0.6 + 0.8 * f),
+        torch.stack([tv.adjust_contrast(one, 0.6 + 0.8 * f) for one in x]),
+        tv.adjust_saturation(x, 0.8 + 0.4 * f),
+        tv.adjust_hue(x, 0.2 * f - 0.1),
+    ]
+    for op, target in zip(dino.JITTER, expected, strict=True):
+        torch.testing.assert_close(op(x.clone(), f1), target, rtol=0, atol=2e-5)
+    torch.testing.assert_close(dino.grey(x), tv.rgb_to_grayscale(x), rtol=0, atol=1e-6)
+
+
+def test_blur_is_torchvisions():
+    x, sigma = uniform(3, 3, 16, 16), torch.tensor([0.1, 0.7, 2.0])
+    expected = torch.stack([tv.gaussian_blur(one, [13, 13], [float(s)]) for one, s in zip(x, sigma, strict=True)])
+    torch.testing.assert_close(dino.gaussian_blur(x, sigma), expected, rtol=0, atol=1e-5)
+
+
+def test_dino_colours_are_torchvisions_in_the_drawn_order():
+    n = 60
+    x, draws = uniform(n, 3, 16, 16), uniform(n, dino.N_DRAWS, seed=1)
+    ours = dino.augment_dino(x.clone(), draws, [1.0, 0.1, 0.5], [0.0, 0.2, 0.0])
+    seen = np.zeros(4)
+    for i, (y, d) in enumerate(zip(x, draws.tolist(), strict=True)):
+        view = i // 20
+        ops = [
+            lambda y, d=d: tv.adjust_brightness(y, 0.6 + 0.8 * d[2]),
+            lambda y, d=d: tv.adjust_contrast(y, 0.6 + 0.8 * d[3]),
+            lambda y, d=d: tv.adjust_saturation(y, 0.8 + 0.4 * d[4]),
+            lambda y, d=d: tv.adjust_hue(y, 0.2 * d[5] - 0.1),
+        ]
+        is_on = d[1] < 0.8, d[10] < 0.2, d[11] < (1.0, 0.1, 0.5)[view], d[13] < (0.0, 0.2, 0.0)[view]
+        seen += is_on
+        for op in np.argsort(d[6:10]) if is_on[0] else []:
+            y = ops[op](y)
+        y = tv.rgb_to_grayscale(y, 3) if is_on[1] else y
+        y = tv.gaussian_blur(y, [13, 13], [0.1 + 1.9 * d[12]]) if is_on[2] else y
+        y = tv.solarize(y, 0.5) if is_on[3] else y
+        y = y.flip(2) if d[0] < 0.5 else y
+        close = (ours[i] - y).abs() < 1e-4
+        assert close.float().mean() > (0.99 if is_on[3] else 0.9999), i  # solarising cuts at 0.5
+    assert seen.min() > 0
+
+
+@pytest.mark.parametrize("kind", ["dino", "colour"])
+def test_colours_do_not_depend_on_the_batch(kind):
+    x, draws = uniform(12, 3, 16, 16), uniform(12, dino.N_DRAWS, seed=2)
+
+    def augment(rows, view):
+        if kind == "colour":
+            return dino.augment_colour(x[rows].clone(), draws[rows])
+        blur, solarise = ([1.0, 0.1], [0.0, 0.2]) if view is None else ([[1.0], [0.1]][view], [[0.0], [0.2]][view])
+        return dino.augment_dino(x[rows].clone(), draws[rows], blur, solarise)
+
+    together = augment(slice(None), None)
+    assert torch.equal(together, augment(slice(None), None)) and not torch.equal(together, x)
+    for i in range(12):
+        torch.testing.assert_close(together[i : i + 1], augment(slice(i, i + 1), i // 6), rtol=0, atol=2e-6)
+
+
+def test_synthetic_colours_stay_in_range():
+    x, draws = uniform(400, 3, 8, 8), uniform(400, dino.N_DRAWS, seed=3)
+    y = dino.augment_colour(x, draws)
+    assert -0.13 - 0.12 < y.min() and y.max() < math.exp(0.4) + 0.13 + 0.12  # noise: 6 sigma
+    is_grey = ((y - y.mean(1, keepdim=True)).abs().amax((1, 2, 3)) < 0.15) & (draws[:, 12] < 0.25)
+    assert bool((is_grey == (draws[:, 12] < 0.25)).all())
+
+
+def test_files_and_arrays_give_the_same_views(tmp_path):
+    """Two ramps tell where a crop was taken from."""
+    ramp = np.arange(64, dtype=np.uint8) * 4
+    image = np.stack([np.tile(ramp, (64, 1)), np.tile(ramp[:, None], (1, 64)), np.zeros((64, 64), np.uint8)], 2)
+    Image.fromarray(image).save(tmp_path / "0.png")
+    np.save(tmp_path / "all.npy", image[None])
+    (tmp_path / "files.tsv").write_text("image\n" + "0.png\n" * 6)
+    (tmp_path / "array.tsv").write_text("image\n" + "all.npy:0\n" * 6)
+    examples, sizes, scales = np.array([[0, i, 2] for i in range(6)]), [28, 28, 16], [(0.3, 1), (0.3, 1), (0.1, 0.3)]
+    crops, batches = [], []
+    for name in "files", "array":
+        tables = [dino.Table(tmp_path / f"{name}.tsv")]
+        views, pixels = dino.Views(tables, sizes, scales, 4 / 3, 10**6, 5), dino.load_pixels(tables)
+        views.pixel_offsets = None if pixels is None else np.array([0])
+        batch = views.__getitems__(examples)
+        batches.append(batch)
+        if pixels is None:
+            crops.append([x.float() for x in batch["crops"]])
+        else:
+            images = pixels[batch["pixel_rows"]]
+            crops.append([dino.crop_pixels(images, b, s) for b, s in zip(batch["boxes"], sizes, strict=True)])
+    assert "crops" in batches[0] and "boxes" in batches[1]
+    assert torch.equal(batches[0]["draws"], batches[1]["draws"]) and batches[0]["draws"].shape == (3, 6, dino.N_DRAWS)
+    for a, b in zip(*crops, strict=True):
+        assert a.shape == b.shape and (a - b).abs()[:, :, 2:-2, 2:-2].max() < 6 and a.mean((1, 2, 3)).std() > 1
+
+
+def cubic_matrix(n_in, n_out):
+    """Keys' cubic convolution with a = -0.75, pixel centres at halves, edges repeated."""
+    matrix, a = np.zeros((n_out, n_in)), -0.75
+    for o in range(n_out):
+        at = (o + 0.5) * n_in / n_out - 0.5
+        for i in range(math.floor(at) - 1, math.floor(at) + 3):
+            t = abs(at - i)
+            w = (a + 2) * t**3 - (a + 3) * t**2 + 1 if t <= 1 else a * (t**3 - 5 * t**2 + 8 * t - 4)
+            matrix[o, min(max(i, 0), n_in - 1)] += w
+    return matrix
+
+
+def test_positions_of_another_grid():
+    positions = torch.randn(1 + 14**2, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(dino.resize_positions(positions, 14, 14), positions)
+    new = dino.resize_positions(positions, 6, 7)
+    grid = positions[1:].reshape(14, 14, 5).numpy()
+    expected = np.einsum("hi,wj,ijd->hwd", cubic_matrix(14, 6), cubic_matrix(14, 7), grid)
+    assert torch.equal(new[0], positions[0])
+    np.testing.assert_allclose(new[1:].reshape(6, 7, 5), expected, atol=1e-5)
+
+
+def vit_weights():
+    """The published key names of DINO's ViT-S/16."""
+    D, shapes = 384, {"cls_token": (1, 1, 384), "pos_embed": (1, 197, 384)}
+    shapes |= {"patch_embed.proj.weight": (D, 3, 16, 16), "patch_embed.proj.bias": (D,)}
+    shapes |= {"norm.weight": (D,), "norm.bias": (D,)}
+    for i in range(12):
+        for name, shape in {
+            "norm1.weight": (D,),
+            "norm1.bias": (D,),
+            "attn.qkv.weight": (3 * D, D),
+            "attn.qkv.bias": (3 * D,),
+            "attn.proj.weight": (D, D),
+            "attn.proj.bias": (D,),
+            "norm2.weight": (D,),
+            "norm2.bias": (D,),
+            "mlp.fc1.weight": (4 * D, D),
+            "mlp.fc1.bias": (4 * D,),
+            "mlp.fc2.weight": (D, 4 * D),
+            "mlp.fc2.bias": (D,),
+        }.items():
+            shapes[f"blocks.{i}.{name}"] = shape
+    return {name: 0.02 * uniform(*shape, seed=k) for k, (name, shape) in enumerate(shapes.items())}
+
+
+def network(arch):
+    return dino.Network(arch, 16, 8, 4, False).eval()
+
+
+def test_public_vit_weights_load(tmp_path):
+    weights, model = vit_weights(), network("ViT-S-16")
+    wrapped = {f"module.backbone.{k}": v for k, v in weights.items()} | {"module.head.mlp.0.weight": torch.ones(2, 2)}
+    for name, content in {"bare": weights, "full": {"teacher": wrapped, "student": {}, "epoch": 3}}.items():
+        torch.save(content, tmp_path / f"{name}.pt")
+        torch.nn.init.zeros_(model.visual.pos_embed)
+        dino.load_backbone(model, str(tmp_path / f"{name}.pt"))
+        own = model.visual.state_dict()
+        assert own.keys() == weights.keys() and all(torch.equal(own[k], weights[k]) for k in own)
+    with pytest.raises(SystemExit, match="does not fit --arch tiny"):
+        dino.load_backbone(network("tiny"), str(tmp_path / "bare.pt"))
+    with torch.no_grad():
+        a, b = (model.visual(uniform(2, 3, size, size)) for size in (224, 96))
+        logits, embed = model([uniform(4, 3, 224, 224) * 255, uniform(2, 3, 96, 96) * 255])
+    assert a.shape == b.shape == (2, 384) and bool(a.isfinite().all())
+    assert logits.shape == (6, 4) and embed.shape == (6, 384)
+
+
+def test_clip_rn50_weights_load(tmp_path):
+    torch.manual_seed(0)
+    tower, model = clip.ModifiedResNet(1024, 224).eval(), network("RN50")
+    weights = {f"visual.{k}": v for k, v in tower.state_dict().items()} | {"logit_scale": torch.ones(())}
+    torch.save({"state_dict": weights}, tmp_path / "clip.pt")
+    dino.load_backbone(model, str(tmp_path / "clip.pt"))
+    with torch.no_grad():
+        image = uniform(1, 3, 224, 224)
+        torch.testing.assert_close(model.visual(image), tower(image), rtol=1e-5, atol=1e-6)
+        assert model.visual(uniform(2, 3, 96, 96)).shape == (2, 1024)
+
+
+def test_torchvision_resnet50_weights_load(tmp_path):
+    tower, model = torchvision.models.resnet50(weights=None).eval(), network("resnet50")
+    torch.save(tower.state_dict(), tmp_path / "resnet50.pt")
+    dino.load_backbone(model, str(tmp_path / "resnet50.pt"))
+    tower.fc = torch.nn.Identity()
+    with torch.no_grad():
+        for size in 224, 96:
+            x = uniform(1, 3, size, size)
+            torch.testing.assert_close(model.visual(x), tower(x), rtol=1e-5, atol=1e-5)
+
+
+def features(n, d, seed):
+    x = torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+    return x, (x @ torch.randn(d, 5, generator=torch.Generator().manual_seed(9)) + x).argmax(1)
+
+
+def test_knn_is_scikit_learns():
+    (bank, labels), (queries, _) = features(300, 5, 0), features(1500, 5, 1)
+    bank, queries = (torch.nn.functional.normalize(x, dim=1) for x in (bank, queries))
+    ours = dino.knn_scores(bank, labels, queries, 5)
+    oracle = KNeighborsClassifier(20, metric="cosine", weights=lambda d: np.exp(-d / 0.07)).fit(bank, labels)
+    np.testing.assert_allclose(ours / ours.sum(1, keepdim=True), oracle.predict_proba(queries), atol=1e-4)
+    few = dino.knn_scores(bank[:3], labels[:3], queries, 5)  # fewer than k images
+    assert len(few) == 1500 and int((few > 0).sum(1).max()) <= 3
+
+
+@pytest.mark.parametrize("decay", [1e-1, 1e-2, 1e-3])
+def test_logistic_regression_is_scikit_learns(decay):
+    x, labels = features(400, 5, 0)
+    ones = torch.cat([x, torch.ones(400, 1)], 1)
+    ours = dino.fit_logistic(ones, labels, 5, decay, None)
+    oracle = LogisticRegression(C=1 / (400 * decay), tol=1e-10, max_iter=5000).fit(x.numpy(), labels.numpy())
+    theirs = torch.cat([torch.from_numpy(oracle.coef_.T), torch.from_numpy(oracle.intercept_)[None]]).double()
+
+    def objective(w):
+        logits = ones.double() @ w.double()
+        return float(torch.nn.functional.cross_entropy(logits, labels) + decay / 2 * w[:-1].double().square().sum())
+
+    assert abs(objective(ours) / objective(theirs) - 1) < 1e-4
+
+
+def test_probe_chooses_its_decay_on_held_out_rows():
+    """Pure noise wants the strongest decay, separable classes do not."""
+    x, labels = features(400, 5, 0)
+    ones = torch.cat([x, torch.ones(400, 1)], 1)
+    weights, decay = dino.linear_probe(ones, labels, 5, 0)
+    assert decay < 0.1 and float(((ones @ weights).argmax(1) == labels).float().mean()) > 0.9
+    assert torch.equal(weights, dino.fit_logistic(ones, labels, 5, decay, None))

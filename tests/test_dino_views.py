@@ -258,10 +258,10 @@ def features(n, d, seed):
 def test_knn_is_scikit_learns():
     (bank, labels), (queries, _) = features(300, 5, 0), features(1500, 5, 1)
     bank, queries = (torch.nn.functional.normalize(x, dim=1) for x in (bank, queries))
-    ours = dino.knn_scores(bank, labels, queries, 5)
+    ours = dino.knn_votes(bank, labels, queries, 5)
     oracle = KNeighborsClassifier(20, metric="cosine", weights=lambda d: np.exp(-d / 0.07)).fit(bank, labels)
     np.testing.assert_allclose(ours / ours.sum(1, keepdim=True), oracle.predict_proba(queries), atol=1e-4)
-    few = dino.knn_scores(bank[:3], labels[:3], queries, 5)  # fewer than k images
+    few = dino.knn_votes(bank[:3], labels[:3], queries, 5)  # fewer than k images
     assert len(few) == 1500 and int((few > 0).sum(1).max()) <= 3
 
 

@@ -1976,7 +1976,8 @@ def main(args: argparse.Namespace) -> None:
     groups = param_groups(student, args.weight_decay)
     if args.optimizer == "sgd":
         peak_lr = args.lr or 0.03 * args.batch_size / 256  # Wen et al., appendix
-        optimizer = torch.optim.SGD(groups, peak_lr, 0.9, fused=not args.freeze_prototypes)  # no row may lack a momentum
+        # The fused SGD wants a momentum for every parameter, which frozen prototypes do not have.
+        optimizer = torch.optim.SGD(groups, peak_lr, 0.9, fused=not args.freeze_prototypes)
     else:
         peak_lr = args.lr or (3e-3 if args.arch == "tiny" else 5e-4 * args.batch_size / 256)
         optimizer = torch.optim.AdamW(groups, peak_lr, (0.9, 0.98), eps=1e-8, fused=True)

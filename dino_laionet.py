@@ -82,8 +82,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--data", default="laionet",
                       help="training sets: NAME (ROOT/NAME/train.tsv) or FILE.tsv, mixed as A:2,B:1; without weights "
                            "each set counts by its size")
-    data.add_argument("--probe-set", default="imagenet",
-                      help="labelled set that k-NN and the linear probe are fitted on: NAME or FILE.tsv")
+    data.add_argument("--probe-set", default="auto",
+                      help="labelled set that k-NN and the linear probe are fitted on: NAME or FILE.tsv; auto is "
+                           "imagenet where ROOT has it, else the first of --data")
     data.add_argument("--probe-images", type=int, default=6000,
                       help="use at most so many images of --probe-set, drawn evenly")
     data.add_argument("--eval-sets", nargs="*", default=["auto"],
@@ -601,17 +602,11 @@ def resize_positions(positions: torch.Tensor, height: int, width: int) -> torch.
 class AnySizeAttentionPool2d(AttentionPool2d):
     """The attention pool with its positions resized to the feature map, for local crops."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, width, h, w] -> [B, D]
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, width, S, S] -> [B, D]
         positions = resize_positions(self.positional_embedding, *x.shape[2:])
-        x = x.flatten(2).transpose(1, 2)  # [B, P, width]
-        x = torch.cat([x.mean(1, keepdim=True), x], 1) + positions.to(x.dtype)  # [B, 1 + P, width]
-        # With one query, q (Wk x) = (q Wk) x and sum a (Wv x) = Wv (sum a x): no token is projected. Per head, 64 wide:
-        q = self.q_proj(x[:, 0]).unflatten(1, (self.n_heads, -1))  # [B, H, 64]
-        k_weight, v_weight = (p.weight.unflatten(0, (self.n_heads, -1)) for p in (self.k_proj, self.v_proj))
-        k_bias, v_bias = (p.bias.unflatten(0, (self.n_heads, -1)) for p in (self.k_proj, self.v_proj))
-        scores = torch.einsum("bhw,hwc->bhc", q, k_weight) @ x.transpose(1, 2) + (q * k_bias).sum(2, keepdim=True)
-        pooled = (scores * q.shape[2] ** -0.5).softmax(2) @ x  # [B, H, width]
-        return self.c_proj((torch.einsum("bhc,hwc->bhw", pooled, v_weight) + v_bias).flatten(1))
+        if positions is self.positional_embedding:
+            return super().forward(x)
+        return torch.func.functional_call(self, {"positional_embedding": positions}, x)  # which fit: the line above
 
 
 class ViTBlock(nn.Module):
@@ -669,6 +664,7 @@ class Head(nn.Module):
 
     def __init__(self, embed_dim: int, hidden: int, D: int, M: int, has_bn: bool = False):
         super().__init__()
+
         def norm() -> list[nn.Module]:  # statistics over all processes need the batch norm of images
             return [nn.Unflatten(1, (hidden, 1, 1)), BatchNorm2d(hidden), nn.Flatten(1)] if has_bn else []
 
@@ -1615,10 +1611,9 @@ def probe_features(model: Network | RawPixels, bank: Table, test_sets: dict[str,
         keep = np.sort(np.random.default_rng([0, 10]).choice(len(bank), args.probe_images, replace=False))
         bank.starts = bank.starts[torch.from_numpy(keep)]
     embed, labels, _, _ = labelled_features(model, bank, class_names, args, device)
-    is_labelled, C = labels >= 0, len(class_names)
-    if not is_labelled.any():
-        raise SystemExit(f"{bank.path}: no row with a label, so no probe can be fitted; pass another --probe-set")
-    embed, labels = embed[torch.from_numpy(is_labelled).to(device)], torch.from_numpy(labels[is_labelled]).to(device)
+    if len(labels) < 2:
+        raise SystemExit(f"{bank.path}: {len(labels)} images can be read, so no probe can be fitted")
+    labels, C = torch.from_numpy(labels).to(device), len(class_names)
     mean, std = embed.mean(0), embed.std(0).clamp_min(1e-6)
 
     def standard(x: torch.Tensor) -> torch.Tensor:
@@ -1640,16 +1635,20 @@ def evaluate_dino(model: Network, worlds: list[tuple[Table, dict[str, Table], li
                   args: argparse.Namespace, device: torch.device, npz_folder: Path | None = None) -> dict[str, dict]:
     """Metrics of each test set of each world: top1, balanced, ... are the linear probe's. All ranks.
 
-    worlds: (labelled set, test sets, class names); class_counts [C] are those of the first.
+    worlds: (labelled set, test sets, class names); class_counts [C] are those of the root's.
     npz_folder: where the first process writes <set>.npz; with it, and --baselines, a random network and raw pixels too.
     """
+    if dist.is_initialized():
+        for buffer in model.buffers():  # with --bn local each process has its own statistics
+            dist.broadcast(buffer, 0)  # All ranks
     model.eval()
     models = {"": model}
-    if npz_folder is not None and args.baselines:
+    if npz_folder is not None and args.baselines and worlds:
         models |= {"random_": random_network(args, worlds[0][0], device), "pixels_": RawPixels()}
     metrics = {}
     for number, (bank, test_sets, class_names) in enumerate(worlds):
-        counts = class_counts if number == 0 else np.zeros(len(class_names), np.int64)
+        is_own = number == 0 and len(class_counts) == len(class_names)  # not of a --transfer folder
+        counts = class_counts if is_own else np.zeros(len(class_names), np.int64)
         for kind, probed in models.items():
             for name, found in probe_features(probed, bank, test_sets, class_names, args, device).items():
                 labels, labelled = found["labels"], found["labels"] >= 0
@@ -1836,12 +1835,21 @@ def find_worlds(args: argparse.Namespace, root: Path) -> list[tuple[Table, dict[
     worlds, class_names = [], [row["name"] for row in read_classes(root)]
     test_sets = find_test_sets(args.eval_sets, root)
     if class_names and test_sets:
-        worlds.append((Table(find_sets(args.probe_set, root)[0][0]), test_sets, class_names))
+        name = args.probe_set
+        if name == "auto":
+            name = "imagenet" if (root / "imagenet" / "train.tsv").is_file() else str(find_sets(args.data, root)[0][0])
+        worlds.append((Table(name if name.endswith(".tsv") else root / name / "train.tsv"), test_sets, class_names))
     for folder in map(Path, args.transfer):
         names = [row["name"] for row in read_classes(folder)]
         if not names:
             raise SystemExit(f"--transfer {folder}: no classes.tsv with a column name")
         worlds.append((Table(folder / "train.tsv"), {folder.name: Table(folder / "test.tsv")}, names))
+    for bank, _, names in worlds:  # now, not after the training
+        is_labelled = read_labels(bank, names) >= 0
+        if is_labelled.sum() < 2:
+            raise SystemExit(f"{bank.path}: {is_labelled.sum()} rows with a label, so no probe can be fitted; pass "
+                             "another --probe-set")
+        bank.starts = bank.starts[torch.from_numpy(is_labelled)]
     return worlds
 
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -172,6 +173,81 @@ def test_bad_images_are_replaced_and_counted(tmp_path):
     with pytest.raises(SystemExit, match="cannot be read .* more than --max-bad 0.0"):
         flags[flags.index("--max-bad") + 1] = "0"
         run_here(*flags, tmp_path / "train.tsv", "--out", tmp_path / "strict")
+
+
+def test_pictures_without_labels(world, tmp_path):
+    """No classes.tsv: the run ends well, and --transfer probes other worlds; a probe set without labels is refused."""
+    for i, image in enumerate(np.load(world / "val.npy")[:40]):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    (tmp_path / "train.tsv").write_text("image\n" + "".join(f"{i}.png\n" for i in range(40)))
+    flags = ["--data", tmp_path / "train.tsv", "--steps", "2", "--workers", "0", *FLAGS[:-6], "--prototypes", "64"]
+    assert "nothing to probe" in run_here(*flags, "--out", tmp_path / "plain")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "classes.tsv").write_text("name\ncat\ndog\ncow\n")
+    for name in "train", "test":
+        rows = "".join(f"../{i}.png\t{i % 3}\n" for i in range(40))
+        (other / f"{name}.tsv").write_text("image\tlabel\n" + rows)
+    run_here(*flags, "--transfer", other, "--out", tmp_path / "plain")
+    metrics = json.loads((tmp_path / "plain" / "metrics.json").read_text())["other"]
+    assert metrics["n"] == 40 and metrics["knn"] > 1 / 3 and metrics["pixels_probe"] > 0.9  # it has seen them
+    assert metrics["spearman_acc"] is None
+    (other / "train.tsv").write_text("image\n../0.png\n../1.png\n")
+    with pytest.raises(SystemExit, match="0 rows with a label, so no probe can be fitted"):
+        run_here(*flags, "--transfer", other, "--out", tmp_path / "plain")
+    with pytest.raises(SystemExit, match="no classes.tsv"):
+        run_here(*flags, "--transfer", tmp_path / "nowhere", "--out", tmp_path / "plain")
+
+
+def test_local_batch_norm_evaluates_as_the_checkpoint(world, tmp_path):
+    """Processes have their own statistics; metrics are those of the first one's, which the checkpoint holds."""
+    flags = ["--root", world, "--bn", "local", "--steps", "4", *SMALL, *QUICK]
+    run(*flags, "--out", tmp_path / "two", processes=2)
+    run_here("--root", world, "--eval-only", tmp_path / "two" / "checkpoint.pt", *QUICK, "--out", tmp_path / "again")
+    two, again = (np.load(tmp_path / name / "val.npz")["features"] for name in ("two", "again"))
+    np.testing.assert_allclose(two.astype(np.float32), again.astype(np.float32), rtol=0.01, atol=0.01)
+
+
+def test_collapse_is_named_once(world, tmp_path):
+    flags = ["--root", world, "--steps", "6", *QUICK, "--eval-sets"]
+    printed = run_here(*flags, "--teacher-temp", "10", "--out", tmp_path / "flat")
+    assert printed.count("the model has collapsed: targets are near uniform") == 1
+    assert "collapsed" not in run_here(*flags, "--out", tmp_path / "well")
+
+
+def test_non_finite_steps_are_left_out(world, tmp_path, monkeypatch):
+    """Two bad steps are skipped: the weights stay finite; ten in a row end the run."""
+    calls, dino_loss = [], dino.dino_loss
+
+    def broken(*args):
+        calls.append(1)
+        return dino_loss(*args) * (float("nan") if len(calls) in bad_calls else 1)
+
+    monkeypatch.setattr(dino, "dino_loss", broken)
+    flags, bad_calls = ["--root", world, *SMALL, *QUICK, "--eval-sets"], {3, 4}
+    printed = run_here(*flags, "--steps", "6", "--out", tmp_path / "a")
+    assert "step 3: loss not finite: step left out (1 in a row)" in printed and "(2 in a row)" in printed
+    found = state_of(tmp_path / "a")
+    tensors = [*found["state_dict"].values(), *found["student"].values(), found["student_prototypes"]]
+    assert all(bool(x.isfinite().all()) for x in [*tensors, *found["prototype_state"].values()])
+    calls.clear()
+    bad_calls = set(range(1, 99))
+    with pytest.raises(SystemExit, match="ten steps in a row"):
+        run_here(*flags, "--steps", "20", "--out", tmp_path / "b")
+    assert len(calls) == 10
+
+
+def test_full_disk_keeps_the_last_checkpoint(world, tmp_path):
+    def limit_file_size():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    flags = ["--root", world, *SMALL, *QUICK, "--eval-sets", "--out", tmp_path / "run"]
+    run_here(*flags, "--steps", "2")
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    result = run(*flags, "--steps", "4", "--resume", "off", check=False, preexec_fn=limit_file_size)
+    assert result.returncode == 2 and "cannot write" in result.stdout and "Traceback" not in result.stdout
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
 
 
 def test_bad_input(world, trained, tmp_path, capsys):

@@ -237,6 +237,12 @@ def test_clip_rn50_weights_load(tmp_path):
         image = uniform(1, 3, 224, 224)
         torch.testing.assert_close(model.visual(image), tower(image), rtol=1e-5, atol=1e-6)
         assert model.visual(uniform(2, 3, 96, 96)).shape == (2, 1024)
+        x, small = uniform(2, 2048, 3, 3), clip.AttentionPool2d(3, 2048, 32, 1024)  # the pool of a 96 px tower
+        positions = dino.resize_positions(model.visual.attnpool.positional_embedding, 3, 3)
+        small.load_state_dict(model.visual.attnpool.state_dict() | {"positional_embedding": positions})
+        torch.testing.assert_close(model.visual.attnpool(x), small(x))
+    model.visual.attnpool(x).sum().backward()
+    assert bool(model.visual.attnpool.positional_embedding.grad.any())
 
 
 def test_torchvision_resnet50_weights_load(tmp_path):

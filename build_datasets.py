@@ -855,14 +855,20 @@ N_CANDIDATES = 4  # adversarial: images drawn for each one that is kept
 TEST_SETS = dict(val="plain", v2="harder", sketch="sketch", rendition="rendition", objectnet="objectnet",
                  adversarial="harder")  # fmt: skip
 # zipf: the class at rank r of the set's own random order has a share of r ** -zipf. cut: rows of the smaller copy.
-# vague, wrong: share of captions that do not name the class, or name another. is_open: all 210 concepts, no labels.
+# odd: share of images drawn as sketch, rendition or objectnet, as a crawl of the web has them too. vague, wrong: share
+# of captions that do not name the class, or name another. is_open: all 210 concepts, no labels.
+# balanced is laionet without its imbalance: the control that differs in nothing else.
 TRAIN_SETS = {
-    "imagenet": dict(process="plain", n_rows=15_000, zipf=0.0, cut=0, vague=0.0, wrong=0.0, is_open=False),
-    "incaps": dict(process="plain", n_rows=15_000, zipf=0.3, cut=4_000, vague=0.0, wrong=0.0, is_open=False),
-    "laionet": dict(process="wide", n_rows=15_000, zipf=1.0, cut=4_000, vague=0.04, wrong=0.025, is_open=False),
-    "yfcc": dict(process="wide", n_rows=15_000, zipf=1.0, cut=0, vague=0.04, wrong=0.025, is_open=True),
-    "web": dict(process="wide", n_rows=60_000, zipf=0.7, cut=0, vague=0.04, wrong=0.025, is_open=True),
+    "imagenet": dict(process="plain", odd=0.0, n_rows=15_000, zipf=0.0, cut=0, vague=0.0, wrong=0.0, is_open=False),
+    "incaps": dict(process="plain", odd=0.0, n_rows=15_000, zipf=0.3, cut=4_000, vague=0.0, wrong=0.0, is_open=False),
+    "laionet": dict(process="wide", odd=0.0, n_rows=15_000, zipf=1.0, cut=4_000, vague=0.04, wrong=0.025,
+                    is_open=False),
+    "balanced": dict(process="wide", odd=0.0, n_rows=15_000, zipf=0.0, cut=0, vague=0.04, wrong=0.025, is_open=False),
+    "yfcc": dict(process="wide", odd=0.0, n_rows=15_000, zipf=1.0, cut=0, vague=0.04, wrong=0.025, is_open=True),
+    "web": dict(process="wide", odd=0.15, n_rows=60_000, zipf=0.7, cut=0, vague=0.04, wrong=0.025, is_open=True),
 }
+ODD_PROCESSES = ("sketch", "rendition", "objectnet")
+UNSEEN = dict(train=50, test=25)  # images per concept of the open world, to probe features on classes never trained on
 COLUMNS = ("image", "label", "caption", "title", "tags", "description", "similarity", "source")
 CHUNK = 250  # images per job, a constant: the random numbers hang on the chunk, not on the worker
 
@@ -886,15 +892,24 @@ def make_chunk(job):
 
     Returns: list of dicts of title, tags, description, caption and similarity (strings).
     """
-    path, set_name, process, concepts, first, vague, wrong, seed, names = job
+    path, set_name, style, concepts, first, seed, names = job
     chunk = first // CHUNK
     shapes, patterns = np.array(CONCEPTS)[concepts].T
-    images, seen = render(shapes, patterns, process, rng_of(seed, set_name, "pixels", chunk))
+    images, seen = render(shapes, patterns, style["process"], rng_of(seed, set_name, "pixels", chunk))
+    if style["odd"]:
+        rng = rng_of(seed, set_name, "odd", chunk)
+        process = np.where(rng.random(len(images)) < style["odd"], rng.integers(3, size=len(images)), -1)
+        for number, name in enumerate(ODD_PROCESSES):
+            rows = np.flatnonzero(process == number)
+            images[rows], odd = render(shapes[rows], patterns[rows], name, rng)
+            for key in seen:
+                seen[key][rows] = odd[key]
     np.lib.format.open_memmap(path, mode="r+")[first : first + len(images)] = images
 
     table, texts = concept_table(seed, names), []
     draw = random.Random(f"{seed} {set_name} captions {chunk}")
-    n_named = len(CONCEPTS) if set_name in TRAIN_SETS and TRAIN_SETS[set_name]["is_open"] else N_CLASSES
+    vague, wrong = style["vague"], style["wrong"]
+    n_named = len(CONCEPTS) if style["is_open"] else N_CLASSES
     for i, number in enumerate(concepts):
         concept, luck = table[number], draw.random()
         if set_name == "imagenet":
@@ -1090,8 +1105,10 @@ def render_world(folder, seed, size, names, workers):
     # rendering nor the last bits of the plain model depend on the number of cores.
     os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
     table = concept_table(seed, names)
-    classes = [dict(row, synonyms="|".join(row["synonyms"])) for row in table[:N_CLASSES]]
-    write_tsv(os.path.join(folder, "classes.tsv"), ("name", "synonyms", "definition"), classes)
+    os.mkdir(os.path.join(folder, "unseen"))
+    for place, part in (("", table[:N_CLASSES]), ("unseen", table[N_CLASSES:])):
+        classes = [dict(row, synonyms="|".join(row["synonyms"])) for row in part]
+        write_tsv(os.path.join(folder, place, "classes.tsv"), ("name", "synonyms", "definition"), classes)
 
     # Which concept each row shows. {set: [N] int64}; {set: [C] int64}
     keep = max(1, round(N_PER_CLASS * size))
@@ -1099,6 +1116,9 @@ def render_world(folder, seed, size, names, workers):
     for name in TEST_SETS:
         repeat = keep * N_CANDIDATES if name == "adversarial" else keep
         concepts[name] = rng_of(seed, name, "order").permutation(np.repeat(np.arange(N_CLASSES), repeat))
+    for part, n_images in UNSEEN.items():
+        open_world = np.repeat(np.arange(N_CLASSES, len(CONCEPTS)), max(1, round(n_images * size)))
+        concepts[f"unseen/{part}"] = rng_of(seed, "unseen", part, "order").permutation(open_world)
     for name, s in TRAIN_SETS.items():
         rng = rng_of(seed, name, "order")
         order = rng.permutation(len(CONCEPTS) if s["is_open"] else N_CLASSES)
@@ -1107,18 +1127,18 @@ def render_world(folder, seed, size, names, workers):
         if s["cut"]:
             cut_counts[name] = np.minimum(zipf_counts(round(s["cut"] * size), order, s["zipf"]), counts)
 
+    stem = {name: f"{name}/train" if name in TRAIN_SETS else name for name in concepts}  # of its .npy and .tsv
+
     # One job per chunk. imagenet, val and the adversarial pool go first: the plain model waits for them.
     jobs = []
     for name in sorted(concepts, key=lambda name: name not in ("imagenet", "val", "adversarial")):
-        if name in TEST_SETS:
-            process, vague, wrong = TEST_SETS[name], 0.0, 0.0
-            path = os.path.join(folder, f"{name}.pool.npy" if name == "adversarial" else f"{name}.npy")
-        else:
-            process, vague, wrong = (TRAIN_SETS[name][k] for k in ("process", "vague", "wrong"))
-            path = os.path.join(folder, name, "train.npy")
-            os.mkdir(os.path.dirname(path))
+        style = dict(process=TEST_SETS.get(name, "plain"), odd=0.0, vague=0.0, wrong=0.0, is_open=False)
+        if name in TRAIN_SETS:
+            style = TRAIN_SETS[name]
+        path = os.path.join(folder, f"{'adversarial.pool' if name == 'adversarial' else stem[name]}.npy")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(len(concepts[name]), SIDE, SIDE, 3))
-        jobs += [(path, name, process, concepts[name][first : first + CHUNK], first, vague, wrong, seed, names)
+        jobs += [(path, name, style, concepts[name][first : first + CHUNK], first, seed, names)
                  for first in range(0, len(concepts[name]), CHUNK)]  # fmt: skip
 
     texts = {name: [] for name in concepts}
@@ -1143,13 +1163,12 @@ def render_world(folder, seed, size, names, workers):
     # The tables.
     rows = {}
     for name in concepts:
-        is_test = name in TEST_SETS
-        is_labelled = is_test or not TRAIN_SETS[name]["is_open"]
-        pixels = f"{name}.npy" if is_test else "train.npy"
-        path = os.path.join(folder, f"{name}.tsv" if is_test else f"{name}/train.tsv")
-        lines = [dict(text, image=f"{pixels}:{i}", label=concept if is_labelled else "", source=name)
+        first_label = N_CLASSES if name.startswith("unseen/") else 0  # it has a list of classes of its own
+        is_labelled = name not in TRAIN_SETS or not TRAIN_SETS[name]["is_open"]
+        pixels = f"{os.path.basename(stem[name])}.npy"
+        lines = [dict(text, image=f"{pixels}:{i}", label=concept - first_label if is_labelled else "", source=name)
                  for i, (concept, text) in enumerate(zip(concepts[name], texts[name], strict=True))]  # fmt: skip
-        write_tsv(path, COLUMNS, lines)
+        write_tsv(os.path.join(folder, f"{stem[name]}.tsv"), COLUMNS, lines)
         rows[name] = len(lines)
         if name in cut_counts:  # the first rows of each class, in the order of the whole set
             seen_so_far, cut = np.zeros(N_CLASSES, dtype=np.int64), f"{name}4k"
@@ -1194,7 +1213,7 @@ def is_built(out, wanted):
 def build_shapes(out, seed, size, names, workers):
     """Render the shapes world into the folder out, or find it there. Two calls at once: the second waits."""
     out = os.path.abspath(out)
-    wanted = dict(world="shapes", version=1, seed=seed, size=size, names=names)
+    wanted = dict(world="shapes", version=2, seed=seed, size=size, names=names)
     if is_built(out, wanted):  # before the lock, so that a world on a read-only disk is fine
         print(f"{out} is complete")
         return

@@ -18,8 +18,9 @@ SCRIPT = Path(__file__).resolve().parent.parent / "build_datasets.py"
 SIZE = "0.05"
 COLUMNS = ["image", "label", "caption", "title", "tags", "description", "similarity", "source"]
 TEST_SETS = ["val", "v2", "sketch", "rendition", "objectnet", "adversarial"]
-TRAIN_SETS = ["imagenet", "incaps", "incaps4k", "laionet", "laionet4k", "yfcc", "web"]
-TABLES = [f"{name}.tsv" for name in TEST_SETS] + [f"{name}/train.tsv" for name in TRAIN_SETS]
+TRAIN_SETS = ["imagenet", "incaps", "incaps4k", "laionet", "laionet4k", "balanced", "yfcc", "web"]
+UNSEEN = ["unseen/train", "unseen/test"]
+TABLES = [f"{name}.tsv" for name in TEST_SETS + UNSEEN] + [f"{name}/train.tsv" for name in TRAIN_SETS]
 
 
 def command(out, *flags):
@@ -81,7 +82,7 @@ def test_seed_redraws_order_images_and_captions(world, tmp_path):
     assert abs(np.corrcoef(ranks[0], ranks[2])[0, 1]) < 0.4, "another set, another order"
     ours, theirs = hashes(world), hashes(other)
     same = {name for name in ours if ours[name] == theirs[name]}
-    assert same <= {"classes.tsv"}
+    assert same <= {"classes.tsv", "unseen/classes.tsv"}
 
 
 def test_second_call_is_instant_and_changes_nothing(world):
@@ -157,10 +158,10 @@ def test_tables_keep_the_contract(world):
     assert len(everything) == len(set(everything)) and all(everything), "no phrase means two classes"
 
     rows_of = json.loads((world / "world.json").read_text())["rows"]
-    assert set(rows_of) == {*TEST_SETS, *TRAIN_SETS}
+    assert set(rows_of) == {*TEST_SETS, *UNSEEN, *TRAIN_SETS}
     for table in TABLES:
         header, rows = read_tsv(world / table)
-        name = table.removesuffix("/train.tsv").removesuffix(".tsv")
+        name = table.removesuffix(".tsv") if table.startswith("unseen") else table.split("/")[0].removesuffix(".tsv")
         assert header == COLUMNS and len(rows) == rows_of[name]
         arrays, used = {}, Counter()
         for row in rows:
@@ -174,7 +175,7 @@ def test_tables_keep_the_contract(world):
             if name in ("yfcc", "web"):
                 assert row["label"] == ""
             else:
-                assert 0 <= int(row["label"]) < 120
+                assert 0 <= int(row["label"]) < (90 if name in UNSEEN else 120)
             assert row["caption"] and row["source"] == name
             if name == "imagenet":
                 assert row["caption"] == f"a photo of a {classes[int(row['label'])]['name']}"
@@ -191,8 +192,10 @@ def test_tables_keep_the_contract(world):
 
 
 def test_frequencies(world):
-    balanced, mild, tail = (class_counts(world, name) for name in ("imagenet", "incaps", "laionet"))
-    assert balanced.max() - balanced.min() <= 1 and balanced.min() >= 1
+    mild, tail = (class_counts(world, name) for name in ("incaps", "laionet"))
+    for name in ("imagenet", "balanced"):
+        counts = class_counts(world, name)
+        assert counts.max() - counts.min() <= 1 and counts.min() >= 1
     assert tail.min() >= 1 and tail.max() >= 40 * tail.min(), "Zipf's first class has 1 / 5.4 of 750 rows"
     assert 3 <= mild.max() / mild.min() <= 8, "120 ** 0.3 = 4.2"
     for name in TEST_SETS:
@@ -222,6 +225,29 @@ def test_web_is_an_open_world(world):
         assert len(strangers) > 0.1 * len(captions)
         assert sum(bool(c & known) for c in captions) > 0.5 * len(captions)
     assert not {"tree", "gridded", "halved"} & known
+
+
+def test_some_images_of_web_are_sketches(world):
+    """5 % of web are black on white; no image of laionet is: its colours are drawn from twelve, all but one pair."""
+    def share(name):
+        images = np.load(world / name / "train.npy").astype(int)
+        border = np.concatenate([images[:, 0], images[:, -1]], axis=1)  # [n, 64, 3]
+        is_white = (border.mean(axis=(1, 2)) > 225) & (np.ptp(border.mean(axis=1), axis=1) < 12)
+        is_grey = np.ptp(images.mean(axis=(1, 2)), axis=1) < 8  # the means of the three channels
+        return (is_white & is_grey).mean()
+
+    assert share("web") - share("laionet") > 0.03
+
+
+def test_unseen_classes_are_those_outside_the_world(world):
+    names = [{row["name"] for row in read_tsv(world / place / "classes.tsv")[1]} for place in ("", "unseen")]
+    assert len(names[1]) == 90 and not names[0] & names[1]
+    classes = read_tsv(world / "unseen" / "classes.tsv")[1]
+    for part in ("train", "test"):
+        rows = read_tsv(world / "unseen" / f"{part}.tsv")[1]
+        assert len(set(Counter(row["label"] for row in rows).values())) == 1 and len({r["label"] for r in rows}) == 90
+        exact = np.mean([classes[int(row["label"])]["name"] in row["caption"] for row in rows])
+        assert exact > 0.6, "labels are places in unseen/classes.tsv"
 
 
 def test_captions_name_the_class_when_clean_and_seldom_not_when_noisy(world):

@@ -1,0 +1,267 @@
+#!/usr/bin/env bash
+# The whole study on the shapes world, with the five scripts, for each seed; a seed redraws world and training alike.
+#
+#   bash recipes/shapes.sh                  # seeds 0, 1 and 2, about an hour and a quarter each on 2 cores with AMX
+#   bash recipes/shapes.sh 3 4              # further seeds
+#   ONLY="1 12" bash recipes/shapes.sh 0    # some of the experiments
+#   JOBS=8 bash recipes/shapes.sh           # trainings at a time, a thread each (default: the number of cores)
+#
+# What a run leaves is results/seedS/NAME.json, a few kB, to be committed: a run that has one is not made again, so the
+# study continues on another machine. runs/shapesS/NAME holds the rest; a killed run continues there. When all runs
+# are there, results/shapes.md and results/*.png are drawn from the JSON files (needs matplotlib).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS=1 PYTHON="${PYTHON:-python}"
+STEPS_4K=1000 # 32 epochs of 4,000 rows, the paper's number; 15,000 rows get the scripts' 1,600 steps
+
+# run NAME SCRIPT FLAGS: a training; score NAME "RUNS" COMMAND: numbers from the arrays of these runs ({} is the folder
+# of runs, --json is added). Both are only noted here, and carried out by `finish`, two at a time.
+run() {
+  local name=$1 script=$2
+  shift 2
+  printf '%s\t%s\n' "$name" "$(printf '%q ' "$PYTHON" "$script" --root "$root" --seed "$seed" --out "$runs/$name" "$@")" >>"$todo/runs"
+}
+clip() { run "$1" clip.py "${@:2}"; }
+sl() { run "$1" sl_vocab_subsample.py "${@:2}"; }
+dino() { run "$1" dino_laionet.py "${@:2}"; }
+score() { printf '%s\t%s\t%s\n' "$1" "$2" "${*:3}" >>"$todo/scores"; }
+wants() { [[ " ${ONLY:-1 2 3 4 5 6 7 8 9 10 11 12} " == *" $1 "* ]]; }
+table() { # NAME COMMAND: a table of the world, made once
+  [ -e "$cuts/$1.tsv" ] || "$PYTHON" build_datasets.py "${@:2}" --out "$cuts/$1.tsv" >"$runs/$1.log" || { cat "$runs/$1.log"; exit 1; }
+}
+
+one_run() {
+  local name=${1%%$'\t'*} command=${1#*$'\t'}
+  if [ -e "$results/$name.json" ] && ! grep -qx "$name" "$todo/forced"; then return; fi
+  mkdir -p "$runs/$name"
+  if bash -c "$command" >>"$runs/$name/output.txt" 2>&1; then
+    "$PYTHON" recipes/shapes_results.py compact "$runs/$name" "$results/$name.json" "$command"
+    echo "$(date +%H:%M) seed $seed $name $("$PYTHON" recipes/shapes_results.py line "$results/$name.json")"
+  else
+    echo "FAILED $name: $runs/$name/output.txt" | tee -a "$todo/failed"
+  fi
+}
+one_score() {
+  IFS=$'\t' read -r name _ command <<<"$1"
+  if [ -e "$results/$name.json" ]; then return; fi
+  if bash -c "${command//\{\}/$runs} --json $runs/$name.json" >"$runs/$name.txt" 2>&1; then
+    "$PYTHON" recipes/shapes_results.py shorten "$runs/$name.json" "$results/$name.json"
+  else
+    echo "FAILED $name: $runs/$name.txt" | tee -a "$todo/failed"
+  fi
+}
+finish() { # all that was noted; runs that a missing score needs are made again where their arrays are not here
+  local name needs arrays
+  export root runs results todo seed
+  : >"$todo/forced"
+  while IFS=$'\t' read -r name needs _; do
+    [ -e "$results/$name.json" ] || for arrays in $needs; do
+      [ -e "$runs/$arrays/metrics.json" ] || echo "$arrays" >>"$todo/forced"
+    done
+  done <"$todo/scores"
+  export -f one_run one_score
+  xargs -P "${JOBS:-$(nproc)}" -d '\n' -n 1 bash -c 'one_run "$1"' _ <"$todo/runs"
+  xargs -P "${JOBS:-$(nproc)}" -d '\n' -n 1 bash -c 'one_score "$1"' _ <"$todo/scores"
+  [ ! -e "$todo/failed" ]
+}
+
+for seed in "${@:-0 1 2}"; do for seed in $seed; do
+  root=data/shapes$seed atomic=data/atomic$seed runs=runs/shapes$seed results=results/seed$seed
+  cuts=$root/cuts todo=$runs/todo
+  rm -rf "$todo"
+  mkdir -p "$todo" "$results" "$runs"
+  : >"$todo/runs"
+  : >"$todo/scores"
+
+  # --- the worlds, a CLIP pretrained on `web`, and cuts of the training sets
+  "$PYTHON" build_datasets.py shapes --seed "$seed" --out "$root"
+  "$PYTHON" build_datasets.py shapes --seed "$seed" --out "$atomic" --names atomic
+  mkdir -p "$cuts"
+  if [ ! -e "$root/clip.pt" ]; then
+    OMP_NUM_THREADS=$(nproc) "$PYTHON" clip.py --root "$root" --data web --steps 2200 --word-dropout 0 --seed "$seed" --out "$runs/web" --export "$root/clip.pt"
+  fi
+  table eighth subset "$root/laionet/train.tsv" --fraction 0.125 --seed "$seed"
+  table quarter subset "$root/laionet/train.tsv" --fraction 0.25 --seed "$seed"
+  table half subset "$root/laionet/train.tsv" --fraction 0.5 --seed "$seed"
+  for threshold in 0.00 0.25 0.30 0.35; do # all of 4,000 rows: shares of .1 to .35 of the whole
+    table "above$threshold" subset "$root/laionet/train.tsv" --threshold "similarity=$threshold" --rows 4000 --seed "$seed"
+  done
+  table matched subset "$root/laionet/train.tsv" --match-frequency "$root/incaps4k/train.tsv" --seed "$seed"
+  [ -e "$cuts/even.txt" ] || seq 0 2 119 >"$cuts/even.txt" # every other class; frequencies do not follow the numbers
+  table even subset "$root/laionet/train.tsv" --class-list "$cuts/even.txt" --seed "$seed"
+  table as_even subset "$root/laionet/train.tsv" --rows "$(($(wc -l <"$cuts/even.tsv") - 1))" --seed "$seed"
+  table yfcc_cls label "$root/yfcc/train.tsv" --classes "$root/classes.tsv"
+  for shots in 0 1; do
+    table "tail$shots" subset "$root/laionet/train.tsv" --trim-tail 30 --shots "$shots" --seed "$seed"
+  done
+  table web_all label "$root/web/train.tsv" --classes "$root/classes.tsv"
+  table web_cls subset "$cuts/web_all.tsv" --rows 15000 --seed "$seed"
+  for kind in class synonym; do
+    printf '%s\n' "a photo of a {$kind}" "a picture of a {$kind}" "a photo of the {$kind}" "a picture of the {$kind}" "a {$kind}" "the {$kind}" >"$cuts/$kind.txt"
+  done
+
+  # --- 1: supervised learning and CLIP on the same images (figure 1b); paper's and matched protocol
+  if wants 1; then
+    sl sl
+    sl sl_paper --optimizer sgd --lr 0.025 --batch-size 64 --steps 4500 --weight-decay 1e-4 --warmup-steps 0 --bn local
+    clip clip
+    clip clip_template --caption "a {class}" --word-dropout 0
+  fi
+
+  # --- 12: why: duplicates as negatives make InfoNCE with templates a balanced softmax
+  if wants 12; then
+    clip clip_template_mask --caption "a {class}" --word-dropout 0 --dup-captions mask
+    clip clip_template_soft --caption "a {class}" --word-dropout 0 --dup-captions soft
+    sl sl_balanced --loss balanced
+    sl sl_adjusted --loss logit-adjusted --tau 0.5
+    sl sl_log_q --loss log-q --vocab 32 --vocab-group 32
+    sl sl_class --sampler class
+    sl sl_sqrt --sampler sqrt
+    sl sl_focal --loss focal
+  fi
+
+  # --- 4: vocabularies in supervised learning (figure 3, crosses)
+  if wants 4; then
+    for m in 16 32 64; do
+      sl "voc_m${m}_g32" --vocab $m --vocab-group 32
+    done
+    sl voc_m64_g64 --vocab 64 --vocab-group 64
+    sl voc_m32_g32_even --vocab 32 --vocab-group 32 --vocab-power 0
+    few=(--data laionet4k --steps $STEPS_4K --eval-sets val v2)
+    sl voc4k "${few[@]}"
+    for m in 16 32 64; do for group in 32 64; do
+      sl "voc4k_m${m}_g$group" "${few[@]}" --vocab $m --vocab-group $group
+    done; done
+    for m in 32 64; do
+      sl "voc4k_m${m}_g32_even" "${few[@]}" --vocab $m --vocab-group 32 --vocab-power 0
+    done
+    sl voc4k_m32_g32_sqrt "${few[@]}" --vocab 32 --vocab-group 32 --vocab-power 0.5
+    sl voc4k_balanced "${few[@]}" --loss balanced
+    sl voc4k_class "${few[@]}" --sampler class
+    sl voc4k_log_q "${few[@]}" --loss log-q --vocab 32 --vocab-group 32
+  fi
+
+  # --- 3: descriptiveness of captions (figure 3, dots); the class name stands before natural text, as in the paper
+  if wants 3; then
+    for names in shapes atomic; do
+      few=(--root "data/$names$seed" --data laionet4k --steps $STEPS_4K --eval-sets val v2)
+      for dropout in 0.5 0; do
+        end=$([ $dropout = 0 ] && echo _whole || true)
+        clip "cap_${names}_template$end" "${few[@]}" --word-dropout $dropout --caption "@$cuts/class.txt"
+        clip "cap_${names}_full$end" "${few[@]}" --word-dropout $dropout --caption "{class} {title} {tags} {description}"
+      done
+      clip "cap_${names}_synonym" "${few[@]}" --word-dropout 0.5 --caption "@$cuts/synonym.txt"
+      for part in title tags description; do
+        clip "cap_${names}_$part" "${few[@]}" --word-dropout 0.5 --caption "{class} {$part}"
+      done
+    done
+  fi
+
+  # --- 8: zero-shot and one-shot tails of 30 classes (figure 8); 9a: their prototypes
+  if wants 8; then
+    for shots in 0 1; do
+      tail=(--trim-tail 30 --trim-shots "$shots" --steps 1200 --eval-sets val v2)
+      sl "tail${shots}_sl" "${tail[@]}"
+      sl "tail${shots}_frozen_head" "${tail[@]}" --head frozen
+      sl "tail${shots}_frozen_head_voc" "${tail[@]}" --head frozen --vocab 32 --vocab-group 32
+      clip "tail${shots}_clip" --data "$cuts/tail$shots.tsv" --steps 1200 --eval-sets val v2
+      clip "tail${shots}_clip_frozen" --data "$cuts/tail$shots.tsv" --steps 1200 --eval-sets val v2 --text-head frozen
+    done
+    for name in sl frozen_head frozen_head_voc clip clip_frozen; do
+      score "prototypes_$name" "tail0_$name" "$PYTHON" evaluate.py prototypes "{}/tail0_$name/val.npz" --tail 30 --boot 0
+    done
+  fi
+
+  # --- 2: data scale (figures 1b, 5); steps grow with the root of the rows
+  if wants 2; then
+    for size in eighth:566 quarter:800 half:1131; do
+      part=(--data "$cuts/${size%:*}.tsv" --steps "${size#*:}")
+      sl "sl_${size%:*}" "${part[@]}"
+      clip "clip_${size%:*}" "${part[@]}"
+      clip "frozen_${size%:*}" "${part[@]}" --text-head frozen
+    done
+  fi
+
+  # --- 6: text heads (figure 5), with neural collapse
+  if wants 6; then
+    clip frozen --text-head frozen
+    sl sl_frozen_head --head frozen
+    for size in quarter:800 whole:1600; do
+      table=$([ "${size%:*}" = whole ] && echo "$root/laionet/train.tsv" || echo "$cuts/quarter.tsv")
+      part=(--data "$table" --steps "${size#*:}")
+      clip "finetune_${size%:*}" "${part[@]}" --text-head finetune
+      embedded=$cuts/text_${size%:*}
+      [ -e "$embedded.classes.npy" ] || "$PYTHON" recipes/text_embeddings.py "$root/web/train.tsv" "$table" "$root/classes.tsv" "$embedded"
+      clip "text_only_${size%:*}" "${part[@]}" --text-head frozen --text-embeddings "$embedded.npy" "$embedded.classes.npy"
+    done
+    for name in clip frozen finetune_whole text_only_whole sl sl_frozen_head; do
+      score "collapse_$name" "$name" "$PYTHON" evaluate.py collapse "{}/$name/val.npz" --boot 0
+    done
+  fi
+
+  # --- 5: imbalance, shift, diversity (figure 4), all of 4,000 rows
+  if wants 5; then
+    for table in above0.00 above0.25 above0.30 above0.35 matched incaps4k; do
+      file=$([ $table = incaps4k ] && echo incaps4k || echo "$cuts/$table.tsv")
+      few=(--data "$file" --steps $STEPS_4K --eval-sets val v2)
+      clip "div_${table}_scratch" "${few[@]}"
+      clip "div_${table}_frozen" "${few[@]}" --text-head frozen
+    done
+  fi
+
+  # --- 7: open-world concepts (figure 6)
+  if wants 7; then
+    for set in even as_even; do
+      clip "open_clip_$set" --data "$cuts/$set.tsv" --steps 1131 --text-head frozen --eval-sets val v2
+      sl "open_sl_$set" --data "$cuts/$set.tsv" --steps 1131 --head frozen --eval-sets val v2
+    done
+    for name in open_clip_even open_clip_as_even frozen open_sl_even open_sl_as_even sl_frozen_head; do
+      score "even_$name" "$name" "$PYTHON" evaluate.py imbalance "{}/$name/val.npz" --classes "$cuts/even.txt" --boot 0
+    done
+    open=(--steps 1200 --eval-sets val v2)
+    clip open_clip_cls --data "$cuts/yfcc_cls.tsv" "${open[@]}"
+    clip open_clip_all --data yfcc "${open[@]}"
+    sl open_sl_cls --data "$cuts/yfcc_cls.tsv" "${open[@]}"
+  fi
+
+  # --- 10: effective robustness by training set, by mixture, and after pruning what is near the test sets
+  if wants 10; then
+    clip rob_clip_incaps --data incaps
+    clip rob_clip_web --data "$cuts/web_cls.tsv"
+    clip rob_clip_mix --data "laionet:1,$cuts/web_cls.tsv:1"
+    sl rob_sl_incaps --data incaps
+    sl rob_sl_web --data "$cuts/web_cls.tsv"
+    sl rob_sl_mix --data "laionet:1,$cuts/web_cls.tsv:1"
+    if [ ! -e "$cuts/web_rand.tsv" ]; then
+      features=$runs/features
+      "$PYTHON" clip.py --root "$root" --eval-only "$root/clip.pt" --out "$features" --eval-sets "$cuts/web_cls.tsv" "$root/imagenet/train.tsv" sketch rendition objectnet v2 >"$runs/features.log"
+      "$PYTHON" build_datasets.py prune "$cuts/web_cls.tsv" --embeddings "$features/web_cls.npz" --small "$features/train.npz" --tests sketch="$features/sketch.npz" rendition="$features/rendition.npz" objectnet="$features/objectnet.npz" v2="$features/v2.npz" --out "$cuts/web_{set}.tsv" >"$runs/prune.log"
+      "$PYTHON" build_datasets.py subset "$cuts/web_cls.tsv" --rows "$(($(wc -l <"$cuts/web_combined.tsv") - 1))" --seed "$seed" --out "$cuts/web_rand.tsv" >"$runs/web_rand.log"
+    fi
+    for set in sketch combined rand; do
+      clip "rob_clip_web_$set" --data "$cuts/web_$set.tsv"
+    done
+  fi
+
+  # --- 11: debiasing a fine-tuned model; estimates of the frequencies
+  if wants 11; then
+    tuned=(--data laionet4k --init "$root/clip.pt" --head finetune)
+    sl zeroshot "${tuned[@]}" --steps 1 --lr 1e-12
+    sl finetuned "${tuned[@]}" --steps 400 --lr 3e-4
+    wise="$PYTHON evaluate.py wiseft {}/zeroshot/checkpoint.pt {}/finetuned/checkpoint.pt --alpha 0 0.25 0.5 0.75 1 --out {}/wise"
+    wise+=" && for a in 0 0.25 0.5 0.75 1; do $PYTHON sl_vocab_subsample.py --root $root --eval-only {}/wise/alpha_\$a.pt --out {}/wise/alpha_\$a; done"
+    score wiseft "zeroshot finetuned" "$wise && $PYTHON evaluate.py wiseft --results {}/wise"
+    score debias "zeroshot finetuned" "$PYTHON" evaluate.py debias --zeroshot "{}/zeroshot/val.npz" --finetuned "{}/finetuned/val.npz"
+  fi
+
+  # --- 9: DINO on balanced and long-tailed images, with sampled and with few prototypes (figure 10, table 1)
+  if wants 9; then
+    dino dino_balanced --data balanced
+    dino dino_laionet --data laionet
+    dino dino_sampled_quarter --data laionet --sample-prototypes 128
+    dino dino_sampled_16th --data laionet --sample-prototypes 32
+    dino dino_fixed_quarter --data laionet --prototypes 128
+  fi
+  finish
+done; done
+"$PYTHON" recipes/shapes_results.py page results

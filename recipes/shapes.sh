@@ -251,16 +251,25 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
     wise="$PYTHON evaluate.py wiseft {}/zeroshot/checkpoint.pt {}/finetuned/checkpoint.pt --alpha 0 0.25 0.5 0.75 1 --out {}/wise"
     wise+=" && for a in 0 0.25 0.5 0.75 1; do $PYTHON sl_vocab_subsample.py --root $root --eval-only {}/wise/alpha_\$a.pt --out {}/wise/alpha_\$a; done"
     score wiseft "zeroshot finetuned" "$wise && $PYTHON evaluate.py wiseft --results {}/wise"
+    cut -f 1 "$root/classes.tsv" >"$cuts/names.tsv"
+    count=(frequency "$root/laionet/train.tsv" --lemmas none)
+    table freq_names "${count[@]}" --classes "$cuts/names.tsv"
+    table freq_synonyms "${count[@]}" --classes "$root/classes.tsv" --sample 20 --seed "$seed"
+    [ -e "$cuts/judged.tsv" ] || "$PYTHON" recipes/shapes_results.py judge "$cuts/freq_synonyms.sample.tsv" "$root" "$cuts/judged.tsv"
+    table freq_judged "${count[@]}" --classes "$root/classes.tsv" --relevance "$cuts/judged.tsv" --seed "$seed"
+    awk -F'\t' 'NR == 1 { while ($++i != "estimate"); print "name\tcount"; next } { print $1 "\t" $i }' "$cuts/freq_judged.tsv" >"$cuts/freq_relevant.tsv"
+    score frequencies "" "$PYTHON" evaluate.py concepts agree "$cuts/freq_names.tsv" "$cuts/freq_relevant.tsv" --boot 0
     score debias "zeroshot finetuned" "$PYTHON" evaluate.py debias --zeroshot "{}/zeroshot/val.npz" --finetuned "{}/finetuned/val.npz"
   fi
 
   # --- 9: DINO on balanced and long-tailed images, with sampled and with few prototypes (figure 10, table 1)
   if wants 9; then
-    dino dino_balanced --data balanced
-    dino dino_laionet --data laionet
-    dino dino_sampled_quarter --data laionet --sample-prototypes 128
-    dino dino_sampled_16th --data laionet --sample-prototypes 32
-    dino dino_fixed_quarter --data laionet --prototypes 128
+    long=(--steps 3000 --no-baselines)
+    dino dino_balanced --data balanced --prototypes 2048 --steps 3000
+    dino dino_laionet --data laionet --prototypes 2048 "${long[@]}"
+    dino dino_sampled_quarter --data laionet --prototypes 2048 --sample-prototypes 512 "${long[@]}"
+    dino dino_sampled_16th --data laionet --prototypes 2048 --sample-prototypes 128 "${long[@]}"
+    dino dino_fixed_quarter --data laionet --prototypes 512 "${long[@]}"
   fi
   finish
 done; done

@@ -17,7 +17,8 @@ shapes renders a world from nothing: 32 x 32 pictures of 24 outlines x 5 surface
     in    a seed
     out   OUT/classes.tsv                 name, synonyms ("|" between), definition; row i is label i
           OUT/<set>.tsv, <set>.npy        test sets val v2 sketch rendition objectnet adversarial, 25 images per class
-          OUT/<set>/train.tsv, train.npy  training sets imagenet incaps laionet yfcc web
+          OUT/<set>/train.tsv, train.npy  training sets imagenet incaps laionet balanced yfcc web
+          OUT/unseen/                     classes.tsv, train.tsv, test.tsv of the 90 concepts that are no classes
           OUT/<set>4k/train.tsv           4,000 rows of incaps and of laionet, same images, same shape of the tail
           OUT/bpe.txt                     byte-level BPE merges of the world's words, CLIP's file format
           OUT/preview.png, world.json     a contact sheet; the parameters (present = the world is complete)
@@ -60,6 +61,19 @@ hash of the row, so a cut is the same for any order and repeated calls.
     python build_datasets.py check data/shapes/laionet/train.tsv --out bad.tsv
     python build_datasets.py dedup data/shapes/web/train.tsv --by pixels phash --out web.tsv
     python build_datasets.py stats data/shapes/laionet/train.tsv data/shapes/incaps/train.tsv --out stats.tsv
+
+Deviations from the paper's and the data sets' own builders:
+ 1. All names are looked for in one pass over the captions; theirs went through classes x captions. What a rule matches
+    is what it matched there (RULES, tests), punctuation and case included.
+ 2. Negative words and rewritten names are columns of classes.tsv, not code, and names that several classes have
+    (maillot, crane) are reported; theirs counted each caption for all of them silently.
+ 3. What is drawn hangs on a seed and a hash of the row: theirs cut tails and matched frequencies without a seed, and
+    hung on the order of the rows.
+ 4. Tables know no quoting; theirs were written quoted and read unquoted.
+ 5. ImageNet-Captions keeps title, tags and description as columns, and captions are made of them in training; theirs
+    were one file a variant, with the class name put before the text and one template drawn an image.
+ 6. A threshold of laionet can be moved later: the similarity is a column.
+ 7. What is lost at each step is counted in OUT.tsv.json.
 """
 
 import argparse

@@ -36,6 +36,13 @@ Deviations from the paper and its code:
  5. The tokenizer leaves out `ftfy` (repairs mis-decoded text); ids differ from CLIP's on such texts only.
  6. A broken image is replaced by another pair and counted, up to --max-bad.
  7. Templates of --caption @FILE are drawn per example and epoch, not once per image.
+ 8. A class name stands in a caption only where --caption says {class}; theirs stood before every natural caption.
+ 9. The activation is stored with the weights and compared: theirs ran QuickGELU weights with GELU in two figures, and
+    frozen and scratch text towers had different ones.
+10. --text-embeddings trains the projection on fixed vectors; theirs kept the language model's dropout on.
+11. The defaults are shared with sl_vocab_subsample.py. Their CLIP and supervised runs differed in optimiser, updates,
+    epochs, batch norm, weight decay, precision and evaluation too.
+12. Everything that is drawn hangs on --seed; the figures are single runs, the supervised ones without a seed.
 """
 
 import argparse

@@ -41,6 +41,13 @@ Deviations from the paper and its code:
  4. Momentum and weight decay act on all rows of a learned head: decay on the length of a row only, which a cosine does
     not see; momentum carries on the rows that left the vocabulary, as it does in theirs.
  5. The schedule is the cosine (theirs had the names of cosine and step exchanged).
+ 6. Weight decay is on matrices only (theirs on gains, biases and the scale too).
+ 7. Rows that compare differ in one flag: theirs trained the vocabulary of figure 8 at four times the baselines' batch
+    and learning rate.
+ 8. Images are evaluated as clip.py's are (theirs resized to 256 px where CLIP resized to 224).
+ 9. What is drawn hangs on --seed: --trim-tail's images too, which theirs drew without one.
+10. A row's labels stay together, as 3|17, under --multi-label; theirs repeated the row, and took the list of labels for
+    the class counts.
 """
 
 import argparse

@@ -30,9 +30,12 @@ def compact(run, path, command):
                 labels, predictions, counts = file["labels"], file["predictions"], file["class_counts"]
             C = len(counts)
             right = np.bincount(labels[labels == predictions], minlength=C)
-            content["classes"][name] = {"count": counts.tolist(), "images": np.bincount(labels, minlength=C).tolist(),
-                                        "right": right.tolist(),
-                                        "predicted": np.bincount(predictions, minlength=C).tolist()}
+            content["classes"][name] = {
+                "count": counts.tolist(),
+                "images": np.bincount(labels, minlength=C).tolist(),
+                "right": right.tolist(),
+                "predicted": np.bincount(predictions, minlength=C).tolist(),
+            }
     write(path, content)
 
 
@@ -44,6 +47,7 @@ def write(path, content):
 
 def shorten(source, path):
     """Keep of a file of evaluate.py: what is not longer than a list of 200 numbers."""
+
     def without_arrays(value):
         if isinstance(value, dict):
             return {k: without_arrays(v) for k, v in value.items() if not (isinstance(v, list) and len(str(v)) > 2000)}
@@ -54,6 +58,7 @@ def shorten(source, path):
 
 def judge(sample, root, path):
     """Answer a sample of `frequency --sample`: a caption is relevant if its image is labelled as the class it names."""
+
     def rows(file):
         with open(file, encoding="utf-8", newline="") as opened:
             return list(csv.DictReader(opened, delimiter="\t", quoting=csv.QUOTE_NONE))
@@ -71,7 +76,6 @@ def line(path):
     val = json.loads(Path(path).read_text("utf-8"))["metrics"]["val"]
     keys = ("top1", "tail", "spearman_acc", "spearman_pred", "knn", "probe")
     print("  ".join(f"{key} {val[key]:.3f}" for key in keys if val.get(key) is not None))
-
 
 
 # ------------------------------------------------------------------------------ the page
@@ -128,9 +132,11 @@ SHIFTS = ("sketch", "rendition", "objectnet")
 
 def minus(a, b, metric, test="val"):
     """What a has more of than b, for one seed."""
+
     def difference(seed):
         x, y = seed.get(a, metric, test), seed.get(b, metric, test)
         return None if x is None or y is None else x - y
+
     return difference
 
 
@@ -138,6 +144,7 @@ def both(*functions, sign=-1):
     def difference(seed):
         values = [f(seed) for f in functions]
         return None if None in values else values[0] + sign * values[1]
+
     return difference
 
 
@@ -149,6 +156,7 @@ def mean_robustness(run, shifts=SHIFTS):
     def mean(seed):
         values = [seed.robustness(run, test) for test in shifts]
         return None if None in values else float(np.mean(values))
+
     return mean
 
 
@@ -163,211 +171,471 @@ def scored(name, *path):
 
 def standard(rows):
     """Rows (label, run, the paper's numbers) as cells of the four usual metrics on val."""
-    return [(label, [(lambda seed, run=run, metric=metric: seed.get(run, metric)) for metric in METRICS], paper)
-            for label, run, paper in rows]
+    return [
+        (label, [(lambda seed, run=run, metric=metric: seed.get(run, metric)) for metric in METRICS], paper)
+        for label, run, paper in rows
+    ]
 
 
 VOCABULARIES = ("m64_g64", "m64_g32", "m32_g32", "m16_g32")
 CAPTIONS = ("template", "synonym", "title", "tags", "description", "full")
-PAPER_CAPTIONS = {"template": ".50, .47, 49.5 %", "synonym": ".39, .30, 43.4 %", "title": ".45, .22, 24.2 %",
-                  "tags": ".34, .12, 35.4 %", "description": ".45, .23, 33.8 %", "full": ".28, .08, 34.2 %"}
-TAILS = (("SL, learned head", "sl", "0 %, 58 %"), ("SL, frozen head", "frozen_head", "1 to 2 %, 59 %"),
-         ("SL, frozen head, vocabulary 32", "frozen_head_voc", "9 to 21 %, 59 %"), ("CLIP, scratch", "clip", "3 %, 35 %"),
-         ("CLIP, frozen text", "clip_frozen", "14 to 21 %, 41 %"))
-DIVERSITY = (("above0.00", ".55, 15.0 %; .30, 23.2 %"), ("above0.25", ".58, 16.1 %; .34, 23.1 %"),
-             ("above0.30", ".60, 17.3 %; .42, 22.7 %"), ("above0.35", ".64, 17.8 %; .43, 22.2 %"),
-             ("matched", ".29, 24.6 %; .26, 32.4 %"), ("incaps4k", ".28, 34.2 %; .36, 40.8 %"))
-DINO = (("balanced", "dino_balanced", "60.8 (ImageNet)"), ("long-tailed", "dino_laionet", "56.7"),
-        ("sampled, M = K / 4", "dino_sampled_quarter", "60.0"), ("sampled, M = K / 16", "dino_sampled_16th", "59.1"),
-        ("fixed, K / 4", "dino_fixed_quarter", "57.1"))
+PAPER_CAPTIONS = {
+    "template": ".50, .47, 49.5 %",
+    "synonym": ".39, .30, 43.4 %",
+    "title": ".45, .22, 24.2 %",
+    "tags": ".34, .12, 35.4 %",
+    "description": ".45, .23, 33.8 %",
+    "full": ".28, .08, 34.2 %",
+}
+TAILS = (
+    ("SL, learned head", "sl", "0 %, 58 %"),
+    ("SL, frozen head", "frozen_head", "1 to 2 %, 59 %"),
+    ("SL, frozen head, vocabulary 32", "frozen_head_voc", "9 to 21 %, 59 %"),
+    ("CLIP, scratch", "clip", "3 %, 35 %"),
+    ("CLIP, frozen text", "clip_frozen", "14 to 21 %, 41 %"),
+)
+DIVERSITY = (
+    ("above0.00", ".55, 15.0 %; .30, 23.2 %"),
+    ("above0.25", ".58, 16.1 %; .34, 23.1 %"),
+    ("above0.30", ".60, 17.3 %; .42, 22.7 %"),
+    ("above0.35", ".64, 17.8 %; .43, 22.2 %"),
+    ("matched", ".29, 24.6 %; .26, 32.4 %"),
+    ("incaps4k", ".28, 34.2 %; .36, 40.8 %"),
+)
+DINO = (
+    ("balanced", "dino_balanced", "60.8 (ImageNet)"),
+    ("long-tailed", "dino_laionet", "56.7"),
+    ("sampled, M = K / 4", "dino_sampled_quarter", "60.0"),
+    ("sampled, M = K / 16", "dino_sampled_16th", "59.1"),
+    ("fixed, K / 4", "dino_fixed_quarter", "57.1"),
+)
 
 # Each experiment: number, title, the paper's claim, what differs here, columns, rows, contrasts (text, function of a
 # seed that is positive where the paper's sign is found).
 EXPERIMENTS = [
     dict(
-        number=1, title="Supervised learning and CLIP on the same long-tailed images (figure 1b)",
+        number=1,
+        title="Supervised learning and CLIP on the same long-tailed images (figure 1b)",
         claim="CLIP's accuracy and predictions follow the class frequencies less than supervised learning's.",
         differs="15,000 images of 120 classes. Matched: the scripts' defaults, equal but for the loss. The paper's "
-                "protocol: SGD, half the batch, 2.8 times the updates, no warm-up, batch norm by process.",
-        rows=standard([("SL, matched", "sl", ".63, .76 (LAIONet)"), ("SL, paper's protocol", "sl_paper", ".63, .76"),
-                       ("CLIP, full captions", "clip", ".51, .27 (LAIONet)"),
-                       ("CLIP, class templates", "clip_template", "")]),
-        contrasts=[("rho(freq, acc): SL matched - CLIP", minus("sl", "clip", "acc")),
-                   ("rho(freq, pred): SL matched - CLIP", minus("sl", "clip", "pred")),
-                   ("rho(freq, acc): SL paper's - CLIP", minus("sl_paper", "clip", "acc")),
-                   ("rho(freq, pred): SL paper's - CLIP", minus("sl_paper", "clip", "pred"))]),
+        "protocol: SGD, half the batch, 2.8 times the updates, no warm-up, batch norm by process.",
+        rows=standard(
+            [
+                ("SL, matched", "sl", ".63, .76 (LAIONet)"),
+                ("SL, paper's protocol", "sl_paper", ".63, .76"),
+                ("CLIP, full captions", "clip", ".51, .27 (LAIONet)"),
+                ("CLIP, class templates", "clip_template", ""),
+            ]
+        ),
+        contrasts=[
+            ("rho(freq, acc): SL matched - CLIP", minus("sl", "clip", "acc")),
+            ("rho(freq, pred): SL matched - CLIP", minus("sl", "clip", "pred")),
+            ("rho(freq, acc): SL paper's - CLIP", minus("sl_paper", "clip", "acc")),
+            ("rho(freq, pred): SL paper's - CLIP", minus("sl_paper", "clip", "pred")),
+        ],
+    ),
     dict(
-        number=2, title="Data scale (figures 1b and 5)",
+        number=2,
+        title="Data scale (figures 1b and 5)",
         claim="The correlation shrinks with scale, and is smaller with a frozen text tower.",
         differs="Random parts of laionet, 1/8 to all; steps grow with the root of the rows (566 to 1,600), the paper's "
-                "with the rows. A factor of 8, the paper's is 32 and, between data sets, 1,000.",
-        rows=standard([(f"{title}, {size}", f"{name}_{size}" if size != "whole" else name, paper)
-                       for title, name, papers in (("SL", "sl", ("", "", "", "")),
-                                                   ("CLIP, scratch", "clip", (".54, 14 %", ".54, 22 %", ".52, 30 %", ".49, 38 %")),
-                                                   ("CLIP, frozen text", "frozen", (".30, 22 %", ".28, 29 %", ".27, 38 %", ".26, 45 %")))
-                       for size, paper in zip(("eighth", "quarter", "half", "whole"), papers)]),
-        contrasts=[("rho(freq, acc), frozen: eighth - whole", minus("frozen_eighth", "frozen", "acc")),
-                   ("rho(freq, acc), scratch: quarter - whole", minus("clip_quarter", "clip", "acc")),
-                   ("rho(freq, acc), quarter: scratch - frozen", minus("clip_quarter", "frozen_quarter", "acc")),
-                   ("rho(freq, acc), whole: scratch - frozen", minus("clip", "frozen", "acc"))]),
+        "with the rows. A factor of 8, the paper's is 32 and, between data sets, 1,000.",
+        rows=standard(
+            [
+                (f"{title}, {size}", f"{name}_{size}" if size != "whole" else name, paper)
+                for title, name, papers in (
+                    ("SL", "sl", ("", "", "", "")),
+                    ("CLIP, scratch", "clip", (".54, 14 %", ".54, 22 %", ".52, 30 %", ".49, 38 %")),
+                    ("CLIP, frozen text", "frozen", (".30, 22 %", ".28, 29 %", ".27, 38 %", ".26, 45 %")),
+                )
+                for size, paper in zip(("eighth", "quarter", "half", "whole"), papers)
+            ]
+        ),
+        contrasts=[
+            ("rho(freq, acc), frozen: eighth - whole", minus("frozen_eighth", "frozen", "acc")),
+            ("rho(freq, acc), scratch: quarter - whole", minus("clip_quarter", "clip", "acc")),
+            ("rho(freq, acc), quarter: scratch - frozen", minus("clip_quarter", "frozen_quarter", "acc")),
+            ("rho(freq, acc), whole: scratch - frozen", minus("clip", "frozen", "acc")),
+        ],
+    ),
     dict(
-        number=3, title="Descriptiveness of captions (figure 3, dots)",
+        number=3,
+        title="Descriptiveness of captions (figure 3, dots)",
         claim="Richer text lowers both correlations; class templates give the highest accuracy and the highest bias.",
         differs="4,000 images, 32 epochs, word dropout 0.5 in every arm (whole: none). The class name stands before "
-                "natural text, as in the paper. Atomic names are invented words, as real names are to a model.",
-        rows=standard([(f"{names}, {part}", f"cap_{'shapes' if names == 'compositional' else 'atomic'}_{part}", PAPER_CAPTIONS[part])
-                       for names in ("compositional", "atomic") for part in CAPTIONS]
-                      + [(f"{names}, {part}, whole", f"cap_{world}_{part}_whole", "")
-                         for names, world in (("compositional", "shapes"), ("atomic", "atomic")) for part in ("template", "full")]),
-        contrasts=[(f"{METRICS[metric]}, {names}: template - full", minus(f"cap_{world}_template", f"cap_{world}_full", metric))
-                   for names, world in (("compositional", "shapes"), ("atomic", "atomic")) for metric in ("acc", "pred", "top1")]
-        + [(f"rho(freq, acc), {names}: title - full", minus(f"cap_{world}_title", f"cap_{world}_full", "acc"))
-           for names, world in (("compositional", "shapes"), ("atomic", "atomic"))]),
+        "natural text, as in the paper. Atomic names are invented words, as real names are to a model.",
+        rows=standard(
+            [
+                (
+                    f"{names}, {part}",
+                    f"cap_{'shapes' if names == 'compositional' else 'atomic'}_{part}",
+                    PAPER_CAPTIONS[part],
+                )
+                for names in ("compositional", "atomic")
+                for part in CAPTIONS
+            ]
+            + [
+                (f"{names}, {part}, whole", f"cap_{world}_{part}_whole", "")
+                for names, world in (("compositional", "shapes"), ("atomic", "atomic"))
+                for part in ("template", "full")
+            ]
+        ),
+        contrasts=[
+            (
+                f"{METRICS[metric]}, {names}: template - full",
+                minus(f"cap_{world}_template", f"cap_{world}_full", metric),
+            )
+            for names, world in (("compositional", "shapes"), ("atomic", "atomic"))
+            for metric in ("acc", "pred", "top1")
+        ]
+        + [
+            (f"rho(freq, acc), {names}: title - full", minus(f"cap_{world}_title", f"cap_{world}_full", "acc"))
+            for names, world in (("compositional", "shapes"), ("atomic", "atomic"))
+        ],
+    ),
     dict(
-        number=4, title="Sampled vocabularies in supervised learning (figure 3, crosses)",
+        number=4,
+        title="Sampled vocabularies in supervised learning (figure 3, crosses)",
         claim="A smaller vocabulary lowers both correlations at no loss of accuracy; drawing by frequency is needed.",
         differs="120 classes; vocabularies of 16 to 64 for groups of 32 or 64 images.",
-        rows=standard([("15,000: all 120", "sl", ".52, .57, 55.1 %")]
-                      + [(f"15,000: {name}", f"voc_{name}", paper) for name, paper in
-                         zip(VOCABULARIES, (".47, .40, 58.9 % (500 of 1,000)", ".41, .22, 58.7 % (200)", ".39, .11, 57.0 % (100)", ".40, .10, 56.4 % (50)"))]
-                      + [("15,000: m32_g32, drawn evenly", "voc_m32_g32_even", ".49, .42, 54.5 % (100, frozen head)"),
-                         ("4,000: all 120", "voc4k", "")]
-                      + [(f"4,000: m{m}_g{g}", f"voc4k_m{m}_g{g}", "") for g in (64, 32) for m in (64, 32, 16)]
-                      + [(f"4,000: m{m}_g32, drawn evenly", f"voc4k_m{m}_g32_even", "") for m in (64, 32)]
-                      + [("4,000: m32_g32, by the root", "voc4k_m32_g32_sqrt", ""), ("4,000: balanced softmax", "voc4k_balanced", ""),
-                         ("4,000: class-balanced sampling", "voc4k_class", ""), ("4,000: m32_g32, log-Q", "voc4k_log_q", "")]),
-        contrasts=[(f"{METRICS[metric]}, {rows}: all - m32_g32", minus(a, b, metric)) for metric in ("acc", "pred")
-                   for rows, a, b in (("15,000", "sl", "voc_m32_g32"), ("4,000", "voc4k", "voc4k_m32_g32"))]
-        + [("top-1, 15,000: m32_g32 - all, + 1 point", at_least(minus("voc_m32_g32", "sl", "top1"), 0.01)),
-           ("top-1, 4,000: m32_g32 - all, + 1 point", at_least(minus("voc4k_m32_g32", "voc4k", "top1"), 0.01)),
-           ("rho(freq, pred), 15,000: evenly - by frequency", minus("voc_m32_g32_even", "voc_m32_g32", "pred")),
-           ("rho(freq, pred), 4,000: evenly - by frequency", minus("voc4k_m32_g32_even", "voc4k_m32_g32", "pred"))]),
+        rows=standard(
+            [("15,000: all 120", "sl", ".52, .57, 55.1 %")]
+            + [
+                (f"15,000: {name}", f"voc_{name}", paper)
+                for name, paper in zip(
+                    VOCABULARIES,
+                    (
+                        ".47, .40, 58.9 % (500 of 1,000)",
+                        ".41, .22, 58.7 % (200)",
+                        ".39, .11, 57.0 % (100)",
+                        ".40, .10, 56.4 % (50)",
+                    ),
+                )
+            ]
+            + [
+                ("15,000: m32_g32, drawn evenly", "voc_m32_g32_even", ".49, .42, 54.5 % (100, frozen head)"),
+                ("4,000: all 120", "voc4k", ""),
+            ]
+            + [(f"4,000: m{m}_g{g}", f"voc4k_m{m}_g{g}", "") for g in (64, 32) for m in (64, 32, 16)]
+            + [(f"4,000: m{m}_g32, drawn evenly", f"voc4k_m{m}_g32_even", "") for m in (64, 32)]
+            + [
+                ("4,000: m32_g32, by the root", "voc4k_m32_g32_sqrt", ""),
+                ("4,000: balanced softmax", "voc4k_balanced", ""),
+                ("4,000: class-balanced sampling", "voc4k_class", ""),
+                ("4,000: m32_g32, log-Q", "voc4k_log_q", ""),
+            ]
+        ),
+        contrasts=[
+            (f"{METRICS[metric]}, {rows}: all - m32_g32", minus(a, b, metric))
+            for metric in ("acc", "pred")
+            for rows, a, b in (("15,000", "sl", "voc_m32_g32"), ("4,000", "voc4k", "voc4k_m32_g32"))
+        ]
+        + [
+            ("top-1, 15,000: m32_g32 - all, + 1 point", at_least(minus("voc_m32_g32", "sl", "top1"), 0.01)),
+            ("top-1, 4,000: m32_g32 - all, + 1 point", at_least(minus("voc4k_m32_g32", "voc4k", "top1"), 0.01)),
+            ("rho(freq, pred), 15,000: evenly - by frequency", minus("voc_m32_g32_even", "voc_m32_g32", "pred")),
+            ("rho(freq, pred), 4,000: evenly - by frequency", minus("voc4k_m32_g32_even", "voc4k_m32_g32", "pred")),
+        ],
+    ),
     dict(
-        number=5, title="Imbalance, shift and diversity (figure 4)",
-        claim="Without imbalance accuracy rises and correlation falls; less diverse data correlate more; a shift of the "
-              "images costs accuracy.",
+        number=5,
+        title="Imbalance, shift and diversity (figure 4)",
+        claim="Without imbalance accuracy rises and correlation falls; less diverse data correlate more; a shift of "
+        "the images costs accuracy.",
         differs="4,000 rows each (matched: those of incaps4k's frequencies that laionet has). The similarity is one of "
-                "words; the paper's numbers are rho(freq, acc) and top-1 from scratch, then with frozen text.",
-        rows=standard([(f"{table}, {head}", f"div_{table}_{head}", paper if head == "scratch" else "")
-                       for table, paper in DIVERSITY for head in ("scratch", "frozen")]),
-        contrasts=[("top-1, scratch: matched - all", minus("div_matched_scratch", "div_above0.00_scratch", "top1")),
-                   ("rho(freq, acc), scratch: all - matched", minus("div_above0.00_scratch", "div_matched_scratch", "acc")),
-                   ("top-1, frozen: matched - all", minus("div_matched_frozen", "div_above0.00_frozen", "top1")),
-                   ("rho(freq, acc), scratch: above .35 - all", minus("div_above0.35_scratch", "div_above0.00_scratch", "acc")),
-                   ("rho(freq, acc), frozen: above .35 - all", minus("div_above0.35_frozen", "div_above0.00_frozen", "acc")),
-                   ("top-1, scratch: incaps - matched", minus("div_incaps4k_scratch", "div_matched_scratch", "top1"))]),
+        "words; the paper's numbers are rho(freq, acc) and top-1 from scratch, then with frozen text.",
+        rows=standard(
+            [
+                (f"{table}, {head}", f"div_{table}_{head}", paper if head == "scratch" else "")
+                for table, paper in DIVERSITY
+                for head in ("scratch", "frozen")
+            ]
+        ),
+        contrasts=[
+            ("top-1, scratch: matched - all", minus("div_matched_scratch", "div_above0.00_scratch", "top1")),
+            ("rho(freq, acc), scratch: all - matched", minus("div_above0.00_scratch", "div_matched_scratch", "acc")),
+            ("top-1, frozen: matched - all", minus("div_matched_frozen", "div_above0.00_frozen", "top1")),
+            (
+                "rho(freq, acc), scratch: above .35 - all",
+                minus("div_above0.35_scratch", "div_above0.00_scratch", "acc"),
+            ),
+            ("rho(freq, acc), frozen: above .35 - all", minus("div_above0.35_frozen", "div_above0.00_frozen", "acc")),
+            ("top-1, scratch: incaps - matched", minus("div_incaps4k_scratch", "div_matched_scratch", "top1")),
+        ],
+    ),
     dict(
-        number=6, title="Text heads (figure 5), with neural collapse",
-        claim="A frozen CLIP text tower is best, in accuracy and correlation, and keeps variation within classes (NC1); "
-              "fine-tuning loses most of it; a text-only model is worse.",
-        differs="The text tower was trained on `web`, which shows the same classes. Text only: latent semantic analysis "
-                "of web's captions, for RoBERTa.",
+        number=6,
+        title="Text heads (figure 5), with neural collapse",
+        claim="A frozen CLIP text tower is best, in accuracy and correlation, and keeps variation within classes "
+        "(NC1); fine-tuning loses most of it; a text-only model is worse.",
+        differs="The text tower was trained on `web`, which shows the same classes. Text only: latent semantic "
+        "analysis of web's captions, for RoBERTa.",
         columns=[*METRICS.values(), "NC1", "NC2_M"],
-        rows=[(label, cells + [scored(f"collapse_{run}", "NC1", "mean"), scored(f"collapse_{run}", "NC2_M", "mean")], paper)
-              for (label, cells, paper), run in zip(
-                  standard([("scratch", "clip", ".49, 38.0 %; .85, .168"), ("frozen", "frozen", ".26, 45.0 %; 9.7, .144"),
-                            ("fine-tuned", "finetune_whole", ".47, 38.8 %; .9, .163"),
-                            ("text only", "text_only_whole", ".62, 30.7 %; 2.5, .197"),
-                            ("SL, learned head", "sl", ""), ("SL, frozen head", "sl_frozen_head", ".68, 33.3 %; 4.1, .169")]),
-                  ("clip", "frozen", "finetune_whole", "text_only_whole", "sl", "sl_frozen_head"))]
-        + [(label, cells + [lambda seed: None] * 2, paper) for label, cells, paper in
-           standard([("quarter: scratch", "clip_quarter", ".54, 21.7 %"), ("quarter: frozen", "frozen_quarter", ".28, 29.3 %"),
-                     ("quarter: fine-tuned", "finetune_quarter", ".54, 23.8 %"), ("quarter: text only", "text_only_quarter", ".56, 12.0 %")])],
-        contrasts=[("top-1: frozen - scratch", minus("frozen", "clip", "top1")),
-                   ("top-1, quarter: frozen - scratch", minus("frozen_quarter", "clip_quarter", "top1")),
-                   ("rho(freq, acc): scratch - frozen", minus("clip", "frozen", "acc")),
-                   ("rho(freq, acc): fine-tuned - frozen", minus("finetune_whole", "frozen", "acc")),
-                   ("top-1: frozen - text only", minus("frozen", "text_only_whole", "top1")),
-                   ("NC1: frozen - scratch", both(scored("collapse_frozen", "NC1", "mean"), scored("collapse_clip", "NC1", "mean")))]),
+        rows=[
+            (
+                label,
+                cells + [scored(f"collapse_{run}", "NC1", "mean"), scored(f"collapse_{run}", "NC2_M", "mean")],
+                paper,
+            )
+            for (label, cells, paper), run in zip(
+                standard(
+                    [
+                        ("scratch", "clip", ".49, 38.0 %; .85, .168"),
+                        ("frozen", "frozen", ".26, 45.0 %; 9.7, .144"),
+                        ("fine-tuned", "finetune_whole", ".47, 38.8 %; .9, .163"),
+                        ("text only", "text_only_whole", ".62, 30.7 %; 2.5, .197"),
+                        ("SL, learned head", "sl", ""),
+                        ("SL, frozen head", "sl_frozen_head", ".68, 33.3 %; 4.1, .169"),
+                    ]
+                ),
+                ("clip", "frozen", "finetune_whole", "text_only_whole", "sl", "sl_frozen_head"),
+            )
+        ]
+        + [
+            (label, cells + [lambda seed: None] * 2, paper)
+            for label, cells, paper in standard(
+                [
+                    ("quarter: scratch", "clip_quarter", ".54, 21.7 %"),
+                    ("quarter: frozen", "frozen_quarter", ".28, 29.3 %"),
+                    ("quarter: fine-tuned", "finetune_quarter", ".54, 23.8 %"),
+                    ("quarter: text only", "text_only_quarter", ".56, 12.0 %"),
+                ]
+            )
+        ],
+        contrasts=[
+            ("top-1: frozen - scratch", minus("frozen", "clip", "top1")),
+            ("top-1, quarter: frozen - scratch", minus("frozen_quarter", "clip_quarter", "top1")),
+            ("rho(freq, acc): scratch - frozen", minus("clip", "frozen", "acc")),
+            ("rho(freq, acc): fine-tuned - frozen", minus("finetune_whole", "frozen", "acc")),
+            ("top-1: frozen - text only", minus("frozen", "text_only_whole", "top1")),
+            (
+                "NC1: frozen - scratch",
+                both(scored("collapse_frozen", "NC1", "mean"), scored("collapse_clip", "NC1", "mean")),
+            ),
+        ],
+    ),
     dict(
-        number=7, title="Open-world concepts (figure 6)",
+        number=7,
+        title="Open-world concepts (figure 6)",
         claim="With equal images, more concepts lower CLIP's correlation, and not supervised learning's.",
-        differs="60 of the 120 classes, scored among these 60 (standard error of a correlation: .13); frozen text tower "
-                "and frozen head. Then the labelled part of yfcc against all of it.",
+        differs="60 of the 120 classes, scored among these 60 (standard error of a correlation: .13); frozen text "
+        "tower and frozen head. Then the labelled part of yfcc against all of it.",
         columns=["top-1 (60)", "rho(freq, acc) (60)", "rho(freq, pred) (60)"],
-        rows=[(label, [scored(f"even_{run}", f"{run}/val", key) for key in ("top1", "spearman_acc", "spearman_pred")], paper)
-              for label, run, paper in (("CLIP, 60 classes", "open_clip_even", ".37, .16"), ("CLIP, 120 classes, equal images", "open_clip_as_even", ".28, .16"),
-                                        ("CLIP, all of both", "frozen", ".24, -.04"), ("SL, 60 classes", "open_sl_even", ".43, .58"),
-                                        ("SL, 120 classes, equal images", "open_sl_as_even", ".51, .48"), ("SL, all of both", "sl_frozen_head", ".33, .31"))]
-        + [(label, [lambda seed, run=run, key=key: seed.get(run, key) for key in ("top1", "acc", "pred")], paper) for label, run, paper in
-           (("yfcc, labelled part: CLIP (120)", "open_clip_cls", ".42, .16"), ("yfcc, all: CLIP (120)", "open_clip_all", ".34, .11"), ("yfcc, labelled part: SL (120)", "open_sl_cls", ".64, .82"))],
-        contrasts=[("rho(freq, acc), CLIP: 60 - 120 classes", both(scored("even_open_clip_even", "open_clip_even/val", "spearman_acc"), scored("even_open_clip_as_even", "open_clip_as_even/val", "spearman_acc"))),
-                   ("rho(freq, acc), SL: 120 - 60 classes", both(scored("even_open_sl_as_even", "open_sl_as_even/val", "spearman_acc"), scored("even_open_sl_even", "open_sl_even/val", "spearman_acc"))),
-                   ("rho(freq, acc), yfcc, CLIP: labelled - all", minus("open_clip_cls", "open_clip_all", "acc"))]),
+        rows=[
+            (
+                label,
+                [scored(f"even_{run}", f"{run}/val", key) for key in ("top1", "spearman_acc", "spearman_pred")],
+                paper,
+            )
+            for label, run, paper in (
+                ("CLIP, 60 classes", "open_clip_even", ".37, .16"),
+                ("CLIP, 120 classes, equal images", "open_clip_as_even", ".28, .16"),
+                ("CLIP, all of both", "frozen", ".24, -.04"),
+                ("SL, 60 classes", "open_sl_even", ".43, .58"),
+                ("SL, 120 classes, equal images", "open_sl_as_even", ".51, .48"),
+                ("SL, all of both", "sl_frozen_head", ".33, .31"),
+            )
+        ]
+        + [
+            (label, [lambda seed, run=run, key=key: seed.get(run, key) for key in ("top1", "acc", "pred")], paper)
+            for label, run, paper in (
+                ("yfcc, labelled part: CLIP (120)", "open_clip_cls", ".42, .16"),
+                ("yfcc, all: CLIP (120)", "open_clip_all", ".34, .11"),
+                ("yfcc, labelled part: SL (120)", "open_sl_cls", ".64, .82"),
+            )
+        ],
+        contrasts=[
+            (
+                "rho(freq, acc), CLIP: 60 - 120 classes",
+                both(
+                    scored("even_open_clip_even", "open_clip_even/val", "spearman_acc"),
+                    scored("even_open_clip_as_even", "open_clip_as_even/val", "spearman_acc"),
+                ),
+            ),
+            (
+                "rho(freq, acc), SL: 120 - 60 classes",
+                both(
+                    scored("even_open_sl_as_even", "open_sl_as_even/val", "spearman_acc"),
+                    scored("even_open_sl_even", "open_sl_even/val", "spearman_acc"),
+                ),
+            ),
+            ("rho(freq, acc), yfcc, CLIP: labelled - all", minus("open_clip_cls", "open_clip_all", "acc")),
+        ],
+    ),
     dict(
-        number=8, title="Zero-shot and one-shot tails (figure 8), collapse of their prototypes (figure 9)",
-        claim="A frozen CLIP head alone fails on classes without images; with a sampled vocabulary it works nearly as well "
-              "as CLIP. Tail prototypes of a learned head collapse to one direction.",
-        differs="The 30 rarest of 120 classes have no image, or one. Their names share words with other classes, so all "
-                "numbers are higher than the paper's.",
+        number=8,
+        title="Zero-shot and one-shot tails (figure 8), collapse of their prototypes (figure 9)",
+        claim="A frozen CLIP head alone fails on classes without images; with a sampled vocabulary it works nearly as "
+        "well as CLIP. Tail prototypes of a learned head collapse to one direction.",
+        differs="The 30 rarest of 120 classes have no image, or one. Their names share words with other classes, so "
+        "all numbers are higher than the paper's.",
         columns=["tail, 0 shots", "others", "tail, 1 shot", "others", "tail-tail cosine", "head-head"],
-        rows=[(label, [rare(f"tail{shots}_{name}", shots, is_rare) for shots in (0, 1) for is_rare in (True, False)]
-               + [scored(f"prototypes_{name}", f"{part} cosine") for part in ("tail-tail", "head-head")], paper) for label, name, paper in TAILS],
-        contrasts=[("tail, 0 shots: frozen head with vocabulary - frozen head", both(rare("tail0_frozen_head_voc", 0), rare("tail0_frozen_head", 0))),
-                   ("tail, 0 shots: frozen head with vocabulary - learned head", both(rare("tail0_frozen_head_voc", 0), rare("tail0_sl", 0))),
-                   ("tail, 0 shots: CLIP frozen - CLIP scratch", both(rare("tail0_clip_frozen", 0), rare("tail0_clip", 0))),
-                   ("tail, 1 shot: frozen head with vocabulary - frozen head", both(rare("tail1_frozen_head_voc", 1), rare("tail1_frozen_head", 1))),
-                   ("cosine of prototypes, learned head: tail-tail - head-head", both(scored("prototypes_sl", "tail-tail cosine"), scored("prototypes_sl", "head-head cosine")))]),
+        rows=[
+            (
+                label,
+                [rare(f"tail{shots}_{name}", shots, is_rare) for shots in (0, 1) for is_rare in (True, False)]
+                + [scored(f"prototypes_{name}", f"{part} cosine") for part in ("tail-tail", "head-head")],
+                paper,
+            )
+            for label, name, paper in TAILS
+        ],
+        contrasts=[
+            (
+                "tail, 0 shots: frozen head with vocabulary - frozen head",
+                both(rare("tail0_frozen_head_voc", 0), rare("tail0_frozen_head", 0)),
+            ),
+            (
+                "tail, 0 shots: frozen head with vocabulary - learned head",
+                both(rare("tail0_frozen_head_voc", 0), rare("tail0_sl", 0)),
+            ),
+            ("tail, 0 shots: CLIP frozen - CLIP scratch", both(rare("tail0_clip_frozen", 0), rare("tail0_clip", 0))),
+            (
+                "tail, 1 shot: frozen head with vocabulary - frozen head",
+                both(rare("tail1_frozen_head_voc", 1), rare("tail1_frozen_head", 1)),
+            ),
+            (
+                "cosine of prototypes, learned head: tail-tail - head-head",
+                both(scored("prototypes_sl", "tail-tail cosine"), scored("prototypes_sl", "head-head cosine")),
+            ),
+        ],
+    ),
     dict(
-        number=9, title="DINO on balanced and on long-tailed images, with sampled prototypes (figure 10)",
+        number=9,
+        title="DINO on balanced and on long-tailed images, with sampled prototypes (figure 10)",
         claim="Long-tailed pre-training costs transfer accuracy; sampling prototypes closes part of the gap, and fewer "
-              "fixed ones do not.",
+        "fixed ones do not.",
         differs="32 px, 3,000 steps of 128 images, K = 2,048. The probe is fitted on 6,000 balanced images of the same "
-                "classes and scored on val; the paper's is a mean over twelve sets.",
+        "classes and scored on val; the paper's is a mean over twelve sets.",
         columns=["linear probe", "k-NN", "probe, sketch", "probe, objectnet"],
-        rows=[(label, [lambda seed, run=run, key=key, test=test: seed.get(run, key, test)
-                       for key, test in (("probe", "val"), ("knn", "val"), ("probe", "sketch"), ("probe", "objectnet"))], paper)
-              for label, run, paper in DINO],
-        contrasts=[("probe: balanced - long-tailed", minus("dino_balanced", "dino_laionet", "probe")),
-                   ("probe: sampled K / 4 - long-tailed", minus("dino_sampled_quarter", "dino_laionet", "probe")),
-                   ("probe: sampled K / 4 - fixed K / 4", minus("dino_sampled_quarter", "dino_fixed_quarter", "probe"))]),
+        rows=[
+            (
+                label,
+                [
+                    lambda seed, run=run, key=key, test=test: seed.get(run, key, test)
+                    for key, test in (("probe", "val"), ("knn", "val"), ("probe", "sketch"), ("probe", "objectnet"))
+                ],
+                paper,
+            )
+            for label, run, paper in DINO
+        ],
+        contrasts=[
+            ("probe: balanced - long-tailed", minus("dino_balanced", "dino_laionet", "probe")),
+            ("probe: sampled K / 4 - long-tailed", minus("dino_sampled_quarter", "dino_laionet", "probe")),
+            ("probe: sampled K / 4 - fixed K / 4", minus("dino_sampled_quarter", "dino_fixed_quarter", "probe")),
+        ],
+    ),
     dict(
-        number=10, title="Effective robustness by training set, mixture and pruning (Fang et al., Nguyen et al., Mayilvahanan et al.)",
-        claim="Language alone gives no effective robustness, the training images do; mixtures lie between; pruning what is "
-              "near a test set costs little, except on that set.",
-        differs="The line is fitted through SL on 1/8, 1/4, 1/2 and all of laionet. web has 15 % sketches, renditions and "
-                "rotated small shapes, as a crawl has; its labels come from its captions.",
+        number=10,
+        title="Effective robustness by training set, mixture and pruning (Fang, Nguyen, Mayilvahanan)",
+        claim="Language alone gives no effective robustness, the training images do; mixtures lie between; pruning what "
+        "is near a test set costs little, except on that set.",
+        differs="The line is fitted through SL on 1/8, 1/4, 1/2 and all of laionet. web has 15 % sketches, renditions "
+        "and rotated small shapes, as a crawl has; its labels come from its captions.",
         columns=["top-1", "sketch", "rendition", "objectnet", "mean effective robustness"],
-        rows=[(label, [lambda seed, run=run, test=test: seed.get(run, "top1", test) for test in ("val", *SHIFTS)] + [mean_robustness(run)], "")
-              for label, run in (("SL, laionet", "sl"), ("CLIP, laionet", "clip"), ("SL, incaps", "rob_sl_incaps"), ("CLIP, incaps", "rob_clip_incaps"),
-                                 ("SL, web", "rob_sl_web"), ("CLIP, web", "rob_clip_web"), ("SL, half of each", "rob_sl_mix"), ("CLIP, half of each", "rob_clip_mix"),
-                                 ("CLIP, web without what is near sketch", "rob_clip_web_sketch"), ("CLIP, web, near all sets", "rob_clip_web_combined"),
-                                 ("CLIP, web, as many at random", "rob_clip_web_rand"))],
-        contrasts=[("effective robustness: SL on web - SL on laionet", both(mean_robustness("rob_sl_web"), mean_robustness("sl"))),
-                   ("effective robustness: CLIP on web - CLIP on laionet", both(mean_robustness("rob_clip_web"), mean_robustness("clip"))),
-                   ("images less language: (SL web - SL laionet) - |CLIP laionet - SL laionet|",
-                    lambda seed: None if None in (values := [mean_robustness(run)(seed) for run in ("rob_sl_web", "sl", "clip")])
-                    else values[0] - values[1] - abs(values[2] - values[1])),
-                   ("effective robustness, SL: web - half of each", both(mean_robustness("rob_sl_web"), mean_robustness("rob_sl_mix"))),
-                   ("effective robustness, SL: half of each - laionet", both(mean_robustness("rob_sl_mix"), mean_robustness("sl"))),
-                   ("sketch: web - web without what is near sketch", minus("rob_clip_web", "rob_clip_web_sketch", "top1", "sketch"))]),
+        rows=[
+            (
+                label,
+                [lambda seed, run=run, test=test: seed.get(run, "top1", test) for test in ("val", *SHIFTS)]
+                + [mean_robustness(run)],
+                "",
+            )
+            for label, run in (
+                ("SL, laionet", "sl"),
+                ("CLIP, laionet", "clip"),
+                ("SL, incaps", "rob_sl_incaps"),
+                ("CLIP, incaps", "rob_clip_incaps"),
+                ("SL, web", "rob_sl_web"),
+                ("CLIP, web", "rob_clip_web"),
+                ("SL, half of each", "rob_sl_mix"),
+                ("CLIP, half of each", "rob_clip_mix"),
+                ("CLIP, web without what is near sketch", "rob_clip_web_sketch"),
+                ("CLIP, web, near all sets", "rob_clip_web_combined"),
+                ("CLIP, web, as many at random", "rob_clip_web_rand"),
+            )
+        ],
+        contrasts=[
+            (
+                "effective robustness: SL on web - SL on laionet",
+                both(mean_robustness("rob_sl_web"), mean_robustness("sl")),
+            ),
+            (
+                "effective robustness: CLIP on web - CLIP on laionet",
+                both(mean_robustness("rob_clip_web"), mean_robustness("clip")),
+            ),
+            (
+                "images less language: (SL web - SL laionet) - |CLIP laionet - SL laionet|",
+                lambda seed: (
+                    None
+                    if None in (values := [mean_robustness(run)(seed) for run in ("rob_sl_web", "sl", "clip")])
+                    else values[0] - values[1] - abs(values[2] - values[1])
+                ),
+            ),
+            (
+                "effective robustness, SL: web - half of each",
+                both(mean_robustness("rob_sl_web"), mean_robustness("rob_sl_mix")),
+            ),
+            (
+                "effective robustness, SL: half of each - laionet",
+                both(mean_robustness("rob_sl_mix"), mean_robustness("sl")),
+            ),
+            (
+                "sketch: web - web without what is near sketch",
+                minus("rob_clip_web", "rob_clip_web_sketch", "top1", "sketch"),
+            ),
+        ],
+    ),
     dict(
-        number=11, title="Debiasing a fine-tuned model (GLA), interpolation (WiSE-FT), estimates of frequencies",
+        number=11,
+        title="Debiasing a fine-tuned model (GLA), interpolation (WiSE-FT), estimates of frequencies",
         claim="GLA raises the tail over both models; interpolated weights beat the fine-tuned model under shift; two "
-              "estimates of class frequencies agree.",
+        "estimates of class frequencies agree.",
         differs="Zero-shot: the CLIP of web. Fine-tuned: 400 steps of SL on 4,000 long-tailed images from it.",
         columns=["top-1", "head", "medium", "tail"],
-        rows=[(label, [scored("debias", label, key) for key in ("top1", "head", "medium", "tail")], "")
-              for label in ("zero-shot", "fine-tuned", "logit adjustment", "sum", "GLA")],
-        contrasts=[("tail: GLA - fine-tuned", both(scored("debias", "GLA", "tail"), scored("debias", "fine-tuned", "tail"))),
-                   ("top-1: GLA - fine-tuned", both(scored("debias", "GLA", "top1"), scored("debias", "fine-tuned", "top1"))),
-                   ("top-1: GLA - zero-shot", both(scored("debias", "GLA", "top1"), scored("debias", "zero-shot", "top1"))),
-                   ("agreement of two frequency estimates - .8", lambda seed: agreement(seed))]),
+        rows=[
+            (label, [scored("debias", label, key) for key in ("top1", "head", "medium", "tail")], "")
+            for label in ("zero-shot", "fine-tuned", "logit adjustment", "sum", "GLA")
+        ],
+        contrasts=[
+            ("tail: GLA - fine-tuned", both(scored("debias", "GLA", "tail"), scored("debias", "fine-tuned", "tail"))),
+            ("top-1: GLA - fine-tuned", both(scored("debias", "GLA", "top1"), scored("debias", "fine-tuned", "top1"))),
+            ("top-1: GLA - zero-shot", both(scored("debias", "GLA", "top1"), scored("debias", "zero-shot", "top1"))),
+            ("agreement of two frequency estimates - .8", lambda seed: agreement(seed)),
+        ],
+    ),
     dict(
-        number=12, title="Why: duplicates as negatives, and what else removes the bias (ours, not in the paper)",
-        claim="With template captions the denominator of InfoNCE is sum_c n_c exp(s_c), a balanced softmax. If this is the "
-              "mechanism, masking duplicates brings the bias back, balanced softmax removes it as CLIP does, and a log-Q "
-              "correction undoes what sampling gains.",
+        number=12,
+        title="Why: duplicates as negatives, and what else removes the bias (ours, not in the paper)",
+        claim="With template captions the denominator of InfoNCE is sum_c n_c exp(s_c), a balanced softmax. If this is "
+        "the mechanism, masking duplicates brings the bias back, balanced softmax removes it as CLIP does, and a log-Q "
+        "correction undoes what sampling gains.",
         differs="",
-        rows=standard([("CLIP, templates, duplicates kept", "clip_template", ""), ("CLIP, templates, duplicates masked", "clip_template_mask", ""),
-                       ("CLIP, templates, duplicates as positives", "clip_template_soft", ""), ("SL", "sl", ""), ("SL, balanced softmax", "sl_balanced", ""),
-                       ("SL, logit adjustment, tau 0.5", "sl_adjusted", ""), ("SL, vocabulary 32", "voc_m32_g32", ""), ("SL, vocabulary 32, log-Q", "sl_log_q", ""),
-                       ("SL, class-balanced sampling", "sl_class", ""), ("SL, root sampling", "sl_sqrt", ""), ("SL, focal loss", "sl_focal", "")]),
-        contrasts=[("rho(freq, pred), CLIP templates: masked - kept", minus("clip_template_mask", "clip_template", "pred")),
-                   ("rho(freq, pred): SL - balanced softmax", minus("sl", "sl_balanced", "pred")),
-                   ("rho(freq, pred): .15 - |balanced softmax - CLIP templates|",
-                    lambda seed: None if (d := minus("sl_balanced", "clip_template", "pred")(seed)) is None else 0.15 - abs(d)),
-                   ("rho(freq, pred): log-Q - vocabulary 32", minus("sl_log_q", "voc_m32_g32", "pred"))]),
+        rows=standard(
+            [
+                ("CLIP, templates, duplicates kept", "clip_template", ""),
+                ("CLIP, templates, duplicates masked", "clip_template_mask", ""),
+                ("CLIP, templates, duplicates as positives", "clip_template_soft", ""),
+                ("SL", "sl", ""),
+                ("SL, balanced softmax", "sl_balanced", ""),
+                ("SL, logit adjustment, tau 0.5", "sl_adjusted", ""),
+                ("SL, vocabulary 32", "voc_m32_g32", ""),
+                ("SL, vocabulary 32, log-Q", "sl_log_q", ""),
+                ("SL, class-balanced sampling", "sl_class", ""),
+                ("SL, root sampling", "sl_sqrt", ""),
+                ("SL, focal loss", "sl_focal", ""),
+            ]
+        ),
+        contrasts=[
+            ("rho(freq, pred), CLIP templates: masked - kept", minus("clip_template_mask", "clip_template", "pred")),
+            ("rho(freq, pred): SL - balanced softmax", minus("sl", "sl_balanced", "pred")),
+            (
+                "rho(freq, pred): .15 - |balanced softmax - CLIP templates|",
+                lambda seed: (
+                    None if (d := minus("sl_balanced", "clip_template", "pred")(seed)) is None else 0.15 - abs(d)
+                ),
+            ),
+            ("rho(freq, pred): log-Q - vocabulary 32", minus("sl_log_q", "voc_m32_g32", "pred")),
+        ],
+    ),
 ]
 
 
@@ -421,10 +689,19 @@ def page(folder):
     parts, verdicts = [], []
     for e in EXPERIMENTS:
         columns = e.get("columns", list(METRICS.values()))
-        lines = [f"## {e['number']}. {e['title']}", "", f"**Claim.** {e['claim']}" + (f" **Here.** {e['differs']}" if e["differs"] else ""), "",
-                 f"![{e['title']}](shapes_{e['number']}.png)", ""]
+        lines = [
+            f"## {e['number']}. {e['title']}",
+            "",
+            f"**Claim.** {e['claim']}" + (f" **Here.** {e['differs']}" if e["differs"] else ""),
+            "",
+            f"![{e['title']}](shapes_{e['number']}.png)",
+            "",
+        ]
         has_paper = any(paper for _, _, paper in e["rows"])
-        lines += ["| | " + " | ".join(columns) + (" | the paper |" if has_paper else " |"), "|---" * (len(columns) + 1 + has_paper) + "|"]
+        lines += [
+            "| | " + " | ".join(columns) + (" | the paper |" if has_paper else " |"),
+            "|---" * (len(columns) + 1 + has_paper) + "|",
+        ]
         for label, cells, paper in e["rows"]:
             shown = [cell([function(seed) for seed in seeds.values()]) for function in cells]
             lines.append(f"| {label} | " + " | ".join(shown) + (f" | {paper} |" if has_paper else " |"))
@@ -434,14 +711,23 @@ def page(folder):
             values = [function(seed) for seed in seeds.values()]
             mean, half = interval(values)
             answers.append(answer_of(mean, half))
-            lines.append(f"| {text} | {cell(values)} | {', '.join('-' if v is None else f'{v:.3f}' for v in values)} | {answers[-1]} |")
+            lines.append(
+                f"| {text} | {cell(values)} | {', '.join(cell([v]) for v in values)} | {answers[-1]} |"
+            )
         verdicts.append((e, verdict_of(answers), answers))
         lines += ["", f"**Verdict: {verdicts[-1][1]}.** `ONLY={e['number']} bash recipes/shapes.sh`", ""]
         parts.append("\n".join(lines))
         draw(e, seeds, Path(folder) / f"shapes_{e['number']}.png")
-    head = (Path(folder) / "shapes_head.md").read_text("utf-8") if (Path(folder) / "shapes_head.md").is_file() else "# The study on the shapes world\n"
+    head = (
+        (Path(folder) / "shapes_head.md").read_text("utf-8")
+        if (Path(folder) / "shapes_head.md").is_file()
+        else "# The study on the shapes world\n"
+    )
     summary = ["| | claim | verdict | differences that hold |", "|---|---|---|---|"]
-    summary += [f"| {e['number']} | {e['title']} | {verdict} | {answers.count('yes')} of {len(answers)} |" for e, verdict, answers in verdicts]
+    summary += [
+        f"| {e['number']} | {e['title']} | {verdict} | {answers.count('yes')} of {len(answers)} |"
+        for e, verdict, answers in verdicts
+    ]
     (Path(folder) / "shapes.md").write_text("\n".join([head, *summary, "", *parts]), "utf-8")
     print("\n".join(summary))
 

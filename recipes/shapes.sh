@@ -11,6 +11,8 @@
 # are there, results/shapes.md and results/*.png are drawn from the JSON files (needs matplotlib).
 set -euo pipefail
 cd "$(dirname "$0")/.."
+cores=$(nproc)
+jobs=${JOBS:-$cores}
 export OMP_NUM_THREADS=1 PYTHON="${PYTHON:-python}"
 STEPS_4K=1000 # 32 epochs of 4,000 rows, the paper's number; 15,000 rows get the scripts' 1,600 steps
 
@@ -60,8 +62,8 @@ finish() { # all that was noted; runs that a missing score needs are made again 
     done
   done <"$todo/scores"
   export -f one_run one_score
-  xargs -P "${JOBS:-$(nproc)}" -d '\n' -n 1 bash -c 'one_run "$1"' _ <"$todo/runs"
-  xargs -P "${JOBS:-$(nproc)}" -d '\n' -n 1 bash -c 'one_score "$1"' _ <"$todo/scores"
+  xargs -P "$jobs" -d '\n' -n 1 bash -c 'one_run "$1"' _ <"$todo/runs"
+  xargs -P "$jobs" -d '\n' -n 1 bash -c 'one_score "$1"' _ <"$todo/scores"
   [ ! -e "$todo/failed" ]
 }
 
@@ -78,7 +80,7 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
   "$PYTHON" build_datasets.py shapes --seed "$seed" --out "$atomic" --names atomic
   mkdir -p "$cuts"
   if [ ! -e "$root/clip.pt" ]; then
-    OMP_NUM_THREADS=$(nproc) "$PYTHON" clip.py --root "$root" --data web --steps 2200 --word-dropout 0 --seed "$seed" --out "$runs/web" --export "$root/clip.pt"
+    OMP_NUM_THREADS=$cores "$PYTHON" clip.py --root "$root" --data web --steps 2200 --word-dropout 0 --seed "$seed" --out "$runs/web" --export "$root/clip.pt"
   fi
   table eighth subset "$root/laionet/train.tsv" --fraction 0.125 --seed "$seed"
   table quarter subset "$root/laionet/train.tsv" --fraction 0.25 --seed "$seed"

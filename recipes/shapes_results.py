@@ -527,8 +527,8 @@ EXPERIMENTS = [
     dict(
         number=10,
         title="Effective robustness by training set, mixture and pruning (Fang, Nguyen, Mayilvahanan)",
-        claim="Language alone gives no effective robustness, the training images do; mixtures lie between; pruning what "
-        "is near a test set costs little, except on that set.",
+        claim="Language alone gives no effective robustness, the training images do; mixtures lie between; pruning "
+        "what is near a test set costs little, except on that set.",
         differs="The line is fitted through SL on 1/8, 1/4, 1/2 and all of laionet. web has 15 % sketches, renditions "
         "and rotated small shapes, as a crawl has; its labels come from its captions.",
         columns=["top-1", "sketch", "rendition", "objectnet", "mean effective robustness"],
@@ -711,9 +711,7 @@ def page(folder):
             values = [function(seed) for seed in seeds.values()]
             mean, half = interval(values)
             answers.append(answer_of(mean, half))
-            lines.append(
-                f"| {text} | {cell(values)} | {', '.join(cell([v]) for v in values)} | {answers[-1]} |"
-            )
+            lines.append(f"| {text} | {cell(values)} | {', '.join(cell([v]) for v in values)} | {answers[-1]} |")
         verdicts.append((e, verdict_of(answers), answers))
         lines += ["", f"**Verdict: {verdicts[-1][1]}.** `ONLY={e['number']} bash recipes/shapes.sh`", ""]
         parts.append("\n".join(lines))

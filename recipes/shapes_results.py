@@ -506,13 +506,18 @@ EXPERIMENTS = [
         "fixed ones do not.",
         differs="32 px, 3,000 steps of 128 images, K = 2,048. The probe is fitted on 6,000 balanced images of the same "
         "classes and scored on val; the paper's is a mean over twelve sets.",
-        columns=["linear probe", "k-NN", "probe, sketch", "probe, objectnet"],
+        columns=["linear probe", "k-NN", "probe, sketch", "probe, objectnet", "distinct prototypes"],
         rows=[
             (
                 label,
                 [
                     lambda seed, run=run, key=key, test=test: seed.get(run, key, test)
                     for key, test in (("probe", "val"), ("knn", "val"), ("probe", "sketch"), ("probe", "objectnet"))
+                ]
+                + [
+                    lambda seed, run=run: (
+                        seed.files.get(run, {}).get("metrics", {}).get("run", {}).get("unique_prototypes")
+                    )
                 ],
                 paper,
             )
@@ -642,8 +647,8 @@ EXPERIMENTS = [
 HEAD = """# The study on the shapes world
 
 What the paper (Wen et al., NeurIPS 2024, arXiv 2405.21070) claims, and what comes out on the built-in world of 120
-classes at 32 px: {} seeds, {} trainings, {:.1f} core-hours. `bash recipes/shapes.sh` makes all of it again; this page is
-drawn from the JSON files in `results/seed*/`, one for each run that was started for it, without exception.
+classes at 32 px: {} seeds, {} trainings, {:.1f} core-hours. `bash recipes/shapes.sh` makes all of it again; this page
+is drawn from the JSON files in `results/seed*/`, one for each run that was started for it, without exception.
 
 - A seed redraws the world (frequency order, images, captions) and the training.
 - Numbers are on val, mean and 95 % t interval over seeds. rho is Spearman's correlation over all classes of training

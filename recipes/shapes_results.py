@@ -750,7 +750,41 @@ def page(folder):
     (Path(folder) / "shapes.md").write_text(
         "\n".join([HEAD.format(len(seeds), n_runs, seconds / 3600), *summary, "", *parts]), "utf-8"
     )
+    draw_study(seeds, Path(folder) / "study.png")
     print("\n".join(summary))
+
+
+def draw_study(seeds, path, models=(("sl", "supervised", "#d55e00", "x"), ("clip", "CLIP", "#0072b2", "o")), test="v2"):
+    """The study's figure: each class's accuracy and share of predictions against its frequency, and means of bins."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(8, 3.1), layout="constrained")
+    for run, label, color, marker in models:
+        rows = [
+            s.files[run]["classes"][test] for s in seeds.values() if test in s.files.get(run, {}).get("classes", {})
+        ]
+        if not rows:
+            continue
+        count, images, right, predicted = (
+            np.concatenate([row[key] for row in rows]) for key in ("count", "images", "right", "predicted")
+        )
+        for axes, y, key in ((panels[0], right / images, "acc"), (panels[1], predicted / images, "pred")):
+            rho = np.mean([s.get(run, key, test) for s in seeds.values() if s.get(run, key, test) is not None])
+            axes.plot(count, y, marker, color=color, alpha=0.25, markersize=4, markeredgewidth=1)
+            bins = np.array_split(np.argsort(count, kind="stable"), 8)
+            axes.plot([np.exp(np.log(count[b]).mean()) for b in bins], [y[b].mean() for b in bins], color=color,
+                      linewidth=2, marker=marker, label=f"{label}, rho {rho:.2f}")  # fmt: skip
+    for axes, title in zip(panels, ("accuracy", "predictions per image of the class")):
+        axes.set_xscale("log")
+        axes.set_xlabel("training images of the class")
+        axes.set_title(title, fontsize=10)
+        axes.legend(fontsize=8, frameon=False)
+    panels[1].axhline(1, color="grey", linewidth=1)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def draw(e, seeds, path):

@@ -1,6 +1,7 @@
 """Rules of the project that a machine can check: copies, imports, flags, README commands."""
 
 import ast
+import functools
 import re
 import shlex
 import subprocess
@@ -127,9 +128,14 @@ def commands():
     return found
 
 
+@functools.cache
+def parse_args_of(script):
+    """parse_args of a script, without the imports that are heavy: flags come before them."""
+    scope = {"__name__": "not_main", "__doc__": ast.get_docstring(TREES[script])}
+    exec(compile(TEXTS[script].split('if __name__ == "__main__":')[0], script, "exec"), scope)
+    return scope["parse_args"]
+
+
 @pytest.mark.parametrize("script, flags", commands())
 def test_documented_commands_parse(script, flags):
-    scope = {"__name__": "not_main", "__doc__": ast.get_docstring(TREES[script])}
-    head = TEXTS[script].split('if __name__ == "__main__":')[0]  # flags come before the heavy imports
-    exec(compile(head, script, "exec"), scope)
-    scope["parse_args"](shlex.split(flags))
+    parse_args_of(script)(shlex.split(flags))

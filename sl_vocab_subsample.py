@@ -18,7 +18,7 @@ softmax). With --head frozen the classes are fixed vectors of a pretrained CLIP,
 The defaults are the matched protocol: a run differs from one of clip.py in the loss only (same tower, AdamW, steps,
 batch, warm-up, crops, batch norm, evaluation). The paper's protocol, on ImageNet-Captions or LAIONet, is instead
     torchrun --nproc-per-node 4 sl_vocab_subsample.py --root ROOT --data incaps --arch RN50 --batch-size 256 --epochs 90
-with --optimizer sgd --weight-decay 1e-4 --warmup-steps 0 --bn local --crop-scale 0.08 --vocab 200 --vocab-group 64
+with --optimizer sgd --weight-decay 1e-4 --warmup-steps 0 --bn local --vocab 200 --vocab-group 64
 Self-supervised weights to classification: --init backbone.pt (of clip.py, dino_laionet.py, torchvision).
 
 A data set is a TSV with columns image and label (clip.py's docstring has the formats); rows without a label are

@@ -139,6 +139,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     method.add_argument("--dup-captions", default="keep", choices=["keep", "mask", "soft"],
                         help="other pairs of the batch with the same caption: negatives (the paper), left out, or "
                              "further positives")
+    method.add_argument("--directions", default="both", choices=["both", "image", "text"],
+                        help="what is classified: images among the texts of the batch, texts among its images, or both "
+                             "(the paper); a liking for a class as such cancels among images")
     method.add_argument("--accumulate", type=int, default=1,
                         help="split each process's part of the batch into this many chunks (GradCache); the loss is "
                              "still over the whole batch")
@@ -264,6 +267,7 @@ def info_nce(
     scale: torch.Tensor,
     caption_ids: torch.Tensor | None = None,
     dup_captions: str = "keep",
+    directions: str = "both",
 ) -> torch.Tensor:
     """Symmetric cross-entropy over matching pairs (InfoNCE), over the batch of all processes.
 
@@ -271,7 +275,8 @@ def info_nce(
     scale: scalar tensor, 1 / temperature, already exponentiated, in (0, 100].
     caption_ids: [B] int64, equal for equal captions; needed by mask and soft.
     dup_captions: equal captions of other pairs are negatives (keep), left out (mask), or share the target (soft).
-    Returns: scalar, nats; mean over this process's B rows against all N columns, both directions. The mean over
+    directions: each image among the texts (image), each text among the images (text), or the mean of the two (both).
+    Returns: scalar, nats; mean over this process's B rows against all N columns. The mean over
         processes is the loss of one process with the whole batch, and so are its gradients (tests/test_clip.py).
     Source: CLIP section 2.3, figure 3; masks as in the few-shot code of GLA, arXiv 2310.08106.
     """
@@ -290,7 +295,8 @@ def info_nce(
             logits_per_text = logits_per_text.masked_fill(others, -torch.inf)
         else:
             targets = same.to(scale.dtype) / same.sum(1, keepdim=True)  # [B, N] probabilities
-    return (F.cross_entropy(logits_per_image, targets) + F.cross_entropy(logits_per_text, targets)) / 2
+    losses = {"image": F.cross_entropy(logits_per_image, targets), "text": F.cross_entropy(logits_per_text, targets)}
+    return losses.get(directions, (losses["image"] + losses["text"]) / 2)
 
 
 def backward_in_chunks(
@@ -2223,7 +2229,8 @@ def main(args: argparse.Namespace) -> None:
             images = batch["images"]
         else:
             images = crop_pixels(pixels[batch["pixel_rows"]], batch["boxes"], model.image_size)
-        loss_of = functools.partial(info_nce, caption_ids=batch["caption_ids"], dup_captions=args.dup_captions)
+        loss_of = functools.partial(info_nce, caption_ids=batch["caption_ids"], dup_captions=args.dup_captions,
+                                    directions=args.directions)
         parts = backward_in_chunks(net, images, batch["texts"], loss_of, args.accumulate, autocast, scaler.scale)
 
         is_log_step = (step + 1) % args.log_every == 0 or step + 1 == steps

@@ -114,6 +114,10 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
   if wants 12; then
     clip clip_template_mask --caption "a {class}" --word-dropout 0 --dup-captions mask
     clip clip_template_soft --caption "a {class}" --word-dropout 0 --dup-captions soft
+    for direction in image text; do
+      clip "clip_template_$direction" --caption "a {class}" --word-dropout 0 --directions $direction
+    done
+    clip clip_template_image_mask --caption "a {class}" --word-dropout 0 --directions image --dup-captions mask
     sl sl_balanced --loss balanced
     sl sl_adjusted --loss logit-adjusted --tau 0.5
     sl sl_log_q --loss log-q --vocab 32 --vocab-group 32
@@ -259,7 +263,7 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
     table freq_synonyms "${count[@]}" --classes "$root/classes.tsv" --sample 20 --seed "$seed"
     [ -e "$cuts/judged.tsv" ] || "$PYTHON" recipes/shapes_results.py judge "$cuts/freq_synonyms.sample.tsv" "$root" "$cuts/judged.tsv"
     table freq_judged "${count[@]}" --classes "$root/classes.tsv" --relevance "$cuts/judged.tsv" --seed "$seed"
-    awk -F'\t' 'NR == 1 { while ($++i != "estimate"); print "name\tcount"; next } { print $1 "\t" $i }' "$cuts/freq_judged.tsv" >"$cuts/freq_relevant.tsv"
+    awk -F'\t' 'NR == 1 { for (i = 1; i <= NF && $i != "estimate"; i++); print "name\tcount"; next } { print $1 "\t" $i }' "$cuts/freq_judged.tsv" >"$cuts/freq_relevant.tsv"
     score frequencies "" "$PYTHON" evaluate.py concepts agree "$cuts/freq_names.tsv" "$cuts/freq_relevant.tsv" --boot 0
     score debias "zeroshot finetuned" "$PYTHON" evaluate.py debias --zeroshot "{}/zeroshot/val.npz" --finetuned "{}/finetuned/val.npz"
   fi

@@ -63,9 +63,22 @@ def test_info_nce_is_the_slow_loop():
     slow = {"keep": (z, np.eye(6)), "mask": (masked, np.eye(6)), "soft": (z, share)}
     with np.errstate(invalid="ignore"):
         for dup_captions, (logits, targets) in slow.items():
-            expected = (loss(logits, targets) + loss(logits.T, targets)) / 2
-            value = clip.info_nce(x, y, torch.tensor(9.0, dtype=torch.float64), ids, dup_captions)
-            assert math.isclose(value, expected, rel_tol=1e-12), dup_captions
+            image, text = loss(logits, targets), loss(logits.T, targets)
+            for directions, expected in {"image": image, "text": text, "both": (image + text) / 2}.items():
+                value = clip.info_nce(x, y, torch.tensor(9.0, dtype=torch.float64), ids, dup_captions, directions)
+                assert math.isclose(value, expected, rel_tol=1e-12), (dup_captions, directions)
+
+
+def test_a_liking_for_a_class_cancels_among_images():
+    """A constant added to all logits of one text leaves the loss among images as it is, and not that among texts."""
+    x, y = pair_of_features()
+    liked = torch.zeros(6, 1, dtype=torch.float64)
+    liked[0] = 0.4  # one more coordinate: 1 in all images, 0.4 in text 0
+    images, texts = torch.cat([x, torch.ones_like(liked)], 1), torch.cat([y, liked], 1)
+    scale = torch.tensor(9.0, dtype=torch.float64)
+    for directions, is_equal in (("text", True), ("image", False)):
+        a, b = clip.info_nce(x, y, scale, directions=directions), clip.info_nce(images, texts, scale, directions=directions)
+        assert math.isclose(a, b, rel_tol=1e-12) == is_equal, directions
 
 
 def test_info_nce_gradient():

@@ -16,8 +16,8 @@ jobs=${JOBS:-$cores}
 export OMP_NUM_THREADS=1 PYTHON="${PYTHON:-python}"
 STEPS_4K=1000 # 32 epochs of 4,000 rows, the paper's number; 15,000 rows get the scripts' 1,600 steps
 
-# run NAME SCRIPT FLAGS: a training; score NAME "RUNS" COMMAND: numbers from the arrays of these runs ({} is the folder
-# of runs, --json is added). Both are only noted here, and carried out by `finish`, two at a time.
+# run NAME SCRIPT FLAGS: a training. score NAME "RUNS" COMMAND: numbers from the arrays of these runs (or none); {} is
+# the folder of runs, --json is added. Both are only noted here, and carried out by `finish`, some at a time.
 run() {
   local name=$1 script=$2
   shift 2
@@ -264,7 +264,7 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
     [ -e "$cuts/judged.tsv" ] || "$PYTHON" recipes/shapes_results.py judge "$cuts/freq_synonyms.sample.tsv" "$root" "$cuts/judged.tsv"
     table freq_judged "${count[@]}" --classes "$root/classes.tsv" --relevance "$cuts/judged.tsv" --seed "$seed"
     awk -F'\t' 'NR == 1 { for (i = 1; i <= NF && $i != "estimate"; i++); print "name\tcount"; next } { print $1 "\t" $i }' "$cuts/freq_judged.tsv" >"$cuts/freq_relevant.tsv"
-    score frequencies "" "$PYTHON" evaluate.py concepts agree "$cuts/freq_names.tsv" "$cuts/freq_relevant.tsv" --boot 0
+    score frequencies none "$PYTHON" evaluate.py concepts agree "$cuts/freq_names.tsv" "$cuts/freq_relevant.tsv" --boot 0
     score debias "zeroshot finetuned" "$PYTHON" evaluate.py debias --zeroshot "{}/zeroshot/val.npz" --finetuned "{}/finetuned/val.npz"
   fi
 

@@ -613,8 +613,8 @@ EXPERIMENTS = [
         claim="With template captions the denominator of InfoNCE is sum_c n_c exp(s_c), a balanced softmax. If this is "
         "the mechanism, masking duplicates brings the bias back, balanced softmax removes it as CLIP does, and a log-Q "
         "correction undoes what sampling gains.",
-        differs="The one-sided losses were added after masking had shown little in the first world: among images a liking "
-        "for a class cancels, so half of CLIP's loss cannot learn the prior.",
+        differs="The one-sided losses were added after masking had shown little in the first world: among images a "
+        "liking for a class cancels, so half of CLIP's loss cannot learn the prior.",
         rows=standard(
             [
                 ("CLIP, templates, duplicates kept", "clip_template", ""),

@@ -35,8 +35,9 @@ Deviations from the paper and its code:
  1. Sinkhorn runs in the log domain: the published exp(logits / temperature) overflows at low temperatures.
  2. Prototypes that a step does not use do not move in it: neither momentum nor weight decay touches their rows. The
     teacher's rows are the running average of the student's, all of them, at every step.
- 3. Crops and colours are drawn by example, not by process, so any number of processes sees the same views. They are
-    changed in batches on the device, by torchvision's formulas.
+ 3. Crops and colours are drawn by example, so any number of processes sees the same views, after a restart too.
+    torchvision.transforms.v2 draws from a process's generator: its formulas are applied here to batches on the device,
+    to files and .npy alike, in no more CPU time. Pillow cuts files (bicubic), the device .npy images (bilinear).
  4. ViT-S/16 has no stochastic depth.
 """
 

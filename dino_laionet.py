@@ -39,6 +39,7 @@ Deviations from the paper and its code:
     torchvision.transforms.v2 draws from a process's generator: its formulas are applied here to batches on the device,
     to files and .npy alike, in no more CPU time. Pillow cuts files (bicubic), the device .npy images (bilinear).
  4. ViT-S/16 has no stochastic depth.
+ 5. Its positions are resized to the grid of a local crop; the public code's scale is of 0.1 patch more.
 """
 
 import argparse
@@ -621,9 +622,10 @@ class ViTBlock(nn.Module):
         self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, L, width]
-        qkv = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, -1, 64)).permute(2, 0, 3, 1, 4)  # [3, B, H, L, 64]
-        x = x + self.attn["proj"](F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2))
+    def forward(self, x: torch.Tensor, n: int) -> torch.Tensor:  # [B, L, width] -> [B, n, width], the first n tokens
+        q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, -1, 64)).permute(2, 0, 3, 1, 4)  # [B, H, L, 64] each
+        mixed = F.scaled_dot_product_attention(q[:, :, :n], k, v)
+        x = x[:, :n] + self.attn["proj"](mixed.transpose(1, 2).flatten(2))
         return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
 
 
@@ -646,9 +648,9 @@ class ViT(nn.Module):
         positions = resize_positions(self.pos_embed[0], *x.shape[2:])
         x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1)
         x = x + positions.to(x.dtype)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x[:, 0])
+        for block in self.blocks[:-1]:
+            x = block(x, x.shape[1])
+        return self.norm(self.blocks[-1](x, 1)[:, 0])  # what the last block makes of the other tokens is not used
 
 
 TOWERS = {

@@ -57,8 +57,10 @@ def write_stamps(folder, source, seed):
     names = sorted({path.parts[0] for path in found})
     labels = np.array([names.index(path.parts[0]) for path in found])
     if len(names) < 2 or np.bincount(labels).min() < 2:
-        raise SystemExit(f"stamps: {source} has {len(names)} folders with pictures, it needs 2, of 2 pictures each: "
-                         "apt install tuxpaint-stamps-default, or pass --stamps FOLDER")
+        raise SystemExit(
+            f"stamps: {source} has {len(names)} folders with pictures, it needs 2, of 2 pictures each: "
+            "apt install tuxpaint-stamps-default, or pass --stamps FOLDER"
+        )
     for path in found:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         image = Image.open(source / path).convert("RGBA")

@@ -278,6 +278,36 @@ def test_public_vit_weights_load(tmp_path):
     assert logits.shape == (6, 4) and embed.shape == (6, 384)
 
 
+def test_vit_is_torchvisions():
+    """torchvision's names for the same parameters; it computes all tokens of the last block."""
+    tower = torchvision.models.VisionTransformer(
+        224, 16, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536
+    ).eval()
+    tower.heads, weights = torch.nn.Identity(), {k: 4 * v - 0.04 for k, v in vit_weights().items()}
+    names = {"cls_token": "class_token", "pos_embed": "encoder.pos_embedding", "patch_embed.proj": "conv_proj"}
+    names |= {"blocks.": "encoder.layers.encoder_layer_", "norm1": "ln_1", "norm2": "ln_2", "mlp.fc1": "mlp.0"}
+    names |= {"mlp.fc2": "mlp.3", "attn.qkv.": "self_attention.in_proj_", "attn.proj": "self_attention.out_proj"}
+
+    def renamed(key):
+        for ours, theirs in names.items():
+            key = key.replace(ours, theirs)
+        return f"encoder.ln.{key[5:]}" if key.startswith("norm.") else key
+
+    tower.load_state_dict({renamed(key): value for key, value in weights.items()})
+    model = network("ViT-S-16").visual
+    model.load_state_dict(weights)
+    images = uniform(2, 3, 224, 224)
+    pair = [net(images) for net in (model, tower)]
+    assert pair[0].std() > 0.01
+    torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-5)
+    for y in pair:
+        (y * uniform(2, 384, seed=1)).sum().backward()
+    expected = dict(tower.named_parameters())
+    for key, p in model.named_parameters():
+        theirs = expected[renamed(key)].grad
+        assert (p.grad - theirs).norm() <= 1e-3 * theirs.norm() + 1e-6, key
+
+
 def test_clip_rn50_weights_load(tmp_path):
     torch.manual_seed(0)
     tower, model = clip.ModifiedResNet(1024, 224).eval(), network("RN50")

@@ -22,7 +22,8 @@ with --warmup-steps 1200 --optimizer sgd --lr 0.12 --weight-decay 1e-4 --ema 0.9
 
 A data set is a TSV with a column image (clip.py's docstring has the formats). Labels are not trained on; k-NN and a
 linear probe are fitted on the features of a labelled set (--probe-set). Written to --out: args.json, log.jsonl,
-checkpoint.pt, metrics.json and <set>.npz for each test set (logits of the probe, features, labels, ...).
+checkpoint.pt, metrics.json and <set>.npz for each test set (logits of the probe, features, labels, ...). Other worlds
+(--transfer) leave transfer/<set>_train.npz and _test.npz, for evaluate.py probe.
 
 Dimension key: B images of this process, V views, K prototypes, M of them used in a step, D width of a prototype,
 C classes.
@@ -34,9 +35,11 @@ Deviations from the paper and its code:
  1. Sinkhorn runs in the log domain: the published exp(logits / temperature) overflows at low temperatures.
  2. Prototypes that a step does not use do not move in it: neither momentum nor weight decay touches their rows. The
     teacher's rows are the running average of the student's, all of them, at every step.
- 3. Crops and colours are drawn by example, not by process, so any number of processes sees the same views. They are
-    changed in batches on the device, by torchvision's formulas.
+ 3. Crops and colours are drawn by example, so any number of processes sees the same views, after a restart too.
+    torchvision.transforms.v2 draws from a process's generator: its formulas are applied here to batches on the device,
+    to files and .npy alike, in no more CPU time. Pillow cuts files (bicubic), the device .npy images (bilinear).
  4. ViT-S/16 has no stochastic depth.
+ 5. Its positions are resized to the grid of a local crop; the public code's scale is of 0.1 patch more.
 """
 
 import argparse
@@ -90,8 +93,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--eval-sets", nargs="*", default=["auto"],
                       help=f"test sets: names in ROOT or TSV files; auto takes those of {', '.join(TEST_SETS)} that "
                            "ROOT has")
-    data.add_argument("--transfer", nargs="*", default=[],
-                      help="more worlds to probe the features on: folders with classes.tsv, train.tsv and test.tsv")
+    data.add_argument("--transfer", nargs="*", default=["auto"],
+                      help="more worlds to probe the features on: folders with classes.tsv, train.tsv and test.tsv; "
+                           "auto is those in ROOT (unseen in the shapes world), no name is none")
     data.add_argument("--max-bad", type=float, default=0.01,
                       help="end the run when more than this fraction of the images cannot be read")
     data.add_argument("--max-pixels", type=int, default=89_478_485,
@@ -618,9 +622,10 @@ class ViTBlock(nn.Module):
         self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, L, width]
-        qkv = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, -1, 64)).permute(2, 0, 3, 1, 4)  # [3, B, H, L, 64]
-        x = x + self.attn["proj"](F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2))
+    def forward(self, x: torch.Tensor, n: int) -> torch.Tensor:  # [B, L, width] -> [B, n, width], the first n tokens
+        q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, -1, 64)).permute(2, 0, 3, 1, 4)  # [B, H, L, 64] each
+        mixed = F.scaled_dot_product_attention(q[:, :, :n], k, v)
+        x = x[:, :n] + self.attn["proj"](mixed.transpose(1, 2).flatten(2))
         return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
 
 
@@ -643,9 +648,9 @@ class ViT(nn.Module):
         positions = resize_positions(self.pos_embed[0], *x.shape[2:])
         x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1)
         x = x + positions.to(x.dtype)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x[:, 0])
+        for block in self.blocks[:-1]:
+            x = block(x, x.shape[1])
+        return self.norm(self.blocks[-1](x, 1)[:, 0])  # what the last block makes of the other tokens is not used
 
 
 TOWERS = {
@@ -1604,7 +1609,8 @@ def probe_features(model: Network | RawPixels, bank: Table, test_sets: dict[str,
                    args: argparse.Namespace, device: torch.device) -> dict[str, dict]:
     """k-NN and linear probe, fitted on a labelled set, of each test set. All ranks.
 
-    Returns: {set: {knn, probe: [n, C] scores, weights [C, d] of raw features, features, labels, rows, bad}}.
+    Returns: {set: {knn, probe: [n, C] scores, weights [C, d] of raw features, features, labels, rows, bad, bank: its
+    features and labels}}.
     """
     bank = copy.copy(bank)
     if len(bank) > args.probe_images:
@@ -1627,16 +1633,19 @@ def probe_features(model: Network | RawPixels, bank: Table, test_sets: dict[str,
         with exact_matmul():
             knn = knn_votes(F.normalize(embed, dim=1), labels, F.normalize(x, dim=1), C)
             found[name] = {"knn": knn, "probe": standard(x) @ weights, "weights": (weights[:-1] / std[:, None]).T,
-                           "features": x, "labels": test_labels, "rows": rows, "bad": bad, "decay": decay}
+                           "features": x, "labels": test_labels, "rows": rows, "bad": bad, "decay": decay,
+                           "bank": (embed, labels)}
     return found
 
 
-def evaluate_dino(model: Network, worlds: list[tuple[Table, dict[str, Table], list[str]]], class_counts: np.ndarray,
-                  args: argparse.Namespace, device: torch.device, npz_folder: Path | None = None) -> dict[str, dict]:
+def evaluate_dino(model: Network, worlds: list[tuple[Table, dict[str, Table], list[str], bool]],
+                  class_counts: np.ndarray, args: argparse.Namespace, device: torch.device,
+                  npz_folder: Path | None = None) -> dict[str, dict]:
     """Metrics of each test set of each world: top1, balanced, ... are the linear probe's. All ranks.
 
-    worlds: (labelled set, test sets, class names); class_counts [C] are those of the root's.
-    npz_folder: where the first process writes <set>.npz; with it, and --baselines, a random network and raw pixels too.
+    worlds: (labelled set, test sets, class names, whether it is a --transfer folder); class_counts [C] are the root's.
+    npz_folder: where the first process writes <set>.npz, of a --transfer folder transfer/<set>_train.npz, _test.npz;
+    with it, and --baselines, a random network and raw pixels too.
     """
     if dist.is_initialized():
         for buffer in model.buffers():  # with --bn local each process has its own statistics
@@ -1645,10 +1654,9 @@ def evaluate_dino(model: Network, worlds: list[tuple[Table, dict[str, Table], li
     models = {"": model}
     if npz_folder is not None and args.baselines and worlds:
         models |= {"random_": random_network(args, worlds[0][0], device), "pixels_": RawPixels()}
-    metrics = {}
-    for number, (bank, test_sets, class_names) in enumerate(worlds):
-        is_own = number == 0 and len(class_counts) == len(class_names)  # not of a --transfer folder
-        counts = class_counts if is_own else np.zeros(len(class_names), np.int64)
+    metrics, is_main = {}, not dist.is_initialized() or dist.get_rank() == 0
+    for bank, test_sets, class_names, is_transfer in worlds:
+        counts = np.zeros(len(class_names), np.int64) if is_transfer else class_counts
         for kind, probed in models.items():
             for name, found in probe_features(probed, bank, test_sets, class_names, args, device).items():
                 labels, labelled = found["labels"], found["labels"] >= 0
@@ -1664,13 +1672,18 @@ def evaluate_dino(model: Network, worlds: list[tuple[Table, dict[str, Table], li
                 if labelled.any():
                     metrics[name] |= imbalance_metrics(guesses["probe"][labelled], labels[labelled], counts)
                 metrics[name] |= right
-                if npz_folder is not None and (not dist.is_initialized() or dist.get_rank() == 0):
+                if npz_folder is not None and is_main:
                     half = {"logits": found["probe"], "features": found["features"], "prototypes": found["weights"]}
                     arrays = {key: x.cpu().numpy().astype(np.float16) for key, x in half.items()}
                     arrays |= {"predictions": guesses["probe"], "labels": labels, "rows": found["rows"],
                                "class_counts": counts, "class_names": np.array(class_names, str)}
-                    write_atomically(npz_folder / f"{name}.npz",
-                                     lambda file, arrays=arrays: np.savez(file, **arrays))
+                    files = {f"transfer/{name}_test.npz" if is_transfer else f"{name}.npz": arrays}
+                    if is_transfer:  # evaluate.py probe has the paper's protocol, over many runs
+                        bank_features, bank_labels = (x.cpu().numpy() for x in found["bank"])
+                        files[f"transfer/{name}_train.npz"] = {"features": bank_features.astype(np.float16),
+                                                               "labels": bank_labels}
+                    for path, arrays in files.items():
+                        write_atomically(npz_folder / path, lambda file, arrays=arrays: np.savez(file, **arrays))
     model.train()
     return metrics
 
@@ -1830,21 +1843,26 @@ class RunLog:
             sys.stdout.flush()
 
 
-def find_worlds(args: argparse.Namespace, root: Path) -> list[tuple[Table, dict[str, Table], list[str]]]:
-    """What features are probed on: (labelled set, test sets, class names), the root's first if it has labels."""
+def find_worlds(args: argparse.Namespace, root: Path) -> list[tuple[Table, dict[str, Table], list[str], bool]]:
+    """What features are probed on, as evaluate_dino takes it; the root's first, if it has labels."""
     worlds, class_names = [], [row["name"] for row in read_classes(root)]
     test_sets = find_test_sets(args.eval_sets, root)
     if class_names and test_sets:
         name = args.probe_set
         if name == "auto":
             name = "imagenet" if (root / "imagenet" / "train.tsv").is_file() else str(find_sets(args.data, root)[0][0])
-        worlds.append((Table(name if name.endswith(".tsv") else root / name / "train.tsv"), test_sets, class_names))
-    for folder in map(Path, args.transfer):
-        names = [row["name"] for row in read_classes(folder)]
+        bank = Table(name if name.endswith(".tsv") else root / name / "train.tsv")
+        worlds.append((bank, test_sets, class_names, False))
+    in_root = [path.parent for path in sorted(root.glob("*/classes.tsv"))
+               if (path.parent / "train.tsv").is_file() and (path.parent / "test.tsv").is_file()]
+    for folder in [f for name in args.transfer for f in (in_root if name == "auto" else [Path(name)])]:
+        names, name = [row["name"] for row in read_classes(folder)], folder.resolve().name
         if not names:
             raise SystemExit(f"--transfer {folder}: no classes.tsv with a column name")
-        worlds.append((Table(folder / "train.tsv"), {folder.name: Table(folder / "test.tsv")}, names))
-    for bank, _, names in worlds:  # now, not after the training
+        if any(name in test_sets for _, test_sets, _, _ in worlds) or name == "run":
+            raise SystemExit(f"--transfer {folder}: {name} is taken in metrics.json, rename the folder")
+        worlds.append((Table(folder / "train.tsv"), {name: Table(folder / "test.tsv")}, names, True))
+    for bank, _, names, _ in worlds:  # now, not after the training
         is_labelled = read_labels(bank, names) >= 0
         if is_labelled.sum() < 2:
             raise SystemExit(f"{bank.path}: {is_labelled.sum()} rows with a label, so no probe can be fitted; pass "

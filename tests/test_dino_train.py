@@ -16,11 +16,12 @@ from PIL import Image
 from programs import ENV, ROOT, assert_bit_equal, log_of, weights_of
 
 import dino_laionet as dino
+import evaluate
 import sl_vocab_subsample as sl
 
 FLAGS = ["--batch-size", "32", "--log-every", "1", "--warmup-steps", "2", "--precision", "fp32", "--device", "cpu"]
 FLAGS += ["--eval-sets", "val", "--probe-images", "100", "--prototypes", "64"]
-QUICK = [*FLAGS, "--no-baselines"]
+QUICK = ["--transfer", *FLAGS, "--no-baselines"]
 SMALL = ["--sample-prototypes", "16"]
 run = functools.partial(programs.run, "dino_laionet.py")
 run_here = functools.partial(programs.run_here, dino)
@@ -71,6 +72,13 @@ def test_files_and_table(world, trained):
         assert found["logits"].shape == (n, 120) and found["features"].shape == (n, 256)
         assert found["prototypes"].shape == (120, 256)
         assert np.mean(found["predictions"] == found["labels"]) == pytest.approx(metrics["val"]["probe"])
+    unseen = np.load(world / "unseen" / "test.npy", mmap_mode="r")
+    assert metrics["unseen"]["n"] == len(unseen) and metrics["unseen"]["spearman_acc"] is None
+    assert metrics["unseen"]["chance"] == 1 / 90 and metrics["unseen"]["random_probe"] is not None
+    tasks = evaluate.read_tasks([str(out / "transfer")], [], True)  # as evaluate.py probe does
+    assert [(name, train["n_classes"], len(test["labels"])) for _, name, train, _, test in tasks] == [
+        ("unseen", 90, len(unseen))
+    ]
     lines = [line for line in log_of(out) if "loss" in line]
     assert [line["step"] for line in lines] == [1, 2, 3, 4] and any("val" in line for line in log_of(out))
     for line in lines:

@@ -65,14 +65,11 @@ def test_boxes_depend_on_their_own_keys_alone():
 def test_jitter_is_torchvisions(f):
     x, f1 = uniform(4, 3, 20, 20), torch.full((4, 1, 1, 1), f)
     x[0, :, :5], x[1, :, 3] = 0.5, 0  # grey and black: no hue
-    expected = [
-        tv.adjust_brightness(x, 0.6 + 0.8 * f),
-        torch.stack([tv.adjust_contrast(one, 0.6 + 0.8 * f) for one in x]),
-        tv.adjust_saturation(x, 0.8 + 0.4 * f),
-        tv.adjust_hue(x, 0.2 * f - 0.1),
-    ]
-    for op, target in zip(dino.JITTER, expected, strict=True):
-        torch.testing.assert_close(op(x.clone(), f1), target, rtol=0, atol=2e-5)
+    published = torchvision.transforms.v2.ColorJitter(0.4, 0.4, 0.2, 0.1)
+    for op, name in zip(dino.JITTER, ("brightness", "contrast", "saturation", "hue"), strict=True):
+        low, high = getattr(published, name)
+        expected = torch.stack([getattr(tv, f"adjust_{name}")(one, low + f * (high - low)) for one in x])
+        torch.testing.assert_close(op(x.clone(), f1), expected, rtol=0, atol=2e-5)
     torch.testing.assert_close(dino.grey(x), tv.rgb_to_grayscale(x), rtol=0, atol=1e-6)
 
 
@@ -82,30 +79,84 @@ def test_blur_is_torchvisions():
     torch.testing.assert_close(dino.gaussian_blur(x, sigma), expected, rtol=0, atol=1e-5)
 
 
-def test_dino_colours_are_torchvisions_in_the_drawn_order():
-    n = 60
-    x, draws = uniform(n, 3, 16, 16), uniform(n, dino.N_DRAWS, seed=1)
-    ours = dino.augment_dino(x.clone(), draws, [1.0, 0.1, 0.5], [0.0, 0.2, 0.0])
-    seen = np.zeros(4)
-    for i, (y, d) in enumerate(zip(x, draws.tolist(), strict=True)):
-        view = i // 20
-        ops = [
-            lambda y, d=d: tv.adjust_brightness(y, 0.6 + 0.8 * d[2]),
-            lambda y, d=d: tv.adjust_contrast(y, 0.6 + 0.8 * d[3]),
-            lambda y, d=d: tv.adjust_saturation(y, 0.8 + 0.4 * d[4]),
-            lambda y, d=d: tv.adjust_hue(y, 0.2 * d[5] - 0.1),
-        ]
-        is_on = d[1] < 0.8, d[10] < 0.2, d[11] < (1.0, 0.1, 0.5)[view], d[13] < (0.0, 0.2, 0.0)[view]
-        seen += is_on
-        for op in np.argsort(d[6:10]) if is_on[0] else []:
-            y = ops[op](y)
-        y = tv.rgb_to_grayscale(y, 3) if is_on[1] else y
-        y = tv.gaussian_blur(y, [13, 13], [0.1 + 1.9 * d[12]]) if is_on[2] else y
-        y = tv.solarize(y, 0.5) if is_on[3] else y
-        y = y.flip(2) if d[0] < 0.5 else y
-        close = (ours[i] - y).abs() < 1e-4
-        assert close.float().mean() > (0.99 if is_on[3] else 0.9999), i  # solarising cuts at 0.5
-    assert seen.min() > 0
+def test_crops_of_arrays_are_torchvisions():
+    """torchvision sees nothing outside the crop: here that repeats its edge."""
+    inner = uniform(2, 3, 23, 30) * 255
+    pixels = tv.pad(inner, [5, 3, 7, 4], padding_mode="edge").byte()  # left, top, right, bottom
+    box = torch.tensor([[5 / 42, 3 / 30, 35 / 42, 26 / 30]] * 2)
+    for size in 12, 28, 40:
+        expected = tv.resized_crop(pixels.float(), 3, 5, 23, 30, [size, size], antialias=False)
+        ours = dino.crop_pixels(pixels.permute(0, 2, 3, 1), box, size)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0.01)
+        whole = dino.crop_pixels(pixels.permute(0, 2, 3, 1), torch.tensor([[0, 0, 1, 1]] * 2), size)
+        torch.testing.assert_close(whole, tv.resize(pixels.float(), [size, size], antialias=False), rtol=0, atol=0.01)
+
+
+def pictures(folder, n=24):
+    """n images of 40 x 32 px as files and as an array, blocks with dark and bright parts: two tables."""
+    blocks = tv.resize(uniform(n, 3, 4, 5), [32, 40], antialias=True).mul(255).byte().permute(0, 2, 3, 1).numpy()
+    np.save(folder / "all.npy", blocks)
+    for i, image in enumerate(blocks):
+        Image.fromarray(image).save(folder / f"{i}.png")
+    for name, field in ("files", "{}.png"), ("array", "all.npy:{}"):
+        (folder / f"{name}.tsv").write_text("image\n" + "".join(f"{field.format(i)}\n" for i in range(n)))
+    return [dino.Table(folder / f"{name}.tsv") for name in ("files", "array")]
+
+
+def views_of(table, sizes, n=24):
+    """A batch with all rows of a table in order, and the table's pixels or None."""
+    views, pixels = dino.Views([table], sizes, [(0.3, 1)] * len(sizes), 4 / 3, 10**6, 5), dino.load_pixels([table])
+    views.pixel_offsets = None if "files" in table.path.name else np.array([0])
+    return views.__getitems__(np.array([[0, i, 2] for i in range(n)])), pixels
+
+
+def test_crops_of_files_are_torchvisions(tmp_path, monkeypatch):
+    """The same to the bit where the crop is the image; else Pillow's filter also sees what is next to the crop."""
+    table, n = pictures(tmp_path)[0], 5
+    for left, top, right, bottom in (0, 0, 40, 32), (6, 4, 38, 28), (20, 10, 30, 20):
+        box = np.array([[left / 40, top / 32, right / 40, bottom / 32]])
+        monkeypatch.setattr(dino, "view_boxes", lambda *args, box=box: box)
+        crops = views_of(table, [28, 16], n)[0]["crops"]
+        for size, ours in zip((28, 16), crops, strict=True):
+            edge = 0 if right - left == 40 else 2 * size // min(right - left, bottom - top, size)
+            for i in range(n):
+                image = Image.open(tmp_path / f"{i}.png")
+                args = top, left, bottom - top, right - left, [size, size]
+                expected = tv.pil_to_tensor(tv.resized_crop(image, *args, interpolation=tv.InterpolationMode.BICUBIC))
+                inside = (..., slice(edge, size - edge), slice(edge, size - edge))
+                assert (ours[i][inside].int() - expected[inside].int()).abs().max() <= (edge > 0)
+
+
+@pytest.mark.parametrize("source", [0, 1], ids=["files", "array"])
+def test_dino_views_are_torchvisions(tmp_path, source):
+    """Colours in the drawn order, flips, and each view's own probabilities, as make_crops gives them to a step."""
+    sizes, seen, n = [28, 28, 16], np.zeros(5), 24
+    batch, pixels = views_of(pictures(tmp_path)[source], sizes)
+    pixels = pixels if source else None
+    large, small = (x.unflatten(0, (-1, n)) / 255 for x in dino.make_crops(batch, pixels, sizes, "dino", "cpu"))
+    for view, ours in enumerate([*large, *small]):
+        if source:
+            crops = dino.crop_pixels(pixels[batch["pixel_rows"]], batch["boxes"][view], sizes[view])
+        else:
+            crops = batch["crops"][view]
+        for i, d in enumerate(batch["draws"][view].tolist()):
+            ops = [
+                lambda y, d=d: tv.adjust_brightness(y, 0.6 + 0.8 * d[2]),
+                lambda y, d=d: tv.adjust_contrast(y, 0.6 + 0.8 * d[3]),
+                lambda y, d=d: tv.adjust_saturation(y, 0.8 + 0.4 * d[4]),
+                lambda y, d=d: tv.adjust_hue(y, 0.2 * d[5] - 0.1),
+            ]
+            is_on = d[1] < 0.8, d[10] < 0.2, d[11] < (1.0, 0.1, 0.5)[view], d[13] < (0.0, 0.2, 0.0)[view], d[0] < 0.5
+            y, seen = crops[i].float() / 255, seen + is_on
+            for op in np.argsort(d[6:10]) if is_on[0] else []:
+                y = ops[op](y)
+            y = tv.rgb_to_grayscale(y, 3) if is_on[1] else y
+            y = tv.gaussian_blur(y, [13, 13], [0.1 + 1.9 * d[12]]) if is_on[2] else y
+            y = tv.solarize(y, 0.5) if is_on[3] else y
+            y = tv.horizontal_flip(y) if is_on[4] else y
+            close = (ours[i] - y).abs() < 1e-4
+            assert close.float().mean() > (0.99 if is_on[3] else 0.9999), (view, i)  # solarising cuts at 0.5
+    assert seen.min() > 0 and seen.max() < 3 * n
 
 
 @pytest.mark.parametrize("kind", ["dino", "colour"])
@@ -225,6 +276,36 @@ def test_public_vit_weights_load(tmp_path):
         logits, embed = model([uniform(4, 3, 224, 224) * 255, uniform(2, 3, 96, 96) * 255])
     assert a.shape == b.shape == (2, 384) and bool(a.isfinite().all())
     assert logits.shape == (6, 4) and embed.shape == (6, 384)
+
+
+def test_vit_is_torchvisions():
+    """torchvision's names for the same parameters; it computes all tokens of the last block."""
+    tower = torchvision.models.VisionTransformer(
+        224, 16, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536
+    ).eval()
+    tower.heads, weights = torch.nn.Identity(), {k: 4 * v - 0.04 for k, v in vit_weights().items()}
+    names = {"cls_token": "class_token", "pos_embed": "encoder.pos_embedding", "patch_embed.proj": "conv_proj"}
+    names |= {"blocks.": "encoder.layers.encoder_layer_", "norm1": "ln_1", "norm2": "ln_2", "mlp.fc1": "mlp.0"}
+    names |= {"mlp.fc2": "mlp.3", "attn.qkv.": "self_attention.in_proj_", "attn.proj": "self_attention.out_proj"}
+
+    def renamed(key):
+        for ours, theirs in names.items():
+            key = key.replace(ours, theirs)
+        return f"encoder.ln.{key[5:]}" if key.startswith("norm.") else key
+
+    tower.load_state_dict({renamed(key): value for key, value in weights.items()})
+    model = network("ViT-S-16").visual
+    model.load_state_dict(weights)
+    images = uniform(2, 3, 224, 224)
+    pair = [net(images) for net in (model, tower)]
+    assert pair[0].std() > 0.01
+    torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-5)
+    for y in pair:
+        (y * uniform(2, 384, seed=1)).sum().backward()
+    expected = dict(tower.named_parameters())
+    for key, p in model.named_parameters():
+        theirs = expected[renamed(key)].grad
+        assert (p.grad - theirs).norm() <= 1e-3 * theirs.norm() + 1e-6, key
 
 
 def test_clip_rn50_weights_load(tmp_path):

@@ -67,12 +67,24 @@ from pathlib import Path
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags of evaluate.py, one subcommand a metric family; wrong combinations end here."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+
+    def between(low: float, high: float = math.inf, kind: type = int) -> Callable:
+        def convert(text: str) -> float:
+            if not low <= kind(text) <= high:
+                raise ValueError
+            return kind(text)
+
+        convert.__name__ = f"number between {low:g} and {high:g},"
+        return convert
+
+    amount, share, strength = between(0), between(0, 1, float), between(1e-30, 1e30, float)
+    count = between(1)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--boot", type=int, default=1000, help="resamples of the intervals; 0 leaves intervals out")
-    common.add_argument("--seed", type=int, default=0, help="of resamples, splits and draws")
+    common.add_argument("--boot", type=amount, default=1000, help="resamples of the intervals; 0 leaves intervals out")
+    common.add_argument("--seed", type=amount, default=0, help="of resamples, splits and draws")
     common.add_argument("--json", default="", help="write all numbers to this file")
     common.add_argument("--plot", default="", help="draw to this .png or .svg (pip install matplotlib)")
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -84,11 +96,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--counts", default="", help="training frequencies, if other than the files' class_counts")
     p.add_argument("--classes", default="", help="classes to keep (logits too): a line each, id or name, and perhaps a "
                                                  "tab and a group; logits of a group are max-pooled")
-    p.add_argument("--cuts", nargs=2, type=int, default=[100, 20], help="many > first, medium, few < second")
-    p.add_argument("--tail-classes", type=int, default=0, help="also the mean over the K rarest classes, and over the "
-                                                               "others; 0 is off")
-    p.add_argument("--worst", type=int, default=10, help="k of the mean over the k worst classes")
-    p.add_argument("--bins", type=int, default=10, help="frequency bins")
+    p.add_argument("--cuts", nargs=2, type=amount, default=[100, 20], help="many > first, medium, few < second")
+    p.add_argument("--tail-classes", type=amount, default=0, help="also the mean over the K rarest classes, and over "
+                                                                  "the others; 0 is off")
+    p.add_argument("--worst", type=count, default=10, help="k of the mean over the k worst classes")
+    p.add_argument("--bins", type=count, default=10, help="frequency bins")
     p.add_argument("--equal-count", action="store_true", help="bins with equal numbers of classes, not equal widths in "
                                                               "log frequency")
     p = command("robustness", "effective robustness: accuracy under shift beyond the baseline models' line")
@@ -121,40 +133,40 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = command("probe", "logistic regression on features (L-BFGS), strength chosen on validation images", task)
     p.add_argument("--sweep", default="clip", choices=["clip", "transfer", "none"],
                    help="strengths: CLIP's binary search over 96, 45 of the transfer protocol, or --C alone")
-    p.add_argument("--C", type=float, default=0.316, help="inverse strength, as scikit-learn's, for --sweep none")
+    p.add_argument("--C", type=strength, default=0.316, help="inverse strength, as scikit-learn's, for --sweep none")
     p = command("knn", "weighted nearest neighbours by cosine", task)
-    p.add_argument("--k", nargs="+", type=int, default=[10, 20, 100, 200], help="numbers of neighbours")
+    p.add_argument("--k", nargs="+", type=count, default=[10, 20, 100, 200], help="numbers of neighbours")
     p = command("fewshot", "logistic regression on k images a class, several draws", task)
-    p.add_argument("--shots", nargs="+", type=int, default=[1, 2, 4, 8, 16], help="images a class")
-    p.add_argument("--draws", type=int, default=5, help="draws of the images; the interval is over them")
-    p.add_argument("--C", type=float, default=0.316, help="inverse strength, as scikit-learn's")
+    p.add_argument("--shots", nargs="+", type=count, default=[1, 2, 4, 8, 16], help="images a class")
+    p.add_argument("--draws", type=count, default=5, help="draws of the images; the interval is over them")
+    p.add_argument("--C", type=strength, default=0.316, help="inverse strength, as scikit-learn's")
     p = command("retrieval", "recall at k of texts for images and images for texts", common, device)
     p.add_argument("files", nargs="+", help="features [n_images, D], text_features [n, D], image_ids [n]")
-    p.add_argument("--k", nargs="+", type=int, default=[1, 5, 10], help="places that count")
+    p.add_argument("--k", nargs="+", type=count, default=[1, 5, 10], help="places that count")
     p = command("calibration", "expected calibration error, temperature, reliability")
     p.add_argument("files", nargs="+", help="predictions, one file a model")
-    p.add_argument("--bins", type=int, default=15, help="confidence bins")
-    p.add_argument("--fraction", type=float, default=0.5, help="images that the temperature is fitted on")
+    p.add_argument("--bins", type=count, default=15, help="confidence bins")
+    p.add_argument("--fraction", type=share, default=0.5, help="images that the temperature is fitted on")
     p = command("collapse", "neural collapse: NC1, NC2 of class means and of class vectors")
     p.add_argument("files", nargs="+", help="predictions with features before normalisation, one file a model")
     p.add_argument("--counts", default="", help="training frequencies, if other than the files' class_counts")
     p = command("similarity", "how alike the pictures of one class are, in two sets")
     p.add_argument("a", help="features and labels of one set")
     p.add_argument("b", help="features and labels of the other, from the same model")
-    p.add_argument("--pairs", type=int, default=100, help="largest number of pairs of a class in the distribution")
-    p.add_argument("--max-images", type=int, default=100, help="images of a class, a random choice")
-    p.add_argument("--min-pairs", type=int, default=7, help="leave out classes with fewer in either set")
+    p.add_argument("--pairs", type=count, default=100, help="largest number of pairs of a class in the distribution")
+    p.add_argument("--max-images", type=between(2), default=100, help="images of a class, a random choice")
+    p.add_argument("--min-pairs", type=count, default=7, help="leave out classes with fewer in either set")
     p = command("prototypes", "distinct prototypes, affinity of head and tail, effective rank", common, device)
     p.add_argument("file", help="[K, D] array: .npy, .npz (prototypes), or a checkpoint's last layer")
     p.add_argument("--key", default="", help="name of the array, if it is not found")
-    p.add_argument("--eps", nargs="+", type=float, default=[0.025],
+    p.add_argument("--eps", nargs="+", type=between(1e-9, 2, float), default=[0.025],
                    help="largest 1 - cosine of prototypes that count as one")
     p.add_argument("--counts", default="", help="training frequency of each row, if the file has no class_counts")
-    p.add_argument("--tail", type=int, default=50,
+    p.add_argument("--tail", type=amount, default=50,
                    help="rarest rows, and as many random others, in the affinity matrix")
     p.add_argument("--tsne", action="store_true", help="add t-SNE to numbers and plot (pip install scikit-learn)")
-    p.add_argument("--samples", type=int, default=0, help="t-SNE of as many images a class of the .npz, of 25 frequent "
-                                                          "and 8 rare classes, too; 0 is off")
+    p.add_argument("--samples", type=amount, default=0, help="t-SNE of as many images a class of the .npz, of 25 "
+                                                             "frequent and 8 rare classes, too; 0 is off")
     p = command("debias", "remove the label bias of a zero-shot and a fine-tuned model after training")
     p.add_argument("--zeroshot", required=True, help="predictions of the zero-shot model on the test images")
     p.add_argument("--finetuned", required=True, help="predictions of the fine-tuned model on the same images")
@@ -168,7 +180,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--calibrate", action="store_true", help="divide both models' logits by their temperature first")
     p = command("wiseft", "interpolate two checkpoints; then the curve of their results")
     p.add_argument("checkpoints", nargs="*", help="zero-shot and fine-tuned checkpoint")
-    p.add_argument("--alpha", nargs="+", type=float, default=[0, 0.25, 0.5, 0.75, 1], help="share of the second")
+    p.add_argument("--alpha", nargs="+", type=between(-9, 9, float), default=[0, 0.25, 0.5, 0.75, 1],
+                   help="share of the second")
     p.add_argument("--out", default="runs/wiseft", help="folder of alpha_*.pt")
     p.add_argument("--results", default="", help="instead: a folder with alpha_*/, each written by --eval-only")
     p.add_argument("--id", default="val", help="in-distribution test set")
@@ -190,8 +203,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("wiseft takes two checkpoints, or --results FOLDER")
     if args.command == "debias" and bool(args.val_zeroshot) != bool(args.val_finetuned):
         parser.error("--val-zeroshot and --val-finetuned go together")
-    if args.boot < 0:
-        parser.error(f"--boot must not be negative, got {args.boot}")
+    if args.command == "imbalance" and args.cuts[0] < args.cuts[1]:
+        parser.error(f"--cuts: {args.cuts[0]} is below {args.cuts[1]}")
+    if args.command == "wiseft" and len({f"{alpha:.2f}" for alpha in args.alpha}) < len(args.alpha):
+        parser.error("--alpha: two values have the same name alpha_0.00, which has two decimals")
+    if args.json and not Path(args.json).name:
+        parser.error(f"--json: {args.json} is not the name of a file")
     writes_weights = args.command == "wiseft" and args.checkpoints
     if args.plot and (writes_weights or args.command == "report"):
         parser.error(f"{args.command} has no --plot of this")
@@ -248,21 +265,24 @@ def read_npz(path: str | Path, keys: tuple[str, ...] = ()) -> dict[str, np.ndarr
                 member_shape(archive, member, path)
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files if not keys or name in keys}
-    except (OSError, ValueError, EOFError, NotImplementedError, zlib.error, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
         raise SystemExit(f"{path}: cannot be read as .npz ({str(error)[:100]})") from None
 
 
 def check_finite_rows(path: str | Path, name: str, array: np.ndarray) -> None:
-    """SystemExit, with the row, for NaN and infinity."""
+    """SystemExit, with the row, for NaN, infinity, and numbers above 1e15, whose squares and sums leave float32."""
     for start in range(0, len(array), 8192):
-        finite = np.isfinite(array[start : start + 8192]).reshape(len(array[start : start + 8192]), -1).all(1)
+        part = array[start : start + 8192]
+        finite = np.isfinite(part) if part.dtype.itemsize == 2 else np.abs(part) <= 1e15
+        finite = finite.reshape(len(part), -1).all(1)
         if not finite.all():
-            raise SystemExit(f"{path}: {name} are not finite in row {start + int(finite.argmin())} (float16 ends at "
-                             "65,504: save larger values as float32)")
+            raise SystemExit(f"{path}: {name} are not finite in row {start + int(finite.argmin())}, or above 1e15 "
+                             "(float16 ends at 65,504: save larger values as float32)")
 
 
 ROW_KEYS = ("labels", "logits", "features", "rows", "predictions")
 CLASS_KEYS = ("class_counts", "class_names", "prototypes")
+MAX_CLASSES = 2**24  # a larger label, where nothing else tells the number of classes, is a mistake and fills the memory
 
 
 def read_predictions(path: str | Path, *need: str, counts: str = "", multi_label: bool = False,
@@ -282,25 +302,36 @@ def read_predictions(path: str | Path, *need: str, counts: str = "", multi_label
     if missing:
         raise SystemExit(f"{path}: no array {', '.join(missing)}; found {', '.join(sorted(data)) or 'nothing'}")
     labels = data["labels"]
-    for name in (name for name in ("logits", "features", "prototypes", "class_counts") if name in data):
-        if data[name].dtype.kind not in "fiu" or data[name].ndim != (1 if name == "class_counts" else 2):
-            raise SystemExit(f"{path}: {name} is {data[name].dtype} {data[name].shape}, expected numbers "
-                             f"{'[C]' if name == 'class_counts' else '[N, width]'}")
-        check_finite_rows(path, name, data[name])
+    for name, kinds, n_dims in (("logits", "fiu", 2), ("features", "fiu", 2), ("prototypes", "fiu", 2),
+                                ("class_counts", "fiu", 1), ("class_names", "Uiu", 1), ("predictions", "iu", 1)):
+        array = data.get(name)
+        if array is None:
+            continue
+        if array.dtype.kind not in kinds or array.ndim != n_dims or 0 in array.shape[1:]:
+            raise SystemExit(f"{path}: {name} is {array.dtype} {array.shape}, expected "
+                             f"{'text' if 'U' in kinds else 'numbers'} {'[N, width]' if n_dims == 2 else '[n]'}")
+        if kinds == "fiu":
+            check_finite_rows(path, name, array)
     if labels.dtype.kind not in "iu" or labels.ndim != 1 + (multi_label and labels.ndim == 2):
         raise SystemExit(f"{path}: labels are {labels.dtype} {labels.shape}, expected whole numbers [N]")
-    if not len(labels) or labels.ndim == 1 and labels.max() < 0:
+    if not labels.size or labels.ndim == 1 and labels.max() < 0:
         raise SystemExit(f"{path}: no labelled rows")
+    if labels.ndim == 2 and not np.isin(labels, (-1, 0, 1)).all():
+        raise SystemExit(f"{path}: labels [N, C] are 1, 0 or -1 (difficult), got {labels.min()} to {labels.max()}")
     for name in (name for name in ROW_KEYS if name in data):
         if len(data[name]) != len(labels):
             raise SystemExit(f"{path}: {len(labels)} labels, {len(data[name])} {name}")
     widths = {name: len(data[name]) for name in CLASS_KEYS if name in data}
-    widths |= {"logits": data["logits"].shape[1]} if "logits" in data else {}
+    widths |= {name: data[name].shape[1] for name in ("logits", "labels") if name in data and data[name].ndim == 2}
     if len(set(widths.values())) > 1:
         raise SystemExit(f"{path}: numbers of classes differ: {widths}")
-    n_classes = next(iter(widths.values()), labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1)
-    if labels.ndim == 1 and labels.max() >= n_classes:
-        raise SystemExit(f"{path}: row {int(labels.argmax())} has label {labels.max()}, there are {n_classes} classes")
+    ids = {name: data[name] for name in ("labels", "predictions") if name in data and labels.ndim == 1}
+    n_classes = next(iter(widths.values()), min(max((int(v.max()) + 1 for v in ids.values()), default=0), MAX_CLASSES))
+    for name, values in ids.items():
+        wrong = (values >= n_classes) | ((values < 0) & (name == "predictions"))
+        if wrong.any():
+            raise SystemExit(f"{path}: row {wrong.argmax()} has {name[:-1]} {values[wrong.argmax()]}, there are "
+                             f"{n_classes} classes")
     if "class_counts" in data and data["class_counts"].min() < 0:
         raise SystemExit(f"{path}: class_counts has {data['class_counts'].min()}")
     if labels.ndim == 1 and labels.min() < 0:
@@ -348,9 +379,12 @@ def read_records(path: str | Path) -> list[dict[str, str]]:
         with open(path, encoding="utf-8-sig", newline="") as file:
             is_csv = Path(path).suffix == ".csv"
             options = {} if is_csv else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-            rows = list(csv.DictReader(file, restkey="", **options))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError, csv.Error) as error:
+            reader = csv.DictReader(file, restkey="", **options)
+            rows, names = list(reader), reader.fieldnames or []
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError, csv.Error) as error:
         raise SystemExit(f"{path}: cannot be read as a table ({str(error)[:100]})") from None
+    if len(set(names)) < len(names):
+        raise SystemExit(f"{path}: two columns of the same name: {', '.join(names)}")
     for i, row in enumerate(rows):
         if "" in row or None in row.values():
             raise SystemExit(f"{path}:{i + 2}: the row and the header have different numbers of fields")
@@ -359,7 +393,7 @@ def read_records(path: str | Path) -> list[dict[str, str]]:
 
 def number(text: str, where: str) -> float:
     """A finite number, or SystemExit that says where."""
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, TypeError):
         if math.isfinite(float(text)):
             return float(text)
     raise SystemExit(f"{where}: got {text!r}, expected a number")
@@ -372,20 +406,29 @@ def read_named_counts(path: str | Path) -> dict[str, float]:
     try:
         text = path.read_text("utf-8")
         content = json.loads(text) if path.suffix == ".json" else None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SystemExit(f"{path}: cannot be read ({str(error)[:100]})") from None
     lines = [line.strip() for line in text.split("\n") if line.strip()]
-    if path.suffix != ".json" and lines and re.fullmatch(r"[\d.eE+]+", lines[0]):
-        return {str(i): number(line, f"{path}:{i + 1}") for i, line in enumerate(lines)}
-    if isinstance(content, dict) and not any(isinstance(v, dict) for v in content.values()):
-        return {str(k): number(v, f"{path}: {k}") for k, v in content.items()}
-    rows = read_records(path)
-    columns = list(rows[0]) if rows else []
-    key = next((c for c in ("class", "name", "label") if c in columns), None)
-    value = next((c for c in ("count", "freq", "frequency", "n") if c in columns), None)
-    if key is None or value is None:
-        raise SystemExit(f"{path}: found columns {columns}, expected class and count, or one number a line")
-    return {row[key]: number(row[value], f"{path}:{i + 2}") for i, row in enumerate(rows)}
+    if path.suffix != ".json" and lines and re.fullmatch(r"[-\d.eE+]+", lines[0]):
+        pairs = [(str(i), line, f"{path}:{i + 1}") for i, line in enumerate(lines)]
+    elif isinstance(content, dict) and not any(isinstance(v, dict) for v in content.values()):
+        pairs = [(k, v, f"{path}: {k}") for k, v in content.items()]
+    else:
+        rows = read_records(path)
+        columns = list(rows[0]) if rows else []
+        key = next((c for c in ("class", "name", "label") if c in columns), None)
+        value = next((c for c in ("count", "freq", "frequency", "n") if c in columns), None)
+        if key is None or value is None:
+            raise SystemExit(f"{path}: found columns {columns}, expected class and count, or one number a line")
+        pairs = [(row.get(key), row.get(value), f"{path}:{i + 2}") for i, row in enumerate(rows)]
+    counts = {}
+    for name, value, where in pairs:
+        if name in counts or number(value, where) < 0:
+            raise SystemExit(f"{where}: " + (f"{name} twice" if name in counts else f"a count of {value}"))
+        counts[name] = number(value, where)
+    if not counts:
+        raise SystemExit(f"{path}: no counts")
+    return counts
 
 
 def read_counts(path: str | Path, class_names: np.ndarray | None) -> np.ndarray:
@@ -401,7 +444,8 @@ def read_counts(path: str | Path, class_names: np.ndarray | None) -> np.ndarray:
 
 def read_subset(path: str | Path, class_names: np.ndarray | None, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Classes of a file (id or name, perhaps a tab and a group): ids [S] ascending, group of each [S] in 0..G-1."""
-    place = {name: i for i, name in enumerate(class_names.tolist())} if class_names is not None else {}
+    names = class_names.tolist() if class_names is not None else []
+    place = {name: i for i, name in enumerate(names)}
     try:
         lines = [line.split("\t") for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -410,8 +454,8 @@ def read_subset(path: str | Path, class_names: np.ndarray | None, n_classes: int
     for i, fields in enumerate(lines):
         name = fields[0].strip()
         c = place.get(name, int(name) if name.isdecimal() else -1)
-        if not 0 <= c < n_classes:
-            raise SystemExit(f"{path}:{i + 1}: no class {name!r} among {n_classes}")
+        if not 0 <= c < n_classes or names.count(name) > 1:
+            raise SystemExit(f"{path}:{i + 1}: {names.count(name) or 'no'} class {name!r} among {n_classes}")
         group_of[c] = fields[1] if len(fields) > 1 else c
     if not group_of:
         raise SystemExit(f"{path}: no classes")
@@ -445,9 +489,32 @@ def restrict(data: dict, ids: np.ndarray, groups: np.ndarray) -> dict:
 def read_json(path: Path) -> dict:
     """A JSON object; {} if there is no such file."""
     try:
-        return json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
         raise SystemExit(f"{path}: cannot be read ({str(error)[:100]})") from None
+    if not isinstance(content, dict):
+        raise SystemExit(f"{path}: expected an object, got a {type(content).__name__}")
+    return content
+
+
+def read_metrics(folder: Path) -> dict[str, dict]:
+    """{test set: {metric: number, or dict of numbers}} of a run's metrics.json: what is known here and not null."""
+    path, sets = folder / "metrics.json", {}
+    for name, entry in read_json(path).items():
+        if not isinstance(entry, dict | None):
+            raise SystemExit(f"{path}: {name} is {entry}, expected an object")
+        found = {}
+        for key in ("n", *REPORT_KEYS, "retrieval", "knn", "probe") if entry and name != "run" else ():
+            value, where = entry.get(key), f"{path}: {name}: {key}"
+            if isinstance(value, dict):
+                found[key] = {k: number(v, where) for k, v in value.items() if v is not None}
+            elif value is not None:
+                found[key] = number(value, where)
+        if not 0 <= found.get("top1", 0) <= 1 or found.get("n", 1) < 1:
+            raise SystemExit(f"{path}: {name}: top1 {found.get('top1')} of n {found.get('n')}, expected 0..1 of some")
+        if found:
+            sets[name] = found | ({"n": int(found["n"])} if "n" in found else {})
+    return sets
 
 
 def set_flag(values: list[str], flag: str) -> dict[str, str]:
@@ -698,7 +765,7 @@ def imbalance(paths: list[str], counts: str, subset: str, cuts: tuple[int, int],
     if len(models) > 1 and len({tuple(m["class_counts"]) for m in models.values()}) == 1:
         for same in zip(*(m["bins"] for m in models.values())):
             over.append({"count": same[0]["count"]} | {
-                key + end: float(f([b[key]["value"] for b in same])) for key in ("accuracy", "predictions")
+                key + end: float(f([value_of(b[key]) for b in same])) for key in ("accuracy", "predictions")
                 for end, f in (("", np.mean), ("_std", lambda v: np.std(v, ddof=1)))})
     return {"rows": rows, "models": models, "bins_over_models": over}
 
@@ -715,7 +782,7 @@ def plot_imbalance(results: dict, path: str) -> None:
                 axis.scatter(counts, model[key], s=8, color="0.6", linewidths=0, label="class")
             bins = model["bins"]
             x = np.maximum([b["count"] for b in bins], 0.5) * 1.03**i
-            axis.errorbar(x, [value_of(b[std]) for b in bins], [b[f"{std}_std"] for b in bins], capsize=2,
+            axis.errorbar(x, [value_of(b[std]) for b in bins], [value_of(b[f"{std}_std"]) for b in bins], capsize=2,
                           **line_style(i), label=name if len(results["models"]) > 1 else "bin: mean, std of classes")
         for axis, key in zip(axes[2:], ("accuracy", "predictions")):
             width, ids = 0.8 / len(results["models"]), model["rarest"]
@@ -743,9 +810,7 @@ def compare(paths_a: list[str], paths_b: list[str], counts: str, boot: int, seed
     sides = [[read_predictions(path, "logits", counts=counts) for path in paths] for paths in (paths_a, paths_b)]
     first = sides[0][0]
     for data in sides[0] + sides[1]:
-        for key in ("rows", "labels"):
-            if key in first and key in data and not np.array_equal(first[key], data[key]):
-                raise SystemExit(f"{data['path']} and {first['path']} are not of the same images: their {key} differ")
+        check_same_images(first, data)
     labels, C = first["labels"], first["n_classes"]
     class_counts = first.get("class_counts", np.zeros(C))
     predictions = [[predict(data)[0] for data in side] for side in sides]
@@ -768,7 +833,7 @@ def compare(paths_a: list[str], paths_b: list[str], counts: str, boot: int, seed
         means = [np.mean([rank_correlations(frequency, of(p)[classes]) for p in side], 0) for side in predictions]
         draws[key] = means[1] - means[0]
     rows = {}
-    for key, draw in draws.items():
+    for key, draw in draws.items() if "class_counts" in first else list(draws.items())[:2]:  # else there is no tail
         a, b = ([m[key] for m in side] for side in metrics)
         is_known = None not in a + b
         rows[key] = {"A": t_interval(a), "B": t_interval(b),
@@ -780,6 +845,13 @@ def compare(paths_a: list[str], paths_b: list[str], counts: str, boot: int, seed
         p = binomtest(min(only_a, only_b), only_a + only_b).pvalue if only_a + only_b else 1.0
         mcnemar[f"pair {i}"] = {"only A right": only_a, "only B right": only_b, "p": float(p)}
     return {"rows": rows, "mcnemar": mcnemar}
+
+
+def check_same_images(a: dict, b: dict) -> None:
+    """SystemExit if two files of predictions are not of the same images and classes."""
+    for key in ("rows", "labels", "n_classes"):
+        if key in a and key in b and not np.array_equal(a[key], b[key]):
+            raise SystemExit(f"{b['path']} and {a['path']} are not of the same images: their {key} differ")
 
 
 def plot_compare(results: dict, path: str) -> None:
@@ -816,17 +888,18 @@ def accuracy_pair(id_data: dict, data: dict, subset: str) -> tuple[float, int, f
 
 def models_of_run(folder: Path, group: str, id_set: str, shifts: list[str], subsets: dict[str, str]) -> dict:
     """One model of the robustness plot: {"model", "group", shift: (acc_id, n_id, acc, n)} from a run's folder."""
-    name = group or str(read_json(folder / "args.json").get("args", {}).get("data", "runs"))
-    metrics, model = read_json(folder / "metrics.json"), {"model": str(folder), "group": name}
+    args = read_json(folder / "args.json").get("args")
+    name = group or str(args.get("data", "runs") if isinstance(args, dict) else "runs")
+    metrics, model = read_metrics(folder), {"model": str(folder), "group": name}
     id_path = folder / f"{id_set}.npz"
-    found = sorted(({p.stem for p in folder.glob("*.npz")} | set(metrics)) - {id_set, "run"})
+    found = sorted(({p.stem for p in folder.glob("*.npz")} | set(metrics)) - {id_set})
     id_data = read_predictions(id_path, "logits") if id_path.is_file() else None
     for shift in shifts or found:
         path = folder / f"{shift}.npz"
         if id_data is not None and path.is_file():
             model[shift] = accuracy_pair(id_data, read_predictions(path, "logits"), subsets.get(shift, ""))
-        elif all((metrics.get(s) or {}).get("top1") is not None for s in (id_set, shift)):
-            model[shift] = tuple(metrics[s][k] for s in (id_set, shift) for k in ("top1", "n"))
+        elif all("top1" in metrics.get(s, {}) for s in (id_set, shift)):
+            model[shift] = tuple(metrics[s].get(k, math.nan) for s in (id_set, shift) for k in ("top1", "n"))
     return model
 
 
@@ -836,7 +909,7 @@ def models_of_table(path: str, group: str, id_set: str, shifts: list[str], n_of:
     columns = list(rows[0]) if rows else []
     names = shifts or [c for c in columns if c not in ("model", "group", id_set) and "@" not in c]
     wanted = [c for c in columns if c.split("@")[0] in (id_set, *names)]
-    if id_set not in columns or not names or "model" not in columns:
+    if id_set not in columns or not names or not all("model" in row for row in rows):
         raise SystemExit(f"{path}: found columns {columns}, expected model, {id_set} and shifts; name them by --id and "
                          "--shifts")
     values = [{c: number(row[c], f"{path}:{i + 2}, {c}") for c in wanted if row.get(c, "") != ""}
@@ -870,6 +943,12 @@ def fit_lines(x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> tuple[np.ndar
     with np.errstate(divide="ignore", invalid="ignore"):
         slope = np.where(sxx > 1e-12 * total[..., 0], sxy / sxx, np.nan)
         return slope, my[..., 0] - slope * mx[..., 0], np.where(syy > 0, slope * sxy / syy, np.nan)
+
+
+def quantiles(draws: np.ndarray, levels: list[float]) -> np.ndarray:
+    """[levels, m] of draws [boot, m] without NaN, which are resamples that gave no line; NaN where all are."""
+    known = np.where(np.isfinite(draws).any(0), draws, 0.0)
+    return np.where(np.isfinite(draws).any(0), np.nanquantile(known, levels, axis=0), np.nan)
 
 
 def small_sample_level(n: int) -> float:
@@ -953,7 +1032,7 @@ def effective_robustness(models: list[dict], shifts: list[str], baseline: str, b
                 fits[f"{shift}, {g}" + (f", {'left' if i == 0 else 'right'}" if len(line.slope) > 1 else "")] = fit
             grid = np.linspace(x[:, s].min() - 0.2, x[:, s].max() + 0.2, 60)
             tail = (1 - line.level) / 2
-            low, high = np.quantile(line.draws_at(grid), [tail, 1 - tail], axis=0) if boot else (None, None)
+            low, high = quantiles(line.draws_at(grid), [tail, 1 - tail]) if boot else (None, None)
             curves.setdefault(shift, {})[g] = {"x": expit(grid), "y": expit(line.at(grid))} | (
                 {"low": expit(low), "high": expit(high)} if boot else {})
         line, base = lines[baseline], x[groups == baseline, s]
@@ -982,6 +1061,9 @@ def robustness(inputs: list[str], id_set: str, shifts: list[str], baseline: str,
     """Read tables and runs, leave out models that miss a shift, fit."""
     models = []
     n_images = {k: number(v, f"--n {k}") for k, v in n_of.items()}
+    cuts = {k: number(v, f"--split {k}") for k, v in splits.items()}
+    if not all(n >= 1 for n in n_images.values()) or not all(0 < cut < 1 for cut in cuts.values()):
+        raise SystemExit(f"--n and --split: got {n_images} images and accuracies {cuts}, expected 1 or more, and 0..1")
     for text in inputs:
         group, _, path = text.rpartition("=")
         if Path(path).is_dir():
@@ -998,12 +1080,15 @@ def robustness(inputs: list[str], id_set: str, shifts: list[str], baseline: str,
     if not kept or not shifts or len(set(names)) < len(names):
         raise SystemExit(f"{len(models)} models, {len(kept)} of them with {id_set} and all of {shifts}; each needs its "
                          f"own name ({len(set(names))} names); --id and --shifts choose the sets")
+    for flag, values in (("--n", n_of), ("--split", splits), ("--subset", subsets)):
+        unknown = set(values) - {id_set, *shifts, *(f"{id_set}@{s}" for s in shifts)}
+        if unknown:
+            raise SystemExit(f"{flag}: no set {', '.join(sorted(unknown))}; there are {id_set}, {', '.join(shifts)}")
     baseline = baseline or kept[0]["group"]
     n_base = sum(m["group"] == baseline for m in kept)
     if n_base < 2 or (before and before not in names):
         raise SystemExit(f"--baseline {baseline}: {n_base} models, a line needs 2; groups are "
                          f"{sorted({m['group'] for m in kept})}" if n_base < 2 else f"--before: no model {before}")
-    cuts = {k: number(v, f"--split {k}") for k, v in splits.items()}
     return effective_robustness(kept, shifts, baseline, before, cuts, boot, seed)
 
 
@@ -1042,12 +1127,12 @@ def plot_robustness(results: dict, path: str) -> None:
             members = [row for row in results["rows"].values() if row["group"] == group]
             logit_points(axis, members, f"{shift} id", shift, label=group,
                          **line_style(i) | {"linestyle": "", "markersize": 5})
-            curve = results["curves"][shift].get(group)
+            curve = {k: logit(np.array(v, float)) for k, v in results["curves"][shift].get(group, {}).items()}
             if curve:
-                axis.plot(logit(curve["x"]), logit(curve["y"]), color=COLORS[i % len(COLORS)], linewidth=1)
+                axis.plot(curve["x"], curve["y"], color=COLORS[i % len(COLORS)], linewidth=1)
                 if "low" in curve and len(members) >= 6:  # the band of a few models is the whole panel
-                    axis.fill_between(logit(curve["x"]), logit(curve["low"]), logit(curve["high"]), alpha=0.2,
-                                      color=COLORS[i % len(COLORS)], linewidth=0)
+                    axis.fill_between(curve["x"], curve["low"], curve["high"], alpha=0.2, linewidth=0,
+                                      color=COLORS[i % len(COLORS)])
         percent_axes(axis, list(results["rows"].values()), f"{shift} id", shift)
         axis.set(title=shift, xlabel="in distribution (%), same classes", ylabel="under shift (%)")
     axes[0].legend(fontsize=7, frameon=False)
@@ -1139,6 +1224,8 @@ def average_precision(scores: np.ndarray, labels: np.ndarray, weights: np.ndarra
     """
     order = np.argsort(-scores, kind="stable")
     order = order[labels[order] >= 0]
+    if not len(order):
+        return np.full(len(weights), np.nan)
     weights, labels = weights[:, order].astype(float), labels[order]
     right, shown = np.cumsum(weights * labels, 1), np.cumsum(weights, 1)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -1192,8 +1279,7 @@ def read_tasks(inputs: list[str], sets: list[str], multi_label: bool) -> list[tu
                 tasks.append((model, name, read(train), read(val) if val.is_file() else None, read(test)))
     for _, _, train, val, test in tasks:
         for part in (val, test):
-            if part and (part["features"].shape[1], part["labels"].ndim) != (train["features"].shape[1],
-                                                                            train["labels"].ndim):
+            if part and any(part[k].shape[1:] != train[k].shape[1:] for k in ("features", "labels")):
                 raise SystemExit(f"{part['path']} and {train['path']} have features or labels of different widths")
     return tasks
 
@@ -1383,7 +1469,8 @@ def retrieval(paths: list[str], ks: list[int], boot: int, seed: int, device: str
     for name, path in zip(short_names(paths), paths):
         data = read_npz(path, ("features", "text_features", "image_ids"))
         missing = [key for key in ("features", "text_features") if key not in data]
-        if missing or any(v.ndim != 2 or v.dtype.kind not in "fiu" for k, v in data.items() if k != "image_ids"):
+        if missing or any(v.ndim != 2 or 0 in v.shape or v.dtype.kind not in "fiu" for k, v in data.items()
+                          if k != "image_ids"):
             raise SystemExit(f"{path}: needs features [n_images, D] and text_features [n, D]; missing {missing}")
         images, texts = data["features"], data["text_features"]
         owner = data.get("image_ids", np.arange(len(texts)))
@@ -1697,16 +1784,24 @@ def plot_similarity(results: dict, path: str) -> None:
 
 def read_state(path: str | Path) -> dict:
     """A checkpoint with tensors and builtins only (.pt, .safetensors); nothing in it is run."""
+    # What torch.load raises for files that are no checkpoints.
+    failures = (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
+                pickle.UnpicklingError)
     try:
         if Path(path).suffix == ".safetensors":
-            from safetensors.torch import load_file
+            import safetensors.torch
 
-            return {"state_dict": load_file(path)}
-        return torch.load(path, map_location="cpu", weights_only=True)
+            failures = (*failures, safetensors.SafetensorError)
+            content = {"state_dict": safetensors.torch.load_file(path)}
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
         raise SystemExit(f"{path}: pip install safetensors") from None
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except failures as error:
         raise SystemExit(f"{path}: cannot be read as a checkpoint of tensors ({str(error)[:100]})") from None
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict", {}), dict):
+        raise SystemExit(f"{path}: cannot be read as a checkpoint of tensors (it holds no dict of them)")
+    return content
 
 
 def flat_tensors(content: dict, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -1742,11 +1837,11 @@ def read_array(path: str, key: str) -> tuple[np.ndarray, dict]:
         if array is None:
             raise SystemExit(f"{path}: no tensor {key or 'that looks like prototypes'}; --key is one of "
                              f"{', '.join(n for n, t in tensors.items() if t.ndim == 2)[:300]}")
-    if array is None or array.ndim != 2 or array.dtype.kind != "f" or not len(array):
+    if array is None or array.ndim != 2 or array.dtype.kind != "f" or 0 in array.shape:
         raise SystemExit(f"{path}: expected numbers [K, D], got "
                          f"{'nothing' if array is None else f'{array.dtype} {array.shape}'}; --key names an array")
     check_finite_rows(path, key or "prototypes", array)
-    return np.asarray(array, np.float32), more
+    return np.array(array, np.float32), more
 
 
 def greedy_cover(vectors: torch.Tensor, eps: float) -> tuple[np.ndarray, np.ndarray]:
@@ -1800,7 +1895,7 @@ def effective_rank(rows: np.ndarray) -> float:
     """exp of the entropy of the singular values as shares (Roy and Vetterli, 2007)."""
     s = np.linalg.svd(rows, compute_uv=False)
     share = s[s > 1e-12 * s.max(initial=0)] / s.sum()
-    return float(np.exp(-(share * np.log(share)).sum()))
+    return float(np.exp(-(share * np.log(share)).sum())) if len(share) else math.nan
 
 
 def affinity(vectors: np.ndarray, head: np.ndarray, tail: np.ndarray, boot: int, rng: np.random.Generator) -> dict:
@@ -1842,8 +1937,9 @@ def prototypes(path: str, key: str, counts: str, epsilons: list[float], n_tail: 
     rows["effective rank"] = {"value": effective_rank(unit.cpu().double().numpy())}
     if counts or "class_counts" in more:
         frequency = read_counts(counts, more.get("class_names")) if counts else more["class_counts"]
-        if len(frequency) != len(array):
-            raise SystemExit(f"{path}: {len(array)} rows, {len(frequency)} frequencies")
+        if frequency.shape != (len(array),) or frequency.dtype.kind not in "fiu" or not (frequency >= 0).all():
+            raise SystemExit(f"{path}: {len(array)} rows, frequencies are {frequency.dtype} {frequency.shape}, "
+                             "expected one a row, not negative")
         order, k = np.argsort(frequency, kind="stable"), min(n_tail, len(array) // 2)
         if k > 1:
             tail, head = order[:k], rng.choice(order[k:], k, replace=False)
@@ -1987,7 +2083,8 @@ def debias_logits(zs: dict, ft: dict, val: dict[str, np.ndarray], log_prior: np.
            "GLA": f_ft + f_zs - np.log(q) - log_prior}
     norms = np.linalg.norm(ft.get("prototypes", np.ones((1, 1))).astype(np.float64), axis=1, keepdims=True)
     # A cosine head has tau 1 already.
-    if "ft_features" in val and "features" in ft and np.ptp(norms) > 1e-2 * norms.mean():
+    widths = {v.shape[1] for v in (val.get("ft_features"), ft.get("features"), ft.get("prototypes")) if v is not None}
+    if "ft_features" in val and "features" in ft and len(widths) == 1 and np.ptp(norms) > 1e-2 * norms.mean():
         head = lambda x, t: x.astype(np.float64) @ (ft["prototypes"] / norms**t).T  # noqa: E731
         chosen["tau-norm"] = best_of(grid[:11], lambda t: head(val["ft_features"], t), y)
         out["tau-normalised"] = head(ft["features"], chosen["tau-norm"])
@@ -2003,13 +2100,13 @@ def debias(zeroshot: str, finetuned: str, val_zeroshot: str, val_finetuned: str,
     zs, ft = (read_predictions(path, "logits") for path in (zeroshot, finetuned))
     extra = {name: read_predictions(path, "logits") for name, path in more.items()}
     for data in (ft, *extra.values()):
-        if not np.array_equal(data["labels"], zs["labels"]) or data["n_classes"] != zs["n_classes"]:
-            raise SystemExit(f"{data['path']} and {zs['path']} are not of the same images: their labels differ")
+        check_same_images(zs, data)
     labels, C, rng = zs["labels"], zs["n_classes"], np.random.default_rng(seed)
     if val_zeroshot:
         parts = [read_predictions(path, "logits") for path in (val_zeroshot, val_finetuned)]
-        if not np.array_equal(parts[0]["labels"], parts[1]["labels"]) or {p["n_classes"] for p in parts} != {C}:
-            raise SystemExit(f"{val_zeroshot}, {val_finetuned}: not the same images, or not {C} classes")
+        check_same_images(*parts)
+        if parts[0]["n_classes"] != C:
+            raise SystemExit(f"{val_zeroshot} has {parts[0]['n_classes']} classes, {zeroshot} {C}")
         val = {"zs": parts[0]["logits"], "ft": parts[1]["logits"], "labels": parts[0]["labels"]}
         val |= {"ft_features": parts[1]["features"]} if "features" in parts[1] else {}
         test = np.ones(len(labels), bool)
@@ -2020,6 +2117,9 @@ def debias(zeroshot: str, finetuned: str, val_zeroshot: str, val_finetuned: str,
         test[order[1::2]] = True  # every other image of a class
         val = {"zs": zs["logits"][~test], "ft": ft["logits"][~test], "labels": labels[~test]}
         val |= {"ft_features": ft["features"][~test]} if "features" in ft else {}
+    if not test.any() or set(extra) & {"zero-shot", "fine-tuned", "GLA"}:
+        raise SystemExit(f"{zeroshot}: {len(labels)} images, too few to hold out half" if not test.any() else
+                         "--more: a name of a method that the table has already")
     counts = read_counts(prior, ft.get("class_names")) if prior not in ("", "uniform") else ft.get("class_counts")
     if counts is None or len(counts) != C:
         raise SystemExit(f"{finetuned}: no class_counts of {C} classes: pass --prior FILE or uniform")
@@ -2083,7 +2183,8 @@ def wiseft(paths: list[str], alphas: list[float], out: str) -> dict:
     states = [flat_tensors(c.get("state_dict", c)) for c in contents]
     states = [{re.sub(r"^(module|_orig_mod)\.", "", k): v for k, v in s.items()} for s in states]
     differing = sorted(k for k in set(states[0]) | set(states[1])
-                       if k not in states[0] or k not in states[1] or states[0][k].shape != states[1][k].shape)
+                       if k not in states[0] or k not in states[1] or states[0][k].shape != states[1][k].shape
+                       or states[0][k].is_complex())
     if differing or not states[0]:
         raise SystemExit(f"{paths[0]} and {paths[1]}: {len(differing)} of {len(states[0])} entries are not in both "
                          f"with the same shape: {', '.join(differing[:5])}")
@@ -2109,9 +2210,15 @@ def wiseft_results(folder: str, id_set: str, shifts: list[str]) -> dict:
         names = [k for k in model if k not in ("model", "group")]
         if not names:
             raise SystemExit(f"{path}: no {id_set} and shifts in its metrics.json or .npz")
-        alpha = number(path.name.removeprefix("alpha_"), str(path))
-        rows[f"{alpha:.2f}"] = {id_set: clopper_pearson(*model[names[0]][:2]), "average": estimate(np.mean(
+        alpha, id_path = number(path.name.removeprefix("alpha_"), str(path)), path / f"{id_set}.npz"
+        whole = model[names[0]][:2]
+        if id_path.is_file():  # the pair is over the classes of the shift alone
+            data = read_predictions(id_path, "logits")
+            whole = float((predict(data)[0] == data["labels"]).mean()), len(data["labels"])
+        rows[f"{alpha:.2f}"] = {id_set: clopper_pearson(*whole), "average": estimate(np.mean(
             [model[s][2] for s in names]))} | {s: clopper_pearson(*model[s][2:]) for s in names}
+        if rows[f"{alpha:.2f}"].keys() != next(iter(rows.values())).keys():
+            raise SystemExit(f"{path}: has {', '.join(names)}, other alphas have other sets; --shifts chooses")
     if not rows:
         raise SystemExit(f"{folder}: no alpha_*/ folders; evaluate the checkpoints first")
     return {"rows": rows, "id": id_set}
@@ -2168,6 +2275,7 @@ def agreement(paths: list[str], boot: int, seed: int) -> dict:
         u, v = (np.array([t[name] for name in both]) for t in (x, y))
         seen = (u > 0) & (v > 0)
         name = f"{Path(a).stem}, {Path(b).stem}"
+        name = f"{a}, {b}" if name in rows else name
         index = rng.integers(max(1, seen.sum()), size=(boot, seen.sum()))
         rows[name] = {"classes": len(both), "rho": spearman(u, v, boot, rng), "median A / B": estimate(
             np.median(u[seen] / v[seen]), np.median((u[seen] / v[seen])[index], 1)) if seen.any() else None}
@@ -2272,11 +2380,12 @@ for (const button of document.querySelectorAll("th button")) button.addEventList
 
 def score_run(folder: Path, boot: int, seed: int) -> dict[str, dict]:
     """{test set: {metric: estimate}} of a run: from its <set>.npz, else metrics.json (top-1 alone has an interval)."""
-    metrics, out = read_json(folder / "metrics.json"), {}
-    for name in dict.fromkeys([k for k in metrics if k != "run"] + sorted(p.stem for p in folder.glob("*.npz"))):
-        path, known = folder / f"{name}.npz", metrics.get(name) or {}
+    metrics, out = read_metrics(folder), {}
+    for name in dict.fromkeys([*metrics, *sorted(p.stem for p in folder.glob("*.npz"))]):
+        path, known = folder / f"{name}.npz", metrics.get(name, {})
         arrays = read_npz(path, ("class_counts", "labels")) if path.is_file() else {}
-        if "class_counts" in arrays and (arrays["labels"] >= 0).any() and known.get("top1", 0) is not None:
+        is_labelled = len(arrays) == 2 and arrays["labels"].dtype.kind in "iu" and (arrays["labels"] >= 0).any()
+        if is_labelled and ("top1" in known or not known):
             data = read_predictions(path, "logits")
             out[name], accuracy, predicted = score_classes(data, (100, 20), 0, 10, boot, seed)
             bins = binned_statistics(frequency_bins(data["class_counts"], 8, False), data["class_counts"], accuracy,
@@ -2284,10 +2393,10 @@ def score_run(folder: Path, boot: int, seed: int) -> dict[str, dict]:
             out[name]["bins"] = [
                 (math.log10(max(b["count"], 0.5)), *b["accuracy"].values(), f"{b['n_classes']} classes")
                 for b in bins if b["accuracy"]["value"] is not None]
-        elif known.get("top1") is not None:
+        elif "top1" in known:
             out[name] = {"n": known.get("n")} | {k: estimate(known.get(k)) for k in REPORT_KEYS}
-            out[name]["top1"] = clopper_pearson(known["top1"], known.get("n") or math.nan)
-        more = {k: known[k] for k in ("retrieval", "knn", "probe") if isinstance(known.get(k), dict | float)}
+            out[name]["top1"] = clopper_pearson(known["top1"], known.get("n", math.nan))
+        more = {k: known[k] for k in ("retrieval", "knn", "probe") if k in known}
         flat = {f"{k} {sub}" if sub else k: estimate(v) for k, m in more.items()
                 for sub, v in (m.items() if isinstance(m, dict) else [("", m)])}
         if flat or name in out:
@@ -2414,21 +2523,22 @@ def set_section(test_set: str, rows: dict[str, dict], x_names: list[str]) -> tup
 def file_section(name: str, path: Path) -> tuple[str, list[str]]:
     """HTML (tables and the command's own plot, inside the page) and Markdown lines of what --json wrote."""
     content, text, lines = read_json(path), "", []
-    if not isinstance(content.get("rows"), dict) or "command" not in content:
-        raise SystemExit(f"{path}: not what --json of evaluate.py writes")
-    for key in ("rows", *EXTRA_TABLES):
-        rows = content.get(key)
-        if rows:
-            columns = list(dict.fromkeys(c for row in rows.values() for c in row))
-            title = name if key == "rows" else f"{name}: {key}"
-            text += f"<h2>{html.escape(title)}</h2>" + html_table(rows, dict(zip(columns, columns)))
-            lines += markdown_table(title, rows, dict(zip(columns, columns)))
-    if content["command"] in PLOTS and (content["command"] != "wiseft" or "id" in content):
-        with tempfile.TemporaryDirectory() as folder:
-            PLOTS[content["command"]](content, f"{folder}/plot.svg")
-            image = base64.b64encode(Path(folder, "plot.svg").read_bytes()).decode()
-        alt = html.escape(f"{content['command']}: {name}")
-        text += f'<div class="wide"><img alt="{alt}" src="data:image/svg+xml;base64,{image}"></div>'
+    try:
+        for key in ("rows", *EXTRA_TABLES):
+            rows = content["rows"] if key == "rows" else content.get(key)
+            if rows:
+                columns = list(dict.fromkeys(c for row in rows.values() for c in row))
+                title = name if key == "rows" else f"{name}: {key}"
+                text += f"<h2>{html.escape(title)}</h2>" + html_table(rows, dict(zip(columns, columns)))
+                lines += markdown_table(title, rows, dict(zip(columns, columns)))
+        if content["command"] in PLOTS and (content["command"] != "wiseft" or "id" in content):
+            with tempfile.TemporaryDirectory() as folder:
+                PLOTS[content["command"]](content, f"{folder}/plot.svg")
+                image = base64.b64encode(Path(folder, "plot.svg").read_bytes()).decode()
+            alt = html.escape(f"{content['command']}: {name}")
+            text += f'<div class="wide"><img alt="{alt}" src="data:image/svg+xml;base64,{image}"></div>'
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise SystemExit(f"{path}: not what --json of evaluate.py writes") from None
     return text, lines
 
 
@@ -2609,6 +2719,11 @@ def show(rows: dict[str, dict], title: str = "", is_turned: bool = False) -> Non
 
 def main(args: argparse.Namespace) -> None:
     boot, seed = args.boot, args.seed
+    if "device" in args:
+        try:
+            torch.zeros(1, device=args.device).item()
+        except (RuntimeError, AssertionError) as error:
+            raise SystemExit(f"--device {args.device}: {str(error).splitlines()[0][:100]}") from None
     if args.command == "imbalance":
         results = imbalance(args.files, args.counts, args.classes, tuple(args.cuts), args.tail_classes, args.worst,
                             args.bins, args.equal_count, boot, seed)
@@ -2667,6 +2782,9 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         main(ARGS)
+    except MemoryError:
+        print("evaluate.py: not enough memory: fewer images, classes or --boot", file=sys.stderr)
+        sys.exit(2)
     except SystemExit as error:
         if not isinstance(error.code, str):
             raise

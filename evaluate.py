@@ -49,7 +49,6 @@ import argparse
 import base64
 import contextlib
 import csv
-import html
 import json
 import math
 import os
@@ -60,6 +59,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from html import escape
 from pathlib import Path
 
 # ------------------------------------------------------------------------------ flags
@@ -67,118 +67,130 @@ from pathlib import Path
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags of evaluate.py, one subcommand a metric family; wrong combinations end here."""
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--boot", type=int, default=1000, help="resamples of the intervals; 0 leaves intervals out")
-    common.add_argument("--seed", type=int, default=0, help="of resamples, splits and draws")
-    common.add_argument("--json", default="", help="write all numbers to this file")
-    common.add_argument("--plot", default="", help="draw to this .png or .svg (pip install matplotlib)")
+    def between(low: float, high: float = math.inf, kind: type = int) -> Callable:
+        def convert(text: str) -> float:
+            if not low <= kind(text) <= high:
+                raise ValueError
+            return kind(text)
+
+        convert.__name__ = f"number between {low:g} and {high:g},"
+        return convert
+
+    def pair(kind: Callable = str) -> Callable:
+        def convert(text: str) -> tuple:
+            name, value = text.split("=", 1)
+            return name, kind(value)
+
+        convert.__name__ = "NAME=VALUE"
+        return convert
+
+    amount, count, share, strength = between(0), between(1), between(0, 1, float), between(1e-30, 1e30, float)
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name: str, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=text, description=text, parents=parents or [common], allow_abbrev=False,
-                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-
-    p = command("imbalance", "accuracy and predictions against the training frequency of the classes")
-    p.add_argument("files", nargs="+", help="predictions, one file a model")
-    p.add_argument("--counts", default="", help="training frequencies, if other than the files' class_counts")
-    p.add_argument("--classes", default="", help="classes to keep (logits too): a line each, id or name, and perhaps a "
-                                                 "tab and a group; logits of a group are max-pooled")
-    p.add_argument("--cuts", nargs=2, type=int, default=[100, 20], help="many > first, medium, few < second")
-    p.add_argument("--tail-classes", type=int, default=0, help="also the mean over the K rarest classes, and over the "
-                                                               "others; 0 is off")
-    p.add_argument("--worst", type=int, default=10, help="k of the mean over the k worst classes")
-    p.add_argument("--bins", type=int, default=10, help="frequency bins")
-    p.add_argument("--equal-count", action="store_true", help="bins with equal numbers of classes, not equal widths in "
-                                                              "log frequency")
-    p = command("robustness", "effective robustness: accuracy under shift beyond the baseline models' line")
-    p.add_argument("inputs", nargs="+", help="tables (columns model, group, and one a test set; SET@SHIFT is the "
-                                             "accuracy on SET over the classes of SHIFT) and runs, as GROUP=FOLDER; "
-                                             "without GROUP a run's training data names it")
-    p.add_argument("--id", default="val", help="in-distribution test set")
-    p.add_argument("--shifts", nargs="*", default=[], help="test sets under shift; empty takes all but --id")
-    p.add_argument("--baseline", default="", help="group of the standard models; empty takes the first input's")
-    p.add_argument("--before", default="", help="model before an intervention: adds each model's relative robustness")
-    p.add_argument("--subset", nargs="*", default=[], metavar="SHIFT=FILE", help="classes of a shift, as imbalance's "
-                   "--classes; without it, those that its labels have")
-    p.add_argument("--n", nargs="*", default=[], metavar="SET=N", help="images of a table's test sets, for intervals")
-    p.add_argument("--split", nargs="*", default=[], metavar="SHIFT=ACC", help="two lines, left and right of this ID "
-                   "accuracy, for sets chosen against one model")
-    p = command("compare", "two models on the same images: paired bootstrap and McNemar's test")
-    p.add_argument("a", help="predictions; several seeds with commas between")
-    p.add_argument("b", help="predictions; several seeds with commas between")
-    p.add_argument("--counts", default="", help="training frequencies, if other than the files' class_counts")
-
-    device = argparse.ArgumentParser(add_help=False)
+    common, files, counted, shifted, device, task = (argparse.ArgumentParser(add_help=False) for _ in range(6))
+    common.add_argument("--boot", type=amount, default=1000, help="resamples of the intervals; 0 leaves intervals out")
+    common.add_argument("--seed", type=amount, default=0, help="of resamples, splits and draws")
+    common.add_argument("--json", default="", help="write all numbers to this file")
+    common.add_argument("--plot", default="", help="draw to this .png or .svg (pip install matplotlib)")
+    files.add_argument("files", nargs="+", help="predictions, one file a model")
+    counted.add_argument("--counts", default="", help="training frequencies, if other than the files' class_counts")
+    shifted.add_argument("--id", default="val", help="in-distribution test set")
+    shifted.add_argument("--shifts", nargs="*", default=[], help="test sets under shift; empty takes all but --id")
     device.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
-    task = argparse.ArgumentParser(add_help=False, parents=[common, device])
     task.add_argument("inputs", nargs="+", help="TRAIN.npz TEST.npz, TRAIN.npz VAL.npz TEST.npz, or folders of models "
                                                 "with SET_train.npz, SET_test.npz, perhaps SET_val.npz")
     task.add_argument("--sets", nargs="*", default=[], help="sets of the folders; empty takes all of the first")
     task.add_argument("--metric", default="auto", choices=["auto", "top1", "per_class"],
                       help="auto is per_class for aircraft, caltech, flowers and pets, else top1; labels [N, C] of 1, "
                            "0, -1 (difficult) are scored by 11-point mAP")
-    p = command("probe", "logistic regression on features (L-BFGS), strength chosen on validation images", task)
+    task.set_defaults(k=[], sweep="none", C=0.0, shots=[], draws=0)  # those that another of the three commands has
+
+    def command(name: str, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text, parents=[common, *parents], allow_abbrev=False,
+                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    p = command("imbalance", "accuracy and predictions against the training frequency of the classes", files, counted)
+    p.add_argument("--classes", default="", help="classes to keep (logits too): a line each, id or name, and perhaps a "
+                                                 "tab and a group; logits of a group are max-pooled")
+    p.add_argument("--cuts", nargs=2, type=amount, default=[100, 20], help="many > first, medium, few < second")
+    p.add_argument("--tail-classes", type=amount, default=0, help="also the mean over the K rarest classes, and over "
+                                                                  "the others; 0 is off")
+    p.add_argument("--worst", type=count, default=10, help="k of the mean over the k worst classes")
+    p.add_argument("--bins", type=count, default=10, help="frequency bins")
+    p.add_argument("--equal-count", action="store_true", help="bins with equal numbers of classes, not equal widths in "
+                                                              "log frequency")
+    p = command("robustness", "effective robustness: accuracy under shift beyond the baseline models' line", shifted)
+    p.add_argument("inputs", nargs="+", help="tables (columns model, group, and one a test set; SET@SHIFT is the "
+                                             "accuracy on SET over the classes of SHIFT) and runs, as GROUP=FOLDER; "
+                                             "without GROUP a run's training data names it")
+    p.add_argument("--baseline", default="", help="group of the standard models; empty takes the first input's")
+    p.add_argument("--before", default="", help="model before an intervention: adds each model's relative robustness")
+    p.add_argument("--subset", nargs="*", type=pair(), default=[], metavar="SHIFT=FILE", help="classes of a shift, as "
+                   "imbalance's --classes; without it, those that its labels have")
+    p.add_argument("--n", nargs="*", type=pair(between(1, kind=float)), default=[], metavar="SET=N",
+                   help="images of a table's test sets, for intervals")
+    p.add_argument("--split", nargs="*", type=pair(between(1e-6, 1 - 1e-6, float)), default=[], metavar="SHIFT=ACC",
+                   help="two lines, left and right of this ID accuracy, for sets chosen against one model")
+    p = command("compare", "two models on the same images: paired bootstrap and McNemar's test", counted)
+    p.add_argument("a", help="predictions; several seeds with commas between")
+    p.add_argument("b", help="predictions; several seeds with commas between")
+    p = command("probe", "logistic regression on features (L-BFGS), strength chosen on validation images", task, device)
     p.add_argument("--sweep", default="clip", choices=["clip", "transfer", "none"],
                    help="strengths: CLIP's binary search over 96, 45 of the transfer protocol, or --C alone")
-    p.add_argument("--C", type=float, default=0.316, help="inverse strength, as scikit-learn's, for --sweep none")
-    p = command("knn", "weighted nearest neighbours by cosine", task)
-    p.add_argument("--k", nargs="+", type=int, default=[10, 20, 100, 200], help="numbers of neighbours")
-    p = command("fewshot", "logistic regression on k images a class, several draws", task)
-    p.add_argument("--shots", nargs="+", type=int, default=[1, 2, 4, 8, 16], help="images a class")
-    p.add_argument("--draws", type=int, default=5, help="draws of the images; the interval is over them")
-    p.add_argument("--C", type=float, default=0.316, help="inverse strength, as scikit-learn's")
-    p = command("retrieval", "recall at k of texts for images and images for texts", common, device)
+    p.add_argument("--C", type=strength, default=0.316, help="inverse strength, as scikit-learn's, for --sweep none")
+    p = command("knn", "weighted nearest neighbours by cosine", task, device)
+    p.add_argument("--k", nargs="+", type=count, default=[10, 20, 100, 200], help="numbers of neighbours")
+    p = command("fewshot", "logistic regression on k images a class, several draws", task, device)
+    p.add_argument("--shots", nargs="+", type=count, default=[1, 2, 4, 8, 16], help="images a class")
+    p.add_argument("--draws", type=count, default=5, help="draws of the images; the interval is over them")
+    p.add_argument("--C", type=strength, default=0.316, help="inverse strength, as scikit-learn's")
+    p = command("retrieval", "recall at k of texts for images and images for texts", device)
     p.add_argument("files", nargs="+", help="features [n_images, D], text_features [n, D], image_ids [n]")
-    p.add_argument("--k", nargs="+", type=int, default=[1, 5, 10], help="places that count")
-    p = command("calibration", "expected calibration error, temperature, reliability")
-    p.add_argument("files", nargs="+", help="predictions, one file a model")
-    p.add_argument("--bins", type=int, default=15, help="confidence bins")
-    p.add_argument("--fraction", type=float, default=0.5, help="images that the temperature is fitted on")
-    p = command("collapse", "neural collapse: NC1, NC2 of class means and of class vectors")
-    p.add_argument("files", nargs="+", help="predictions with features before normalisation, one file a model")
-    p.add_argument("--counts", default="", help="training frequencies, if other than the files' class_counts")
+    p.add_argument("--k", nargs="+", type=count, default=[1, 5, 10], help="places that count")
+    p = command("calibration", "expected calibration error, temperature, reliability", files)
+    p.add_argument("--bins", type=count, default=15, help="confidence bins")
+    p.add_argument("--fraction", type=share, default=0.5, help="images that the temperature is fitted on")
+    command("collapse", "neural collapse: NC1, NC2 of class means (features before normalisation) and class vectors",
+            files, counted)
     p = command("similarity", "how alike the pictures of one class are, in two sets")
     p.add_argument("a", help="features and labels of one set")
     p.add_argument("b", help="features and labels of the other, from the same model")
-    p.add_argument("--pairs", type=int, default=100, help="largest number of pairs of a class in the distribution")
-    p.add_argument("--max-images", type=int, default=100, help="images of a class, a random choice")
-    p.add_argument("--min-pairs", type=int, default=7, help="leave out classes with fewer in either set")
-    p = command("prototypes", "distinct prototypes, affinity of head and tail, effective rank", common, device)
+    p.add_argument("--pairs", type=count, default=100, help="largest number of pairs of a class in the distribution")
+    p.add_argument("--max-images", type=between(2), default=100, help="images of a class, a random choice")
+    p.add_argument("--min-pairs", type=count, default=7, help="leave out classes with fewer in either set")
+    p = command("prototypes", "distinct prototypes, affinity of head and tail, effective rank", counted, device)
     p.add_argument("file", help="[K, D] array: .npy, .npz (prototypes), or a checkpoint's last layer")
     p.add_argument("--key", default="", help="name of the array, if it is not found")
-    p.add_argument("--eps", nargs="+", type=float, default=[0.025],
+    p.add_argument("--eps", nargs="+", type=between(1e-9, 2, float), default=[0.025],
                    help="largest 1 - cosine of prototypes that count as one")
-    p.add_argument("--counts", default="", help="training frequency of each row, if the file has no class_counts")
-    p.add_argument("--tail", type=int, default=50,
+    p.add_argument("--tail", type=amount, default=50,
                    help="rarest rows, and as many random others, in the affinity matrix")
     p.add_argument("--tsne", action="store_true", help="add t-SNE to numbers and plot (pip install scikit-learn)")
-    p.add_argument("--samples", type=int, default=0, help="t-SNE of as many images a class of the .npz, of 25 frequent "
-                                                          "and 8 rare classes, too; 0 is off")
+    p.add_argument("--samples", type=amount, default=0, help="t-SNE of as many images a class of the .npz, of 25 "
+                                                             "frequent and 8 rare classes, too; 0 is off")
     p = command("debias", "remove the label bias of a zero-shot and a fine-tuned model after training")
     p.add_argument("--zeroshot", required=True, help="predictions of the zero-shot model on the test images")
     p.add_argument("--finetuned", required=True, help="predictions of the fine-tuned model on the same images")
     p.add_argument("--val-zeroshot", default="", help="the same on held-out images; empty holds out half of each class")
     p.add_argument("--val-finetuned", default="", help="goes with --val-zeroshot")
-    p.add_argument("--more", nargs="*", default=[], metavar="NAME=FILE", help="further rows, such as wise=FILE.npz")
+    p.add_argument("--more", nargs="*", type=pair(), default=[], metavar="NAME=FILE", help="further rows, such as "
+                                                                                           "wise=FILE.npz")
     p.add_argument("--prior", default="", help="frequencies the fine-tuned model was trained on: a file, or uniform; "
                                                "empty takes its class_counts")
     p.add_argument("--group-by", default="counts", choices=["counts", "prior"],
                    help="thirds of classes by those frequencies or by the zero-shot model's estimated prior (GLA)")
     p.add_argument("--calibrate", action="store_true", help="divide both models' logits by their temperature first")
-    p = command("wiseft", "interpolate two checkpoints; then the curve of their results")
+    p = command("wiseft", "interpolate two checkpoints; then the curve of their results", shifted)
     p.add_argument("checkpoints", nargs="*", help="zero-shot and fine-tuned checkpoint")
-    p.add_argument("--alpha", nargs="+", type=float, default=[0, 0.25, 0.5, 0.75, 1], help="share of the second")
+    p.add_argument("--alpha", nargs="+", type=between(-9, 9, float), default=[0, 0.25, 0.5, 0.75, 1],
+                   help="share of the second")
     p.add_argument("--out", default="runs/wiseft", help="folder of alpha_*.pt")
     p.add_argument("--results", default="", help="instead: a folder with alpha_*/, each written by --eval-only")
-    p.add_argument("--id", default="val", help="in-distribution test set")
-    p.add_argument("--shifts", nargs="*", default=[], help="test sets under shift; empty takes all but --id")
-    p = command("concepts", "class frequencies over concept sets and data sets")
+    p = command("concepts", "class frequencies over concept sets and data sets", counted)
     p.add_argument("what", choices=["accuracy", "agree", "shared"],
                    help="accuracy: MODEL/SET.npz files, correlations a set; agree: pairs of counts A B; shared: counts "
                         "of several data sets")
     p.add_argument("files", nargs="+", help="predictions, or tables of counts")
-    p.add_argument("--counts", default="", help="for accuracy: frequencies, if other than the files' class_counts")
     p = command("report", "one HTML page, and Markdown tables, of runs side by side")
     p.add_argument("runs", nargs="+", help="folders, as NAME=FOLDER, where names like frozen/0.4M make a series along "
                                            "an axis; FILE.json of other commands: tables and plots (matplotlib)")
@@ -186,14 +198,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--markdown", default="", help="also write the tables to this file")
 
     args = parser.parse_args(argv)
+    if args.command == "imbalance" and args.cuts[0] < args.cuts[1]:
+        parser.error(f"--cuts: {args.cuts[0]} is below {args.cuts[1]}")
     if args.command == "wiseft" and len(args.checkpoints) != (0 if args.results else 2):
         parser.error("wiseft takes two checkpoints, or --results FOLDER")
+    if args.command == "wiseft" and len({f"{alpha:.2f}" for alpha in args.alpha}) < len(args.alpha):
+        parser.error("--alpha: two values have the same name alpha_0.00, which has two decimals")
     if args.command == "debias" and bool(args.val_zeroshot) != bool(args.val_finetuned):
         parser.error("--val-zeroshot and --val-finetuned go together")
-    if args.boot < 0:
-        parser.error(f"--boot must not be negative, got {args.boot}")
-    writes_weights = args.command == "wiseft" and args.checkpoints
-    if args.plot and (writes_weights or args.command == "report"):
+    if args.json and not Path(args.json).name:
+        parser.error(f"--json: {args.json} is not the name of a file")
+    if args.plot and (args.command == "report" or args.command == "wiseft" and args.checkpoints):
         parser.error(f"{args.command} has no --plot of this")
     if args.plot and Path(args.plot).suffix not in (".png", ".svg"):
         parser.error(f"--plot ends in .png or .svg, got {args.plot}")
@@ -216,18 +231,36 @@ from scipy.stats import t as student_t  # noqa: E402
 # ------------------------------------------------------------------------------ readers
 
 
-def member_shape(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: str) -> tuple[int, ...]:
-    """Shape of an array inside an .npz, from its header; SystemExit for what must not be read."""
+# What the readers of the standard library, NumPy and torch raise for files that are not theirs.
+FAILURES = (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, RuntimeError, EOFError,
+            csv.Error, zlib.error, zipfile.BadZipFile, pickle.UnpicklingError)
+
+
+def refuse(is_wrong: object, line: str) -> None:
+    """SystemExit with the one line that the user reads, for input that cannot be used."""
+    if is_wrong:
+        raise SystemExit(line)
+
+
+@contextlib.contextmanager
+def reading(path: str | Path, what: str, *more: type) -> Iterator[None]:
+    """SystemExit in place of any of FAILURES, and more of them, inside."""
+    try:
+        yield
+    except (*FAILURES, *more) as error:
+        raise SystemExit(f"{path}: cannot be read{what} ({str(error)[:100]})") from None
+
+
+def check_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: str | Path) -> None:
+    """SystemExit for an array of an .npz that must not be read, told by its header."""
     with archive.open(member) as file:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(file)
-        if dtype.hasobject:
-            raise SystemExit(f"{path}: {member.filename} holds Python objects, which run code when read: save it as "
-                             "numbers or as text")
+        refuse(dtype.hasobject, f"{path}: {member.filename} holds Python objects, which run code when read: save it as "
+               "numbers or as text")
         if math.prod(shape) * dtype.itemsize + file.tell() != member.file_size:
             raise SystemExit(f"{path}: {member.filename} says {shape} {dtype} and has {member.file_size} bytes")
-    return shape
 
 
 def read_npz(path: str | Path, keys: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
@@ -237,7 +270,7 @@ def read_npz(path: str | Path, keys: tuple[str, ...] = ()) -> dict[str, np.ndarr
         or than 200 times its size.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
+    with reading(path, " as .npz"):
         with zipfile.ZipFile(path) as archive:
             members = [m for m in archive.infolist() if not keys or m.filename.removesuffix(".npy") in keys]
             n_bytes, n_packed = sum(m.file_size for m in members), sum(m.compress_size for m in members)
@@ -245,24 +278,27 @@ def read_npz(path: str | Path, keys: tuple[str, ...] = ()) -> dict[str, np.ndarr
                 raise SystemExit(f"{path}: {n_packed} bytes announce {n_bytes} unpacked, refused; save it without "
                                  "compression or in parts")
             for member in members:
-                member_shape(archive, member, path)
+                check_member(archive, member, path)
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files if not keys or name in keys}
-    except (OSError, ValueError, EOFError, NotImplementedError, zlib.error, zipfile.BadZipFile) as error:
-        raise SystemExit(f"{path}: cannot be read as .npz ({str(error)[:100]})") from None
 
 
 def check_finite_rows(path: str | Path, name: str, array: np.ndarray) -> None:
-    """SystemExit, with the row, for NaN and infinity."""
+    """SystemExit, with the row, for NaN, infinity, and numbers above 1e15, whose squares and sums leave float32."""
     for start in range(0, len(array), 8192):
-        finite = np.isfinite(array[start : start + 8192]).reshape(len(array[start : start + 8192]), -1).all(1)
-        if not finite.all():
-            raise SystemExit(f"{path}: {name} are not finite in row {start + int(finite.argmin())} (float16 ends at "
-                             "65,504: save larger values as float32)")
+        part = array[start : start + 8192]
+        finite = np.isfinite(part) if part.dtype.itemsize == 2 else np.abs(part) <= 1e15
+        finite = finite.reshape(len(part), -1).all(1)
+        refuse(not finite.all(), f"{path}: {name} are not finite in row {start + int(finite.argmin())}, or above 1e15 "
+               "(float16 ends at 65,504: save larger values as float32)")
 
 
 ROW_KEYS = ("labels", "logits", "features", "rows", "predictions")
 CLASS_KEYS = ("class_counts", "class_names", "prototypes")
+ARRAYS = {name: ("numbers", "fiu", 2) for name in ("logits", "features", "prototypes")} | {
+    "class_counts": ("numbers", "fiu", 1), "class_names": ("text", "Uiu", 1),
+    "labels": ("whole numbers", "iu", 1), "predictions": ("whole numbers", "iu", 1)}  # what, its NumPy kinds, axes
+MAX_CLASSES = 2**24  # a larger label, where nothing else tells the number of classes, is a mistake and fills the memory
 
 
 def read_predictions(path: str | Path, *need: str, counts: str = "", multi_label: bool = False,
@@ -279,31 +315,34 @@ def read_predictions(path: str | Path, *need: str, counts: str = "", multi_label
     if counts:
         data["class_counts"] = read_counts(counts, data.get("class_names"))
     missing = [name for name in (*need, "labels") if name not in data]
-    if missing:
-        raise SystemExit(f"{path}: no array {', '.join(missing)}; found {', '.join(sorted(data)) or 'nothing'}")
+    refuse(missing, f"{path}: no array {', '.join(missing)}; found {', '.join(sorted(data)) or 'nothing'}"
+           f"{'; --counts names a table of them' if 'class_counts' in missing else ''}")
     labels = data["labels"]
-    for name in (name for name in ("logits", "features", "prototypes", "class_counts") if name in data):
-        if data[name].dtype.kind not in "fiu" or data[name].ndim != (1 if name == "class_counts" else 2):
-            raise SystemExit(f"{path}: {name} is {data[name].dtype} {data[name].shape}, expected numbers "
-                             f"{'[C]' if name == 'class_counts' else '[N, width]'}")
-        check_finite_rows(path, name, data[name])
-    if labels.dtype.kind not in "iu" or labels.ndim != 1 + (multi_label and labels.ndim == 2):
-        raise SystemExit(f"{path}: labels are {labels.dtype} {labels.shape}, expected whole numbers [N]")
-    if not len(labels) or labels.ndim == 1 and labels.max() < 0:
-        raise SystemExit(f"{path}: no labelled rows")
+    is_multi = multi_label and labels.ndim == 2
+    for name, (what, kinds, n_dims) in ARRAYS.items():
+        array, n_dims = data.get(name), n_dims + (is_multi and name == "labels")
+        if array is not None and (array.dtype.kind not in kinds or array.ndim != n_dims or 0 in array.shape[1:]):
+            raise SystemExit(f"{path}: {name} is {array.dtype} {array.shape}, expected {what} "
+                             f"{'[N]' if n_dims == 1 else '[N, width]'}")
+        if array is not None and what == "numbers":
+            check_finite_rows(path, name, array)
+    refuse(not len(labels) or labels.max() < 0 and not is_multi, f"{path}: no labelled rows")
+    if is_multi and not np.isin(labels, (-1, 0, 1)).all():
+        raise SystemExit(f"{path}: labels [N, C] are 1, 0 or -1 (difficult), got {labels.min()} to {labels.max()}")
     for name in (name for name in ROW_KEYS if name in data):
-        if len(data[name]) != len(labels):
-            raise SystemExit(f"{path}: {len(labels)} labels, {len(data[name])} {name}")
+        refuse(len(data[name]) != len(labels), f"{path}: {len(labels)} labels, {len(data[name])} {name}")
     widths = {name: len(data[name]) for name in CLASS_KEYS if name in data}
-    widths |= {"logits": data["logits"].shape[1]} if "logits" in data else {}
-    if len(set(widths.values())) > 1:
-        raise SystemExit(f"{path}: numbers of classes differ: {widths}")
-    n_classes = next(iter(widths.values()), labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1)
-    if labels.ndim == 1 and labels.max() >= n_classes:
-        raise SystemExit(f"{path}: row {int(labels.argmax())} has label {labels.max()}, there are {n_classes} classes")
+    widths |= {name: data[name].shape[1] for name in ("logits", "labels") if name in data and data[name].ndim == 2}
+    refuse(len(set(widths.values())) > 1, f"{path}: numbers of classes differ: {widths}")
+    ids = {name: data[name] for name in ("labels", "predictions") if name in data and not is_multi}
+    n_classes = next(iter(widths.values()), min(max((int(v.max()) + 1 for v in ids.values()), default=0), MAX_CLASSES))
+    for name, values in ids.items():
+        wrong = (values >= n_classes) | ((values < 0) & (name == "predictions"))
+        refuse(wrong.any(), f"{path}: row {wrong.argmax()} has {name[:-1]} {values[wrong.argmax()]}, there are "
+               f"{n_classes} classes")
     if "class_counts" in data and data["class_counts"].min() < 0:
         raise SystemExit(f"{path}: class_counts has {data['class_counts'].min()}")
-    if labels.ndim == 1 and labels.min() < 0:
+    if labels.min() < 0 and not is_multi:
         data |= {name: data[name][labels >= 0] for name in ROW_KEYS if name in data}
     return data | {"path": str(path), "n_classes": n_classes, "labels": data["labels"].astype(np.int64)}
 
@@ -332,60 +371,73 @@ def predict(data: dict) -> tuple[np.ndarray, int]:
     return predictions, n_ties
 
 
+def with_rows(data: dict, rows: np.ndarray) -> dict:
+    """The same file of predictions with these rows alone."""
+    return {key: value[rows] if key in ROW_KEYS else value for key, value in data.items()}
+
+
+def accuracy_of(data: dict) -> tuple[float, int]:
+    """Top-1 accuracy and the number of images."""
+    return float((predict(data)[0] == data["labels"]).mean()), len(data["labels"])
+
+
 def unit_rows(array: np.ndarray) -> np.ndarray:
     """Rows divided by their length, in float64; zero rows stay zero."""
     array = np.asarray(array, np.float64)
     return array / np.maximum(np.linalg.norm(array, axis=1, keepdims=True), 1e-12)
 
 
+def ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a / b; NaN where both are 0, as for a class without images."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(a) / b
+
+
 def read_records(path: str | Path) -> list[dict[str, str]]:
-    """Rows of a CSV, TSV (by suffix) or JSON table (a list of objects, or {name: object}) as dicts of text."""
-    try:
+    """Rows of a CSV, TSV (by suffix) or JSON table (a list of objects, {model: object} or {class: count}) as dicts of
+    text."""
+    with reading(path, " as a table"):
         if Path(path).suffix == ".json":
-            content = json.loads(Path(path).read_text("utf-8"))
-            rows = content if isinstance(content, list) else [{"model": k} | v for k, v in content.items()]
+            rows = json.loads(Path(path).read_text("utf-8"))
+            if not isinstance(rows, list):
+                rows = [v | {"model": k} if isinstance(v, dict) else {"class": k, "count": v} for k, v in rows.items()]
             return [{k: str(v) for k, v in row.items() if v is not None} for row in rows]
         with open(path, encoding="utf-8-sig", newline="") as file:
             is_csv = Path(path).suffix == ".csv"
             options = {} if is_csv else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-            rows = list(csv.DictReader(file, restkey="", **options))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError, csv.Error) as error:
-        raise SystemExit(f"{path}: cannot be read as a table ({str(error)[:100]})") from None
+            reader = csv.DictReader(file, restkey="", **options)
+            rows, names = list(reader), reader.fieldnames or []
+    refuse(len(set(names)) < len(names), f"{path}: two columns of the same name: {', '.join(names)}")
     for i, row in enumerate(rows):
         if "" in row or None in row.values():
             raise SystemExit(f"{path}:{i + 2}: the row and the header have different numbers of fields")
     return rows
 
 
-def number(text: str, where: str) -> float:
-    """A finite number, or SystemExit that says where."""
-    with contextlib.suppress(ValueError):
-        if math.isfinite(float(text)):
+def number(text: str, where: str, low: float = -math.inf) -> float:
+    """A finite number of at least `low`, or SystemExit that says where."""
+    with contextlib.suppress(ValueError, TypeError):
+        if low <= float(text) < math.inf:
             return float(text)
-    raise SystemExit(f"{where}: got {text!r}, expected a number")
+    raise SystemExit(f"{where}: got {text!r}, expected a number{f' of at least {low:g}' if low > -math.inf else ''}")
 
 
 def read_named_counts(path: str | Path) -> dict[str, float]:
     """{class: count} of a table with columns class (or name, label) and count (or freq, frequency, n), or of lines with
     one number each (the classes are 0, 1, ...), or of a JSON object."""
-    path = Path(path)
-    try:
-        text = path.read_text("utf-8")
-        content = json.loads(text) if path.suffix == ".json" else None
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{path}: cannot be read ({str(error)[:100]})") from None
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
-    if path.suffix != ".json" and lines and re.fullmatch(r"[\d.eE+]+", lines[0]):
-        return {str(i): number(line, f"{path}:{i + 1}") for i, line in enumerate(lines)}
-    if isinstance(content, dict) and not any(isinstance(v, dict) for v in content.values()):
-        return {str(k): number(v, f"{path}: {k}") for k, v in content.items()}
-    rows = read_records(path)
-    columns = list(rows[0]) if rows else []
-    key = next((c for c in ("class", "name", "label") if c in columns), None)
+    with reading(path, ""):
+        lines = [line.strip() for line in Path(path).read_text("utf-8").split("\n") if line.strip()]
+    is_list = Path(path).suffix != ".json" and lines and re.fullmatch(r"[-\d.eE+]+", lines[0])
+    rows = [{"class": str(i), "count": line} for i, line in enumerate(lines)] if is_list else read_records(path)
+    columns, counts = list(rows[0]) if rows else [], {}
+    key = next((c for c in ("class", "name", "label", "model") if c in columns), None)
     value = next((c for c in ("count", "freq", "frequency", "n") if c in columns), None)
     if key is None or value is None:
         raise SystemExit(f"{path}: found columns {columns}, expected class and count, or one number a line")
-    return {row[key]: number(row[value], f"{path}:{i + 2}") for i, row in enumerate(rows)}
+    for i, row in enumerate(rows, 1 if is_list else 2):
+        refuse(row.get(key) in counts, f"{path}:{i}: {row.get(key)} twice")
+        counts[row.get(key)] = number(row.get(value), f"{path}:{i}", 0)
+    return counts
 
 
 def read_counts(path: str | Path, class_names: np.ndarray | None) -> np.ndarray:
@@ -393,28 +445,25 @@ def read_counts(path: str | Path, class_names: np.ndarray | None) -> np.ndarray:
     named = read_named_counts(path)
     if class_names is not None and set(named) & set(class_names.tolist()):
         missing = [name for name in class_names.tolist() if name not in named]
-        if missing:
-            raise SystemExit(f"{path}: no count for {len(missing)} classes: {', '.join(missing[:5])}")
+        refuse(missing, f"{path}: no count for {len(missing)} classes: {', '.join(missing[:5])}")
         return np.array([named[name] for name in class_names.tolist()])
     return np.array(list(named.values()))
 
 
 def read_subset(path: str | Path, class_names: np.ndarray | None, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Classes of a file (id or name, perhaps a tab and a group): ids [S] ascending, group of each [S] in 0..G-1."""
-    place = {name: i for i, name in enumerate(class_names.tolist())} if class_names is not None else {}
-    try:
+    names = class_names.tolist() if class_names is not None else []
+    place = {name: i for i, name in enumerate(names)}
+    with reading(path, ""):
         lines = [line.split("\t") for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise SystemExit(f"{path}: cannot be read ({str(error)[:100]})") from None
     group_of = {}
     for i, fields in enumerate(lines):
         name = fields[0].strip()
         c = place.get(name, int(name) if name.isdecimal() else -1)
-        if not 0 <= c < n_classes:
-            raise SystemExit(f"{path}:{i + 1}: no class {name!r} among {n_classes}")
+        if not 0 <= c < n_classes or names.count(name) > 1:
+            raise SystemExit(f"{path}:{i + 1}: {names.count(name) or 'no'} class {name!r} among {n_classes}")
         group_of[c] = fields[1] if len(fields) > 1 else c
-    if not group_of:
-        raise SystemExit(f"{path}: no classes")
+    refuse(not group_of, f"{path}: no classes")
     ids = np.array(sorted(group_of))
     groups = {group: i for i, group in enumerate(dict.fromkeys(group_of[c] for c in ids.tolist()))}
     return ids, np.array([groups[group_of[c]] for c in ids.tolist()])
@@ -428,8 +477,7 @@ def restrict(data: dict, ids: np.ndarray, groups: np.ndarray) -> dict:
     place = np.full(data["n_classes"], -1)
     place[ids] = groups
     keep, n_groups = place[data["labels"]] >= 0, int(groups.max()) + 1
-    if not keep.any():
-        raise SystemExit(f"{data['path']}: no image of the {len(ids)} classes")
+    refuse(not keep.any(), f"{data['path']}: no image of the {len(ids)} classes")
     order = np.argsort(groups, kind="stable")
     starts = np.searchsorted(groups[order], np.arange(n_groups))
     out = {"path": data["path"], "n_classes": n_groups, "labels": place[data["labels"][keep]]}
@@ -444,18 +492,28 @@ def restrict(data: dict, ids: np.ndarray, groups: np.ndarray) -> dict:
 
 def read_json(path: Path) -> dict:
     """A JSON object; {} if there is no such file."""
-    try:
-        return json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{path}: cannot be read ({str(error)[:100]})") from None
+    with reading(path, ""):
+        content = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    refuse(not isinstance(content, dict), f"{path}: expected an object, got a {type(content).__name__}")
+    return content
 
 
-def set_flag(values: list[str], flag: str) -> dict[str, str]:
-    """SET=VALUE flags as a dict."""
-    wrong = [value for value in values if "=" not in value]
-    if wrong:
-        raise SystemExit(f"{flag}: got {wrong[0]}, expected SET=VALUE")
-    return dict(value.split("=", 1) for value in values)
+def read_metrics(folder: Path) -> dict[str, dict]:
+    """{test set: {metric: number, or dict of numbers}} of a run's metrics.json: what is known here and not null."""
+    path, sets = folder / "metrics.json", {}
+    for name, entry in read_json(path).items():
+        refuse(not isinstance(entry, dict | None), f"{path}: {name} is {entry}, expected an object")
+        found = {}
+        for key in ("n", *REPORT_KEYS, "retrieval", "knn", "probe") if entry and name != "run" else ():
+            value, where = entry.get(key), f"{path}: {name}: {key}"
+            if isinstance(value, dict):
+                found[key] = {k: number(v, where) for k, v in value.items() if v is not None}
+            elif value is not None:
+                found[key] = int(number(value, where, 1)) if key == "n" else number(value, where)
+        if found.get("top1", 0) > 1:
+            raise SystemExit(f"{path}: {name}: top1 is {found['top1']}, expected a fraction in 0..1")
+        sets |= {name: found} if found else {}
+    return sets
 
 
 # ------------------------------------------------------------------------------ estimates
@@ -476,6 +534,11 @@ def estimate(value: float | None, draws: np.ndarray | None = None, level: float 
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     low, high = (2 * value - high, 2 * value - low) if is_biased else (low, high)
     return {"value": value, "low": float(low), "high": float(high)}
+
+
+def from_draws(draws: np.ndarray, level: float = 0.95, is_biased: bool = False) -> dict[str, float | None]:
+    """Estimate from [1 + boot] values: the first is the sample's, the others are its resamples'."""
+    return estimate(draws[0], draws[1:], level, is_biased)
 
 
 def t_interval(values: list[float]) -> dict[str, float | None]:
@@ -522,8 +585,7 @@ def rank_correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Spearman's correlation of each row of x with that row of y, NaN if one is constant. x, y: [boot, C]."""
     x, y = (rankdata(side, axis=1) for side in (x, y))
     x, y = (side - side.mean(1, keepdims=True) for side in (x, y))
-    with np.errstate(invalid="ignore"):
-        return (x * y).sum(1) / np.sqrt((x**2).sum(1) * (y**2).sum(1))
+    return ratio((x * y).sum(1), np.sqrt((x**2).sum(1) * (y**2).sum(1)))
 
 
 def spearman(x: np.ndarray, y: np.ndarray, boot: int, rng: np.random.Generator) -> dict[str, float | None]:
@@ -538,8 +600,7 @@ def gini(values: np.ndarray) -> np.ndarray:
     """Gini index over the last axis; 0 is equal shares, NaN if all are 0."""
     values = np.sort(np.asarray(values, float), axis=-1)
     n = values.shape[-1]
-    with np.errstate(invalid="ignore"):
-        return (values * (2 * np.arange(1, n + 1) - n - 1)).sum(-1) / (n * values.sum(-1))
+    return ratio((values * (2 * np.arange(1, n + 1) - n - 1)).sum(-1), n * values.sum(-1))
 
 
 # ------------------------------------------------------------------------------ imbalance
@@ -579,11 +640,12 @@ def imbalance_metrics(predictions: np.ndarray, labels: np.ndarray, class_counts:
 
 def resample_images(labels: np.ndarray, predictions: np.ndarray, n_classes: int, boot: int,
                     rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Bootstrap over images: number of each class, of its right ones, of its predictions, each [boot, C]."""
-    n_test, n_right, n_predicted = (np.empty((boot, n_classes), np.int32) for _ in range(3))
+    """Number of images of each class, of its right ones, of its predictions, each [1 + boot, C]: of the images, then of
+    resamples of them."""
+    n_test, n_right, n_predicted = (np.empty((1 + boot, n_classes), np.int32) for _ in range(3))
     cell = np.where(labels == predictions, labels, n_classes)
-    for b in range(boot):
-        index = rng.integers(len(labels), size=len(labels))
+    for b in range(1 + boot):
+        index = rng.integers(len(labels), size=len(labels)) if b else slice(None)
         n_test[b] = np.bincount(labels[index], minlength=n_classes)
         n_right[b] = np.bincount(cell[index], minlength=n_classes + 1)[:n_classes]
         n_predicted[b] = np.bincount(predictions[index], minlength=n_classes)
@@ -596,14 +658,24 @@ def nan_mean(values: np.ndarray) -> np.ndarray:
     return np.where(n > 0, np.nansum(values, -1) / np.maximum(n, 1), np.nan)
 
 
-def class_groups(class_counts: np.ndarray, cuts: tuple[int, int], tail_classes: int) -> dict[str, np.ndarray]:
-    """Class ids by falling frequency (ties by id): thirds; by counts; those never seen; the rarest and the others."""
+def class_accuracy(labels: np.ndarray, right: np.ndarray, n_classes: int) -> np.ndarray:
+    """[C] share of the images of each class that are right [N] bool; NaN without images."""
+    return ratio(np.bincount(labels[right], minlength=n_classes), np.bincount(labels, minlength=n_classes))
+
+
+def thirds(class_counts: np.ndarray) -> dict[str, np.ndarray]:
+    """Class ids of head, medium and tail, by falling frequency (ties by id): C // 3, C // 3 and the rest."""
     order, C = np.argsort(-class_counts, kind="stable"), len(class_counts)
-    groups = dict(zip(("head", "medium", "tail"), np.split(order, [C // 3, 2 * (C // 3)])))
+    return dict(zip(("head", "medium", "tail"), np.split(order, [C // 3, 2 * (C // 3)])))
+
+
+def class_groups(class_counts: np.ndarray, cuts: tuple[int, int], tail_classes: int) -> dict[str, np.ndarray]:
+    """Class ids: thirds by frequency; by counts; those never seen; the rarest and the others."""
     high, low = cuts
-    groups |= {f"many >{high}": np.flatnonzero(class_counts > high),
-               f"medium {low}-{high}": np.flatnonzero((class_counts >= low) & (class_counts <= high)),
-               f"few <{low}": np.flatnonzero(class_counts < low), "never seen": np.flatnonzero(class_counts == 0)}
+    groups = thirds(class_counts) | {
+        f"many >{high}": np.flatnonzero(class_counts > high),
+        f"medium {low}-{high}": np.flatnonzero((class_counts >= low) & (class_counts <= high)),
+        f"few <{low}": np.flatnonzero(class_counts < low), "never seen": np.flatnonzero(class_counts == 0)}
     if tail_classes:
         rarest = np.argsort(class_counts, kind="stable")
         groups |= {f"{tail_classes} rarest": rarest[:tail_classes], "others": rarest[tail_classes:]}
@@ -634,43 +706,34 @@ def binned_statistics(bins: np.ndarray, class_counts: np.ndarray, accuracy: np.n
     out = []
     for i in np.unique(bins):
         inside = bins == i
-        out.append({"bin": int(i), "n_classes": int(inside.sum()), "count": float(class_counts[inside].mean()),
-                    "accuracy": mean_over(accuracy[inside], boot, rng),
-                    "accuracy_std": float(np.sqrt(nan_mean((accuracy[inside] - nan_mean(accuracy[inside])) ** 2))),
-                    "predictions": mean_over(share[inside], boot, rng),
-                    "predictions_std": float(np.sqrt(nan_mean((share[inside] - nan_mean(share[inside])) ** 2)))})
+        out.append({"bin": int(i), "n_classes": int(inside.sum()), "count": float(class_counts[inside].mean())})
+        for key, values in (("accuracy", accuracy[inside]), ("predictions", share[inside])):
+            out[-1] |= {key: mean_over(values, boot, rng),
+                        f"{key}_std": float(np.sqrt(nan_mean((values - nan_mean(values)) ** 2)))}
     return out
 
 
 def score_classes(data: dict, cuts: tuple[int, int], tail_classes: int, worst: int, boot: int,
                   seed: int) -> tuple[dict, np.ndarray, np.ndarray]:
     """All imbalance numbers of one model, {name: estimate}; accuracy [C] (NaN: no test image); predictions [C]."""
-    rng = np.random.default_rng(seed)
-    labels, counts, C = data["labels"], data["class_counts"], data["n_classes"]
+    rng, labels, counts = np.random.default_rng(seed), data["labels"], data["class_counts"]
     predictions, n_ties = predict(data)
-    n_test, n_predicted = (np.bincount(ids, minlength=C) for ids in (labels, predictions))
-    with np.errstate(invalid="ignore"):
-        accuracy = np.bincount(labels[labels == predictions], minlength=C) / n_test
-        test, right, predicted = resample_images(labels, predictions, C, boot, rng)
-        draws = right / test  # [boot, C]
-    point = imbalance_metrics(predictions, labels, counts)
-    row = {"n": len(labels), "top1": estimate(point["top1"], right.sum(1) / len(labels)),
-           "balanced": estimate(point["balanced"], nan_mean(draws))}
+    test, right, predicted = resample_images(labels, predictions, data["n_classes"], boot, rng)
+    draws = ratio(right, test)  # [1 + boot, C]
+    accuracy, n_predicted = draws[0], predicted[0]
+    row = {"n": len(labels), "top1": from_draws(right.sum(1) / len(labels)), "balanced": from_draws(nan_mean(draws))}
     for name, ids in class_groups(counts, cuts, tail_classes).items():
-        if len(ids):
-            row[name] = estimate(float(nan_mean(accuracy[ids])), nan_mean(draws[:, ids]))
-    k = min(worst, int((n_test > 0).sum()))
-    row |= {f"worst {k}": estimate(np.sort(accuracy)[:k].mean(), np.sort(draws, 1)[:, :k].mean(1),
-                               is_biased=True),  # NaN sort last
-            "never right": estimate(np.mean(accuracy[n_test > 0] == 0),
-                                    nan_mean(np.where(test > 0, right == 0, np.nan))),
-            "spearman_acc": spearman(counts, accuracy, boot, rng),
-            "spearman_pred": spearman(counts, n_predicted, boot, rng),
-            "spearman_acc_pred": spearman(accuracy, n_predicted.astype(float), boot, rng),
-            "gini_counts": estimate(float(gini(counts))), "gini_pred": estimate(
-                float(gini(n_predicted)), gini(predicted), is_biased=True),
-            "chance": point["chance"], "classes without test images": int((n_test == 0).sum()), "ties": n_ties}
-    return row, accuracy, n_predicted
+        row |= {name: from_draws(nan_mean(draws[:, ids]))} if len(ids) else {}
+    k = min(worst, int(np.isfinite(accuracy).sum()))
+    return row | {
+        f"worst {k}": from_draws(np.sort(draws, 1)[:, :k].mean(1), is_biased=True),  # NaN sort last
+        "never right": from_draws(nan_mean(np.where(test > 0, right == 0, np.nan))),
+        "spearman_acc": spearman(counts, accuracy, boot, rng),
+        "spearman_pred": spearman(counts, n_predicted, boot, rng),
+        "spearman_acc_pred": spearman(accuracy, n_predicted.astype(float), boot, rng),
+        "gini_counts": estimate(float(gini(counts))), "gini_pred": from_draws(gini(predicted), is_biased=True),
+        "chance": 1 / data["n_classes"], "classes without test images": int((test[0] == 0).sum()), "ties": n_ties,
+    }, accuracy, n_predicted
 
 
 def imbalance(paths: list[str], counts: str, subset: str, cuts: tuple[int, int], tail_classes: int, worst: int,
@@ -678,19 +741,16 @@ def imbalance(paths: list[str], counts: str, subset: str, cuts: tuple[int, int],
     """Rows of all models, their classes and frequency bins, and the bins' mean and std over models."""
     rows, models = {}, {}
     for name, path in zip(short_names(paths), paths):
-        data = read_predictions(path, "logits", counts=counts)
-        if "class_counts" not in data:
-            raise SystemExit(f"{path}: no class_counts: pass --counts")
+        data = read_predictions(path, "logits", "class_counts", counts=counts)
         if subset:
             data = restrict(data, *read_subset(subset, data.get("class_names"), data["n_classes"]))
         rows[name], accuracy, predicted = score_classes(data, cuts, tail_classes, worst, boot, seed)
         class_counts, n_test = data["class_counts"], np.bincount(data["labels"], minlength=data["n_classes"])
-        with np.errstate(divide="ignore", invalid="ignore"):
-            share = np.where(n_test > 0, predicted / n_test, np.nan)
+        share = np.where(n_test > 0, ratio(predicted, n_test), np.nan)
         bins = frequency_bins(class_counts, n_bins, is_equal_count)
-        names = data.get("class_names", np.arange(data["n_classes"]).astype(str))
-        models[name] = {"class_names": names, "class_counts": class_counts, "accuracy": accuracy,
-                        "predictions": predicted, "predictions_per_image": share,
+        models[name] = {"class_names": data.get("class_names", np.arange(data["n_classes"]).astype(str)),
+                        "class_counts": class_counts, "accuracy": accuracy, "predictions": predicted,
+                        "predictions_per_image": share,
                         "rarest": np.argsort(class_counts, kind="stable")[:tail_classes],
                         "bins": binned_statistics(bins, class_counts, accuracy, share, boot,
                                                   np.random.default_rng(seed))}
@@ -698,7 +758,7 @@ def imbalance(paths: list[str], counts: str, subset: str, cuts: tuple[int, int],
     if len(models) > 1 and len({tuple(m["class_counts"]) for m in models.values()}) == 1:
         for same in zip(*(m["bins"] for m in models.values())):
             over.append({"count": same[0]["count"]} | {
-                key + end: float(f([b[key]["value"] for b in same])) for key in ("accuracy", "predictions")
+                key + end: float(f([value_of(b[key]) for b in same])) for key in ("accuracy", "predictions")
                 for end, f in (("", np.mean), ("_std", lambda v: np.std(v, ddof=1)))})
     return {"rows": rows, "models": models, "bins_over_models": over}
 
@@ -706,27 +766,25 @@ def imbalance(paths: list[str], counts: str, subset: str, cuts: tuple[int, int],
 def plot_imbalance(results: dict, path: str) -> None:
     """Accuracy, and predictions per test image, against frequency: classes (one model) and frequency bins; bars of each
     of the rarest classes (figure 9b)."""
-    has_bars = any(model["rarest"] for model in results["models"].values())
-    figure, axes = new_figure(4 if has_bars else 2)
-    for i, (name, model) in enumerate(results["models"].items()):
-        for axis, key, std in zip(axes, ("accuracy", "predictions_per_image"), ("accuracy", "predictions")):
-            counts = np.maximum(model["class_counts"], 0.5)
-            if len(results["models"]) == 1:
-                axis.scatter(counts, model[key], s=8, color="0.6", linewidths=0, label="class")
-            bins = model["bins"]
-            x = np.maximum([b["count"] for b in bins], 0.5) * 1.03**i
-            axis.errorbar(x, [value_of(b[std]) for b in bins], [b[f"{std}_std"] for b in bins], capsize=2,
-                          **line_style(i), label=name if len(results["models"]) > 1 else "bin: mean, std of classes")
+    models = results["models"]
+    figure, axes = new_figure(4 if any(model["rarest"] for model in models.values()) else 2)
+    for i, (name, model) in enumerate(models.items()):
+        bins, width = model["bins"], 0.8 / len(models)
+        x = np.maximum([b["count"] for b in bins], 0.5) * 1.03**i
+        for axis, key, of_class in zip(axes, ("accuracy", "predictions"), ("accuracy", "predictions_per_image")):
+            if len(models) == 1:
+                axis.scatter(np.maximum(model["class_counts"], 0.5), np.array(model[of_class], float), s=8, color="0.6",
+                             linewidths=0, label="class")
+            mean, std = ([value_of(b[key + end]) for b in bins] for end in ("", "_std"))
+            axis.errorbar(x, mean, std, label=name if len(models) > 1 else "bin: mean, std of classes", **line_style(i))
         for axis, key in zip(axes[2:], ("accuracy", "predictions")):
-            width, ids = 0.8 / len(results["models"]), model["rarest"]
-            axis.bar(np.arange(len(ids)) + i * width, [value_of(model[key][c]) for c in ids], width,
-                     color=COLORS[i % len(COLORS)], label=name)
+            axis.bar(np.arange(len(model["rarest"])) + i * width, [value_of(model[key][c]) for c in model["rarest"]],
+                     width, color=COLORS[i % len(COLORS)])
             axis.set(xlabel="rarest classes, rarest first", ylabel=key, xticks=[])
     for axis, title in zip(axes, ("accuracy", "predictions / test images")):
         axis.set(xscale="log", xlabel="training images of the class (0.5: none)", ylabel=title, ylim=(0, None))
-    axes[1].axhline(1, color="0.5", linewidth=0.8, linestyle=":")
-    axes[0].legend(fontsize=7, frameon=False)
-    save_figure(figure, path)
+    axes[1].axhline(1, **GUIDE)
+    save_figure(figure, path, axes[0])
 
 
 # ------------------------------------------------------------------------------ compare
@@ -743,32 +801,29 @@ def compare(paths_a: list[str], paths_b: list[str], counts: str, boot: int, seed
     sides = [[read_predictions(path, "logits", counts=counts) for path in paths] for paths in (paths_a, paths_b)]
     first = sides[0][0]
     for data in sides[0] + sides[1]:
-        for key in ("rows", "labels"):
-            if key in first and key in data and not np.array_equal(first[key], data[key]):
-                raise SystemExit(f"{data['path']} and {first['path']} are not of the same images: their {key} differ")
+        check_same_images(first, data)
     labels, C = first["labels"], first["n_classes"]
     class_counts = first.get("class_counts", np.zeros(C))
     predictions = [[predict(data)[0] for data in side] for side in sides]
     right = [np.array([p == labels for p in side]) for side in predictions]  # [runs, N] of A and of B
-    n_test, tested = np.bincount(labels, minlength=C), np.bincount(labels, minlength=C) > 0
-    order = np.argsort(labels, kind="stable")
+    order, n_test = np.argsort(labels, kind="stable"), np.bincount(labels, minlength=C)
     gain = (right[1].mean(0) - right[0].mean(0))[order]  # [N], by class
     start, n_of = (np.cumsum(n_test) - n_test)[labels[order]], n_test[labels[order]]
-    per_class = np.full((boot, C), np.nan)
+    per_class = np.empty((boot, C))
     for b in range(boot):
         index = start + (rng.random(len(gain)) * n_of).astype(int)
-        per_class[b, tested] = np.bincount(labels, gain[index][np.argsort(order)], C)[tested] / n_test[tested]
+        per_class[b] = ratio(np.bincount(labels[order], gain[index], C), n_test)
     draws = {"top1": bootstrap_means(gain, boot, rng), "balanced": nan_mean(per_class)}
-    draws |= {k: nan_mean(per_class[:, ids]) for k, ids in list(class_groups(class_counts, (100, 20), 0).items())[:3]}
+    draws |= {k: nan_mean(per_class[:, ids]) for k, ids in thirds(class_counts).items()}
+    tested = n_test > 0
     classes = rng.integers(int(tested.sum()), size=(boot, int(tested.sum())))
-    metrics = [[imbalance_metrics(p, labels, class_counts) for p in side] for side in predictions]
-    frequency = class_counts[tested][classes]
-    for key, of in (("spearman_acc", lambda p: np.bincount(labels[p == labels], minlength=C)[tested] / n_test[tested]),
-                    ("spearman_pred", lambda p: np.bincount(p, minlength=C)[tested])):
-        means = [np.mean([rank_correlations(frequency, of(p)[classes]) for p in side], 0) for side in predictions]
+    for key, of in (("spearman_acc", lambda p: class_accuracy(labels, p == labels, C)),
+                    ("spearman_pred", lambda p: np.bincount(p, minlength=C))):
+        means = [np.mean([rank_correlations(class_counts[tested][classes], of(p)[tested][classes]) for p in side], 0)
+                 for side in predictions]
         draws[key] = means[1] - means[0]
-    rows = {}
-    for key, draw in draws.items():
+    metrics, rows = [[imbalance_metrics(p, labels, class_counts) for p in side] for side in predictions], {}
+    for key, draw in draws.items() if "class_counts" in first else list(draws.items())[:2]:  # else there is no tail
         a, b = ([m[key] for m in side] for side in metrics)
         is_known = None not in a + b
         rows[key] = {"A": t_interval(a), "B": t_interval(b),
@@ -782,16 +837,18 @@ def compare(paths_a: list[str], paths_b: list[str], counts: str, boot: int, seed
     return {"rows": rows, "mcnemar": mcnemar}
 
 
+def check_same_images(a: dict, b: dict) -> None:
+    """SystemExit if two files of predictions are not of the same images and classes."""
+    for key in ("rows", "labels", "n_classes"):
+        if key in a and key in b and not np.array_equal(a[key], b[key]):
+            raise SystemExit(f"{b['path']} and {a['path']} are not of the same images: their {key} differ")
+
+
 def plot_compare(results: dict, path: str) -> None:
     """B - A of every metric, with its interval."""
     cells = {name: row["B - A"] for name, row in results["rows"].items() if row["B - A"]["value"] is not None}
     figure, (axis,) = new_figure(1)
-    axis.errorbar([value_of(c) for c in cells.values()], range(len(cells)), xerr=error_bars(list(cells.values())),
-                  capsize=2, **line_style(0) | {"linestyle": ""})
-    axis.axvline(0, color="0.5", linestyle=":", linewidth=0.8)
-    axis.set_yticks(range(len(cells)), list(cells))
-    axis.invert_yaxis()
-    axis.set(xlabel="B - A")
+    interval_panel(axis, list(cells), {"B - A": list(cells.values())}, "B - A")
     save_figure(figure, path)
 
 
@@ -800,33 +857,30 @@ def plot_compare(results: dict, path: str) -> None:
 
 def accuracy_pair(id_data: dict, data: dict, subset: str) -> tuple[float, int, float, int]:
     """Accuracy and number of images, in distribution and under shift, over the classes of the shift alone."""
-    if subset:
-        ids, groups = read_subset(subset, id_data.get("class_names"), id_data["n_classes"])
-    else:
-        ids = np.unique(data["labels"])
-        groups = np.arange(len(ids))
     if id_data["n_classes"] != data["n_classes"]:
         raise SystemExit(f"{data['path']} has {data['n_classes']} classes, {id_data['path']} {id_data['n_classes']}")
-    pair = []
-    for side in (id_data, data):
-        part = restrict(side, ids, groups) if subset or len(ids) < side["n_classes"] else side
-        pair += [float((predict(part)[0] == part["labels"]).mean()), len(part["labels"])]
-    return tuple(pair)
+    ids = np.unique(data["labels"])
+    groups = np.arange(len(ids))
+    if subset:
+        ids, groups = read_subset(subset, id_data.get("class_names"), id_data["n_classes"])
+    sides = [restrict(d, ids, groups) if subset or len(ids) < d["n_classes"] else d for d in (id_data, data)]
+    return *accuracy_of(sides[0]), *accuracy_of(sides[1])
 
 
 def models_of_run(folder: Path, group: str, id_set: str, shifts: list[str], subsets: dict[str, str]) -> dict:
     """One model of the robustness plot: {"model", "group", shift: (acc_id, n_id, acc, n)} from a run's folder."""
-    name = group or str(read_json(folder / "args.json").get("args", {}).get("data", "runs"))
-    metrics, model = read_json(folder / "metrics.json"), {"model": str(folder), "group": name}
+    args = read_json(folder / "args.json").get("args")
+    name = group or str(args.get("data", "runs") if isinstance(args, dict) else "runs")
+    metrics, model = read_metrics(folder), {"model": str(folder), "group": name}
     id_path = folder / f"{id_set}.npz"
-    found = sorted(({p.stem for p in folder.glob("*.npz")} | set(metrics)) - {id_set, "run"})
+    found = sorted(({p.stem for p in folder.glob("*.npz")} | set(metrics)) - {id_set})
     id_data = read_predictions(id_path, "logits") if id_path.is_file() else None
     for shift in shifts or found:
         path = folder / f"{shift}.npz"
         if id_data is not None and path.is_file():
             model[shift] = accuracy_pair(id_data, read_predictions(path, "logits"), subsets.get(shift, ""))
-        elif all((metrics.get(s) or {}).get("top1") is not None for s in (id_set, shift)):
-            model[shift] = tuple(metrics[s][k] for s in (id_set, shift) for k in ("top1", "n"))
+        elif all("top1" in metrics.get(s, {}) for s in (id_set, shift)):
+            model[shift] = tuple(metrics[s].get(k, math.nan) for s in (id_set, shift) for k in ("top1", "n"))
     return model
 
 
@@ -836,7 +890,7 @@ def models_of_table(path: str, group: str, id_set: str, shifts: list[str], n_of:
     columns = list(rows[0]) if rows else []
     names = shifts or [c for c in columns if c not in ("model", "group", id_set) and "@" not in c]
     wanted = [c for c in columns if c.split("@")[0] in (id_set, *names)]
-    if id_set not in columns or not names or "model" not in columns:
+    if id_set not in columns or not names or not all("model" in row for row in rows):
         raise SystemExit(f"{path}: found columns {columns}, expected model, {id_set} and shifts; name them by --id and "
                          "--shifts")
     values = [{c: number(row[c], f"{path}:{i + 2}, {c}") for c in wanted if row.get(c, "") != ""}
@@ -872,48 +926,33 @@ def fit_lines(x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> tuple[np.ndar
         return slope, my[..., 0] - slope * mx[..., 0], np.where(syy > 0, slope * sxy / syy, np.nan)
 
 
-def small_sample_level(n: int) -> float:
-    """Level at which percentiles of a bootstrap over n points of a line have the width of a t-interval.
-
-    Source: Hesterberg, arXiv 1411.5279, section 5.3.1 (expanded percentiles), with n - 2 degrees of freedom.
-    """
-    return float(1 - 2 * norm.cdf(-math.sqrt(n / (n - 2)) * student_t.ppf(0.975, n - 2))) if n > 2 else 0.95
-
-
 class Line:
-    """A group's fit on the logit scale, in one piece or two, with its resamples.
+    """A group's fit on the logit scale, in one piece or two; row 0 of all arrays is the fit, the others its resamples'.
 
-    x, y: [m] log odds. split: log odds of x that part the pieces; inf is one piece. draws: [boot, pieces] of slope and
-    intercept, each resample of models with at least two distinct x.
+    x, y: [m] log odds. split: log odds of x that part the pieces; inf is one piece. Each resample of models has at
+    least two distinct x. level: that at which percentiles over m points have the width of a t-interval with m - 2
+    degrees of freedom (expanded percentiles: Hesterberg, arXiv 1411.5279, section 5.3.1).
     """
 
     def __init__(self, x: np.ndarray, y: np.ndarray, split: float, boot: int, rng: np.random.Generator):
-        self.split, self.level, self.n = split, small_sample_level(len(x)), len(x)
-        index = rng.integers(len(x), size=(boot, len(x)))
+        self.split, n, index = split, len(x), rng.integers(len(x), size=(boot, len(x)))
+        self.level = 1 - 2 * norm.cdf(-math.sqrt(n / (n - 2)) * student_t.ppf(0.975, n - 2)) if n > 2 else 0.95
         while np.ptp(x) > 0 and (constant := np.ptp(x[index], axis=1) == 0).any():
-            index[constant] = rng.integers(len(x), size=(int(constant.sum()), len(x)))
-        pieces = [x < split, x >= split] if math.isfinite(split) else [np.ones(len(x), bool)]
-        fits = [fit_lines(x, y, piece.astype(float)) for piece in pieces]
-        self.slope, self.intercept, self.r2 = (np.array(v) for v in zip(*fits))
-        draws = [fit_lines(x[index], y[index], piece[index].astype(float)) for piece in pieces]
-        self.draws = [np.stack(v, -1) for v in zip(*draws)]  # slope, intercept, r2: [boot, pieces]
+            index[constant] = rng.integers(n, size=(int(constant.sum()), n))
+        index = np.concatenate([np.arange(n)[None], index])
+        pieces = [x < split, x >= split] if math.isfinite(split) else [np.ones(n, bool)]
+        fits = [fit_lines(x[index], y[index], piece[index].astype(float)) for piece in pieces]
+        self.n, (self.slope, self.intercept, self.r2) = n, (np.stack(v, -1) for v in zip(*fits))  # [1 + boot, pieces]
 
     def at(self, x: np.ndarray) -> np.ndarray:
-        """Log odds that the line expects at x [...]."""
-        piece = (np.asarray(x) >= self.split).astype(int)
-        return self.slope[piece] * x + self.intercept[piece]
-
-    def draws_at(self, x: np.ndarray) -> np.ndarray:
-        """The same of every resample. x: [boot, m] or [m]; returns [boot, m]."""
-        piece = np.broadcast_to((np.asarray(x) >= self.split).astype(int), (len(self.draws[0]), np.shape(x)[-1]))
-        slope, intercept = (np.take_along_axis(d, piece, 1) for d in self.draws[:2])
-        return slope * x + intercept
+        """Log odds [1 + boot, m] that the lines expect at x, [m] or [1 + boot, m]."""
+        piece = np.broadcast_to((np.asarray(x) >= self.split).astype(int), (len(self.slope), np.shape(x)[-1]))
+        return np.take_along_axis(self.slope, piece, 1) * x + np.take_along_axis(self.intercept, piece, 1)
 
     def estimates(self) -> list[dict]:
         """Slope, intercept and r2 of each piece, with intervals."""
-        return [{"models": self.n} | {name: estimate(value[i], draws[:, i], self.level) for name, value, draws in zip(
-            ("slope", "intercept", "r2"), (self.slope, self.intercept, self.r2), self.draws)}
-            for i in range(len(self.slope))]
+        return [{"models": self.n} | {name: from_draws(values[:, i], self.level) for name, values in zip(
+            ("slope", "intercept", "r2"), (self.slope, self.intercept, self.r2))} for i in range(self.slope.shape[1])]
 
 
 def effective_robustness(models: list[dict], shifts: list[str], baseline: str, before: str, splits: dict[str, float],
@@ -932,62 +971,54 @@ def effective_robustness(models: list[dict], shifts: list[str], baseline: str, b
 
     def drawn(p: np.ndarray, n: np.ndarray) -> np.ndarray:
         k = rng.binomial(np.nan_to_num(n).astype(int), p, size=(boot, *p.shape))
-        return np.where(np.isnan(n), p, k / np.maximum(n, 1))
+        return np.concatenate([p[None], np.where(np.isnan(n), p, k / np.maximum(n, 1))])
 
-    id_draws, draws = drawn(acc_id, n_id), drawn(acc, n)  # [boot, models, S]
-    # All: the average is one more shift, with the summed images as its n.
-    acc_id, acc, id_draws, draws = (np.concatenate([v, v.mean(-1, keepdims=True)], -1)
-                                    for v in (acc_id, acc, id_draws, draws))
+    acc_id, acc = drawn(acc_id, n_id), drawn(acc, n)  # [1 + boot, models, S]
+    # The average is one more shift, with the summed images as its n.
+    acc_id, acc = (np.concatenate([v, v.mean(-1, keepdims=True)], -1) for v in (acc_id, acc))
     n_id, n = (np.concatenate([v, v.sum(-1, keepdims=True)], -1) for v in (n_id, n))
-    x, y, names = safe_logit(acc_id, n_id), safe_logit(acc, n), [*shifts, "average"]
+    x, y, names = safe_logit(acc_id, n_id), safe_logit(acc[0], n), [*shifts, "average"]
     groups = np.array([m["group"] for m in models])
     rows = {m["model"]: {"group": m["group"]} for m in models}
-    fits, curves, rho_draws = {}, {}, []
+    fits, curves, rhos = {}, {}, []
     for s, shift in enumerate(names):
         split = logit(splits[shift]) if shift in splits else math.inf
-        lines = {g: Line(x[groups == g, s], y[groups == g, s], split if g == baseline else math.inf, boot,
+        lines = {g: Line(x[0, groups == g, s], y[groups == g, s], split if g == baseline else math.inf, boot,
                          np.random.default_rng(seed + 1))  # the same resamples of models for every shift
                  for g in dict.fromkeys(groups.tolist()) if g == baseline or (groups == g).sum() > 2}
+        curves[shift], grid = {}, np.linspace(x[0, :, s].min() - 0.2, x[0, :, s].max() + 0.2, 60)
         for g, line in lines.items():
-            for i, fit in enumerate(line.estimates()):
-                fits[f"{shift}, {g}" + (f", {'left' if i == 0 else 'right'}" if len(line.slope) > 1 else "")] = fit
-            grid = np.linspace(x[:, s].min() - 0.2, x[:, s].max() + 0.2, 60)
-            tail = (1 - line.level) / 2
-            low, high = np.quantile(line.draws_at(grid), [tail, 1 - tail], axis=0) if boot else (None, None)
-            curves.setdefault(shift, {})[g] = {"x": expit(grid), "y": expit(line.at(grid))} | (
-                {"low": expit(low), "high": expit(high)} if boot else {})
-        line, base = lines[baseline], x[groups == baseline, s]
-        rho = acc[:, s] - expit(line.at(x[:, s]))
-        rho_draws.append(draws[:, :, s] - expit(line.draws_at(safe_logit(id_draws[:, :, s], n_id[:, s])))
-                         if boot else np.zeros((0, len(models))))
-        for i, m in enumerate(models):
+            for side, fit in zip(("",) if math.isinf(line.split) else (", left", ", right"), line.estimates()):
+                fits[f"{shift}, {g}{side}"] = fit
+            at, tail = line.at(grid), (1 - line.level) / 2
+            curves[shift][g] = {"x": expit(grid), "y": expit(at[0])}
+            known = at[1:][np.isfinite(at[1:, np.isfinite(at[0])]).all(1)]  # a piece of one model has no line
+            if len(known):
+                low, high = expit(np.quantile(known, [tail, 1 - tail], axis=0))
+                curves[shift][g] |= {"low": low, "high": high}
+        line, base = lines[baseline], x[0, groups == baseline, s]
+        rhos.append(acc[:, :, s] - expit(line.at(x[:, :, s])))  # [1 + boot, models]
+        for i, row in enumerate(rows.values()):
             n_pair = (n_id[i, s], n[i, s]) if shift != "average" else (np.nan, np.nan)
-            rows[m["model"]] |= {f"{shift} id": clopper_pearson(acc_id[i, s], n_pair[0]),
-                                 shift: clopper_pearson(acc[i, s], n_pair[1]),
-                                 f"{shift} rho": estimate(rho[i], rho_draws[-1][:, i], line.level),
-                                 f"{shift} extrapolated": bool(not base.min() <= x[i, s] <= base.max())}
-    for i, m in enumerate(models):
-        rhos = [rows[m["model"]][f"{s} rho"]["value"] for s in shifts]
-        rows[m["model"]]["mean_rho"] = estimate(None if None in rhos else np.mean(rhos),
-                                                np.mean([d[:, i] for d in rho_draws[:-1]], 0), line.level)
-        if before:
-            j = [m["model"] for m in models].index(before)
-            for s, shift in enumerate(names):
-                rows[m["model"]][f"{shift} tau"] = estimate(acc[i, s] - acc[j, s], draws[:, i, s] - draws[:, j, s])
+            row |= {f"{shift} id": clopper_pearson(acc_id[0, i, s], n_pair[0]),
+                    shift: clopper_pearson(acc[0, i, s], n_pair[1]),
+                    f"{shift} rho": from_draws(rhos[-1][:, i], line.level),
+                    f"{shift} extrapolated": bool(not base.min() <= x[0, i, s] <= base.max())}
+    for i, row in enumerate(rows.values()):
+        row["mean_rho"] = from_draws(np.mean([rho[:, i] for rho in rhos[:-1]], 0), line.level)
+        for s, shift in enumerate(names if before else ()):
+            row[f"{shift} tau"] = from_draws(acc[:, i, s] - acc[:, list(rows).index(before), s])
     return {"baseline": baseline, "shifts": names, "rows": rows, "fits": fits, "curves": curves}
 
 
 def robustness(inputs: list[str], id_set: str, shifts: list[str], baseline: str, before: str, subsets: dict[str, str],
-               n_of: dict[str, str], splits: dict[str, str], boot: int, seed: int) -> dict:
+               n_of: dict[str, float], splits: dict[str, float], boot: int, seed: int) -> dict:
     """Read tables and runs, leave out models that miss a shift, fit."""
     models = []
-    n_images = {k: number(v, f"--n {k}") for k, v in n_of.items()}
     for text in inputs:
         group, _, path = text.rpartition("=")
-        if Path(path).is_dir():
-            models.append(models_of_run(Path(path), group, id_set, shifts, subsets))
-        else:
-            models += models_of_table(path, group, id_set, shifts, n_images)
+        models += [models_of_run(Path(path), group, id_set, shifts, subsets)] if Path(path).is_dir() else (
+            models_of_table(path, group, id_set, shifts, n_of))
     shifts = shifts or list(dict.fromkeys(k for m in models for k in m if k not in ("model", "group")))
     kept = [m for m in models if all(s in m for s in shifts)]
     for m in models:
@@ -998,13 +1029,15 @@ def robustness(inputs: list[str], id_set: str, shifts: list[str], baseline: str,
     if not kept or not shifts or len(set(names)) < len(names):
         raise SystemExit(f"{len(models)} models, {len(kept)} of them with {id_set} and all of {shifts}; each needs its "
                          f"own name ({len(set(names))} names); --id and --shifts choose the sets")
-    baseline = baseline or kept[0]["group"]
-    n_base = sum(m["group"] == baseline for m in kept)
-    if n_base < 2 or (before and before not in names):
-        raise SystemExit(f"--baseline {baseline}: {n_base} models, a line needs 2; groups are "
-                         f"{sorted({m['group'] for m in kept})}" if n_base < 2 else f"--before: no model {before}")
-    cuts = {k: number(v, f"--split {k}") for k, v in splits.items()}
-    return effective_robustness(kept, shifts, baseline, before, cuts, boot, seed)
+    for flag, values in (("--n", n_of), ("--split", splits), ("--subset", subsets)):
+        unknown = set(values) - {id_set, *shifts, *(f"{id_set}@{s}" for s in shifts)}
+        refuse(unknown, f"{flag}: no set {', '.join(sorted(unknown))}; there are {id_set}, {', '.join(shifts)}")
+    baseline, groups = baseline or kept[0]["group"], [m["group"] for m in kept]
+    if groups.count(baseline) < 2:
+        raise SystemExit(f"--baseline {baseline}: {groups.count(baseline)} models, a line needs 2; groups are "
+                         f"{sorted(set(groups))}")
+    refuse(before and before not in names, f"--before: no model {before}")
+    return effective_robustness(kept, shifts, baseline, before, splits, boot, seed)
 
 
 def logit_points(axis, rows: list[dict], key_x: str, key_y: str, **style) -> tuple[np.ndarray, np.ndarray]:
@@ -1016,7 +1049,7 @@ def logit_points(axis, rows: list[dict], key_x: str, key_y: str, **style) -> tup
     return x, y
 
 
-def percent_axes(axis, rows: list[dict], key_x: str, key_y: str) -> None:
+def percent_axes(axis, rows: list[dict], key_x: str, key_y: str, xlabel: str) -> None:
     """Limits and ticks, in percent, of axes that hold the log odds of two accuracies of rows; the line y = x."""
     for which, key in (("x", key_x), ("y", key_y)):
         values = [value_of(row[key]) for row in rows]
@@ -1028,30 +1061,26 @@ def percent_axes(axis, rows: list[dict], key_x: str, key_y: str) -> None:
                 break
         axis.set(**{f"{which}lim": limits, f"{which}ticks": logit(inside),
                     f"{which}ticklabels": [f"{100 * t:g}" for t in inside]})
-    ends = axis.get_xlim()
-    axis.plot(ends, ends, color="0.5", linestyle=":", linewidth=0.8)
+    axis.plot(axis.get_xlim(), axis.get_xlim(), **GUIDE)
+    axis.set(title=key_y, xlabel=xlabel, ylabel="under shift (%)")
 
 
 def plot_robustness(results: dict, path: str) -> None:
     """For every shift: accuracy under shift against ID accuracy, logit axes, y = x, the groups' lines and bands."""
-    shifts = results["shifts"]
+    rows, shifts = list(results["rows"].values()), results["shifts"]
     figure, axes = new_figure(len(shifts), 3.4, 3.2)
-    groups = list(dict.fromkeys(row["group"] for row in results["rows"].values()))
     for axis, shift in zip(axes, shifts):
-        for i, group in enumerate(groups):
-            members = [row for row in results["rows"].values() if row["group"] == group]
+        for i, group in enumerate(dict.fromkeys(row["group"] for row in rows)):
+            members, color = [row for row in rows if row["group"] == group], COLORS[i % len(COLORS)]
             logit_points(axis, members, f"{shift} id", shift, label=group,
-                         **line_style(i) | {"linestyle": "", "markersize": 5})
-            curve = results["curves"][shift].get(group)
+                         **line_style(i) | {"linestyle": "", "markersize": 5, "capsize": 0})
+            curve = {k: logit(np.array(v, float)) for k, v in results["curves"][shift].get(group, {}).items()}
             if curve:
-                axis.plot(logit(curve["x"]), logit(curve["y"]), color=COLORS[i % len(COLORS)], linewidth=1)
-                if "low" in curve and len(members) >= 6:  # the band of a few models is the whole panel
-                    axis.fill_between(logit(curve["x"]), logit(curve["low"]), logit(curve["high"]), alpha=0.2,
-                                      color=COLORS[i % len(COLORS)], linewidth=0)
-        percent_axes(axis, list(results["rows"].values()), f"{shift} id", shift)
-        axis.set(title=shift, xlabel="in distribution (%), same classes", ylabel="under shift (%)")
-    axes[0].legend(fontsize=7, frameon=False)
-    save_figure(figure, path)
+                axis.plot(curve["x"], curve["y"], color=color, linewidth=1)
+            if "low" in curve and len(members) >= 6:  # the band of a few models is the whole panel
+                axis.fill_between(curve["x"], curve["low"], curve["high"], alpha=0.2, linewidth=0, color=color)
+        percent_axes(axis, rows, f"{shift} id", shift, "in distribution (%), same classes")
+    save_figure(figure, path, axes[0])
 
 
 # ------------------------------------------------------------------------------ transfer
@@ -1139,63 +1168,57 @@ def average_precision(scores: np.ndarray, labels: np.ndarray, weights: np.ndarra
     """
     order = np.argsort(-scores, kind="stable")
     order = order[labels[order] >= 0]
+    if not len(order):
+        return np.full(len(weights), np.nan)
     weights, labels = weights[:, order].astype(float), labels[order]
     right, shown = np.cumsum(weights * labels, 1), np.cumsum(weights, 1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        recall, precision = right / right[:, -1:], np.nan_to_num(right / shown)
+    recall, precision = ratio(right, right[:, -1:]), np.nan_to_num(ratio(right, shown))
     best = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]
     places = [(recall >= t / 10 - 1e-12).argmax(1) for t in range(11)]
     mean = np.mean([best[np.arange(len(best)), place] for place in places], 0)
     return np.where(right[:, -1] > 0, mean, np.nan)
 
 
-def transfer_metric(scores: np.ndarray, labels: np.ndarray, metric: str, boot: int,
-                    seed: int) -> tuple[float, np.ndarray]:
-    """top1, per_class or map of scores [N, C], with draws over test images: the same for all models of a set."""
+def transfer_metric(scores: np.ndarray, labels: np.ndarray, metric: str, boot: int, seed: int) -> np.ndarray:
+    """[1 + boot] top1, per_class or map of scores [N, C]: of the images, and of resamples, the same for all models."""
     rng, n = np.random.default_rng(seed), len(labels)
     if metric == "map":
-        classes = range(scores.shape[1])
-        value = nan_mean(np.array([average_precision(scores[:, c], labels[:, c], np.ones((1, n)))[0] for c in classes]))
         draws = []
-        for start in range(0, boot, 50):
-            weights = rng.multinomial(n, np.full(n, 1 / n), size=min(50, boot - start))
-            precision = [average_precision(scores[:, c], labels[:, c], weights) for c in classes]
-            draws.append(nan_mean(np.stack(precision, 1)))
-        return float(value), np.concatenate([np.zeros(0), *draws])
+        for start in range(-50, boot, 50):
+            size = min(50, boot - start)
+            weights = rng.multinomial(n, np.full(n, 1 / n), size=size) if start >= 0 else np.ones((1, n))
+            draws.append(nan_mean(np.stack([average_precision(*pair, weights) for pair in zip(scores.T, labels.T)], 1)))
+        return np.concatenate(draws)
     right, C = scores.argmax(1) == labels, scores.shape[1]
     if metric == "top1":
-        return float(right.mean()), bootstrap_means(right.astype(np.float32), boot, rng)
+        return np.concatenate([[right.mean()], bootstrap_means(right.astype(np.float32), boot, rng)])
     n_test, n_right, _ = resample_images(labels, np.where(right, labels, C), C + 1, boot, rng)
-    with np.errstate(invalid="ignore"):
-        value = np.bincount(labels[right], minlength=C) / np.bincount(labels, minlength=C)
-        return float(nan_mean(value)), nan_mean(n_right / n_test)
+    return nan_mean(ratio(n_right, n_test))
 
 
-def read_tasks(inputs: list[str], sets: list[str], multi_label: bool) -> list[tuple[str, str, dict, dict | None, dict]]:
+def read_tasks(inputs: list[str], sets: list[str], multi_label: bool) -> Iterator[tuple]:
     """(model, set, train, val or None, test) from TRAIN.npz TEST.npz, or from folders with SET_train.npz, SET_test.npz
-    and perhaps SET_val.npz."""
-    read = lambda path: read_predictions(path, "features", multi_label=multi_label)  # noqa: E731
+    and perhaps SET_val.npz; one after the other."""
     if all(path.endswith(".npz") for path in inputs):
         if len(inputs) not in (2, 3):
             raise SystemExit(f"got {len(inputs)} files, expected TRAIN.npz TEST.npz, or TRAIN.npz VAL.npz TEST.npz")
-        parts = [read(path) for path in inputs]
-        tasks = [("model", Path(inputs[-1]).stem, parts[0], parts[1] if len(parts) > 2 else None, parts[-1])]
+        tasks = [("model", Path(inputs[-1]).stem, inputs[0], inputs[1] if len(inputs) > 2 else "", inputs[-1])]
     else:
         names = sets or sorted(p.name.removesuffix("_test.npz") for p in Path(inputs[0]).glob("*_test.npz"))
-        if not names:
-            raise SystemExit(f"{inputs[0]}: no SET_test.npz in it")
-        tasks = []
+        refuse(not names, f"{inputs[0]}: no SET_test.npz in it")
         bases = [Path(path).name for path in inputs]
-        for model, folder in zip(bases if len(set(bases)) == len(inputs) else short_names(inputs), inputs):
-            for name in names:
-                train, val, test = (Path(folder) / f"{name}_{part}.npz" for part in ("train", "val", "test"))
-                tasks.append((model, name, read(train), read(val) if val.is_file() else None, read(test)))
-    for _, _, train, val, test in tasks:
-        for part in (val, test):
-            if part and (part["features"].shape[1], part["labels"].ndim) != (train["features"].shape[1],
-                                                                            train["labels"].ndim):
-                raise SystemExit(f"{part['path']} and {train['path']} have features or labels of different widths")
-    return tasks
+        bases = bases if len(set(bases)) == len(inputs) else short_names(inputs)
+        tasks = [(base, name, *(Path(folder) / f"{name}_{part}.npz" for part in ("train", "val", "test")))
+                 for base, folder in zip(bases, inputs) for name in names]
+        tasks = [(*task[:3], task[3] if task[3].is_file() else "", task[4]) for task in tasks]
+    missing = [str(path) for task in tasks for path in task[2:] if path and not Path(path).is_file()]
+    refuse(missing, f"{', '.join(missing[:3])}: cannot be read: no such file")
+    for model, name, *paths in tasks:
+        parts = [read_predictions(p, "features", multi_label=multi_label) if p else None for p in paths]
+        for part in parts[1:]:
+            if part and any(part[k].shape[1:] != parts[0][k].shape[1:] for k in ("features", "labels")):
+                raise SystemExit(f"{part['path']} and {paths[0]} have features or labels of different widths")
+        yield model, name, *parts
 
 
 def sweep_strength(protocol: str, C: float, model: Logistic, val: dict, metric: str) -> float:
@@ -1205,42 +1228,30 @@ def sweep_strength(protocol: str, C: float, model: Logistic, val: dict, metric: 
     2103.00020, App. A.3). transfer: 45 values of lambda from 10^-6 to 10^5 (Kornblith et al., ssl-transfer). Strong to
     weak, each fit from the last.
     """
-    found = {}
-
-    def score(exponents: list[float]) -> None:
-        for e in sorted(set(exponents) - set(found), reverse=True):
-            model.fit(10.0**-e)
-            found[e] = transfer_metric(model.scores(val["features"]), val["labels"], metric, 0, 0)[0]
-
     if protocol == "none":
         return C
-    if protocol == "transfer":
-        score(np.linspace(-6, 5, 45).tolist())
-    else:
-        score([-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0])
-        for step in (1, 0.5, 0.25, 0.125):
-            peak = min(found, key=lambda e: (-found[e], e))
-            score([e for e in (peak - step, peak + step) if -6 <= e <= 6])
-    return 10.0 ** -min(found, key=lambda e: (-found[e], e))
+    found, peak, rounds = {}, 0.0, [np.linspace(-6, 5, 45)]
+    if protocol == "clip":
+        rounds = [range(-6, 7, 2), (-1, 1), (-0.5, 0.5), (-0.25, 0.25), (-0.125, 0.125)]
+    for offsets in rounds:
+        for e in sorted({float(peak + offset) for offset in offsets} - set(found), reverse=True):
+            if -6 <= e <= 6:
+                model.fit(10.0**-e)
+                found[e] = transfer_metric(model.scores(val["features"]), val["labels"], metric, 0, 0)[0]
+        peak = min(found, key=lambda e: (-found[e], e))
+    return 10.0**-peak
 
 
-def join_parts(a: dict, b: dict | None) -> dict:
-    """Features and labels of two parts, or of the first alone."""
-    return a if b is None else {key: np.concatenate([a[key], b[key]]) for key in ("features", "labels")}
-
-
-def probe_scores(train: dict, val: dict | None, test: dict, n_classes: int, protocol: str, C: float, metric: str,
-                 seed: int, device: str) -> tuple[np.ndarray, dict]:
+def probe_scores(train: dict, val: dict | None, whole: dict, test: dict, n_classes: int, protocol: str, C: float,
+                 metric: str, seed: int, device: str) -> tuple[np.ndarray, dict]:
     """Scores [N, C] of the test images from logistic regression: strength chosen on validation images (of the training
     part a random 20 %, if there are none), then fitted on both."""
-    whole = join_parts(train, val)
     if protocol != "none":
         if val is None:
             is_val = np.random.default_rng(seed).random(len(train["labels"])) < 0.2
-            parts = [{k: train[k][rows] for k in ("features", "labels")} for rows in (~is_val, is_val)]
-            if not all(len(p["labels"]) for p in parts):
+            if is_val.all() or not is_val.any():
                 raise SystemExit(f"{train['path']}: {len(is_val)} images are too few to hold out a fifth; --sweep none")
-            train, val = parts
+            train, val = ({k: train[k][rows] for k in ("features", "labels")} for rows in (~is_val, is_val))
         C = sweep_strength(protocol, C, Logistic(train["features"], train["labels"], n_classes, device), val, metric)
     model = Logistic(whole["features"], whole["labels"], n_classes, device)
     objective = model.fit(C)
@@ -1253,10 +1264,10 @@ def knn_scores(train: dict, test: dict, n_classes: int, k: int, device: str) -> 
     Source: DINO, arXiv 2104.14294, section 4.1. Test images go in chunks, so memory is O(2^26 + N C).
     """
     x, queries = (torch.from_numpy(unit_rows(part["features"])).float() for part in (train, test))
-    x, y, k, votes = x.to(device), torch.from_numpy(train["labels"]).to(device), min(k, len(x)), []
+    x, y, votes = x.to(device), torch.from_numpy(train["labels"]).to(device), []
     for part in queries.split(max(1, 2**26 // len(y))):
         with exact_matmul():
-            cosine, index = (part.to(device) @ x.T).topk(k, 1)
+            cosine, index = (part.to(device) @ x.T).topk(min(k, len(x)), 1)
         weights = (cosine / 0.07).exp()
         votes.append(torch.zeros(len(part), n_classes, device=device).scatter_add_(1, y[index], weights).cpu())
     return torch.cat(votes).numpy()
@@ -1275,32 +1286,27 @@ def transfer(command: str, inputs: list[str], sets: list[str], ks: list[int], pr
     rows, details, draws = {}, [], {}
     for model, name, train, val, test in read_tasks(inputs, sets, command == "probe"):
         n_classes, kind = max(train["n_classes"], test["n_classes"]), metric_of(name, test["labels"], metric)
-        if command == "fewshot":
-            both = join_parts(train, val)
-            for k in shots:
-                values = [few_shot(both, test, n_classes, k, C, kind, seed + i, device) for i in range(n_draws)]
-                rows.setdefault(model, {})[f"{name} {k}-shot"] = t_interval(values)
-                details.append({"model": model, "set": name, "shots": k, "metric": kind, "draws": values})
-            continue
+        both = train if val is None else {k: np.concatenate([train[k], val[k]]) for k in ("features", "labels")}
+        row, about, outcomes = rows.setdefault(model, {}), {"model": model, "set": name, "metric": kind}, {}
+        for k in shots:
+            values = [few_shot(both, test, n_classes, k, C, kind, seed + i, device) for i in range(n_draws)]
+            row[f"{name} {k}-shot"] = t_interval(values)
+            details.append(about | {"shots": k, "draws": values})
         if command == "probe":
-            outcomes = {"": probe_scores(train, val, test, n_classes, protocol, C, kind, seed, device)}
-        else:
-            both = join_parts(train, val)
-            outcomes = {f" k={k}": (knn_scores(both, test, n_classes, k, device), {"k": k}) for k in ks}
-        for suffix, (scores, detail) in outcomes.items():
-            value, draw = transfer_metric(scores, test["labels"], kind, boot, seed)
-            rows.setdefault(model, {})[name + suffix] = estimate(value, draw)
-            draws.setdefault(model, {})[name + suffix] = (value, draw)
-            details.append({"model": model, "set": name, "metric": kind, "value": value} | detail)
+            outcomes[name] = probe_scores(train, val, both, test, n_classes, protocol, C, kind, seed, device)
+        for k in ks:
+            outcomes[f"{name} k={k}"] = knn_scores(both, test, n_classes, k, device), {"k": k}
+        for column, (scores, detail) in outcomes.items():
+            draw = transfer_metric(scores, test["labels"], kind, boot, seed)
+            row[column], draws.setdefault(model, {})[column] = from_draws(draw), draw
+            details.append(about | {"value": float(draw[0])} | detail)
     for model, columns in draws.items():
-        base = next(iter(draws.values()))
+        base = next(iter(draws))
         if len(columns) > 1 and command == "probe":
-            values, of_sets = zip(*columns.values())
-            draws[model]["mean"] = (np.mean(values), np.mean(of_sets, 0))
-            rows[model]["mean"] = estimate(*draws[model]["mean"])
-        if model != next(iter(draws)):
-            rows[f"{model} - {next(iter(draws))}"] = {c: estimate(v - base[c][0], d - base[c][1])
-                                                      for c, (v, d) in draws[model].items()}
+            columns["mean"] = np.mean(list(columns.values()), 0)
+            rows[model]["mean"] = from_draws(columns["mean"])
+        if model != base:
+            rows[f"{model} - {base}"] = {c: from_draws(d - draws[base][c]) for c, d in columns.items()}
     return {"rows": rows, "details": details}
 
 
@@ -1318,21 +1324,13 @@ def few_shot(train: dict, test: dict, n_classes: int, shots: int, C: float, metr
 
 
 def plot_transfer(results: dict, path: str) -> None:
-    """Bars of each set: difference to the first model, or the values of a single one."""
+    """Each set: difference to the first model, or the values of a single one."""
     rows = {k: v for k, v in results["rows"].items() if " - " in k} or results["rows"]
     columns = list(next(iter(rows.values())))
     figure, (axis,) = new_figure(1, max(4.2, 0.3 * len(columns) * len(rows) + 1.5))
-    for i, (name, row) in enumerate(rows.items()):
-        x = np.arange(len(columns)) + (i - (len(rows) - 1) / 2) * 0.8 / len(rows)
-        y = [100 * value_of(row[c]) for c in columns]
-        error = 100 * error_bars([row[c] for c in columns])
-        axis.bar(x, y, 0.8 / len(rows), yerr=error, label=name, color=COLORS[i % len(COLORS)], alpha=0.5,
-                 ecolor="black", hatch=("", "//", "..", "xx")[i % 4], edgecolor="white")
-    axis.set_xticks(range(len(columns)), columns, rotation=30, ha="right", fontsize=8)
-    axis.axhline(0, color="0.3", linewidth=0.8)
-    axis.set(ylabel="points" if any(" - " in k for k in rows) else "%")
-    axis.legend(fontsize=7, frameon=False)
-    save_figure(figure, path)
+    interval_panel(axis, columns, {name: [row[c] for c in columns] for name, row in rows.items()},
+                   "points" if any(" - " in name for name in rows) else "%", 100)
+    save_figure(figure, path, axis)
 
 
 # ------------------------------------------------------------------------------ retrieval
@@ -1382,29 +1380,28 @@ def retrieval(paths: list[str], ks: list[int], boot: int, seed: int, device: str
     rows = {}
     for name, path in zip(short_names(paths), paths):
         data = read_npz(path, ("features", "text_features", "image_ids"))
-        missing = [key for key in ("features", "text_features") if key not in data]
-        if missing or any(v.ndim != 2 or v.dtype.kind not in "fiu" for k, v in data.items() if k != "image_ids"):
-            raise SystemExit(f"{path}: needs features [n_images, D] and text_features [n, D]; missing {missing}")
-        images, texts = data["features"], data["text_features"]
+        sides = [data.get(key, np.zeros(0)) for key in ("features", "text_features")]
+        if any(v.ndim != 2 or 0 in v.shape or v.dtype.kind not in "fiu" for v in sides):
+            raise SystemExit(f"{path}: needs features [n_images, D] and text_features [n, D]; found {', '.join(data)}")
+        images, texts = sides
         owner = data.get("image_ids", np.arange(len(texts)))
-        if not (images.shape[1] == texts.shape[1] and owner.shape == (len(texts),) and len(texts) and owner.dtype.kind
-                in "iu" and owner.min() >= 0 and owner.max() < len(images)):
+        if not (images.shape[1] == texts.shape[1] and owner.shape == (len(texts),) and owner.dtype.kind in "iu"
+                and owner.min() >= 0 and owner.max() < len(images)):
             raise SystemExit(f"{path}: features {images.shape}, text_features {texts.shape}, image_ids {owner.shape}; "
                              "image_ids [n] is the row of each text's image")
         used, owner = np.unique(owner, return_inverse=True)  # a row without a text is no query and no answer
-        images = images[used]
-        for key, value in (("features", images), ("text_features", texts)):
-            check_finite_rows(path, key, value)
+        check_finite_rows(path, "features", images[used])
+        check_finite_rows(path, "text_features", texts)
         images, texts = (torch.nn.functional.normalize(torch.from_numpy(v.astype(np.float32)), dim=1).numpy()
-                         for v in (images, texts))
+                         for v in (images[used], texts))
         i2t, t2i = retrieval_ranks(images, texts, owner.astype(np.int64), device)
-        rng, n_texts = np.random.default_rng(seed), np.bincount(owner)
-        weights = [np.bincount(rng.integers(len(images), size=len(images)), minlength=len(images)) for _ in range(boot)]
-        rows[name] = {"images": len(images), "texts": len(texts)}
+        rng, n, n_texts = np.random.default_rng(seed), len(images), np.bincount(owner)
+        weights = [np.ones(n, int)] + [np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(boot)]
+        rows[name] = {"images": n, "texts": len(texts)}
         for k in ks:
             hits = np.bincount(owner, t2i < k)
-            rows[name] |= {f"i2t_r{k}": estimate((i2t < k).mean(), [w @ (i2t < k) / len(images) for w in weights]),
-                           f"t2i_r{k}": estimate((t2i < k).mean(), [w @ hits / (w @ n_texts) for w in weights])}
+            rows[name] |= {f"i2t_r{k}": from_draws([w @ (i2t < k) / n for w in weights]),
+                           f"t2i_r{k}": from_draws([w @ hits / (w @ n_texts) for w in weights])}
         rows[name] |= {"i2t median rank": float(np.median(i2t) + 1), "t2i median rank": float(np.median(t2i) + 1)}
     return {"rows": rows}
 
@@ -1416,10 +1413,9 @@ def plot_retrieval(results: dict, path: str) -> None:
         for i, (name, row) in enumerate(results["rows"].items()):
             cells = {int(c.removeprefix(way)): row[c] for c in row if c.startswith(way)}
             y, error = [100 * value_of(c) for c in cells.values()], 100 * error_bars(list(cells.values()))
-            axis.errorbar(list(cells), y, error, label=name, capsize=2, **line_style(i))
+            axis.errorbar(list(cells), y, error, label=name, **line_style(i))
         axis.set(xlabel="k", ylabel="recall at k (%)", title=title)
-    axes[0].legend(fontsize=7, frameon=False)
-    save_figure(figure, path)
+    save_figure(figure, path, axes[0])
 
 
 # ------------------------------------------------------------------------------ calibration
@@ -1492,14 +1488,13 @@ def plot_calibration(results: dict, path: str) -> None:
     """Reliability: accuracy against confidence in each bin, and how many images it has."""
     figure, axes = new_figure(2)
     for i, (name, curve) in enumerate(results["curves"].items()):
-        x, y = [b["confidence"] for b in curve], [b["accuracy"]["value"] for b in curve]
-        axes[0].errorbar(x, y, error_bars([b["accuracy"] for b in curve]), label=name, capsize=2, **line_style(i))
-        axes[1].plot(x, [b["n"] for b in curve], label=name, **line_style(i))
-    axes[0].plot([0, 1], [0, 1], color="0.5", linestyle=":", linewidth=0.8)
+        x, cells = [b["confidence"] for b in curve], [b["accuracy"] for b in curve]
+        axes[0].errorbar(x, [value_of(c) for c in cells], error_bars(cells), label=name, **line_style(i))
+        axes[1].errorbar(x, [b["n"] for b in curve], **line_style(i))
+    axes[0].plot([0, 1], [0, 1], **GUIDE)
     axes[0].set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
     axes[1].set(xlabel="confidence", ylabel="images of the bin", xlim=(0, 1), yscale="log")
-    axes[0].legend(fontsize=7, frameon=False)
-    save_figure(figure, path)
+    save_figure(figure, path, axes[0])
 
 
 # ------------------------------------------------------------------------------ collapse
@@ -1512,8 +1507,7 @@ def class_means(features: np.ndarray, labels: np.ndarray, n_classes: int) -> np.
         part = labels[start : start + 8192]
         one_hot = csr_matrix((np.ones(len(part)), (part, np.arange(len(part)))), (n_classes, len(part)))
         total += one_hot @ features[start : start + 8192].astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        return total / np.bincount(labels, minlength=n_classes)[:, None]
+    return ratio(total, np.bincount(labels, minlength=n_classes)[:, None])
 
 
 def within_variability(features: np.ndarray, labels: np.ndarray, means: np.ndarray) -> tuple[np.ndarray, int]:
@@ -1560,10 +1554,9 @@ def collapse(paths: list[str], counts: str, boot: int, seed: int) -> dict:
     rows, models = {}, {}
     for name, path in zip(short_names(paths), paths):
         data = read_predictions(path, "features", counts=counts, with_logits=True)
-        rng = np.random.default_rng(seed)
-        labels, C, features = data["labels"], data["n_classes"], data["features"]
-        means = class_means(features, labels, C)
-        nc1, rank = within_variability(features, labels, means)
+        labels, C, rng = data["labels"], data["n_classes"], np.random.default_rng(seed)
+        means = class_means(data["features"], labels, C)
+        nc1, rank = within_variability(data["features"], labels, means)
         metrics = {"NC1": nc1}
         for vectors, letter in ((means, "M"), (data.get("prototypes"), "W")):
             for is_centred in (letter == "M", letter != "M") if vectors is not None else ():
@@ -1572,34 +1565,24 @@ def collapse(paths: list[str], counts: str, boot: int, seed: int) -> dict:
                 gaps = cosine_gaps(np.asarray(vectors, np.float64), is_centred)
                 metrics |= {f"NC2_{letter}{suffix}": gaps[0], f"NC2_{letter} nn{suffix}": gaps[1]}
         right = predict(data)[0] == labels if "logits" in data or "predictions" in data else np.zeros(len(labels), bool)
-        with np.errstate(invalid="ignore"):
-            accuracy = np.bincount(labels[right], minlength=C) / np.bincount(labels, minlength=C)
+        accuracy, frequency = class_accuracy(labels, right, C), data.get("class_counts", np.full(C, np.nan))
         for metric, values in metrics.items():
             rows[f"{name} {metric}" if len(paths) > 1 else metric] = {
-                "mean": mean_over(values, boot, rng),
-                "rho(freq)": spearman(data["class_counts"], values, boot, rng) if "class_counts" in data
-                else estimate(None), "rho(acc)": spearman(accuracy, values, boot, rng)}
+                "mean": mean_over(values, boot, rng), "rho(freq)": spearman(frequency, values, boot, rng),
+                "rho(acc)": spearman(accuracy, values, boot, rng)}
         models[name] = {"rank of S_b": rank, "accuracy": accuracy} | metrics
     return {"rows": rows, "models": models}
 
 
 def plot_collapse(results: dict, path: str) -> None:
-    """Correlations of the collapse metrics with accuracy and frequency, and the metrics' means."""
+    """Correlations of the collapse metrics with accuracy and frequency."""
     figure, axes = new_figure(2, 5)
-    names = list(results["models"])
+    names, rows = list(results["models"]), results["rows"]
     metrics = [k for k in results["models"][names[0]] if k.startswith("NC")]
     for axis, key, title in zip(axes, ("rho(acc)", "rho(freq)"), ("accuracy", "frequency")):
-        for i, name in enumerate(names):
-            cells = [results["rows"][f"{name} {m}" if len(names) > 1 else m][key] for m in metrics]
-            x = np.arange(len(metrics)) + (i - (len(names) - 1) / 2) * 0.12
-            y = np.array([value_of(c) for c in cells])
-            axis.errorbar(x, y, error_bars(cells), capsize=2, label=name, **line_style(i) | {"linestyle": ""})
-        axis.axhline(0, color="0.5", linewidth=0.8, linestyle=":")
-        axis.set_xticks(range(len(metrics)), metrics, rotation=40, ha="right", fontsize=7)
-        axis.set(ylabel=f"Spearman with {title}")
-    if len(names) > 1:
-        axes[0].legend(fontsize=7, frameon=False)
-    save_figure(figure, path)
+        interval_panel(axis, metrics, {name: [rows[f"{name} {m}" if len(names) > 1 else m][key] for m in metrics]
+                                       for name in names}, f"Spearman with {title}")
+    save_figure(figure, path, axes[0])
 
 
 # ------------------------------------------------------------------------------ similarity
@@ -1610,8 +1593,7 @@ def pair_means(gram: np.ndarray, boot: int, rng: np.random.Generator) -> tuple[f
     n = len(gram)
     weights = rng.multinomial(n, np.full(n, 1 / n), size=boot).astype(float)  # [boot, n]
     own = weights**2 @ np.diag(gram)
-    with np.errstate(invalid="ignore", divide="ignore"):  # one row drawn n times
-        draws = (((weights @ gram) * weights).sum(1) - own) / (n**2 - (weights**2).sum(1))
+    draws = ratio(((weights @ gram) * weights).sum(1) - own, n**2 - (weights**2).sum(1))  # 0 / 0: one row n times
     return float((gram.sum() - np.trace(gram)) / (n * (n - 1))), draws
 
 
@@ -1632,46 +1614,40 @@ def similarity(path_a: str, path_b: str, n_pairs: int, max_images: int, min_pair
     left out. Source: Shirali and Hardt, arXiv 2310.06872; their intervals resample pairs, ours images.
     """
     rng = np.random.default_rng(seed)
-    data = [read_predictions(path, "features") for path in (path_a, path_b)]
-    sides, labels = ([d[key] for d in data] for key in ("features", "labels"))
-    if sides[0].shape[1] != sides[1].shape[1]:
-        raise SystemExit(f"{path_a} has features of width {sides[0].shape[1]}, {path_b} of {sides[1].shape[1]}")
+    sides = [read_predictions(path, "features") for path in (path_a, path_b)]
+    widths = [side["features"].shape[1] for side in sides]
+    refuse(widths[0] != widths[1], f"{path_a} has features of width {widths[0]}, {path_b} of {widths[1]}")
     classes, means, draws, samples = [], [], [], ([], [])
-    for c in np.intersect1d(*labels):
-        grams = []
-        for features, ids in zip(sides, labels):
-            rows = rng.permutation(np.flatnonzero(ids == c))[:max_images]
-            unit = unit_rows(features[rows])
-            grams.append(unit @ unit.T)
-        counts = [len(g) * (len(g) - 1) // 2 for g in grams]
-        if min(counts) < max(min_pairs, 1):
+    for c in np.intersect1d(*(side["labels"] for side in sides)):
+        chosen = [rng.permutation(np.flatnonzero(side["labels"] == c))[:max_images] for side in sides]
+        units = [unit_rows(side["features"][rows]) for side, rows in zip(sides, chosen)]
+        grams, counts = [unit @ unit.T for unit in units], [len(u) * (len(u) - 1) // 2 for u in units]
+        if min(counts) < min_pairs:
             continue
         for gram, sample, count in zip(grams, samples, counts):
-            pairs = np.triu_indices(len(gram), 1)
-            chosen = rng.integers(count, size=min(*counts, n_pairs))
-            sample.append(gram[pairs[0][chosen], pairs[1][chosen]])
+            i, j = np.triu_indices(len(gram), 1)
+            drawn = rng.integers(count, size=min(*counts, n_pairs))
+            sample.append(gram[i[drawn], j[drawn]])
         value, draw = zip(*(pair_means(gram, boot, rng) for gram in grams))
         classes.append(int(c))
         means.append(value)
         draws.append(draw[0] - draw[1])
-    if not classes:
-        raise SystemExit(f"{path_a} and {path_b}: no class with {min_pairs} pairs of images in both")
+    refuse(not classes, f"{path_a} and {path_b}: no class with {min_pairs} pairs of images in both")
     means, draws = np.array(means), np.array(draws)  # [C, 2], [C, boot]
     difference = means[:, 0] - means[:, 1]
     ends = [estimate(d, draw) for d, draw in zip(difference, draws)]
     p = np.minimum(1, 2 * (1 + np.minimum((draws <= 0).sum(1), (draws >= 0).sum(1))) / (1 + boot))
     found = benjamini_hochberg(p) if boot else np.zeros(len(p), bool)
-    names = short_names([path_a, path_b])
-    index = rng.integers(len(classes), size=(boot, len(classes)))
-    rows = {"classes": {"value": len(classes)}, f"mean of {names[0]}": {"value": mean_over(means[:, 0], boot, rng)},
-            f"mean of {names[1]}": {"value": mean_over(means[:, 1], boot, rng)},
-            "difference": {"value": estimate(difference.mean(), difference[index].mean(1))}}
-    lows, highs = (np.array([e[end] if e[end] is not None else np.nan for e in ends]) for end in ("low", "high"))
+    names, index = short_names([path_a, path_b]), rng.integers(len(classes), size=(boot, len(classes)))
+    rows = {"classes": len(classes), f"mean of {names[0]}": mean_over(means[:, 0], boot, rng),
+            f"mean of {names[1]}": mean_over(means[:, 1], boot, rng),
+            "difference": estimate(difference.mean(), difference[index].mean(1))}
+    lows, highs = (np.array([e[end] for e in ends], float) for end in ("low", "high"))
     for label, holds in (("classes less alike in A", highs < 0), ("classes more alike in A", lows > 0)):
-        rows[f"share of {label}"] = {"value": mean_over(holds.astype(float), boot, rng)}
-        rows[f"share of {label}, 5 % false discoveries"] = {"value": float(np.mean(found & holds))}
-    return {"rows": rows, "names": names, "classes": classes, "class_means": means, "differences": ends,
-            "pairs": [np.concatenate(s) for s in samples]}
+        rows[f"share of {label}"] = mean_over(holds.astype(float), boot, rng)
+        rows[f"share of {label}, 5 % false discoveries"] = float(np.mean(found & holds))
+    return {"rows": {name: {"value": v} for name, v in rows.items()}, "names": names, "classes": classes,
+            "class_means": means, "differences": ends, "pairs": [np.concatenate(s) for s in samples]}
 
 
 def plot_similarity(results: dict, path: str) -> None:
@@ -1681,15 +1657,13 @@ def plot_similarity(results: dict, path: str) -> None:
     for i, (name, pairs) in enumerate(zip(results["names"], results["pairs"])):
         axes[0].hist(pairs, edges, density=True, histtype="step", label=name, color=COLORS[i], linestyle=DASHES[i])
     axes[0].set(xlabel="cosine of two images of a class", ylabel="density")
-    axes[0].legend(fontsize=7, frameon=False)
     ends = sorted(results["differences"], key=lambda e: e["value"])
     if ends[0]["low"] is not None:
         axes[1].fill_between(range(len(ends)), [e["low"] for e in ends], [e["high"] for e in ends], color="0.75")
     axes[1].plot([e["value"] for e in ends], color="black", linewidth=1)
-    axes[1].axhline(0, color="0.5", linestyle=":", linewidth=0.8)
-    axes[1].set(xlabel="classes, sorted by difference", ylabel=f"similarity, {results['names'][0]} minus\n"
-                                                                f"{results['names'][1]}")
-    save_figure(figure, path)
+    axes[1].axhline(0, **GUIDE)
+    axes[1].set(xlabel="classes, sorted by difference", ylabel="similarity, {} minus\n{}".format(*results["names"]))
+    save_figure(figure, path, axes[0])
 
 
 # ------------------------------------------------------------------------------ prototypes
@@ -1697,16 +1671,19 @@ def plot_similarity(results: dict, path: str) -> None:
 
 def read_state(path: str | Path) -> dict:
     """A checkpoint with tensors and builtins only (.pt, .safetensors); nothing in it is run."""
-    try:
-        if Path(path).suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return {"state_dict": load_file(path)}
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError:
-        raise SystemExit(f"{path}: pip install safetensors") from None
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise SystemExit(f"{path}: cannot be read as a checkpoint of tensors ({str(error)[:100]})") from None
+    failures = ()
+    if Path(path).suffix == ".safetensors":
+        try:
+            import safetensors.torch
+        except ImportError:
+            raise SystemExit(f"{path}: pip install safetensors") from None
+        failures = (safetensors.SafetensorError,)
+    with reading(path, " as a checkpoint of tensors", *failures):
+        content = {"state_dict": safetensors.torch.load_file(path)} if failures else torch.load(
+            path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or not isinstance(content.get("state_dict", {}), dict):
+            raise ValueError("it holds no dict of them")
+    return content
 
 
 def flat_tensors(content: dict, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -1723,30 +1700,27 @@ def flat_tensors(content: dict, prefix: str = "") -> dict[str, torch.Tensor]:
 def read_array(path: str, key: str) -> tuple[np.ndarray, dict]:
     """A [K, D] array of an .npy, an .npz (`prototypes`) or a checkpoint (DINO's last layer, the teacher's first), and
     what else an .npz has."""
-    suffix = Path(path).suffix
-    more = {}
+    suffix, name, more = Path(path).suffix, key or "prototypes", {}
     if suffix == ".npy":
-        try:
+        with reading(path, " as .npy"):
             array = np.load(path, allow_pickle=False, mmap_mode="r")
-        except (OSError, ValueError) as error:
-            raise SystemExit(f"{path}: cannot be read as .npy ({str(error)[:100]})") from None
     elif suffix == ".npz":
-        more = read_npz(path, (key or "prototypes", "class_counts", "class_names"))
-        array = more.get(key or "prototypes")
+        more = read_npz(path, (name, "class_counts", "class_names"))
+        array = more.get(name)
     else:
         tensors = flat_tensors(read_state(path))
         pattern = r"(.*\.)?(last_layer|prototypes)(\.(weight(_v)?|parametrizations\.weight\.original1))?"
         names = [key] if key else sorted((n for n in tensors if re.fullmatch(pattern, n) and tensors[n].ndim == 2),
                                          key=lambda n: ("teacher" not in n, n))
-        array = tensors[names[0]].float().numpy() if names and names[0] in tensors else None
-        if array is None:
+        if not names or names[0] not in tensors:
             raise SystemExit(f"{path}: no tensor {key or 'that looks like prototypes'}; --key is one of "
                              f"{', '.join(n for n, t in tensors.items() if t.ndim == 2)[:300]}")
-    if array is None or array.ndim != 2 or array.dtype.kind != "f" or not len(array):
+        array = tensors[names[0]].float().numpy()
+    if array is None or array.ndim != 2 or array.dtype.kind != "f" or 0 in array.shape:
         raise SystemExit(f"{path}: expected numbers [K, D], got "
                          f"{'nothing' if array is None else f'{array.dtype} {array.shape}'}; --key names an array")
-    check_finite_rows(path, key or "prototypes", array)
-    return np.asarray(array, np.float32), more
+    check_finite_rows(path, name, array)
+    return np.array(array, np.float32), more
 
 
 def greedy_cover(vectors: torch.Tensor, eps: float) -> tuple[np.ndarray, np.ndarray]:
@@ -1796,11 +1770,15 @@ def linked_groups(vectors: torch.Tensor, groups: np.ndarray, eps: float) -> np.n
     return labels
 
 
+def exp_entropy(share: np.ndarray) -> float:
+    """exp of the entropy of positive shares: as many equal ones would have it."""
+    return float(np.exp(-(share * np.log(share)).sum()))
+
+
 def effective_rank(rows: np.ndarray) -> float:
     """exp of the entropy of the singular values as shares (Roy and Vetterli, 2007)."""
     s = np.linalg.svd(rows, compute_uv=False)
-    share = s[s > 1e-12 * s.max(initial=0)] / s.sum()
-    return float(np.exp(-(share * np.log(share)).sum()))
+    return exp_entropy(s[s > 1e-12 * s.max(initial=0)] / s.sum()) if s.any() else math.nan
 
 
 def affinity(vectors: np.ndarray, head: np.ndarray, tail: np.ndarray, boot: int, rng: np.random.Generator) -> dict:
@@ -1808,19 +1786,18 @@ def affinity(vectors: np.ndarray, head: np.ndarray, tail: np.ndarray, boot: int,
 
     Intervals resample classes; a class and its own copy make no pair. Source: Wen et al., figure 9a.
     """
-    unit = unit_rows(vectors)
-    (hh, hh_draws), (tt, tt_draws) = (pair_means(unit[ids] @ unit[ids].T, boot, rng) for ids in (head, tail))
-    cross = unit[head] @ unit[tail].T
-    weights = [rng.multinomial(len(ids), np.full(len(ids), 1 / len(ids)), size=boot) / len(ids) for ids in (head, tail)]
-    ht = ((weights[0] @ cross) * weights[1]).sum(1)
-    rows = {"head-head cosine": estimate(hh, hh_draws), "head-tail cosine": estimate(cross.mean(), ht),
-            "tail-tail cosine": estimate(tt, tt_draws), "tail collapse (tail-tail - head-head)":
-            estimate(tt - hh, tt_draws - hh_draws)}
-    for name, ids in (("head", head), ("tail", tail)):
-        centred = unit[ids] - unit[ids].mean(0)
-        rows |= {f"{name} resultant length": float(np.linalg.norm(unit[ids].mean(0))),
-                 f"{name} effective rank": effective_rank(unit[ids]),
-                 f"{name} effective rank, centred": effective_rank(centred)}
+    sides = [unit_rows(vectors[ids]) for ids in (head, tail)]
+    (hh, hh_draws), (tt, tt_draws) = (pair_means(side @ side.T, boot, rng) for side in sides)
+    cross = sides[0] @ sides[1].T
+    weights = [rng.multinomial(n, np.full(n, 1 / n), size=boot) / n for n in cross.shape]
+    rows = {"head-head cosine": estimate(hh, hh_draws),
+            "head-tail cosine": estimate(cross.mean(), ((weights[0] @ cross) * weights[1]).sum(1)),
+            "tail-tail cosine": estimate(tt, tt_draws),
+            "tail collapse (tail-tail - head-head)": estimate(tt - hh, tt_draws - hh_draws)}
+    for name, side in zip(("head", "tail"), sides):
+        rows |= {f"{name} resultant length": float(np.linalg.norm(side.mean(0))),
+                 f"{name} effective rank": effective_rank(side),
+                 f"{name} effective rank, centred": effective_rank(side - side.mean(0))}
     return rows
 
 
@@ -1832,26 +1809,27 @@ def prototypes(path: str, key: str, counts: str, epsilons: list[float], n_tail: 
     rng, rows = np.random.default_rng(seed), {"K": {"value": len(array)}}
     for eps in epsilons:
         with exact_matmul():
-            kept, groups = greedy_cover(unit, eps)
+            groups = greedy_cover(unit, eps)[1]
             linked = linked_groups(unit, groups, eps)
         for name, labels in (("greedy", groups), ("linked", linked)):
             share = np.unique(labels, return_counts=True)[1] / len(labels)
             rows[f"{name}, eps {eps:g}"] = {"value": len(share), "largest group": int(share.max() * len(labels)),
-                                            "exp entropy": float(np.exp(-(share * np.log(share)).sum()))}
-    results = {"rows": rows, "affinity": {}}
+                                            "exp entropy": exp_entropy(share)}
     rows["effective rank"] = {"value": effective_rank(unit.cpu().double().numpy())}
+    results = {"rows": rows, "affinity": {}}
     if counts or "class_counts" in more:
         frequency = read_counts(counts, more.get("class_names")) if counts else more["class_counts"]
-        if len(frequency) != len(array):
-            raise SystemExit(f"{path}: {len(array)} rows, {len(frequency)} frequencies")
-        order, k = np.argsort(frequency, kind="stable"), min(n_tail, len(array) // 2)
+        if frequency.shape != (len(array),) or frequency.dtype.kind not in "fiu" or not (frequency >= 0).all():
+            raise SystemExit(f"{path}: {len(array)} rows, frequencies are {frequency.dtype} {frequency.shape}, "
+                             "expected one a row, not negative")
+        order, k, directions = np.argsort(frequency, kind="stable"), min(n_tail, len(array) // 2), unit_rows(array)
         if k > 1:
             tail, head = order[:k], rng.choice(order[k:], k, replace=False)
             rows |= {name: {"value": v} for name, v in affinity(array, head, tail, boot, rng).items()}
-            both = unit_rows(array)[np.concatenate([head, tail])]
+            both = directions[np.concatenate([head, tail])]
             results["affinity"] = both @ both.T
         if len(array) <= 20_000:
-            cosine = unit_rows(array) @ unit_rows(array).T
+            cosine = directions @ directions.T
             np.fill_diagonal(cosine, -np.inf)
             results |= {"class_counts": frequency, "margin": 1 - cosine.max(1)}
     if is_tsne:
@@ -1884,48 +1862,43 @@ def tsne(array: np.ndarray, seed: int) -> np.ndarray:
         from sklearn.manifold import TSNE
     except ImportError:
         raise SystemExit("--tsne needs scikit-learn: pip install scikit-learn") from None
-    if not 4 <= len(array) <= 20_000:
-        raise SystemExit(f"--tsne: {len(array)} rows; 4 to 20,000 can be drawn")
+    refuse(not 4 <= len(array) <= 20_000, f"--tsne: {len(array)} rows; 4 to 20,000 can be drawn")
     model = TSNE(2, perplexity=min(30, (len(array) - 1) / 3), metric="cosine", init="random", random_state=seed)
     return model.fit_transform(unit_rows(array))
 
 
 def plot_prototypes(results: dict, path: str) -> None:
     """Distinct prototypes over eps; cosines of head and tail classes; t-SNE."""
-    panels = 1 + bool(results["affinity"]) + ("tsne" in results) + ("samples" in results)
-    figure, axes = new_figure(panels)
-    K = results["rows"]["K"]["value"]
+    figure, axes = new_figure(1 + sum(bool(results.get(key)) for key in ("affinity", "tsne", "samples")))
+    K, more = results["rows"]["K"]["value"], iter(axes[1:])
     for i, name in enumerate(("greedy", "linked")):
         found = {float(k.split("eps ")[1]): v["value"] for k, v in results["rows"].items()
                  if k.startswith(f"{name}, eps")}
-        axes[0].plot(sorted(found), [found[e] for e in sorted(found)], label=name, **line_style(i))
-    axes[0].axhline(K, color="0.5", linestyle=":", linewidth=0.8)
+        axes[0].errorbar(sorted(found), [found[e] for e in sorted(found)], label=name, **line_style(i))
+    axes[0].axhline(K, **GUIDE)
     axes[0].set(xlabel="eps (1 - cosine)", ylabel=f"distinct prototypes of {K}", xscale="log", ylim=(0, None))
     axes[0].set_xticks(sorted(found), [f"{e:g}" for e in sorted(found)], minor=False)
     axes[0].minorticks_off()
-    axes[0].legend(fontsize=7, frameon=False)
     if results["affinity"]:
-        image = axes[1].imshow(results["affinity"], cmap="viridis", vmin=-0.15, vmax=1)
-        figure.colorbar(image, ax=axes[1], label="cosine")
-        axes[1].set(xlabel="random head classes | tail classes", xticks=[], yticks=[])
+        axis = next(more)
+        image = axis.imshow(results["affinity"], cmap="viridis", vmin=-0.15, vmax=1)
+        figure.colorbar(image, ax=axis, label="cosine")
+        axis.set(xlabel="random head classes | tail classes", xticks=[], yticks=[])
     if "tsne" in results:
-        x, y = np.array(results["tsne"]).T
-        color = np.log10(np.maximum(results.get("class_counts", np.ones(len(x))), 0.5))
-        axis = axes[1 + bool(results["affinity"])]
-        points = axis.scatter(x, y, c=color, s=10, cmap="viridis")
+        axis, counts = next(more), results.get("class_counts", [1] * len(results["tsne"]))
+        points = axis.scatter(*np.array(results["tsne"]).T, c=np.log10(np.maximum(counts, 0.5)), s=10, cmap="viridis")
         figure.colorbar(points, ax=axis, label="log10 frequency")
         axis.set(xticks=[], yticks=[], xlabel="t-SNE, cosine")
     if "samples" in results:
-        found = results["samples"]
+        axis, found = next(more), results["samples"]
         points, is_rare = np.array(found["points"]), np.array(found["is_rare"])
         is_mean = np.arange(len(points)) >= len(points) - found["n_means"]
         for i, (name, part) in enumerate((("frequent", ~is_rare), ("rare", is_rare))):
             style = {"color": ("#56b4e9", "#d55e00")[i], "marker": "o^"[i]}
-            axes[-1].scatter(*points[part & ~is_mean].T, s=5, alpha=0.5, linewidths=0, **style)
-            axes[-1].scatter(*points[part & is_mean].T, s=40, edgecolors="black", label=f"{name}: class mean", **style)
-        axes[-1].set(xticks=[], yticks=[], xlabel="t-SNE of images, cosine")
-        axes[-1].legend(fontsize=7, frameon=False)
-    save_figure(figure, path)
+            axis.scatter(*points[part & ~is_mean].T, s=5, alpha=0.5, linewidths=0, **style)
+            axis.scatter(*points[part & is_mean].T, s=40, edgecolors="black", label=f"{name}: class mean", **style)
+        axis.set(xticks=[], yticks=[], xlabel="t-SNE of images, cosine")
+    save_figure(figure, path, axes[0], axes[-1])
 
 
 # ------------------------------------------------------------------------------ debias
@@ -1938,15 +1911,14 @@ def label_prior(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     labels need not be balanced. Convex in z = ln q; a class without images gets the mean z by a ridge of 1e-4.
     Source: arXiv 2310.08106, section 4.2; solved to its optimum, where mean softmax(logits - z + ln pi) = pi.
     """
-    logits, (N, C) = logits.astype(np.float64), logits.shape
+    N, C = logits.shape
     share = np.bincount(labels, minlength=C) / N
     with np.errstate(divide="ignore"):
-        logits = logits + np.log(share)
+        logits = logits.astype(np.float64) + np.log(share)
     ridge = 1e-4 if (share == 0).any() else 0.0
 
     def objective(z: np.ndarray) -> tuple[float, np.ndarray]:
-        log_p = log_softmax(logits - z, axis=1)
-        spread = z - z.mean()
+        log_p, spread = log_softmax(logits - z, axis=1), z - z.mean()
         value = -log_p[np.arange(N), labels].mean() + ridge * (spread**2).sum()
         return value, share - np.exp(log_p).mean(0) + 2 * ridge * spread
 
@@ -1957,10 +1929,8 @@ def label_prior(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def best_of(values: list[float], make: Callable, labels: np.ndarray) -> float:
     """The value whose make(value) [N, C] has the best balanced accuracy on held-out labels; the first among equals."""
-    n_test = np.bincount(labels)
-    scores = [np.bincount(labels[make(v).argmax(1) == labels], minlength=len(n_test))[n_test > 0] / n_test[n_test > 0]
-              for v in values]
-    return values[int(np.argmax([s.mean() for s in scores]))]
+    C = int(labels.max()) + 1
+    return values[int(np.argmax([nan_mean(class_accuracy(labels, make(v).argmax(1) == labels, C)) for v in values]))]
 
 
 def debias_logits(zs: dict, ft: dict, val: dict[str, np.ndarray], log_prior: np.ndarray,
@@ -1987,7 +1957,8 @@ def debias_logits(zs: dict, ft: dict, val: dict[str, np.ndarray], log_prior: np.
            "GLA": f_ft + f_zs - np.log(q) - log_prior}
     norms = np.linalg.norm(ft.get("prototypes", np.ones((1, 1))).astype(np.float64), axis=1, keepdims=True)
     # A cosine head has tau 1 already.
-    if "ft_features" in val and "features" in ft and np.ptp(norms) > 1e-2 * norms.mean():
+    widths = {v.shape[1] for v in (val.get("ft_features"), ft.get("features"), ft.get("prototypes")) if v is not None}
+    if "ft_features" in val and "features" in ft and len(widths) == 1 and np.ptp(norms) > 1e-2 * norms.mean():
         head = lambda x, t: x.astype(np.float64) @ (ft["prototypes"] / norms**t).T  # noqa: E731
         chosen["tau-norm"] = best_of(grid[:11], lambda t: head(val["ft_features"], t), y)
         out["tau-normalised"] = head(ft["features"], chosen["tau-norm"])
@@ -2003,64 +1974,49 @@ def debias(zeroshot: str, finetuned: str, val_zeroshot: str, val_finetuned: str,
     zs, ft = (read_predictions(path, "logits") for path in (zeroshot, finetuned))
     extra = {name: read_predictions(path, "logits") for name, path in more.items()}
     for data in (ft, *extra.values()):
-        if not np.array_equal(data["labels"], zs["labels"]) or data["n_classes"] != zs["n_classes"]:
-            raise SystemExit(f"{data['path']} and {zs['path']} are not of the same images: their labels differ")
-    labels, C, rng = zs["labels"], zs["n_classes"], np.random.default_rng(seed)
+        check_same_images(zs, data)
+    labels, C, test = zs["labels"], zs["n_classes"], np.ones(len(zs["labels"]), bool)
     if val_zeroshot:
-        parts = [read_predictions(path, "logits") for path in (val_zeroshot, val_finetuned)]
-        if not np.array_equal(parts[0]["labels"], parts[1]["labels"]) or {p["n_classes"] for p in parts} != {C}:
-            raise SystemExit(f"{val_zeroshot}, {val_finetuned}: not the same images, or not {C} classes")
-        val = {"zs": parts[0]["logits"], "ft": parts[1]["logits"], "labels": parts[0]["labels"]}
-        val |= {"ft_features": parts[1]["features"]} if "features" in parts[1] else {}
-        test = np.ones(len(labels), bool)
+        held_out = [read_predictions(path, "logits") for path in (val_zeroshot, val_finetuned)]
+        check_same_images(*held_out)
+        refuse(held_out[0]["n_classes"] != C, f"{val_zeroshot} has {held_out[0]['n_classes']} classes, {zeroshot} {C}")
     else:
-        order = rng.permutation(len(labels))
-        order = order[np.argsort(labels[order], kind="stable")]
-        test = np.zeros(len(labels), bool)
-        test[order[1::2]] = True  # every other image of a class
-        val = {"zs": zs["logits"][~test], "ft": ft["logits"][~test], "labels": labels[~test]}
-        val |= {"ft_features": ft["features"][~test]} if "features" in ft else {}
+        order = np.random.default_rng(seed).permutation(len(labels))
+        test[order[np.argsort(labels[order], kind="stable")][::2]] = False  # every other image of a class
+        held_out = [with_rows(data, ~test) for data in (zs, ft)]
+        refuse(not test.any(), f"{zeroshot}: {len(labels)} images, too few to hold out half")
     counts = read_counts(prior, ft.get("class_names")) if prior not in ("", "uniform") else ft.get("class_counts")
     if counts is None or len(counts) != C:
         raise SystemExit(f"{finetuned}: no class_counts of {C} classes: pass --prior FILE or uniform")
     share = np.ones(C) if prior == "uniform" else np.maximum(counts, 0.5)  # never seen counts as half an image
-    cut = [{k: (v[test] if k in ROW_KEYS else v) for k, v in data.items()} for data in (zs, ft)]
+    val = {"zs": held_out[0]["logits"], "ft": held_out[1]["logits"], "labels": held_out[0]["labels"]}
+    val |= {"ft_features": held_out[1]["features"]} if "features" in held_out[1] else {}
+    cut = [with_rows(data, test) for data in (zs, ft)]
     outcome, chosen = debias_logits(*cut, val, np.log(share / share.sum()), is_calibrated)
+    refuse(set(outcome) & set(extra), f"--more: the table has {', '.join(set(outcome) & set(extra))} already")
     predictions = {name: f.argmax(1) for name, f in outcome.items()}
     predictions |= {"zero-shot": predict(cut[0])[0], "fine-tuned": predict(cut[1])[0]}
     predictions |= {name: predict(data)[0][test] for name, data in extra.items()}
     order_by = chosen["q"] if group_by == "prior" else counts
     rows, draws = {}, {}
     for name, predicted in predictions.items():
-        point = imbalance_metrics(predicted, labels[test], order_by)
-        n_test, right, _ = resample_images(labels[test], predicted, C, boot, np.random.default_rng(seed))
-        with np.errstate(invalid="ignore"):
-            per_class = right / n_test
-        groups = list(class_groups(order_by, (100, 20), 0).items())[:3]
+        n_test, right, n_predicted = resample_images(labels[test], predicted, C, boot, np.random.default_rng(seed))
+        per_class = ratio(right, n_test)
         draws[name] = {"top1": right.sum(1) / test.sum(), "balanced": nan_mean(per_class)} | {
-            k: nan_mean(per_class[:, ids]) for k, ids in groups}
-        rows[name] = {k: estimate(point[k], d) for k, d in draws[name].items()}
-        rows[name]["spearman_pred"] = point["spearman_pred"]
-    deltas = {base: {name: {k: estimate(value_of(rows[name][k]) - value_of(rows[base][k]), d - draws[base][k])
-                            for k, d in draws[name].items()} for name in rows if name != base}
-              for base in ("zero-shot", "fine-tuned")}
-    return {"rows": rows, "minus zero-shot": deltas["zero-shot"], "minus fine-tuned": deltas["fine-tuned"],
-            "chosen": chosen, "n_test": int(test.sum()), "n_held_out": len(val["labels"])}
+            k: nan_mean(per_class[:, ids]) for k, ids in thirds(order_by).items()}
+        rows[name] = {k: from_draws(d) for k, d in draws[name].items()}
+        rows[name]["spearman_pred"] = rank_correlation(order_by, n_predicted[0])
+    deltas = {f"minus {base}": {name: {k: from_draws(d - draws[base][k]) for k, d in draws[name].items()}
+                                for name in rows if name != base} for base in ("zero-shot", "fine-tuned")}
+    return {"rows": rows} | deltas | {"chosen": chosen, "n_test": int(test.sum()), "n_held_out": len(val["labels"])}
 
 
 def plot_debias(results: dict, path: str) -> None:
     """Head, medium, tail and balanced accuracy of every method."""
     figure, (axis,) = new_figure(1, 6.5)
-    names = list(results["rows"])
-    for i, key in enumerate(("head", "medium", "tail", "balanced")):
-        cells = [results["rows"][n][key] for n in names]
-        y = [100 * value_of(c) for c in cells]
-        axis.errorbar(np.arange(len(names)) + (i - 1.5) * 0.12, y, 100 * error_bars(cells), label=key, capsize=2,
-                      **line_style(i) | {"linestyle": ""})
-    axis.set_xticks(range(len(names)), names, rotation=25, ha="right", fontsize=8)
-    axis.set(ylabel="accuracy (%)")
-    axis.legend(fontsize=7, frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
-    save_figure(figure, path)
+    series = {key: [row[key] for row in results["rows"].values()] for key in ("head", "medium", "tail", "balanced")}
+    interval_panel(axis, list(results["rows"]), series, "accuracy (%)", 100)
+    save_figure(figure, path, axis)
 
 
 # ------------------------------------------------------------------------------ wiseft
@@ -2079,22 +2035,21 @@ def interpolate(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], alpha: f
 
 def wiseft(paths: list[str], alphas: list[float], out: str) -> dict:
     """Write OUT/alpha_0.50.pt and so on: what the second checkpoint holds, with interpolated weights."""
-    contents = [read_state(path) for path in paths]
-    states = [flat_tensors(c.get("state_dict", c)) for c in contents]
-    states = [{re.sub(r"^(module|_orig_mod)\.", "", k): v for k, v in s.items()} for s in states]
-    differing = sorted(k for k in set(states[0]) | set(states[1])
-                       if k not in states[0] or k not in states[1] or states[0][k].shape != states[1][k].shape)
-    if differing or not states[0]:
-        raise SystemExit(f"{paths[0]} and {paths[1]}: {len(differing)} of {len(states[0])} entries are not in both "
-                         f"with the same shape: {', '.join(differing[:5])}")
+    contents, rows = [read_state(path) for path in paths], {}
+    a, b = ({re.sub(r"^(module|_orig_mod)\.", "", k): v for k, v in flat_tensors(c.get("state_dict", c)).items()}
+            for c in contents)
+    differing = sorted(k for k in a.keys() | b.keys()
+                       if k not in a or k not in b or a[k].shape != b[k].shape or a[k].is_complex())
+    if differing or not a:
+        raise SystemExit(f"{paths[0]} and {paths[1]}: {len(differing)} of {len(a)} entries are not in both with the "
+                         f"same shape: {', '.join(differing[:5])}")
     # Prototypes were made by one of the towers: they are kept only where both have the same.
     more = {k: v for k, v in contents[1].items() if k not in ("state_dict", "optimizer", "scaler", "rng", "seconds")}
     same = [c.get("prototypes") for c in contents]
     if not all(isinstance(p, torch.Tensor) for p in same) or not torch.equal(*same):
         more.pop("prototypes", None)
-    rows = {}
     for alpha in alphas:
-        path, state = Path(out) / f"alpha_{alpha:.2f}.pt", interpolate(*states, alpha)
+        path, state = Path(out) / f"alpha_{alpha:.2f}.pt", interpolate(a, b, alpha)
         content = more | {"state_dict": state} if "state_dict" in contents[1] else state
         write_atomically(path, lambda file, content=content: torch.save(content, file))
         rows[str(path)] = {"alpha": alpha, "evaluate with": f"--eval-only {path} --out {path.with_suffix('')}"}
@@ -2107,27 +2062,27 @@ def wiseft_results(folder: str, id_set: str, shifts: list[str]) -> dict:
     for path in sorted(Path(folder).glob("alpha_*/")):
         model = models_of_run(path, "wiseft", id_set, shifts, {})
         names = [k for k in model if k not in ("model", "group")]
-        if not names:
-            raise SystemExit(f"{path}: no {id_set} and shifts in its metrics.json or .npz")
-        alpha = number(path.name.removeprefix("alpha_"), str(path))
-        rows[f"{alpha:.2f}"] = {id_set: clopper_pearson(*model[names[0]][:2]), "average": estimate(np.mean(
-            [model[s][2] for s in names]))} | {s: clopper_pearson(*model[s][2:]) for s in names}
-    if not rows:
-        raise SystemExit(f"{folder}: no alpha_*/ folders; evaluate the checkpoints first")
+        refuse(not names, f"{path}: no {id_set} and shifts in its metrics.json or .npz")
+        id_path = path / f"{id_set}.npz"  # over all of its classes; the pairs are over those of a shift
+        whole = accuracy_of(read_predictions(id_path, "logits")) if id_path.is_file() else model[names[0]][:2]
+        row = {id_set: clopper_pearson(*whole), "average": estimate(np.mean([model[s][2] for s in names]))}
+        row |= {s: clopper_pearson(*model[s][2:]) for s in names}
+        rows[f"{number(path.name.removeprefix('alpha_'), str(path)):.2f}"] = row
+        if row.keys() != next(iter(rows.values())).keys():
+            raise SystemExit(f"{path}: has {', '.join(names)}, other alphas have other sets; --shifts chooses")
+    refuse(not rows, f"{folder}: no alpha_*/ folders; evaluate the checkpoints first")
     return {"rows": rows, "id": id_set}
 
 
 def plot_wiseft(results: dict, path: str) -> None:
     """ID accuracy against the shifts' average and against each shift, along alpha, on logit axes."""
-    rows, id_set = results["rows"], results["id"]
-    shifts = [k for k in next(iter(rows.values())) if k != id_set]
+    rows, id_set = list(results["rows"].values()), results["id"]
+    shifts = [k for k in rows[0] if k != id_set]
     figure, axes = new_figure(len(shifts), 3.2, 2.8)
     for axis, shift in zip(axes, shifts):
-        places = logit_points(axis, list(rows.values()), id_set, shift, capsize=2, **line_style(0))
-        for alpha, at in zip(rows, zip(*places)):
+        for alpha, at in zip(results["rows"], zip(*logit_points(axis, rows, id_set, shift, **line_style(0)))):
             axis.annotate(alpha, at, fontsize=7, xytext=(3, 3), textcoords="offset points")
-        percent_axes(axis, list(rows.values()), id_set, shift)
-        axis.set(title=shift, xlabel=f"{id_set} (%)", ylabel="under shift (%)")
+        percent_axes(axis, rows, id_set, shift, f"{id_set} (%)")
     save_figure(figure, path)
 
 
@@ -2136,76 +2091,67 @@ def plot_wiseft(results: dict, path: str) -> None:
 
 def shared_tail(paths: list[str], boot: int, seed: int) -> dict:
     """Frequencies of the same classes in several data sets: shape of each tail, and rank agreement (figure 1a)."""
-    tables, rng = [read_named_counts(path) for path in paths], np.random.default_rng(seed)
+    tables, rng, rows = [read_named_counts(path) for path in paths], np.random.default_rng(seed), {}
     common = [name for name in tables[0] if all(name in t for t in tables)]
-    if len(common) < 2:
-        raise SystemExit(f"{', '.join(paths)}: {len(common)} classes in common; classes of the first are "
-                         f"{', '.join(list(tables[0])[:3])}, of the last {', '.join(list(tables[-1])[:3])}")
-    names, counts = short_names(paths), np.array([[t[c] for c in common] for t in tables])
-    rows = {}
-    for name, n in zip(names, counts):
+    refuse(len(common) < 2, f"{', '.join(paths)}: {len(common)} classes in common; classes of the first are "
+           f"{', '.join(list(tables[0])[:3])}, of the last {', '.join(list(tables[-1])[:3])}")
+    counts = dict(zip(short_names(paths), np.array([[t[c] for c in common] for t in tables])))
+    for name, n in counts.items():
         top = np.sort(n)[::-1][: max(1, len(n) // 10)]
         resampled = n[rng.integers(len(n), size=(boot, len(n)))]
         rows[name] = {"classes": len(n), "total": n.sum(), "max": n.max(), "median": float(np.median(n)),
                       "min": n.min(), "never seen": int((n == 0).sum()),
                       "gini": estimate(float(gini(n)), gini(resampled), is_biased=True),
                       "share of the top 10 %": float(top.sum() / n.sum()) if n.sum() else None}
-        rows[name] |= {f"rho with {other}": spearman(n, m, boot, rng)
-                       for other, m in zip(names, counts) if other != name}
-    return {"rows": rows, "classes": common, "counts": dict(zip(names, counts))}
+        rows[name] |= {f"rho with {other}": spearman(n, m, boot, rng) for other, m in counts.items() if other != name}
+    return {"rows": rows, "classes": common, "counts": counts}
 
 
 def agreement(paths: list[str], boot: int, seed: int) -> dict:
     """Two frequency estimates A B of each concept set: Spearman over the classes in both, median ratio (figure 14)."""
-    if len(paths) % 2:
-        raise SystemExit(f"agree takes pairs of files, A B for each concept set; got {len(paths)}")
+    refuse(len(paths) % 2, f"agree takes pairs of files, A B for each concept set; got {len(paths)}")
     rows, joined, rng = {}, {}, np.random.default_rng(seed)
     for a, b in zip(paths[::2], paths[1::2]):
         x, y = read_named_counts(a), read_named_counts(b)
         both = [name for name in x if name in y]
-        if not both:
-            raise SystemExit(f"{a} and {b}: no class in common")
+        refuse(not both, f"{a} and {b}: no class in common")
         u, v = (np.array([t[name] for name in both]) for t in (x, y))
-        seen = (u > 0) & (v > 0)
+        ratios = u[(u > 0) & (v > 0)] / v[(u > 0) & (v > 0)]
         name = f"{Path(a).stem}, {Path(b).stem}"
-        index = rng.integers(max(1, seen.sum()), size=(boot, seen.sum()))
+        name = f"{a}, {b}" if name in rows else name
+        index = rng.integers(max(1, len(ratios)), size=(boot, len(ratios)))
         rows[name] = {"classes": len(both), "rho": spearman(u, v, boot, rng), "median A / B": estimate(
-            np.median(u[seen] / v[seen]), np.median((u[seen] / v[seen])[index], 1)) if seen.any() else None}
+            np.median(ratios), np.median(ratios[index], 1)) if len(ratios) else None}
         joined[name] = [u, v]
     return {"rows": rows, "pairs": joined}
 
 
 def concept_sets(paths: list[str], counts: str, boot: int, seed: int) -> dict:
     """Correlations of several models on several concept sets: MODEL/SET.npz; means over models (figure 12)."""
-    scores = {}
+    sets, keys, rows = {}, ("top1", "spearman_acc", "spearman_pred"), {}
     for path in paths:
-        data = read_predictions(path, "logits", counts=counts)
-        if "class_counts" not in data:
-            raise SystemExit(f"{path}: no class_counts: pass --counts")
+        data = read_predictions(path, "logits", "class_counts", counts=counts)
         row = score_classes(data, (100, 20), 0, 10, boot, seed)[0]
-        scores.setdefault(Path(path).stem, {})[str(Path(path).parent)] = row
-    keys, rows = ("top1", "spearman_acc", "spearman_pred"), {}
-    for name, models in scores.items():
+        sets.setdefault(Path(path).stem, {})[str(Path(path).parent)] = {key: row[key] for key in keys}
+    for name, models in sets.items():
         one = next(iter(models.values()))  # of a single model: its own interval, over classes; else over models
-        rows[name] = {"models": len(models)} | {key: one[key] if len(models) == 1 else t_interval(
-            [m[key]["value"] for m in models.values()]) for key in keys}
-    return {"rows": rows, "models": {s: {m: {k: r[k] for k in keys} for m, r in models.items()}
-                                     for s, models in scores.items()}}
+        rows[name] = {"models": len(models)} | (one if len(models) == 1 else {
+            key: t_interval([m[key]["value"] for m in models.values()]) for key in keys})
+    return {"rows": rows, "models": sets}
 
 
 def plot_concepts(results: dict, path: str) -> None:
     """The figure of whichever of the three was asked for."""
     if "counts" in results:
-        figure, (axis,) = new_figure(1, 6)
-        order = np.argsort(-np.array(next(iter(results["counts"].values()))), kind="stable")
+        figure, axes = new_figure(1, 6)
+        first = next(iter(results["counts"]))
+        order = np.argsort(-np.array(results["counts"][first]), kind="stable")
         for i, (name, n) in enumerate(results["counts"].items()):
-            n = np.maximum(np.array(n)[order], 0.5)
-            axis.plot(n, color=COLORS[i % len(COLORS)], alpha=0.25, linewidth=0.6)
-            axis.plot(scipy.ndimage.gaussian_filter1d(n, 3), color=COLORS[i % len(COLORS)], label=name, linewidth=1.2,
-                      linestyle=DASHES[i % len(DASHES)])
-        axis.set(yscale="log", xlabel=f"classes by falling frequency in {next(iter(results['counts']))}",
-                 ylabel="frequency")
-        axis.legend(fontsize=7, frameon=False)
+            n, color = np.maximum(np.array(n)[order], 0.5), COLORS[i % len(COLORS)]
+            axes[0].plot(n, color=color, alpha=0.25, linewidth=0.6)
+            axes[0].plot(scipy.ndimage.gaussian_filter1d(n, 3), color=color, linestyle=DASHES[i % len(DASHES)],
+                         label=name, linewidth=1.2)
+        axes[0].set(yscale="log", xlabel=f"classes by falling frequency in {first}", ylabel="frequency")
     elif "pairs" in results:
         figure, axes = new_figure(len(results["pairs"]), 3.4)
         for axis, (name, (u, v)) in zip(axes, results["pairs"].items()):
@@ -2216,14 +2162,11 @@ def plot_concepts(results: dict, path: str) -> None:
     else:
         figure, axes = new_figure(2, 5)
         for axis, key, title in zip(axes, ("spearman_acc", "spearman_pred"), ("accuracy", "predictions")):
-            for j, (name, row) in enumerate(results["rows"].items()):
-                models = [value_of(m[key]) for m in results["models"][name].values()]
-                axis.bar(j, value_of(row[key]), 0.7, color="0.8")
-                axis.scatter(np.full(len(models), j), models, s=14, color="black", zorder=3)
-            axis.axhline(0, color="0.5", linewidth=0.8)
-            axis.set_xticks(range(len(results["rows"])), list(results["rows"]), rotation=30, ha="right", fontsize=8)
-            axis.set(ylabel=f"Spearman of frequency and {title}")
-    save_figure(figure, path)
+            interval_panel(axis, list(results["rows"]), {"mean": [row[key] for row in results["rows"].values()]},
+                           f"Spearman of frequency and {title}")
+            for j, models in enumerate(results["models"].values()):
+                axis.scatter([j] * len(models), [value_of(m[key]) for m in models.values()], s=14, color="0.6")
+    save_figure(figure, path, axes[0])
 
 
 # ------------------------------------------------------------------------------ report
@@ -2272,53 +2215,52 @@ for (const button of document.querySelectorAll("th button")) button.addEventList
 
 def score_run(folder: Path, boot: int, seed: int) -> dict[str, dict]:
     """{test set: {metric: estimate}} of a run: from its <set>.npz, else metrics.json (top-1 alone has an interval)."""
-    metrics, out = read_json(folder / "metrics.json"), {}
-    for name in dict.fromkeys([k for k in metrics if k != "run"] + sorted(p.stem for p in folder.glob("*.npz"))):
-        path, known = folder / f"{name}.npz", metrics.get(name) or {}
+    metrics, out = read_metrics(folder), {}
+    for name in dict.fromkeys([*metrics, *sorted(p.stem for p in folder.glob("*.npz"))]):
+        path, known, row = folder / f"{name}.npz", metrics.get(name, {}), {}
         arrays = read_npz(path, ("class_counts", "labels")) if path.is_file() else {}
-        if "class_counts" in arrays and (arrays["labels"] >= 0).any() and known.get("top1", 0) is not None:
+        is_labelled = len(arrays) == 2 and arrays["labels"].dtype.kind in "iu" and (arrays["labels"] >= 0).any()
+        if is_labelled and ("top1" in known or not known):
             data = read_predictions(path, "logits")
-            out[name], accuracy, predicted = score_classes(data, (100, 20), 0, 10, boot, seed)
+            row, accuracy, predicted = score_classes(data, (100, 20), 0, 10, boot, seed)
             bins = binned_statistics(frequency_bins(data["class_counts"], 8, False), data["class_counts"], accuracy,
                                      predicted.astype(float), boot, np.random.default_rng(seed))
-            out[name]["bins"] = [
-                (math.log10(max(b["count"], 0.5)), *b["accuracy"].values(), f"{b['n_classes']} classes")
-                for b in bins if b["accuracy"]["value"] is not None]
-        elif known.get("top1") is not None:
-            out[name] = {"n": known.get("n")} | {k: estimate(known.get(k)) for k in REPORT_KEYS}
-            out[name]["top1"] = clopper_pearson(known["top1"], known.get("n") or math.nan)
-        more = {k: known[k] for k in ("retrieval", "knn", "probe") if isinstance(known.get(k), dict | float)}
-        flat = {f"{k} {sub}" if sub else k: estimate(v) for k, m in more.items()
-                for sub, v in (m.items() if isinstance(m, dict) else [("", m)])}
-        if flat or name in out:
-            out[name] = out.get(name, {"n": known.get("n")}) | flat
+            row["bins"] = [(math.log10(max(b["count"], 0.5)), *b["accuracy"].values(), f"{b['n_classes']} classes")
+                           for b in bins if b["accuracy"]["value"] is not None]
+        elif known:
+            row = {"n": known.get("n")} | ({k: estimate(known.get(k)) for k in REPORT_KEYS} | {
+                "top1": clopper_pearson(known["top1"], known.get("n", math.nan))} if "top1" in known else {})
+        for key in ("retrieval", "knn", "probe"):
+            values = known.get(key, {})
+            row |= {f"{key} {k}": estimate(v) for k, v in values.items()} if isinstance(values, dict) else {
+                key: estimate(values)}
+        if row.keys() - {"n"}:
+            out[name] = row
     return out
 
 
-def html_table(rows: dict[str, dict], columns: dict[str, str]) -> str:
-    """A sortable table; cells show the interval small, and hold the value in data-v."""
-    def one(entry: dict | float | None) -> str:
-        value = value_of(entry)
-        if isinstance(value, str | bool):
-            return f'<td data-v="{html.escape(str(value))}">{html.escape(str(value))}</td>'
-        if not math.isfinite(value):
-            return '<td data-v="">-</td>'
-        if not isinstance(entry, dict):
-            return f'<td data-v="{value:g}">{value:g}</td>'
-        ends = f" <small>{entry['low']:.3f} to {entry['high']:.3f}</small>" if entry.get("low") is not None else ""
-        return f'<td data-v="{value:.6g}">{value:.3f}{ends}</td>'
-
-    head = "".join(f"<th><button>{html.escape(title)}</button></th>" for title in ("run", *columns.values()))
-    body = "\n".join(f'<tr><td data-v="{html.escape(name)}">{html.escape(name)}</td>'
-                     + "".join(one(row.get(c)) for c in columns) + "</tr>" for name, row in rows.items())
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+def html_cell(entry: dict | float | str | None) -> str:
+    """A table cell: the interval small, the value in data-v, by which columns are sorted."""
+    value = value_of(entry)
+    if isinstance(value, str | bool):
+        return f'<td data-v="{escape(str(value))}">{escape(str(value))}</td>'
+    if not math.isfinite(value):
+        return '<td data-v="">-</td>'
+    if not isinstance(entry, dict):
+        return f'<td data-v="{value:g}">{value:g}</td>'
+    ends = f" <small>{entry['low']:.3f} to {entry['high']:.3f}</small>" if entry.get("low") is not None else ""
+    return f'<td data-v="{value:.6g}">{value:.3f}{ends}</td>'
 
 
-def markdown_table(title: str, rows: dict[str, dict], columns: dict[str, str]) -> list[str]:
-    """Lines of the same table under a heading."""
+def both_tables(title: str, rows: dict[str, dict], columns: dict[str, str]) -> tuple[str, list[str]]:
+    """A table under a heading: as HTML that a click on a column's name sorts, and as lines of Markdown."""
+    head = "".join(f"<th><button>{escape(name)}</button></th>" for name in ("run", *columns.values()))
+    body = "\n".join(f"<tr>{html_cell(name)}{''.join(html_cell(row.get(c)) for c in columns)}</tr>"
+                     for name, row in rows.items())
     lines = [["run", *columns.values()], ["---"] * (len(columns) + 1)]
     lines += [[name, *(cell(row.get(c)) for c in columns)] for name, row in rows.items()]
-    return [f"## {title}", "", *(f"| {' | '.join(line)} |" for line in lines), ""]
+    return (f'<h2>{escape(title)}</h2><div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody>'
+            "</table></div>", [f"## {title}", "", *(f"| {' | '.join(line)} |" for line in lines), ""])
 
 
 def nice_ticks(low: float, high: float) -> list[float]:
@@ -2336,46 +2278,43 @@ def svg_chart(series: dict[str, list[tuple]], title: str, x_title: str, x_names:
     y = x. Series differ in colour (the page's) and shape.
     """
     points = [p for ps in series.values() for p in ps]
-    ys = [v for p in points for v in (p[1], *(v for v in p[2:4] if v is not None))]
-    xs = [p[0] for p in points]
-    (x0, x1), (y0, y1) = ((min(v) - 0.06 * (max(v) - min(v) or 1), max(v) + 0.06 * (max(v) - min(v) or 1))
-                          for v in (xs, ys))
+    values = [p[0] for p in points], [v for p in points for v in p[1:4] if v is not None]
+    (x0, x1), (y0, y1) = ((min(v) - pad, max(v) + pad) for v in values for pad in [0.06 * (max(v) - min(v) or 1)])
     bend = (lambda v: float(logit(min(max(v, 1e-3), 0.999)))) if is_logit else (lambda v: v)  # noqa: E731
     (u0, u1), (v0, v1) = map(bend, (x0, x1)), map(bend, (y0, y1))
-    at_x, at_y = (lambda x: 48 + 262 * (bend(x) - u0) / (u1 - u0)), (lambda y: 190 - 170 * (bend(y) - v0) / (v1 - v0))
-    legend = "".join(f' <span style="color:var(--c{i % 7})">{"●■◆▲▼✚✕"[i % 7]}</span> {html.escape(name)}'
+
+    def at(x: float, y: float) -> str:
+        return f"{48 + 262 * (bend(x) - u0) / (u1 - u0):.1f} {190 - 170 * (bend(y) - v0) / (v1 - v0):.1f}"
+
+    legend = "".join(f' <span style="color:var(--c{i % 7})">{"●■◆▲▼✚✕"[i % 7]}</span> {escape(name)}'
                      for i, name in enumerate(series) if len(series) > 1)
     short = [name if len(name) < 15 else name[:6] + ".." + name[-6:] for name in x_names or []]
     height = 214 + 4 * max(map(len, short)) if short else 226
-    out = [f'<figure><figcaption>{html.escape(title)}<small>{legend}</small></figcaption>',
-           f'<svg viewBox="0 0 320 {height}" role="img" aria-label="{html.escape(title)}">',
+    out = [f'<figure><figcaption>{escape(title)}<small>{legend}</small></figcaption>',
+           f'<svg viewBox="0 0 320 {height}" role="img" aria-label="{escape(title)}">',
            '<path class="axis" d="M48 20V190H310"/>']
     if is_logit and max(x0, y0) < min(x1, y1):
-        ends = max(x0, y0, 1e-3), min(x1, y1, 0.999)
-        out.append(f'<path class="axis" stroke-dasharray="2 2" d="M{at_x(ends[0]):.1f} {at_y(ends[0]):.1f}'
-                   f'L{at_x(ends[1]):.1f} {at_y(ends[1]):.1f}"/>')
-    for t in nice_ticks(y0, y1):
-        out.append(f'<path class="axis" d="M44 {at_y(t):.1f}h4"/><text x="41" y="{at_y(t) + 4:.1f}" '
-                   f'text-anchor="end">{t:g}</text>')
+        low, high = max(x0, y0, 1e-3), min(x1, y1, 0.999)
+        out.append(f'<path class="axis" stroke-dasharray="2 2" d="M{at(low, low)}L{at(high, high)}"/>')
+    text = '<text transform="translate({}) {}" text-anchor="{}">{}</text>'
+    ticks = [(at(x0, t), "h-4", "translate(-7 4)", "end", t) for t in nice_ticks(y0, y1)]
+    ticks += [(at(t, y0), "v4", "translate(0 15)", "middle", t) for t in nice_ticks(x0, x1) if not x_names]
+    for place, mark, shift, anchor, t in ticks:
+        out += [f'<path class="axis" d="M{place}{mark}"/>', text.format(place, shift, anchor, f"{t:g}")]
     for i, name in enumerate(short):
-        out.append(f'<text transform="translate({at_x(i):.1f} 204) rotate(-40)" text-anchor="end">'
-                   f'{html.escape(name)}</text>')
-    for t in [] if x_names else nice_ticks(x0, x1):
-        out.append(f'<path class="axis" d="M{at_x(t):.1f} 190v4"/><text x="{at_x(t):.1f}" y="205" '
-                   f'text-anchor="middle">{t:g}</text>')
-    out.append(f'<text x="180" y="222" text-anchor="middle">{html.escape(x_title)}</text>' if not x_names else "")
+        out.append(text.format(at(i, y0), "translate(0 14) rotate(-40)", "end", escape(name)))
+    out.append("" if x_names else text.format("180 222", "", "middle", escape(x_title)))
     shapes = ("m-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z", "m-4 -4h8v8h-8z", "m0 -5l5 5l-5 5l-5 -5z", "m0 -5l5 9h-10z",
               "m0 5l5 -9h-10z", "m-5 -1.5h3.5v-3.5h3v3.5h3.5v3h-3.5v3.5h-3v-3.5h-3.5z", "m-4 -4l8 8m0 -8l-8 8")
     for i, ps in enumerate(series.values()):
-        color = f"var(--c{i % 7})"
+        color, dashes = f"var(--c{i % 7})", ("", "5 3", "2 2", "6 2 2 2")[i % 4]
         if is_line and len(ps) > 1:
-            path = "L".join(f"{at_x(p[0]):.1f} {at_y(p[1]):.1f}" for p in ps)
-            dashes = ("", "5 3", "2 2", "6 2 2 2")[i % 4]
-            out.append(f'<path fill="none" stroke="{color}" stroke-dasharray="{dashes}" d="M{path}"/>')
+            out.append(f'<path fill="none" stroke="{color}" stroke-dasharray="{dashes}" '
+                       f'd="M{"L".join(at(*p[:2]) for p in ps)}"/>')
         for x, y, low, high, tip in ps:
-            bar = f"M{at_x(x):.1f} {at_y(low):.1f}V{at_y(high):.1f}" if low is not None else ""
-            out.append(f'<g stroke="{color}" fill="{color}"><title>{html.escape(tip)}</title><path d="{bar}"/><path '
-                       f'd="M{at_x(x):.1f} {at_y(y):.1f}{shapes[i % 7]}"/></g>')
+            bar = f"M{at(x, low)}L{at(x, high)}" if low is not None else ""
+            out.append(f'<g stroke="{color}" fill="{color}"><title>{escape(tip)}</title><path d="{bar}"/><path '
+                       f'd="M{at(x, y)}{shapes[i % 7]}"/></g>')
     return "".join(out) + "</svg></figure>"
 
 
@@ -2395,40 +2334,36 @@ def set_section(test_set: str, rows: dict[str, dict], x_names: list[str]) -> tup
     present = {c for row in rows.values() for c in row}
     columns = {"n": "n"} | {k: v for k, v in REPORT_KEYS.items() if k in present} | {
         c: c for c in sorted(present) if c.startswith(("retrieval", "knn", "probe"))}
-    charts = []
-    for key in (c for c in columns if c != "n"):
-        points = chart_points(rows, "", key, x_names)
-        charts += [svg_chart(points, columns[key], "", x_names, True)] if points else []
     x_title = REPORT_KEYS["spearman_acc"]
-    for key in ("spearman_pred", "top1") if len(rows) > 1 else ():
-        points = chart_points(rows, "spearman_acc", key, x_names)
-        charts += [svg_chart(points, f"{REPORT_KEYS[key]} against {x_title}", x_title)] if points else []
+    wanted = [("", key, columns[key], "", x_names, True) for key in columns if key != "n"]
+    wanted += [("spearman_acc", key, f"{REPORT_KEYS[key]} against {x_title}", x_title)
+               for key in ("spearman_pred", "top1") if len(rows) > 1]
+    charts = [svg_chart(points, *how) for key_x, key_y, *how in wanted
+              if (points := chart_points(rows, key_x, key_y, x_names))]
     bins = {name: row["bins"] for name, row in list(rows.items())[:7] if "bins" in row}  # more would be a tangle
     if bins:
         charts.append(svg_chart(bins, "accuracy of frequency bins", "log10 of the training images of the class",
                                 is_line=True))
-    text = f"<h2>{html.escape(test_set)}</h2>{html_table(rows, columns)}<div class=\"charts\">{''.join(charts)}</div>"
-    return text, markdown_table(test_set, rows, columns), columns
+    text, lines = both_tables(test_set, rows, columns)
+    return f'{text}<div class="charts">{"".join(charts)}</div>', lines, columns
 
 
 def file_section(name: str, path: Path) -> tuple[str, list[str]]:
     """HTML (tables and the command's own plot, inside the page) and Markdown lines of what --json wrote."""
     content, text, lines = read_json(path), "", []
-    if not isinstance(content.get("rows"), dict) or "command" not in content:
-        raise SystemExit(f"{path}: not what --json of evaluate.py writes")
-    for key in ("rows", *EXTRA_TABLES):
-        rows = content.get(key)
-        if rows:
-            columns = list(dict.fromkeys(c for row in rows.values() for c in row))
-            title = name if key == "rows" else f"{name}: {key}"
-            text += f"<h2>{html.escape(title)}</h2>" + html_table(rows, dict(zip(columns, columns)))
-            lines += markdown_table(title, rows, dict(zip(columns, columns)))
-    if content["command"] in PLOTS and (content["command"] != "wiseft" or "id" in content):
-        with tempfile.TemporaryDirectory() as folder:
-            PLOTS[content["command"]](content, f"{folder}/plot.svg")
-            image = base64.b64encode(Path(folder, "plot.svg").read_bytes()).decode()
-        alt = html.escape(f"{content['command']}: {name}")
-        text += f'<div class="wide"><img alt="{alt}" src="data:image/svg+xml;base64,{image}"></div>'
+    with reading(path, ": not what --json of evaluate.py writes"):
+        for key in ("rows", *EXTRA_TABLES):
+            rows = content["rows"] if key == "rows" else content.get(key)
+            if rows:
+                columns = list(dict.fromkeys(c for row in rows.values() for c in row))
+                more = both_tables(name if key == "rows" else f"{name}: {key}", rows, dict(zip(columns, columns)))
+                text, lines = text + more[0], lines + more[1]
+        if content["command"] in PLOTS and (content["command"] != "wiseft" or "id" in content):
+            with tempfile.TemporaryDirectory() as folder:
+                PLOTS[content["command"]](content, f"{folder}/plot.svg")
+                image = base64.b64encode(Path(folder, "plot.svg").read_bytes()).decode()
+            alt = escape(f"{content['command']}: {name}")
+            text += f'<div class="wide"><img alt="{alt}" src="data:image/svg+xml;base64,{image}"></div>'
     return text, lines
 
 
@@ -2444,23 +2379,19 @@ def report_runs(runs: list[str], out: str, markdown: str, boot: int, seed: int) 
         raise SystemExit(f"runs are folders with different names: {', '.join(f'{k}={v}' for k, v in named.items())}")
     scores = {name: score_run(folder, boot, seed) for name, folder in folders.items()}
     empty = [named[name] for name, score in scores.items() if not score]
-    if empty:
-        raise SystemExit(f"{', '.join(empty)}: neither metrics.json nor <set>.npz that could be scored")
+    refuse(empty, f"{', '.join(empty)}: neither metrics.json nor <set>.npz that could be scored")
     sets = list(dict.fromkeys(s for score in scores.values() for s in score))
     x_names = list(dict.fromkeys(name.rpartition("/")[2] for name in scores))
-    body, lines, tables, short = [], ["# Runs side by side", ""], {}, {}
+    body, lines, tables, shifted = [], ["# Runs side by side", ""], {}, {}
     if scores:
         body = [f"<h1>{len(scores)} runs on {len(sets)} test sets</h1>",
                 "<p>Intervals are 95 %: images resampled for accuracies, "
                 f"classes for correlations, {boot} times. A click on a column's name sorts.</p>"]
-        short = {name: {k: score[sets[0]].get(k) for k in REPORT_KEYS} for name, score in scores.items()
-                 if sets[0] in score}
     for test_set in sets:
         rows = {name: score[test_set] for name, score in scores.items() if test_set in score}
         text, more, columns = set_section(test_set, rows, x_names)
         body, lines = [*body, text], lines + more
         tables[test_set] = {name: {c: row.get(c) for c in columns} for name, row in rows.items()}
-    shifted = {}
     for name, score in scores.items() if len(sets) > 2 else ():
         others = np.array([value_of(score[s].get("top1")) for s in sets[1:] if s in score])
         shifted[name] = {"id": score.get(sets[0], {}).get("top1"), "shift": estimate(float(nan_mean(others)))}
@@ -2474,7 +2405,8 @@ def report_runs(runs: list[str], out: str, markdown: str, boot: int, seed: int) 
     write_atomically(Path(out), lambda file: file.write(PAGE.replace("BODY", "\n".join(body)).encode()))
     if markdown:
         write_atomically(Path(markdown), lambda file: file.write("\n".join(lines).encode()))
-    return {"rows": short or {name: {"file": str(path)} for name, path in files.items()}, "sets": tables,
+    rows = {n: {k: score[sets[0]].get(k) for k in REPORT_KEYS} for n, score in scores.items() if sets[0] in score}
+    return {"rows": rows or {name: {"file": str(path)} for name, path in files.items()}, "sets": tables,
             "written": [p for p in (out, markdown) if p]}
 
 
@@ -2488,6 +2420,7 @@ PLOTS = {"imbalance": plot_imbalance, "robustness": plot_robustness, "compare": 
 EXTRA_TABLES = ("fits", "mcnemar", "minus zero-shot", "minus fine-tuned")
 TURNED = ("imbalance", "robustness", "probe", "knn", "fewshot", "retrieval", "calibration")  # a line a column
 MARKERS, DASHES = "osD^vPX", ("-", "--", "-.", ":")
+GUIDE = {"color": "0.5", "linestyle": ":", "linewidth": 0.8}
 
 
 def value_of(entry: dict | float | None) -> float:
@@ -2504,9 +2437,22 @@ def error_bars(cells: list[dict]) -> np.ndarray:
 
 
 def line_style(i: int) -> dict:
-    """Colour, marker and dashes of series i: told apart without colour too."""
+    """Colour, marker and dashes of series i, for errorbar: told apart without colour too."""
     return {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4,
-            "linestyle": DASHES[i % len(DASHES)], "linewidth": 1}
+            "linestyle": DASHES[i % len(DASHES)], "linewidth": 1, "capsize": 2}
+
+
+def interval_panel(axis, names: list[str], series: dict[str, list[dict]], ylabel: str, scale: float = 1) -> None:
+    """Values with intervals: a place on the x axis for each name, the series side by side."""
+    step = min(0.12, 0.8 / len(series))
+    for i, (label, cells) in enumerate(series.items()):
+        x = np.arange(len(names)) + (i - (len(series) - 1) / 2) * step
+        axis.errorbar(x, [scale * value_of(c) for c in cells], scale * error_bars(cells), label=label,
+                      **line_style(i) | {"linestyle": ""})
+    if axis.get_ylim()[0] < 0:
+        axis.axhline(0, **GUIDE)
+    axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
+    axis.set(ylabel=ylabel, xlim=(-0.5, len(names) - 0.5))
 
 
 def new_figure(n_panels: int, width: float = 4.2, height: float = 3.2) -> tuple:
@@ -2518,18 +2464,21 @@ def new_figure(n_panels: int, width: float = 4.2, height: float = 3.2) -> tuple:
     columns = min(n_panels, 4)
     n_rows = math.ceil(n_panels / columns)
     figure = Figure((width * columns, height * n_rows), layout="constrained")
-    axes = list(figure.subplots(n_rows, columns, squeeze=False).ravel())
-    for axis in axes:
+    axes = figure.subplots(n_rows, columns, squeeze=False).ravel()
+    for i, axis in enumerate(axes):
         axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes[n_panels:]:
-        axis.set_visible(False)
-    return figure, axes[:n_panels]
+        axis.set_visible(i < n_panels)
+    return figure, list(axes[:n_panels])
 
 
-def save_figure(figure, path: str) -> None:
-    """Write a figure without a date, so that equal input gives equal bytes."""
+def save_figure(figure, path: str, *legends) -> None:
+    """Write a figure, with a legend where panels of `legends` have several series; without a date, so that equal input
+    gives equal bytes."""
     import matplotlib
 
+    for axis in legends:
+        if len(axis.get_legend_handles_labels()[1]) > 1:
+            axis.legend(fontsize=7, frameon=False)
     kind = Path(path).suffix[1:]
     with matplotlib.rc_context({"svg.hashsalt": "evaluate", "svg.fonttype": "none"}):
         write_atomically(Path(path), lambda file: figure.savefig(
@@ -2609,23 +2558,22 @@ def show(rows: dict[str, dict], title: str = "", is_turned: bool = False) -> Non
 
 def main(args: argparse.Namespace) -> None:
     boot, seed = args.boot, args.seed
+    if "device" in args:
+        try:
+            torch.zeros(1, device=args.device).item()
+        except (RuntimeError, AssertionError) as error:
+            raise SystemExit(f"--device {args.device}: {str(error).splitlines()[0][:100]}") from None
     if args.command == "imbalance":
         results = imbalance(args.files, args.counts, args.classes, tuple(args.cuts), args.tail_classes, args.worst,
                             args.bins, args.equal_count, boot, seed)
     elif args.command == "robustness":
-        results = robustness(args.inputs, args.id, args.shifts, args.baseline, args.before,
-                             set_flag(args.subset, "--subset"), set_flag(args.n, "--n"),
-                             set_flag(args.split, "--split"), boot, seed)
+        results = robustness(args.inputs, args.id, args.shifts, args.baseline, args.before, dict(args.subset),
+                             dict(args.n), dict(args.split), boot, seed)
     elif args.command == "compare":
         results = compare(args.a.split(","), args.b.split(","), args.counts, boot, seed)
-    elif args.command == "probe":
-        results = transfer("probe", args.inputs, args.sets, [], args.sweep, args.C, args.metric, [], 0, boot, seed,
-                           args.device)
-    elif args.command == "knn":
-        results = transfer("knn", args.inputs, args.sets, args.k, "", 0, args.metric, [], 0, boot, seed, args.device)
-    elif args.command == "fewshot":
-        results = transfer("fewshot", args.inputs, args.sets, [], "", args.C, args.metric, args.shots, args.draws, boot,
-                           seed, args.device)
+    elif args.command in ("probe", "knn", "fewshot"):
+        results = transfer(args.command, args.inputs, args.sets, args.k, args.sweep, args.C, args.metric, args.shots,
+                           args.draws, boot, seed, args.device)
     elif args.command == "retrieval":
         results = retrieval(args.files, args.k, boot, seed, args.device)
     elif args.command == "calibration":
@@ -2638,12 +2586,11 @@ def main(args: argparse.Namespace) -> None:
         results = prototypes(args.file, args.key, args.counts, args.eps, args.tail, args.tsne, args.samples,
                              boot, seed, args.device)
     elif args.command == "debias":
-        results = debias(args.zeroshot, args.finetuned, args.val_zeroshot, args.val_finetuned,
-                         set_flag(args.more, "--more"), args.prior, args.group_by, args.calibrate, boot, seed)
-    elif args.command == "wiseft" and args.results:
-        results = wiseft_results(args.results, args.id, args.shifts)
+        results = debias(args.zeroshot, args.finetuned, args.val_zeroshot, args.val_finetuned, dict(args.more),
+                         args.prior, args.group_by, args.calibrate, boot, seed)
     elif args.command == "wiseft":
-        results = wiseft(args.checkpoints, args.alpha, args.out)
+        results = wiseft_results(args.results, args.id, args.shifts) if args.results else wiseft(
+            args.checkpoints, args.alpha, args.out)
     elif args.command == "concepts" and args.what == "accuracy":
         results = concept_sets(args.files, args.counts, boot, seed)
     elif args.command == "concepts":
@@ -2651,8 +2598,7 @@ def main(args: argparse.Namespace) -> None:
     elif args.command == "report":
         results = report_runs(args.runs, args.out, args.markdown, boot, seed)
 
-    is_turned = args.command in TURNED or getattr(args, "what", "") == "shared"
-    show(results["rows"], args.command, is_turned)
+    show(results["rows"], args.command, args.command in TURNED or "counts" in results)
     for name in EXTRA_TABLES:
         if results.get(name):
             show(results[name], name)
@@ -2667,6 +2613,9 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         main(ARGS)
+    except MemoryError:
+        print("evaluate.py: not enough memory: fewer images, classes or --boot", file=sys.stderr)
+        sys.exit(2)
     except SystemExit as error:
         if not isinstance(error.code, str):
             raise

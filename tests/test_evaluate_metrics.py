@@ -233,31 +233,3 @@ def test_robustness_of_runs_uses_the_classes_of_the_shift(tmp_path):
         expected = (file["logits"][keep][:, :3].argmax(1) == file["labels"][keep]).mean()
     row = result["rows"][str(tmp_path / "run1")]
     assert row["adversarial id"]["value"] == pytest.approx(expected, abs=1e-12)
-
-
-# Wen et al., the transfer table of their released notebook (percent): models pre-trained on LAIONet, then on ImageNet.
-PUBLISHED = """model,group,cifar10,cifar100,food,pets,sun397
-LAIONet K=65536,laionet,83.5,60.0,48.6,55.5,55.4
-LAIONet S=1024,laionet,83.9,61.4,50.7,57.7,56.0
-LAIONet S=4096,laionet,84.6,63.4,53.3,61.0,56.9
-LAIONet S=16384,laionet,85.4,63.9,54.3,62.2,57.7
-ImageNet K=65536,imagenet,86.4,62.9,55.8,66.4,57.0
-"""
-
-
-def test_fit_of_a_published_table(tmp_path):
-    """Lines on the logit scale through the four LAIONet models, and what ImageNet has beyond them, against linregress."""
-    path = tmp_path / "published.csv"
-    path.write_text(PUBLISHED)
-    result = evaluate.robustness([str(path)], "food", [], "laionet", "", {}, {}, {}, 0, 0)
-    columns = np.array([line.split(",")[2:] for line in PUBLISHED.splitlines()[1:]], float).T / 100
-    tables = dict(zip(("cifar10", "cifar100", "food", "pets", "sun397"), np.log(columns / (1 - columns))))
-    for shift in ("cifar10", "cifar100", "pets", "sun397"):
-        x, y = tables["food"], tables[shift]
-        line, fit = stats.linregress(x[:4], y[:4]), result["fits"][f"{shift}, laionet"]
-        assert fit["slope"]["value"] == pytest.approx(line.slope, abs=1e-9)
-        assert fit["intercept"]["value"] == pytest.approx(line.intercept, abs=1e-9)
-        assert fit["r2"]["value"] == pytest.approx(line.rvalue**2, abs=1e-9)
-        rho = 1 / (1 + np.exp(-y[4])) - 1 / (1 + np.exp(-(line.slope * x[4] + line.intercept)))
-        assert result["rows"]["ImageNet K=65536"][f"{shift} rho"]["value"] == pytest.approx(rho, abs=1e-9)
-    assert result["rows"]["ImageNet K=65536"]["pets extrapolated"]

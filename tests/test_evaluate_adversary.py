@@ -1,0 +1,305 @@
+"""evaluate.py, every subcommand on bad files and flags: one line and status 2, never a traceback or a warning."""
+
+import json
+import re
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from programs import ROOT, run_here
+from test_evaluate_readers import arrays
+
+import evaluate
+
+COMMANDS = {
+    "imbalance": "imbalance {0}",
+    "compare": "compare ok.npz {0}",
+    "collapse": "collapse {0}",
+    "similarity": "similarity {0} ok.npz --min-pairs 2",
+    "debias": "debias --zeroshot ok.npz --finetuned {0}",
+    "held out": "debias --zeroshot ok.npz --finetuned ok.npz --val-zeroshot {0} --val-finetuned {0}",
+    "probe": "probe {0} ok.npz --sweep none",
+    "knn": "knn ok.npz {0} --k 3",
+    "fewshot": "fewshot {0} {0} --shots 1 --draws 2",
+    "calibration": "calibration {0}",
+    "concepts": "concepts accuracy {0}",
+    "report": "report run --out r.html",
+}
+LABELS = arrays()["labels"]
+FILES = {  # what the file says, and what the line says
+    "predictions too large": ({"predictions": np.full(60, 4)}, "row 0 has prediction 4, there are 4 classes"),
+    "predictions negative": ({"predictions": LABELS - 1}, "has prediction -1"),
+    "predictions not whole": ({"predictions": np.zeros(60)}, "predictions is float64"),
+    "predictions [N, C]": ({"predictions": np.zeros((60, 4), int)}, "predictions is int64 .60, 4."),
+    "names without shape": ({"class_names": np.array("a")}, "class_names is <U1 .., expected text"),
+    "names of names": ({"class_names": np.array([["a", "b"]] * 4)}, "class_names is <U1 .4, 2."),
+    "counts [C, 2]": ({"class_counts": np.ones((4, 2))}, "class_counts is float64 .4, 2."),
+    "float64 beyond float32": ({"logits": np.full((60, 4), 1e300), "features": np.full((60, 5), 1e300)}, "above 1e15"),
+    "no width": ({"logits": np.zeros((60, 0)), "features": np.zeros((60, 0))}, "expected numbers"),
+    "float16 overflow": (
+        {"logits": np.float16([[np.inf] * 4] * 60), "features": np.float16([[np.inf] * 5] * 60)},
+        "float16",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bad")
+    (path / "run").mkdir()
+    np.savez(path / "ok.npz", **arrays())
+    (path / "counts.txt").write_text("1\n2\n3\n4\n")
+    return path
+
+
+def error_of(line, folder, monkeypatch, *more):
+    """The line of a command that must end with one."""
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit) as error:
+        run_here(evaluate, *line.split(), *more, "--boot", 10)
+    assert isinstance(error.value.code, str) and "\n" not in error.value.code, error.value.code
+    return error.value.code
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("file", FILES)
+def test_bad_predictions_of_every_command(folder, monkeypatch, command, file):
+    changes, text = FILES[file]
+    name = "run/val.npz" if command == "report" else "bad.npz"
+    np.savez(folder / name, **(arrays() | changes))
+    line = error_of(COMMANDS[command].format(name), folder, monkeypatch)
+    assert line.startswith(f"{name}: ") and re.search(text, line), line
+
+
+def test_files_that_cannot_be_unpacked(folder, monkeypatch):
+    """Encrypted members, and labels of which the largest would be the number of classes."""
+    data = bytearray((folder / "ok.npz").read_bytes())
+    for head, flag in ((b"PK\x01\x02", 8), (b"PK\x03\x04", 6)):
+        place = data.find(head)
+        while place >= 0:
+            data[place + flag] |= 1
+            place = data.find(head, place + 4)
+    (folder / "locked.npz").write_bytes(data)
+    assert zipfile.is_zipfile(folder / "locked.npz")
+    assert "cannot be read as .npz" in error_of("imbalance locked.npz", folder, monkeypatch)
+    np.savez(folder / "labels.npz", labels=np.array([0, 10**12]), features=np.eye(2))
+    for command in ("probe labels.npz labels.npz --sweep none", "knn labels.npz labels.npz", "collapse labels.npz"):
+        assert "row 1 has label 1000000000000" in error_of(command, folder, monkeypatch)
+
+
+def test_labels_of_many_kinds(folder, monkeypatch):
+    """[N, C] of other numbers or of other widths; all difficult: nothing to compute, no crash."""
+    features = np.random.default_rng(0).normal(size=(20, 4))
+    for name, labels in (
+        ("a", np.ones((20, 2))),
+        ("b", np.ones((20, 3))),
+        ("c", np.full((20, 2), 7)),
+        ("d", -np.ones((20, 2))),
+    ):
+        np.savez(folder / f"{name}.npz", features=features, labels=labels.astype(int))
+    for other, text in (("b", "different widths"), ("c", "1, 0 or -1 .difficult., got 7 to 7")):
+        line = error_of(f"probe a.npz {other}.npz --sweep none", folder, monkeypatch)
+        assert re.search(text, line), line
+    run_here(evaluate, "probe", "a.npz", "d.npz", "--sweep", "none", "--boot", 10, "--json", "d.json")
+    assert json.loads((folder / "d.json").read_text())["rows"]["model"]["d"]["value"] is None
+
+
+@pytest.mark.filterwarnings("error")
+def test_degenerate_models_beside_others(folder, monkeypatch):
+    """A model without images of some class, beside one that has them, also in the plot; one image to debias."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(folder)
+    np.savez("one.npz", **(arrays() | {"labels": np.zeros(60, int)}))
+    run_here(evaluate, "imbalance", "ok.npz", "one.npz", "--boot", 10, "--plot", "o.svg", "--json", "o.json")
+    means = [b["accuracy"] for b in json.loads((folder / "o.json").read_text())["bins_over_models"]]
+    assert None in means and not all(m is None for m in means)
+    np.savez("single.npz", **{k: v[:1] if len(v) == 60 else v for k, v in arrays().items()})
+    assert "too few to hold out half" in error_of(
+        "debias --zeroshot single.npz --finetuned single.npz", folder, monkeypatch
+    )
+    np.savez("five.npz", **arrays(C=5) | {"labels": LABELS})
+    assert "their n_classes differ" in error_of("compare ok.npz five.npz", folder, monkeypatch)
+    np.savez("wide.npz", **arrays() | {"prototypes": 1.0 + np.random.default_rng(0).random((4, 9))})
+    run_here(evaluate, "debias", "--zeroshot", "ok.npz", "--finetuned", "wide.npz", "--boot", 10)  # without tau-norm
+
+
+def test_compare_without_frequencies_has_no_tail(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    np.savez("plain.npz", **{k: v for k, v in arrays().items() if k in ("labels", "logits")})
+    assert list(evaluate.compare(["plain.npz"], ["plain.npz"], "", 10, 0)["rows"]) == ["top1", "balanced"]
+
+
+COUNTS = {
+    "-3\n4\n": ":1: got '-3', expected a number of at least 0",
+    "class\tcount\na\t-4\n": ":2: got '-4', expected a number of at least 0",
+    "class\tcount\na\t4\na\t5\n": ":3: a twice",
+    '{"a": null}': "expected class and count",
+    "[" * 100_000: "cannot be read",
+    "{}": "expected class and count",
+}
+
+
+@pytest.mark.parametrize("text", COUNTS)
+@pytest.mark.parametrize("command", ["imbalance ok.npz --counts {0}", "concepts shared {0} counts.txt", "concepts agree {0} counts.txt",
+                                     "prototypes ok.npz --counts {0}", "debias --zeroshot ok.npz --finetuned ok.npz --prior {0}"])  # fmt: skip
+def test_bad_counts(folder, monkeypatch, command, text):
+    name = "c.json" if text[0] in "[{" else "c.tsv"
+    (folder / name).write_text(text)
+    assert COUNTS[text] in error_of(command.format(name), folder, monkeypatch)
+
+
+def test_names_that_stand_for_two_classes(folder, monkeypatch):
+    (folder / "subset.txt").write_text("a\n")
+    np.savez(folder / "twins.npz", **(arrays() | {"class_names": np.array(list("aabc"))}))
+    assert "2 class 'a'" in error_of("imbalance twins.npz --classes subset.txt", folder, monkeypatch)
+
+
+TABLE = "model,group,val,v2\na,x,50,40\nb,x,60,50\nc,x,70,62\nd,y,65,61\n"
+
+
+@pytest.mark.parametrize(
+    "table, flags, text",
+    [
+        (TABLE, "--n sketch=5", "no set sketch; there are val, v2"),
+        (TABLE, "--split sketch=0.5", "no set sketch"),
+        ("model,val,v2,v2\na,1,2,3\n", "", "two columns of the same name"),
+        ('[{"model": "a", "val": 0.5, "v2": 0.4}, {"val": 0.5, "v2": 0.4}]', "", "expected model"),
+        ("[" * 100_000, "", "cannot be read as a table"),
+    ],
+)
+def test_bad_robustness_tables(folder, monkeypatch, table, flags, text):
+    name = "t.json" if table[0] == "[" else "t.csv"
+    (folder / name).write_text(table)
+    assert text in error_of(f"robustness {name} {flags}", folder, monkeypatch)
+
+
+def test_lines_that_some_resamples_do_not_have(folder, monkeypatch):
+    """Two pieces of two models each, or identical x: bands of the resamples that have a line, and a plot."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(folder)
+    (folder / "t.csv").write_text(TABLE)
+    (folder / "same.csv").write_text("model,val,v2\na,50,40\nb,50,50\n")
+    for line in ("t.csv --split v2=0.65", "same.csv"):
+        run_here(evaluate, "robustness", *line.split(), "--boot", 50, "--plot", "o.png", "--json", "o.json")
+    run_here(evaluate, "robustness", "t.csv", "--split", "v2=0.55", "--boot", 200, "--json", "o.json")
+    low = json.loads((folder / "o.json").read_text())["curves"]["v2"]["x"]["low"]
+    assert low[-1] is not None
+
+
+@pytest.mark.parametrize(
+    "metrics, text",
+    [
+        ([], "expected an object, got a list"),
+        ({"val": 3}, "val is 3, expected an object"),
+        ({"val": {"top1": "x"}}, "val: top1: got 'x'"),
+        ({"val": {"top1": float("nan")}}, "val: top1: got nan"),
+        ({"val": {"top1": 50, "n": 5}}, "top1 is 50.0, expected a fraction in 0..1"),
+        ({"val": {"top1": 0.5, "n": 0}}, "val: n: got 0, expected a number of at least 1"),
+        ({"val": {"retrieval": {"i2t_r1": "x"}}}, "val: retrieval: got 'x'"),
+    ],
+)
+@pytest.mark.parametrize("command", ["report bad --out r.html", "robustness bad", "wiseft --results ."])
+def test_bad_metrics(tmp_path, monkeypatch, command, metrics, text):
+    for name in ("bad", "alpha_0.50"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(json.dumps(metrics))
+    assert text in error_of(command, tmp_path, monkeypatch)
+
+
+def test_metrics_without_the_number_of_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, top1 in (("a", 0.5), ("b", 0.6)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(json.dumps({"val": {"top1": top1}, "v2": {"top1": top1 - 0.1}}))
+        (tmp_path / name / "args.json").write_text('{"args": []}')
+    result = evaluate.robustness(["a", "b"], "val", [], "", "", {}, {}, {}, 10, 0)
+    assert result["baseline"] == "runs" and result["rows"]["a"]["v2"] == {"value": 0.4, "low": None, "high": None}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", '{"rows": {}}', '{"command": [], "rows": {}}', '{"command": "compare", "rows": {"a": 3}}',
+     '{"command": "imbalance", "rows": {}}', '{"command": "robustness", "rows": {"a": {"b": 1}}}',
+     '{"command": "x", "rows": {"a": {"b": {"c": 1}}}}', '{"command": "x", "rows": {"a": {"b": [1]}}}'],
+)  # fmt: skip
+def test_report_of_other_json(tmp_path, monkeypatch, content):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "x.json").write_text(content)
+    line = error_of("report x.json --out r.html", tmp_path, monkeypatch)
+    assert "not what --json of evaluate.py writes" in line or "expected an object" in line
+
+
+def test_report_passes_over_arrays_that_cannot_be_scored(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    for name, labels in (("a", None), ("b", np.array(["x"] * 60))):
+        np.savez(
+            tmp_path / "run" / f"{name}.npz",
+            **{k: v for k, v in (arrays() | {"labels": labels}).items() if v is not None},
+        )
+    assert "neither metrics.json nor" in error_of("report run", tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["list.pt", "tensor.pt", "text.pt", "text.safetensors"])
+def test_checkpoints_that_are_none(tmp_path, monkeypatch, name):
+    """A list, a tensor in place of a dict of them, a text (which torch.load takes for an old pickle)."""
+    if name.endswith(".safetensors"):
+        pytest.importorskip("safetensors")
+    content = {"list.pt": [1, 2], "tensor.pt": {"state_dict": torch.ones(2)}}.get(name)
+    torch.save(content, tmp_path / name) if content else (tmp_path / name).write_text("hello world")
+    for command in (f"prototypes {name}", f"wiseft {name} {name} --out w"):
+        assert "cannot be read as a checkpoint of tensors" in error_of(command, tmp_path, monkeypatch)
+
+
+def test_prototypes_of_bad_shapes(tmp_path, monkeypatch):
+    np.save(tmp_path / "none.npy", np.ones((4, 0)))
+    assert "expected numbers [K, D]" in error_of("prototypes none.npy --tsne", tmp_path, monkeypatch)
+    np.save(tmp_path / "huge.npy", np.full((4, 2), 1e200))
+    assert "above 1e15" in error_of("prototypes huge.npy", tmp_path, monkeypatch)
+    for counts in (np.ones((4, 2)), np.array(3), -np.ones(4), np.array([np.nan, 1, 1, 1]), np.array(list("abcd"))):
+        np.savez(tmp_path / "c.npz", prototypes=np.eye(4), class_counts=counts)
+        assert "expected one a row, not negative" in error_of("prototypes c.npz", tmp_path, monkeypatch)
+    assert np.isnan(evaluate.effective_rank(np.zeros((3, 2))))
+
+
+def test_wiseft_curve_is_over_all_classes_of_the_id_set(tmp_path, monkeypatch):
+    """Not over the classes of the first shift; all alphas have the same sets."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "alpha_0.50").mkdir()
+    part = arrays() | {"labels": LABELS % 2}
+    for name, data in (("val", arrays()), ("adversarial", part)):
+        np.savez(f"alpha_0.50/{name}.npz", labels=data["labels"], logits=data["logits"])
+    row = evaluate.wiseft_results(".", "val", [])["rows"]["0.50"]
+    assert row["val"]["value"] == pytest.approx((arrays()["logits"].argmax(1) == LABELS).mean())
+    (tmp_path / "alpha_1.00").mkdir()
+    (tmp_path / "alpha_1.00" / "metrics.json").write_text('{"val": {"top1": 0.5, "n": 9}, "v2": {"top1": 0.4, "n": 9}}')
+    assert "other alphas have other sets" in error_of("wiseft --results .", tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["imbalance a --bins 0", "imbalance a --worst 0", "imbalance a --seed -1", "imbalance a --tail-classes -1",
+     "imbalance a --cuts 20 100", "imbalance a --json .", "knn a b --k 0", "knn a b --k -1", "probe a b --C 0", "probe a b --C nan",
+     "fewshot a b --shots 0", "fewshot a b --draws 0", "retrieval a --k 0", "calibration a --bins 0", "calibration a --fraction nan",
+     "similarity a b --pairs 0", "prototypes a --eps nan", "prototypes a --eps 0", "prototypes a --samples -1",
+     "wiseft a b --alpha nan", "wiseft a b --alpha 0.001 0.002", "robustness a --n v2=-5", "robustness a --n v2",
+     "robustness a --split v2=0", "debias --zeroshot a --finetuned b --more c"],
+)  # fmt: skip
+def test_flags_out_of_range(line, capsys):
+    with pytest.raises(SystemExit) as error:
+        evaluate.parse_args(line.split())
+    assert error.value.code == 2 and "error: " in capsys.readouterr().err
+
+
+def test_devices_that_are_not_there(folder, monkeypatch):
+    for device in ("nonsense", "meta", "xpu"):
+        assert f"--device {device}: " in error_of("knn ok.npz ok.npz", folder, monkeypatch, "--device", device)
+
+
+def test_status_two_of_the_program(folder):
+    command = [sys.executable, ROOT / "evaluate.py", "imbalance", folder / "none.npz"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and not result.stdout

@@ -1698,8 +1698,8 @@ def flat_tensors(content: dict, prefix: str = "") -> dict[str, torch.Tensor]:
 
 
 def read_array(path: str, key: str) -> tuple[np.ndarray, dict]:
-    """A [K, D] array of an .npy, an .npz (`prototypes`) or a checkpoint (DINO's last layer, the teacher's first), and
-    what else an .npz has."""
+    """A [K, D] array of an .npy, an .npz (`prototypes`) or a checkpoint (all K of dino_laionet.py, DINO's last layer,
+    the teacher's first), and what else an .npz has."""
     suffix, name, more = Path(path).suffix, key or "prototypes", {}
     if suffix == ".npy":
         with reading(path, " as .npy"):
@@ -1709,9 +1709,9 @@ def read_array(path: str, key: str) -> tuple[np.ndarray, dict]:
         array = more.get(name)
     else:
         tensors = flat_tensors(read_state(path))
-        pattern = r"(.*\.)?(last_layer|prototypes)(\.(weight(_v)?|parametrizations\.weight\.original1))?"
+        pattern = r"(.*\.)?(last_layer|(dino_)?prototypes)(\.(weight(_v)?|parametrizations\.weight\.original1))?"
         names = [key] if key else sorted((n for n in tensors if re.fullmatch(pattern, n) and tensors[n].ndim == 2),
-                                         key=lambda n: ("teacher" not in n, n))
+                                         key=lambda n: (n != "dino_prototypes", "teacher" not in n, n))
         if not names or names[0] not in tensors:
             raise SystemExit(f"{path}: no tensor {key or 'that looks like prototypes'}; --key is one of "
                              f"{', '.join(n for n, t in tensors.items() if t.ndim == 2)[:300]}")

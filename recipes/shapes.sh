@@ -270,12 +270,11 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
 
   # --- 9: DINO on balanced and long-tailed images, with sampled and with few prototypes (figure 10, table 1)
   if wants 9; then
-    long=(--steps 3000 --no-baselines)
-    dino dino_balanced --data balanced --prototypes 2048 --steps 3000
-    dino dino_laionet --data laionet --prototypes 2048 "${long[@]}"
-    dino dino_sampled_quarter --data laionet --prototypes 2048 --sample-prototypes 512 "${long[@]}"
-    dino dino_sampled_16th --data laionet --prototypes 2048 --sample-prototypes 128 "${long[@]}"
-    dino dino_fixed_quarter --data laionet --prototypes 512 "${long[@]}"
+    dino dino_balanced --data balanced
+    dino dino_laionet --no-baselines
+    dino dino_sampled_quarter --no-baselines --sample-prototypes 512
+    dino dino_sampled_16th --no-baselines --sample-prototypes 128
+    dino dino_fixed_quarter --no-baselines --prototypes 512
   fi
   finish
 done; done

@@ -99,6 +99,16 @@ def test_distinct_prototypes_by_hand():
         assert len(np.unique(evaluate.linked_groups(on_circle(*degrees), groups, 0.025))) == 1
 
 
+def test_prototypes_of_a_checkpoint_are_the_table_of_all(tmp_path):
+    """A run with sampled prototypes also saves the rows of its last step, under the student's name."""
+    state = {"head.prototypes": torch.ones(2, 3)}
+    torch.save({"state_dict": state, "student": state, "dino_prototypes": torch.zeros(8, 3)}, tmp_path / "a.pt")
+    assert evaluate.read_array(tmp_path / "a.pt", "")[0].shape == (8, 3)
+    torch.save({"student": {"head.last_layer.weight": torch.ones(2, 3)},
+                "teacher": {"head.last_layer.weight": torch.ones(4, 3)}}, tmp_path / "b.pt")  # the public DINO's
+    assert evaluate.read_array(tmp_path / "b.pt", "")[0].shape == (4, 3)
+
+
 def test_distinct_prototypes_equal_the_naive_loop():
     """9,000 rows in clusters, more than two blocks: the same cover, and scipy's components of the whole graph."""
     rng = np.random.default_rng(0)

@@ -60,6 +60,6 @@ python evaluate.py probe "${models[@]/#/$OUT/transfer/}" --sweep transfer --devi
 
 # Context: of the published models' prototypes only about 800 to 3,400 are distinct (1,078 of 65,536 in DINO's ViT-S).
 for model in "${models[@]}"; do
-  python evaluate.py prototypes "$OUT/dino/$model/checkpoint.pt" --key dino_prototypes --eps 0.025 --device cuda \
+  python evaluate.py prototypes "$OUT/dino/$model/checkpoint.pt" --eps 0.025 --device cuda \
     --json "$OUT/fig10_prototypes_$model.json"
 done

@@ -7,8 +7,8 @@ are printed, by seconds of CPU, in process. Then: counts against a regular expre
 the paper's rule against class-by-class sets (50,000); curate with 500,000 entries; with a shapes WORLD, precision and
 recall of label, laionet and curate. Two minutes; in a pair each side goes through 1,058,931 sentences, curate's through
 117,659. Two runs on a core of a busy Xeon (2 MiB of L2; Python 3.11, numpy 2.4, pyahocorasick 2.3) gave for bag 1.45
-and 1.54 M captions/s, 2.40 and 2.48 times pyahocorasick; word 1.90 and 2.03 M/s, 3.13 and 3.26 times; curate 163,000 and
-173,000/s, 7.7 times, with 0.22 GiB for its entries.
+and 1.54 M captions/s, 2.40 and 2.48 times pyahocorasick; for word 1.90 and 2.03 M/s, 3.13 and 3.26 times; for curate
+163,000 and 173,000/s, 7.7 times, with 0.22 GiB for its entries.
 """
 
 import contextlib

@@ -208,7 +208,9 @@ def test_every_rule_equals_the_slow_one(wordnet, rule, captions, seed):
 
 
 LONG = "abcdefgh" * 3
-TEXT = st.lists(st.sampled_from([*"abs sé_1'-.,?\0\n ΣİÅK日’\U0001f600\ud800", "as ", LONG, "cannot ", " s"]), max_size=25)
+TEXT = st.lists(
+    st.sampled_from([*"abs sé_1'-.,?\0\n ΣİÅK日’\U0001f600\ud800", "as ", LONG, "cannot ", " s"]), max_size=25
+)
 
 
 @pytest.mark.parametrize("rule", bd.RULES)
@@ -240,7 +242,17 @@ def test_any_text_in_any_blocks_whatever_the_hash(wordnet, rule, captions, other
 
 
 def test_what_is_beside_a_token_decides():
-    names = [("(box)", 0), ("box", 1), ("a_b", 2), ("x-ray", 3), ("caf", 4), ("é", 5), (LONG, 6), (LONG[:-1], 7), ("$", 8)]
+    names = [
+        ("(box)", 0),
+        ("box", 1),
+        ("a_b", 2),
+        ("x-ray", 3),
+        ("caf", 4),
+        ("é", 5),
+        (LONG, 6),
+        (LONG[:-1], 7),
+        ("$", 8),
+    ]
     captions = ["(box)", "x(box)", "(box)x", "a_b", "a_b_", "x-ray x-rays", "café", "é é", LONG, "a$b $", "x\0ray", ""]
     expected = [(0, 1), (1,), (1,), (2,), (), (3,), (), (5,), (6,), (8,), (), ()]
     assert bd.Matcher(names, "word").match(captions) == expected
@@ -249,7 +261,7 @@ def test_what_is_beside_a_token_decides():
 
 
 def test_bag_takes_only_letters_for_words(wordnet):
-    """"c-t" is a form of "cat" in the fixture's noun.exc, but its words in a caption are "c" and "t"."""
+    """The fixture's noun.exc has "c-t" as a form of "cat", but its words in a caption are "c" and "t"."""
     assert bd.Matcher([("cat", 0)], "bag", wordnet=wordnet).match(["c-t", "cat-s", "cats"]) == [(), (0,), (0,)]
 
 

@@ -103,12 +103,11 @@ import time
 import unicodedata
 import zlib
 from array import array
-from bisect import bisect_left
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import chain, islice
+from itertools import compress, islice
 from pathlib import Path
 
 import numpy as np
@@ -2239,8 +2238,6 @@ def read_synsets(folder, part="noun"):
 # ------------------------------------------------------------------------------ match
 
 PUNCTUATION = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"  # the 32 marks that LAIONet takes for blanks
-LETTERS = bytes(c if c == 0 or 97 <= c <= 122 else 32 for c in range(256))  # NUL parts captions
-WORDS = bytes(c if c in (0, 95) or c < 128 and chr(c).isalnum() else 32 for c in range(256))  # what \w is in ASCII
 # NLTK's tokeniser cuts these in two, and nothing else that has only letters.
 CONTRACTIONS = {w: (w[:3], w[3:]) for w in ("cannot", "gonna", "gotta", "lemme", "gimme", "wanna")}
 RULES = {
@@ -2251,21 +2248,18 @@ RULES = {
     "laionet": "the name between blanks, after ASCII punctuation in the caption became blanks; case counts",
     "metaclip": "the name between blanks, after , . ; : ? ! ` got blanks around; case counts",
 }
-KEY_LENGTH = 3  # characters by which `substring` looks names up
-
-
-def in_bulk(texts, function):
-    """function of each text, called once on all, joined by NUL. A NUL in a text counts as a blank."""
-    done = function("\0".join(texts)).split("\0")
-    return done if len(done) == len(texts) else [function(text.replace("\0", " ")) for text in texts]
-
-
-def only_letters(text):
-    return text.lower().encode("utf-8", "replace").translate(LETTERS).decode("ascii")
-
-
-def only_words(text):
-    return text.encode("ascii").translate(WORDS).decode("ascii")
+# Which bytes of UTF-8 tokens are made of, as 0 and 1.
+TOKENS = {
+    "bag": bytes(97 <= c <= 122 for c in range(256)),
+    "word": bytes(c == 95 or c < 128 and chr(c).isalnum() for c in range(256)),  # \w; beyond ASCII: word_bytes
+    "substring": bytes(c > 0 for c in range(256)),
+    "laionet": bytes(c not in (0, 32) for c in range(256)),
+}
+TOKENS |= {"regex-lemma": TOKENS["word"], "metaclip": TOKENS["laionet"]}
+KEY_LENGTH = 3  # bytes of a token of `substring`; one begins at every byte
+CHARS_AT_ONCE = 1 << 17  # of captions matched together: 8 bytes for each stay in a core's cache (2 MiB)
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio: a product with it has well mixed high bits
+FIRST_BYTES = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)  # a mask of n of eight bytes
 
 
 def without_punctuation(text):
@@ -2280,63 +2274,198 @@ def with_spaced_marks(text):
     return text.replace("\t", " ").replace("\n", " ").replace("\r", " ")
 
 
-def is_word_at(text, start, end):
-    """Whether text[start:end] has no word character beside it."""
-    before, after = text[start - 1 : start] if start else "", text[end : end + 1]
-    return not (before.isalnum() or before == "_" or after.isalnum() or after == "_")
+def blocks_of(texts, places=None):
+    """Texts joined by NUL, about CHARS_AT_ONCE together, ASCII apart: one other letter makes str.lower slow for all.
+
+    A NUL in a text becomes a blank. Yields: places of texts, [n], and these texts as one.
+    """
+    places, half, joined = np.arange(len(texts)) if places is None else places, len(texts) // 2, "".join(texts)
+    if half and len(joined) > CHARS_AT_ONCE:
+        yield from blocks_of(texts[:half], places[:half])
+        yield from blocks_of(texts[half:], places[half:])
+    elif joined.isascii() or not any(map(str.isascii, texts)):
+        yield places, "\0".join([text.replace("\0", " ") for text in texts] if "\0" in joined else texts)
+    else:
+        is_ascii = np.array([text.isascii() for text in texts])
+        for is_wanted in (is_ascii, ~is_ascii):
+            yield from blocks_of(list(compress(texts, is_wanted.tolist())), places[is_wanted])
+
+
+def group(pairs, n):
+    """Values by key. pairs: (key, value), keys below n. Returns: cuts [n + 1], values; k has [cuts[k]:cuts[k + 1]]."""
+    keys, values = np.array(pairs, np.int64).reshape(-1, 2).T
+    order = np.argsort(keys, kind="stable")
+    return np.searchsorted(keys[order], np.arange(n + 1)), values[order]
+
+
+def members(cuts, keys):
+    """All values of keys, one after another. Returns: for each the place of its key in keys, its own in the values."""
+    stops = cuts[keys + 1]
+    sizes = stops - cuts[keys]
+    which = np.repeat(np.arange(len(keys)), sizes)
+    return which, np.arange(len(which)) + (stops - np.cumsum(sizes))[which]
+
+
+def eights_of(data):
+    """The eight bytes of data from each place on, those beyond the end 0, as [N] uint64."""
+    return np.ndarray(len(data), "<u8", data + bytes(8), strides=(1,)).copy()  # aligned, which is faster to index
+
+
+def pieces(eights, starts, lengths):
+    """The bytes from starts on, at most eight, as numbers; lengths: how many, more than eight are cut."""
+    return eights.take(starts, mode="clip") & FIRST_BYTES[np.minimum(lengths, 8)]
+
+
+def word_bytes(text):
+    """Which bytes of a text's UTF-8 are of word characters, as in \\w of regular expressions: [N] bool."""
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    is_word = np.frombuffer(text.encode("ascii", "replace").translate(TOKENS["word"]), bool).copy()
+    places = np.flatnonzero(codes > 127)
+    kinds, which = np.unique(codes[places], return_inverse=True)
+    is_word[places] = np.array([chr(code).isalnum() for code in kinds.tolist()], bool)[which]
+    return np.repeat(is_word, 1 + np.digitize(codes, (0x80, 0x800, 0x10000)))
+
+
+class Tokens:
+    """The tokens of several texts by a rule; no loop goes over texts or tokens.
+
+    starts, ends: [T] places in the texts' UTF-8, which has a NUL before each text and after the last; nuls: places of
+    these. is_inside: [N] bool, bytes of tokens; eights: [N], see eights_of.
+    """
+
+    def __init__(self, text, rule):
+        """text: the texts joined by NUL."""
+        data = f"\0{text}\0".encode("utf-8", "surrogatepass")
+        self.eights, self.is_inside = eights_of(data), np.frombuffer(data.translate(TOKENS[rule]), bool)
+        if TOKENS[rule] is TOKENS["word"] and not text.isascii():
+            self.is_inside = word_bytes(f"\0{text}\0")
+        if rule == "substring":
+            self.starts = np.flatnonzero(self.is_inside[:-2] & self.is_inside[1:-1] & self.is_inside[2:])
+            self.ends = self.starts + KEY_LENGTH
+        else:
+            self.starts, self.ends = (np.flatnonzero(self.is_inside[1:] != self.is_inside[:-1]) + 1).reshape(-1, 2).T
+        self.nuls = np.flatnonzero(np.frombuffer(data, np.uint8) == 0)
+
+    def row_of(self, tokens):
+        return np.searchsorted(self.nuls, self.starts[tokens]) - 1
+
+    def hashes(self, first, last, longest):
+        """Hashes of what stands from the start of tokens `first` to the end of `last`, or of so many bytes of it."""
+        starts = self.starts[first]
+        lengths = np.minimum(self.ends[last] - starts, longest)
+        hashes, left, done = pieces(self.eights, starts, lengths) * GOLDEN, np.flatnonzero(lengths > 8), 8
+        while len(left):
+            hashes[left] = (hashes[left] ^ pieces(self.eights, starts[left] + done, lengths[left] - done)) * GOLDEN
+            done += 8
+            left = left[lengths[left] > done]
+        return hashes
+
+
+class Finder:
+    """Where strings are in texts, if no token goes on beyond their ends. As fast for half a million strings as for one.
+
+    A trie: its keys are the hashes of a string's first token, of the text to the end of its second, and so on; only
+    where a key is the beginning of more is the next token looked up. What the hashes find is compared byte by byte, so
+    two texts with one hash cost time, not truth.
+    """
+
+    def __init__(self, strings, rule, is_decisive=None):
+        """is_decisive: [S] bool; texts with none of these strings are passed over; without it no text is."""
+        self.rule, self.is_decisive, self.offsets, columns = rule, is_decisive, np.zeros(len(strings), np.int64), []
+        data = [string.encode("utf-8", "surrogatepass") for string in strings]
+        self.eights, self.sizes = eights_of(b"".join(data)), np.fromiter(map(len, data), np.int64)
+        self.starts, self.longest = np.cumsum(self.sizes) - self.sizes, self.sizes.max(initial=0) + 1
+        for places, text in blocks_of(strings):
+            tokens = Tokens(text, rule)
+            rows = tokens.row_of(np.arange(len(tokens.starts)))
+            numbers, first = places[rows], np.searchsorted(rows, rows)
+            hashes = tokens.hashes(first, np.arange(len(first)), self.longest)
+            columns.append((numbers, hashes, np.diff(rows, append=-1) != 0))
+            self.offsets[numbers] = tokens.starts[first] - tokens.nuls[rows] - 1  # of the first token
+        numbers, hashes, is_last = map(np.concatenate, zip(*columns))
+        self.without_tokens = np.setdiff1d(np.arange(len(strings)), numbers)  # can't be found
+        keys, which = np.unique(hashes, return_inverse=True)
+        self.keys = np.append(keys, np.uint64(2**64 - 1))  # the last stands for nothing
+        self.cuts, self.strings = group(np.stack([which, numbers], 1)[is_last], len(self.keys))
+        self.goes_on = np.bincount(which[~is_last], minlength=len(self.keys)) > 0
+        bits = (4 * len(keys)).bit_length()  # of a hash; they say which is the first key with these bits, if any is
+        self.shift = np.uint64(64 - bits)
+        self.slots = np.searchsorted(keys, np.arange(1 << bits, dtype=np.uint64) << self.shift)
+        self.slots[np.diff(self.slots, append=len(keys)) == 0] = len(keys)
+
+    def find(self, tokens):
+        """Returns: texts and strings found in them, numbers [F] each, as often as they are there."""
+        first = last = np.arange(len(tokens.starts))
+        at, found = [], []
+        while not at or len(first):
+            hashes = tokens.hashes(first, last, self.longest)
+            place = self.slots[(hashes >> self.shift).view(np.int64)]
+            hits = np.flatnonzero(place < len(self.keys) - 1)
+            place, hashes = place[hits], hashes[hits]
+            behind = np.flatnonzero(self.keys[place] < hashes)
+            while len(behind):
+                place[behind] += 1
+                behind = behind[self.keys[place[behind]] < hashes[behind]]
+            is_key = np.flatnonzero(self.keys[place] == hashes)
+            place, first, last = place[is_key], first[hits[is_key]], last[hits[is_key]]
+            which, places = members(self.cuts, place)
+            at.append(first[which])
+            found.append(self.strings[places])
+            goes_on = np.flatnonzero(self.goes_on[place] & (last + 1 < len(tokens.starts)))
+            first, last = first[goes_on], last[goes_on] + 1
+        at, found = np.concatenate(at), np.concatenate(found)
+        rows = tokens.row_of(at)
+        if self.is_decisive is not None:
+            is_row = np.zeros(len(tokens.nuls), bool)
+            is_row[rows[self.is_decisive[found]]] = True
+            is_left = np.flatnonzero(is_row[rows])
+            rows, at, found = rows[is_left], at[is_left], found[is_left]
+        begins, starts, sizes = tokens.starts[at] - self.offsets[found], self.starts[found], self.sizes[found]
+        is_there = np.ones(len(at), bool)
+        if self.rule != "substring":
+            is_there &= ~tokens.is_inside.take(begins - 1, mode="clip")
+            is_there &= ~tokens.is_inside.take(begins + sizes, mode="clip")
+        for done in range(0, sizes.max(initial=0), 8):
+            left = np.flatnonzero(sizes > done) if done else slice(None)
+            text = pieces(tokens.eights, begins[left] + done, sizes[left] - done)
+            is_there[left] &= text == pieces(self.eights, starts[left] + done, sizes[left] - done)
+        return rows[is_there], found[is_there]
 
 
 class Matcher:
     """Which classes captions name, by one of RULES. The time does not grow with the number of classes.
 
-    Every name is indexed under one key that any caption with it must hold (its rarest lemma, first word, first three
-    words, first letters); the caption's own keys are looked up together, and what they bring is verified.
     names, negatives: lists of (text, class); a caption with a negative of a class does not name it. For `bag` each word
     of a negative counts by itself, as published. is_sensitive: case counts (word, regex-lemma, substring).
     """
 
     def __init__(self, names, rule, negatives=(), is_sensitive=False, lemmas="nltk", wordnet=""):
-        self.rule, self.is_sensitive, self.cache = rule, is_sensitive or rule in ("laionet", "metaclip"), {}
-        self.index, self.odd = defaultdict(list), []  # key -> [(needle or None, its number)]; always tried
-        needles = {}  # text, or frozenset of lemmas -> (classes named, classes excluded)
-        for sign, pairs in enumerate((names, negatives)):
-            for text, label in pairs:
-                for needle in self.needles_of(text, sign, lemmatiser(lemmas, wordnet)):
-                    needles.setdefault(needle, (set(), set()))[sign].add(label)
-        nothing = ()  # shared: half a million entries must not hold a set each
-        self.classes = [(tuple(sorted(yes)), tuple(no) or nothing) for yes, no in needles.values()]
-        self.needles, self.has_negatives = list(needles), bool(negatives)
+        self.rule, self.is_sensitive = rule, is_sensitive or rule in ("laionet", "metaclip")
+        needles, pairs = {}, ([], [])  # text, or frozenset of lemmas -> its number; its (number, class), for both signs
+        for sign, given in enumerate((names, negatives)):
+            for text, label in given:
+                for needle in self.needles_of(text.replace("\0", " "), sign, lemmatiser(lemmas, wordnet)):
+                    pairs[sign].append((needles.setdefault(needle, len(needles)), label))
+        self.needles, self.n_classes = list(needles), 1 + max((label for p in pairs for _, label in p), default=0)
+        self.named, self.excluded = (group(p, len(needles)) for p in pairs)
         if rule == "bag":
-            n_names = Counter(lemma for needle in needles for lemma in needle)
-            forms = forms_of(set(n_names), lemmas, wordnet)
-            self.forms = {word: (lemma,) for word, lemma in forms.items()}
-            for word, parts in CONTRACTIONS.items():
-                self.forms[word] = tuple(forms[part] for part in parts if part in forms)
-            self.keys = frozenset(word for word, of in self.forms.items() if of)
-            # The longest word is mostly the rarest; so "hen of the woods" is not tried wherever there is a "the".
-            rarest = [min(needle, key=lambda lemma: (-len(lemma), n_names[lemma], lemma)) for needle in self.needles]
-            for number, (needle, lemma) in enumerate(zip(self.needles, rarest)):
-                self.index[lemma].append((needle, number))
-            decisive = {lemma for lemma, (yes, _) in zip(rarest, self.classes) if yes}
-            self.triggers = frozenset(word for word in self.keys if not decisive.isdisjoint(self.forms[word]))
-        else:
-            for number, needle in enumerate(self.needles):
-                self.add(needle, number)
-            self.firsts = frozenset(key[0] for key in self.index if isinstance(key, tuple))
-            self.of_key, self.unsure = {}, []  # key -> its only class, where it is proof enough, else ~place in unsure
-            for key, found in self.index.items():
-                yes = self.classes[found[0][1]][0]
-                if negatives or len(found) > 1 or found[0][0] is not None or len(yes) > 1:
-                    yes = [~len(self.unsure)]
-                    self.unsure.append(found)
-                self.of_key[key] = yes[0]
-            self.index = None
-            self.odd_any = re.compile("|".join(p.pattern for p, _ in self.odd), 0 if is_sensitive else re.I)
+            self.index_lemmas(lemmas, wordnet)
+            return
+        regex = re.compile(r"^\W|\W$|[\\^$.|?*+()\[{]")  # a name that is more than itself as a regular expression
+        self.finder = Finder([n if rule != "regex-lemma" or not regex.search(n) else "" for n in self.needles], rule)
+        self.odd, flags = [], re.I if rule == "regex-lemma" and not is_sensitive else 0  # tried on every caption
+        for number in self.finder.without_tokens.tolist():
+            try:
+                self.odd.append((re.compile("".join(self.pattern(self.needles[number])), flags), number))
+            except re.error as error:
+                raise SystemExit(f"the name {self.needles[number]!r} is no regular expression ({error}); "
+                                 "use --match word") from None  # fmt: skip
+        self.odd_any = re.compile("|".join(p.pattern for p, _ in self.odd), flags)
 
     def needles_of(self, text, is_negative, lemma_of):
         """What is looked for: the prepared text, or for `bag` sets of lemmas."""
         if self.rule == "bag":
-            words = [part for word in only_letters(text).split() for part in CONTRACTIONS.get(word, (word,))]
+            words = [part for w in re.findall("[a-z]+", text.lower()) for part in CONTRACTIONS.get(w, (w,))]
             found = [frozenset(map(lemma_of, words))]
             if is_negative:
                 found = [frozenset([lemma]) for lemma in found[0]]
@@ -2346,124 +2475,90 @@ class Matcher:
             raise SystemExit(f"the name {text!r} has nothing to look for by the rule {self.rule}; remove it")
         return found
 
-    def add(self, needle, number):
-        """Index a name under the key that captions with it hold; None for the needle: the key is proof enough."""
+    def index_lemmas(self, kind, wordnet):
+        """For `bag`: all forms of the names' lemmas are looked for; where a name's rarest lemma is, it is tried."""
+        n_names = Counter(lemma for needle in self.needles for lemma in needle)
+        forms = forms_of(set(n_names), kind, wordnet).items()
+        forms = {word: (lemma,) for word, lemma in forms if word.isascii() and word.isalpha()}  # as tokens are
+        for word, parts in CONTRACTIONS.items():
+            forms[word] = tuple(forms[part][0] for part in parts if part in forms)
+        # The longest word is mostly the rarest; so "hen of the woods" is not tried wherever there is a "the".
+        rarest = [min(needle, key=lambda lemma: (-len(lemma), n_names[lemma], lemma)) for needle in self.needles]
+        decisive = {rarest[number] for number in np.flatnonzero(np.diff(self.named[0]))}
+        self.finder = Finder(list(forms), "bag", np.array([not decisive.isdisjoint(found) for found in forms.values()]))
+        place = {lemma: number for number, lemma in enumerate(n_names)}
+        self.n_lemmas = len(place)
+        self.lemmas = group([(number, place[lemma]) for number, found in enumerate(forms.values()) for lemma in found],
+                            len(forms))  # fmt: skip
+        self.tried = group([(place[lemma], number) for number, lemma in enumerate(rarest)], self.n_lemmas)
+        self.others = group([(number, place[lemma]) for number, (needle, rare) in enumerate(zip(self.needles, rarest))
+                             for lemma in needle if lemma != rare], len(rarest))  # fmt: skip
+
+    def pattern(self, needle):
+        """Regular expressions of what stands left of a needle, of itself, and right of it."""
         if self.rule in ("laionet", "metaclip"):
-            words = needle.split(" ")
-            key = needle if len(words) == 1 else tuple(words[:3])
-            self.index[key].append((None if len(words) <= 3 else needle, number))
-            return None
-        elif self.rule == "substring":
-            key = needle[:KEY_LENGTH]
-            if len(key) < KEY_LENGTH:
-                return self.odd.append((re.compile(re.escape(needle)), number))
-        elif self.rule == "regex-lemma" and re.search(r"^\W|\W$|[\\^$.|?*+()\[{]", needle):
-            try:
-                return self.odd.append((re.compile(rf"\b(?:{needle})\b", 0 if self.is_sensitive else re.I), number))
-            except re.error as error:
-                raise SystemExit(f"the name {needle!r} is no regular expression ({error}); use --match word") from None
-        else:
-            words = re.findall(r"\w+", needle)
-            if not words:
-                return self.odd.append((re.compile(rf"(?<!\w){re.escape(needle)}(?!\w)"), number))
-            key = max(words, key=len)  # the longest is mostly the rarest
-        self.index[key].append((None if key == needle else needle, number))
+            return "(?<![^ ])", re.escape(needle), "(?![^ ])"
+        if self.rule == "regex-lemma":
+            return r"\b", f"(?:{needle})", r"\b"
+        return ("", re.escape(needle), "") if self.rule == "substring" else (r"(?<!\w)", re.escape(needle), r"(?!\w)")
+
+    def prepared(self, text):
+        """What is searched for a caption, or for several joined by NUL."""
+        if self.rule == "laionet":
+            return without_punctuation(text)
+        if self.rule == "metaclip":
+            return with_spaced_marks(text)
+        return text.lower() if self.rule == "bag" or not self.is_sensitive else text
+
+    def pairs(self, captions):
+        """What captions name: numbers of captions, and a class of each, [P] int64 both; sorted, no pair twice."""
+        found = []
+        for places, text in blocks_of(captions):
+            text = self.prepared(text)
+            rows, needles = self.finder.find(Tokens(text, self.rule))
+            if self.rule == "bag":
+                rows, needles = self.of_forms(rows, needles)
+            elif self.odd:
+                texts = zip(range(len(places)), text.split("\0"))
+                odd = [(row, number) for row, one in texts if self.odd_any.search(one)
+                       for pattern, number in self.odd if pattern.search(one)]  # fmt: skip
+                rows, needles = np.concatenate([np.stack([rows, needles]), np.array(odd, np.int64).reshape(-1, 2).T], 1)
+            named, excluded = (places[rows[which]] * self.n_classes + labels[at]
+                               for cuts, labels in (self.named, self.excluded)
+                               for which, at in [members(cuts, needles)])  # fmt: skip
+            found.append(named[np.isin(named, excluded, invert=True)] if len(excluded) else named)
+        codes = np.sort(np.concatenate(found))
+        return np.divmod(codes[np.diff(codes, prepend=-1) != 0], self.n_classes)
+
+    def of_forms(self, rows, forms):
+        """Forms that captions have -> names of which they have all lemmas; rows: numbers of the captions of both."""
+        which, at = members(self.lemmas[0], forms)
+        rows, lemmas = rows[which], self.lemmas[1][at]
+        held = np.sort(rows * self.n_lemmas + lemmas)
+        which, at = members(self.tried[0], lemmas)
+        rows, needles = rows[which], self.tried[1][at]
+        which, at = members(self.others[0], needles)
+        wanted = rows[which] * self.n_lemmas + self.others[1][at]
+        has_all = np.ones(len(rows), bool)
+        has_all[which[held.take(np.searchsorted(held, wanted), mode="clip") != wanted]] = False
+        return rows[has_all], needles[has_all]
 
     def match(self, captions):
         """Classes that each caption names: list of sorted tuples."""
-        if self.rule == "bag":
-            is_hopeless, known = self.triggers.isdisjoint, self.keys.intersection
-            lists = map(str.split, in_bulk(captions, only_letters))
-            return [() if is_hopeless(words) else self.of_bag(known(words)) for words in lists]
-        if self.rule in ("laionet", "metaclip"):
-            texts = in_bulk(captions, without_punctuation if self.rule == "laionet" else with_spaced_marks)
-            alone = self.firsts.isdisjoint
-            lists = (text.split(" ") for text in texts)
-            tokens = (words if alone(words) else chain(words, zip(words, words[1:]), zip(words, words[1:], words[2:]))
-                      for words in lists)
-        else:
-            texts = in_bulk(captions, str if self.is_sensitive else str.lower)
-            if self.rule == "substring":
-                tokens = [[text[i : i + KEY_LENGTH] for i in range(len(text))] for text in texts]
-            else:
-                words, plain = re.compile(r"\w+").findall, filter(str.isascii, texts)
-                plain = iter(in_bulk(list(plain), only_words))
-                tokens = (next(plain).split() if text.isascii() else words(text) for text in texts)
-            if not self.odd:
-                is_hopeless = self.of_key.keys().isdisjoint
-                return [() if is_hopeless(words) else self.of_text(text, words) for text, words in zip(texts, tokens)]
-        return [self.of_text(text, words) for text, words in zip(texts, tokens)]
-
-    def of_bag(self, words):
-        """Classes for a set of known words; the answer is kept, since few sets are frequent."""
-        if words not in self.cache:
-            if len(self.cache) > 200_000:
-                self.cache.clear()
-            held = {lemma for word in words for lemma in self.forms[word]}
-            numbers = [number for lemma in held for needle, number in self.index.get(lemma, ()) if needle <= held]
-            self.cache[words] = self.decide(numbers)
-        return self.cache[words]
-
-    def of_text(self, text, words):
-        """Classes for a prepared text and its tokens, of which some are keys."""
-        found = set(map(self.of_key.get, words))
-        found.discard(None)
-        labels = sorted(found)
-        if not self.odd and (not labels or labels[0] >= 0):
-            return tuple(labels)
-        n = bisect_left(labels, 0)
-        numbers = [number for place in labels[:n] for needle, number in self.unsure[~place]
-                   if needle is None or needle in text and self.holds(text, needle)]  # fmt: skip
-        if self.odd and self.odd_any.search(text):
-            numbers += [number for pattern, number in self.odd if pattern.search(text)]
-        if not numbers:
-            return tuple(labels[n:])
-        return tuple(sorted({*labels[n:], *self.decide(numbers)}))
-
-    def holds(self, text, needle):
-        if self.rule in ("laionet", "metaclip"):
-            return f" {needle} " in f" {text} "
-        if self.rule == "substring":
-            return needle in text
-        start = text.find(needle)
-        while start >= 0:
-            if is_word_at(text, start, start + len(needle)):
-                return True
-            start = text.find(needle, start + 1)
-        return False
-
-    def decide(self, numbers):
-        """Classes of needles, less those that a negative excludes."""
-        if len(numbers) == 1:
-            yes, no = self.classes[numbers[0]]
-            return tuple(label for label in yes if label not in no)
-        yes = {label for number in numbers for label in self.classes[number][0]}
-        if self.has_negatives:
-            yes.difference_update(*(self.classes[number][1] for number in numbers))
-        return tuple(sorted(yes))
+        rows, labels = self.pairs(captions)
+        cuts, labels = np.searchsorted(rows, np.arange(len(captions) + 1)).tolist(), labels.tolist()
+        return [tuple(labels[start:stop]) for start, stop in zip(cuts, cuts[1:])]
 
     def longest(self, caption, classes):
         """Of the classes that a caption names, those with a place that lies not strictly inside another class's.
 
         Not for `bag`, whose names have no place.
         """
-        text = caption if self.is_sensitive else caption.lower()
-        if self.rule in ("laionet", "metaclip"):
-            text = (without_punctuation if self.rule == "laionet" else with_spaced_marks)(text)
-        places = []  # (start, end, class)
-        for number, needle in enumerate(self.needles):
-            mine = set(self.classes[number][0]).intersection(classes)
-            if not mine:
-                continue
-            left, right, middle = r"(?<!\w)", r"(?!\w)", re.escape(needle)
-            if self.rule in ("laionet", "metaclip"):
-                left, right = "(?<![^ ])", "(?![^ ])"
-            elif self.rule == "substring":
-                left = right = ""
-            elif self.rule == "regex-lemma":
-                left, right, middle = r"\b", r"\b", needle
-            for found in re.finditer(f"{left}(?=({middle}){right})", text):
-                places += [(*found.span(1), label) for label in mine]
+        text, places = self.prepared(caption), []  # (start, end, class)
+        for label in classes:
+            for number in np.searchsorted(self.named[0], np.flatnonzero(self.named[1] == label), "right") - 1:
+                left, middle, right = self.pattern(self.needles[number])
+                places += [(*found.span(1), label) for found in re.finditer(f"{left}(?=({middle}){right})", text)]
         kept = {c for a, b, c in places
                 if not any(x <= a and b <= y and y - x > b - a and other != c for x, y, other in places)}  # fmt: skip
         return tuple(sorted(kept))
@@ -3022,7 +3117,7 @@ def build_laionet(paths, out, classes, threshold, settings, run):
 def splitmix64(x):
     """Uniform 64-bit hash of uint64. Source: the finaliser of splitmix64 (Steele et al., OOPSLA 2014)."""
     with np.errstate(over="ignore"):
-        x = x + np.uint64(0x9E3779B97F4A7C15)
+        x = x + GOLDEN
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return x ^ (x >> np.uint64(31))
@@ -3143,7 +3238,8 @@ def build_metadata(paths, out, wordnet, min_count, min_pmi, max_entries, columns
     for path in paths:
         for chunk in in_chunks(fields for _, fields in read_table(path, columns, is_all=False)[1]):
             n_rows += len(chunk)
-            for text in in_bulk([" ".join(fields) for fields in chunk], with_spaced_marks):
+            texts = "\0".join([" ".join(fields).replace("\0", " ") for fields in chunk])
+            for text in with_spaced_marks(texts).split("\0"):
                 tokens = text.split()
                 words.update(tokens)
                 pairs.update(zip(tokens, tokens[1:]))
@@ -3192,7 +3288,7 @@ def frequency_file(path, part, settings):
     """Count the captions of one table that name each class; with n_sample the captions of the smallest hashes too."""
     settings, counts = dict(settings), Counter()
     n_sample, seed, n_classes = (settings.pop(key) for key in ("n_sample", "seed", "n_classes"))
-    class_counts, samples = [0] * n_classes, defaultdict(list)
+    class_counts, samples = np.zeros(n_classes, np.int64), defaultdict(list)
     if n_sample:
         for row, text, classes in matched_rows(path, settings, counts):
             for label in classes:
@@ -3204,14 +3300,13 @@ def frequency_file(path, part, settings):
         matcher = matcher_of(json.dumps({k: v for k, v in settings.items() if k not in ("columns", "out", "skip_bad")}))
         for chunk in in_chunks(read_table(path, settings["columns"], bad, is_all=False)[1]):
             counts["rows"] += len(chunk)
-            for classes, n in Counter(matcher.match([" ".join(filter(None, fields)) for _, fields in chunk])).items():
-                for label in classes:
-                    class_counts[label] += n
-                counts["rows that name a class"] += n if classes else 0
+            rows, labels = matcher.pairs([" ".join(filter(None, fields)) for _, fields in chunk])
+            class_counts += np.bincount(labels, minlength=n_classes)
+            counts["rows that name a class"] += len(set(rows.tolist()))
         counts.update({f"bad: {reason}": n for reason, n in (bad or {}).items()})
         counts["rows"] += (bad or Counter()).total()
     drawn = [[label, -h, key, text] for label in sorted(samples) for h, key, text in samples[label]]
-    save_part(part, counts, counts=np.array(class_counts, np.int64), sample=np.array(json.dumps(drawn)))
+    save_part(part, counts, counts=class_counts, sample=np.array(json.dumps(drawn)))
 
 
 def read_relevance(path):

@@ -6,6 +6,7 @@ import random
 import re
 import string
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +21,7 @@ needs_wordnet = pytest.mark.skipif(not os.path.isfile(f"{WORDNET}/data.noun"), r
 def wordnet(tmp_path_factory):
     """A small WordNet in the files' own format."""
     folder = tmp_path_factory.mktemp("wordnet")
-    exceptions = "teeth tooth\nmen man\naxes ax axis\nattorneys_general attorney_general\n"
+    exceptions = "teeth tooth\nmen man\naxes ax axis\nattorneys_general attorney_general\nc-t cat\n"
     lemmas = "dog leaf boss bos church crane bird box woman us u as a cat data datum tooth man ax glass wolf pas pass"
     index = "  1 licence\n" + "".join(f"{w} n 1 0 1 0 {i:08d}  \n" for i, w in enumerate(lemmas.split(), 1))
     index += "attorney_general n 1 0 1 0 00000099  \n"
@@ -182,12 +183,15 @@ WORDS = [
     "rave",
     "Ünder",
     "_x",
+    "b_1",
+    "4x4",
     "İs",
 ]
 GLUE = st.sampled_from([" ", "  ", ", ", "-", ".", "\n", "’", "", " ! ", "\t", "\0"])
 CAPTION = st.lists(st.tuples(st.sampled_from(WORDS), GLUE), max_size=8).map(lambda p: "".join(a + b for a, b in p))
 NAMES = ["crane", "red crane", "St.", "R.V.", "dog", "leaf", "glass", "box", "white shark", "sea lion", "lion", "a", "b a",
-         "can not", "café", "o'clock", "new york sea lion", "great white shark", "cats", "us", "red red red", "lions sea"]  # fmt: skip
+         "can not", "café", "o'clock", "new york sea lion", "great white shark", "cats", "us", "red red red", "lions sea",
+         "4x4", "_x", "b_1", "crane", "lion", "sea"]  # fmt: skip
 
 
 @pytest.mark.parametrize("rule", bd.RULES)
@@ -201,6 +205,64 @@ def test_every_rule_equals_the_slow_one(wordnet, rule, captions, seed):
     lemma_of = lambda word: slow_nltk(word, *bd.read_nouns(wordnet))  # noqa: E731
     expected = [slow_match(c.replace("\0", " "), names, negatives, rule, lemma_of) for c in captions]  # NUL is a blank
     assert matcher.match(captions) == expected
+
+
+LONG = "abcdefgh" * 3
+TEXT = st.lists(
+    st.sampled_from([*"abs sé_1'-.,?\0\n ΣİÅK日’\U0001f600\ud800", "as ", LONG, "cannot ", " s"]), max_size=25
+)
+
+
+@pytest.mark.parametrize("rule", bd.RULES)
+@settings(max_examples=100, deadline=None)
+@given(captions=st.lists(TEXT.map("".join), max_size=6), others=st.lists(TEXT.map("".join), max_size=3), data=st.data())
+def test_any_text_in_any_blocks_whatever_the_hash(wordnet, rule, captions, others, data):
+    """Names are cut from the captions, so that they are there, overlap and are shared. With a factor of 0 all hashes are
+    one, with 1 the short ones lead to few slots: only what is compared byte by byte is right then."""
+    if rule == "regex-lemma":  # which folds case in its own way beyond ASCII, and has names that are no expressions
+        captions = [re.sub("[ΣİK]", "e", caption) for caption in captions]
+    names, negatives = [], []
+    for text in captions * 2 + others:
+        start, size, label = (data.draw(st.integers(0, n)) for n in (20, 30, 4))
+        name = text[start : start + size].replace("\0", " ")
+        if rule == "regex-lemma":
+            name = re.sub(r"[^\w ]|[ΣİK]", "", name)
+        if re.search("[a-z]", name.lower()) if rule == "bag" else name not in ("", " "):
+            (names if data.draw(st.booleans()) or not names else negatives).append((name, label))
+            names.append((name, 4 - label))
+    lemma_of = lambda word: slow_nltk(word, *bd.read_nouns(wordnet))  # noqa: E731
+    expected = [slow_match(c.replace("\0", " "), names, negatives, rule, lemma_of) for c in captions]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bd, "GOLDEN", np.uint64(data.draw(st.sampled_from([int(bd.GOLDEN), 0, 1]))))
+        patch.setattr(bd, "CHARS_AT_ONCE", data.draw(st.sampled_from([bd.CHARS_AT_ONCE, 1, 20])))
+        matcher = bd.Matcher(names, rule, negatives, wordnet=wordnet)
+        assert matcher.match(captions) == expected
+        rows, labels = matcher.pairs(captions)
+    assert list(zip(rows.tolist(), labels.tolist())) == [(i, label) for i, row in enumerate(expected) for label in row]
+
+
+def test_what_is_beside_a_token_decides():
+    names = [
+        ("(box)", 0),
+        ("box", 1),
+        ("a_b", 2),
+        ("x-ray", 3),
+        ("caf", 4),
+        ("é", 5),
+        (LONG, 6),
+        (LONG[:-1], 7),
+        ("$", 8),
+    ]
+    captions = ["(box)", "x(box)", "(box)x", "a_b", "a_b_", "x-ray x-rays", "café", "é é", LONG, "a$b $", "x\0ray", ""]
+    expected = [(0, 1), (1,), (1,), (2,), (), (3,), (), (5,), (6,), (8,), (), ()]
+    assert bd.Matcher(names, "word").match(captions) == expected
+    assert bd.Matcher(names, "word").match([]) == []
+    assert bd.Matcher([("a\0b", 0)], "word").match(["a b", "a\0b"]) == [(0,), (0,)]  # a NUL is a blank, in names too
+
+
+def test_bag_takes_only_letters_for_words(wordnet):
+    """The fixture's noun.exc has "c-t" as a form of "cat", but its words in a caption are "c" and "t"."""
+    assert bd.Matcher([("cat", 0)], "bag", wordnet=wordnet).match(["c-t", "cat-s", "cats"]) == [(), (0,), (0,)]
 
 
 @pytest.mark.parametrize("rule", ["word", "substring", "regex-lemma"])

@@ -95,7 +95,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     files.add_argument("files", nargs="+", help="predictions, one file a model")
     counted.add_argument("--counts", default="", help="training frequencies, if other than the files' class_counts")
     shifted.add_argument("--id", default="val", help="in-distribution test set")
-    shifted.add_argument("--shifts", nargs="*", default=[], help="test sets under shift; empty takes all but --id")
+    shifted.add_argument("--shifts", nargs="*", default=[], help="test sets under shift; empty: those of all inputs")
     device.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
     task.add_argument("inputs", nargs="+", help="TRAIN.npz TEST.npz, TRAIN.npz VAL.npz TEST.npz, or folders of models "
                                                 "with SET_train.npz, SET_test.npz, perhaps SET_val.npz")
@@ -977,13 +977,18 @@ def effective_robustness(models: list[dict], shifts: list[str], baseline: str, b
 
 def robustness(inputs: list[str], id_set: str, shifts: list[str], baseline: str, before: str, subsets: dict[str, str],
                n_of: dict[str, float], splits: dict[str, float], boot: int, seed: int) -> dict:
-    """Read tables and runs, leave out models that miss a shift, fit."""
-    models = []
+    """Read tables and runs, leave out shifts that an input misses and then models that miss a shift, fit."""
+    parts = []
     for text in inputs:
         group, _, path = text.rpartition("=")
-        models += [models_of_run(Path(path), group, id_set, shifts, subsets)] if Path(path).is_dir() else (
-            models_of_table(path, group, id_set, shifts, n_of))
-    shifts = shifts or list(dict.fromkeys(k for m in models for k in m if k not in ("model", "group")))
+        parts.append([models_of_run(Path(path), group, id_set, shifts, subsets)] if Path(path).is_dir() else
+                     models_of_table(path, group, id_set, shifts, n_of))
+    models = [m for part in parts for m in part]
+    found = list(dict.fromkeys(k for m in models for k in m if k not in ("model", "group")))
+    shared = [s for s in found if all(any(s in m for m in part) for part in parts)]
+    if not shifts and 0 < len(shared) < len(found):
+        print(f"left out {', '.join(s for s in found if s not in shared)}: not in all inputs", file=sys.stderr)
+    shifts = shifts or shared or found
     kept = [m for m in models if all(s in m for s in shifts)]
     for m in models:
         if m not in kept:

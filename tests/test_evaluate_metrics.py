@@ -239,3 +239,14 @@ def test_robustness_of_runs_uses_the_classes_of_the_shift(tmp_path):
         expected = (file["logits"][keep][:, :3].argmax(1) == file["labels"][keep]).mean()
     row = result["rows"][str(tmp_path / "run1")]
     assert row["adversarial id"]["value"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_sets_that_an_input_lacks_are_left_out(tmp_path, capsys):
+    """A table of two sets beside a run that has three: the models of the table stay."""
+    (tmp_path / "t.csv").write_text("model,val,v2\na,50,40\nb,60,50\nc,70,62\n")
+    metrics = {s: {"n": 100, "top1": 0.5} for s in ("val", "v2", "sketch")}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    inputs = [f"x={tmp_path / 't.csv'}", f"y={tmp_path}"]
+    result = evaluate.robustness(inputs, "val", [], "x", "", {}, {}, {}, 0, 0)
+    assert result["shifts"] == ["v2", "average"] and list(result["rows"]) == ["a", "b", "c", str(tmp_path)]
+    assert "left out sketch: not in all inputs" in capsys.readouterr().err

@@ -67,7 +67,7 @@ from pathlib import Path
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags of evaluate.py, one subcommand a metric family; wrong combinations end here."""
-    def between(low: float, high: float = math.inf, kind: type = int) -> Callable:
+    def between(low: float, high: float = 1e12, kind: type = int) -> Callable:
         def convert(text: str) -> float:
             if not low <= kind(text) <= high:
                 raise ValueError
@@ -95,7 +95,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     files.add_argument("files", nargs="+", help="predictions, one file a model")
     counted.add_argument("--counts", default="", help="training frequencies, if other than the files' class_counts")
     shifted.add_argument("--id", default="val", help="in-distribution test set")
-    shifted.add_argument("--shifts", nargs="*", default=[], help="test sets under shift; empty takes all but --id")
+    shifted.add_argument("--shifts", nargs="*", default=[], help="test sets under shift; empty: those of all inputs")
     device.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
     task.add_argument("inputs", nargs="+", help="TRAIN.npz TEST.npz, TRAIN.npz VAL.npz TEST.npz, or folders of models "
                                                 "with SET_train.npz, SET_test.npz, perhaps SET_val.npz")
@@ -113,12 +113,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--classes", default="", help="classes to keep (logits too): a line each, id or name, and perhaps a "
                                                  "tab and a group; logits of a group are max-pooled")
     p.add_argument("--cuts", nargs=2, type=amount, default=[100, 20], help="many > first, medium, few < second")
-    p.add_argument("--tail-classes", type=amount, default=0, help="also the mean over the K rarest classes, and over "
-                                                                  "the others; 0 is off")
+    p.add_argument("--tail-classes", type=amount, default=0, help="also the K rarest classes, and the others; 0 is off")
     p.add_argument("--worst", type=count, default=10, help="k of the mean over the k worst classes")
     p.add_argument("--bins", type=count, default=10, help="frequency bins")
-    p.add_argument("--equal-count", action="store_true", help="bins with equal numbers of classes, not equal widths in "
-                                                              "log frequency")
+    p.add_argument("--equal-count", action="store_true", help="bins of as many classes each, not of one log width")
     p = command("robustness", "effective robustness: accuracy under shift beyond the baseline models' line", shifted)
     p.add_argument("inputs", nargs="+", help="tables (columns model, group, and one a test set; SET@SHIFT is the "
                                              "accuracy on SET over the classes of SHIFT) and runs, as GROUP=FOLDER; "
@@ -163,8 +161,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--key", default="", help="name of the array, if it is not found")
     p.add_argument("--eps", nargs="+", type=between(1e-9, 2, float), default=[0.025],
                    help="largest 1 - cosine of prototypes that count as one")
-    p.add_argument("--tail", type=amount, default=50,
-                   help="rarest rows, and as many random others, in the affinity matrix")
+    p.add_argument("--tail", type=amount, default=50, help="rarest rows, and as many random others, in the affinity")
     p.add_argument("--tsne", action="store_true", help="add t-SNE to numbers and plot (pip install scikit-learn)")
     p.add_argument("--samples", type=amount, default=0, help="t-SNE of as many images a class of the .npz, of 25 "
                                                              "frequent and 8 rare classes, too; 0 is off")
@@ -173,8 +170,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--finetuned", required=True, help="predictions of the fine-tuned model on the same images")
     p.add_argument("--val-zeroshot", default="", help="the same on held-out images; empty holds out half of each class")
     p.add_argument("--val-finetuned", default="", help="goes with --val-zeroshot")
-    p.add_argument("--more", nargs="*", type=pair(), default=[], metavar="NAME=FILE", help="further rows, such as "
-                                                                                           "wise=FILE.npz")
+    p.add_argument("--more", nargs="*", type=pair(), default=[], metavar="NAME=FILE", help="more rows: wise=FILE.npz")
     p.add_argument("--prior", default="", help="frequencies the fine-tuned model was trained on: a file, or uniform; "
                                                "empty takes its class_counts")
     p.add_argument("--group-by", default="counts", choices=["counts", "prior"],
@@ -225,7 +221,7 @@ import torch  # noqa: E402
 from scipy.sparse import coo_matrix, csr_matrix  # noqa: E402
 from scipy.sparse.csgraph import connected_components  # noqa: E402
 from scipy.special import expit, log_softmax, logit, logsumexp, softmax  # noqa: E402
-from scipy.stats import beta, binomtest, norm, rankdata, spearmanr  # noqa: E402
+from scipy.stats import beta, binomtest, false_discovery_control, norm, rankdata, spearmanr  # noqa: E402
 from scipy.stats import t as student_t  # noqa: E402
 
 # ------------------------------------------------------------------------------ readers
@@ -257,8 +253,7 @@ def check_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: str | 
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(file)
-        refuse(dtype.hasobject, f"{path}: {member.filename} holds Python objects, which run code when read: save it as "
-               "numbers or as text")
+        refuse(dtype.hasobject, f"{path}: {member.filename} holds Python objects, which run code: save numbers or text")
         if math.prod(shape) * dtype.itemsize + file.tell() != member.file_size:
             raise SystemExit(f"{path}: {member.filename} says {shape} {dtype} and has {member.file_size} bytes")
 
@@ -274,9 +269,8 @@ def read_npz(path: str | Path, keys: tuple[str, ...] = ()) -> dict[str, np.ndarr
         with zipfile.ZipFile(path) as archive:
             members = [m for m in archive.infolist() if not keys or m.filename.removesuffix(".npy") in keys]
             n_bytes, n_packed = sum(m.file_size for m in members), sum(m.compress_size for m in members)
-            if n_bytes > memory or n_bytes > max(2**28, 200 * n_packed):
-                raise SystemExit(f"{path}: {n_packed} bytes announce {n_bytes} unpacked, refused; save it without "
-                                 "compression or in parts")
+            refuse(n_bytes > min(memory, max(2**28, 200 * n_packed)),
+                   f"{path}: {n_packed} bytes announce {n_bytes} unpacked; save it without compression or in parts")
             for member in members:
                 check_member(archive, member, path)
         with np.load(path, allow_pickle=False) as file:
@@ -606,38 +600,6 @@ def gini(values: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------ imbalance
 
 
-# Copied from clip.py
-def imbalance_metrics(predictions: np.ndarray, labels: np.ndarray, class_counts: np.ndarray) -> dict[str, float | None]:
-    """Accuracy, and how much it and the predictions follow the training frequency of the classes.
-
-    predictions, labels: [n] class ids. class_counts: [C] training images a class; classes without any count too.
-    Returns: fractions in 0..1 and Spearman correlations over all classes; a class without test images has no accuracy
-        and is left out of means of accuracies. head, medium, tail: the classes by falling count (ties by id), in
-        thirds of C // 3, C // 3 and the rest. What cannot be computed is None.
-    Source: Wen et al., arXiv 2405.21070, section 2 (their notebooks: all classes, average ranks).
-    """
-    C = len(class_counts)
-    n_test = np.bincount(labels, minlength=C)
-    n_predicted = np.bincount(predictions, minlength=C)
-    tested = n_test > 0
-    accuracy = np.bincount(labels[predictions == labels], minlength=C)[tested] / n_test[tested]
-    per_class = np.full(C, np.nan)
-    per_class[tested] = accuracy
-    thirds = np.split(per_class[np.argsort(-class_counts, kind="stable")], [C // 3, 2 * (C // 3)])
-    head, medium, tail = (float(np.nanmean(third)) if np.isfinite(third).any() else None for third in thirds)
-    return {
-        "n": len(labels),
-        "top1": float((predictions == labels).mean()),
-        "balanced": float(accuracy.mean()),
-        "head": head,
-        "medium": medium,
-        "tail": tail,
-        "spearman_acc": rank_correlation(class_counts[tested], accuracy),
-        "spearman_pred": rank_correlation(class_counts, n_predicted),
-        "chance": 1 / C,
-    }
-
-
 def resample_images(labels: np.ndarray, predictions: np.ndarray, n_classes: int, boot: int,
                     rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Number of images of each class, of its right ones, of its predictions, each [1 + boot, C]: of the images, then of
@@ -814,22 +776,24 @@ def compare(paths_a: list[str], paths_b: list[str], counts: str, boot: int, seed
         index = start + (rng.random(len(gain)) * n_of).astype(int)
         per_class[b] = ratio(np.bincount(labels[order], gain[index], C), n_test)
     draws = {"top1": bootstrap_means(gain, boot, rng), "balanced": nan_mean(per_class)}
-    draws |= {k: nan_mean(per_class[:, ids]) for k, ids in thirds(class_counts).items()}
-    tested = n_test > 0
-    classes = rng.integers(int(tested.sum()), size=(boot, int(tested.sum())))
-    for key, of in (("spearman_acc", lambda p: class_accuracy(labels, p == labels, C)),
-                    ("spearman_pred", lambda p: np.bincount(p, minlength=C))):
-        means = [np.mean([rank_correlations(class_counts[tested][classes], of(p)[tested][classes]) for p in side], 0)
-                 for side in predictions]
-        draws[key] = means[1] - means[0]
-    metrics, rows = [[imbalance_metrics(p, labels, class_counts) for p in side] for side in predictions], {}
-    for key, draw in draws.items() if "class_counts" in first else list(draws.items())[:2]:  # else there is no tail
-        a, b = ([m[key] for m in side] for side in metrics)
+    if "class_counts" in first:  # else there is no tail
+        draws |= {k: nan_mean(per_class[:, ids]) for k, ids in thirds(class_counts).items()}
+        tested = np.flatnonzero(n_test)
+        classes = tested[rng.integers(len(tested), size=(boot, len(tested)))]
+        for key, of in (("spearman_acc", lambda p: class_accuracy(labels, p == labels, C)),
+                        ("spearman_pred", lambda p: np.bincount(p, minlength=C))):
+            means = [np.mean([rank_correlations(class_counts[classes], of(p)[classes]) for p in side], 0)
+                     for side in predictions]
+            draws[key] = means[1] - means[0]
+    scores = [[score_classes(data | {"class_counts": class_counts}, (100, 20), 0, 10, 0, seed)[0] for data in side]
+              for side in sides]
+    rows, mcnemar = {}, {}
+    for key, draw in draws.items():
+        a, b = ([score.get(key, estimate(None))["value"] for score in side] for side in scores)
         is_known = None not in a + b
         rows[key] = {"A": t_interval(a), "B": t_interval(b),
                      "B - A": estimate(np.mean(b) - np.mean(a) if is_known else None, draw),
                      "seeds": t_interval([y - x for x, y in zip(a, b)] if is_known else [])}
-    mcnemar = {}
     for i, (x, y) in enumerate(zip(*right)):
         only_a, only_b = int((x & ~y).sum()), int((y & ~x).sum())
         p = binomtest(min(only_a, only_b), only_a + only_b).pvalue if only_a + only_b else 1.0
@@ -1013,13 +977,18 @@ def effective_robustness(models: list[dict], shifts: list[str], baseline: str, b
 
 def robustness(inputs: list[str], id_set: str, shifts: list[str], baseline: str, before: str, subsets: dict[str, str],
                n_of: dict[str, float], splits: dict[str, float], boot: int, seed: int) -> dict:
-    """Read tables and runs, leave out models that miss a shift, fit."""
-    models = []
+    """Read tables and runs, leave out shifts that an input misses and then models that miss a shift, fit."""
+    parts = []
     for text in inputs:
         group, _, path = text.rpartition("=")
-        models += [models_of_run(Path(path), group, id_set, shifts, subsets)] if Path(path).is_dir() else (
-            models_of_table(path, group, id_set, shifts, n_of))
-    shifts = shifts or list(dict.fromkeys(k for m in models for k in m if k not in ("model", "group")))
+        parts.append([models_of_run(Path(path), group, id_set, shifts, subsets)] if Path(path).is_dir() else
+                     models_of_table(path, group, id_set, shifts, n_of))
+    models = [m for part in parts for m in part]
+    found = list(dict.fromkeys(k for m in models for k in m if k not in ("model", "group")))
+    shared = [s for s in found if all(any(s in m for m in part) for part in parts)]
+    if not shifts and 0 < len(shared) < len(found):
+        print(f"left out {', '.join(s for s in found if s not in shared)}: not in all inputs", file=sys.stderr)
+    shifts = shifts or shared or found
     kept = [m for m in models if all(s in m for s in shifts)]
     for m in models:
         if m not in kept:
@@ -1599,11 +1568,7 @@ def pair_means(gram: np.ndarray, boot: int, rng: np.random.Generator) -> tuple[f
 
 def benjamini_hochberg(p: np.ndarray, level: float = 0.05) -> np.ndarray:
     """[n] bool: rejected at this false discovery rate."""
-    order = np.argsort(p)
-    below = np.flatnonzero(p[order] <= level * np.arange(1, len(p) + 1) / len(p))
-    rejected = np.zeros(len(p), bool)
-    rejected[order[: below[-1] + 1 if len(below) else 0]] = True
-    return rejected
+    return false_discovery_control(p) <= level
 
 
 def similarity(path_a: str, path_b: str, n_pairs: int, max_images: int, min_pairs: int, boot: int, seed: int) -> dict:

@@ -42,13 +42,6 @@ def test_clopper_pearson_equals_scipy(k, n):
     assert evaluate.clopper_pearson(0.5, np.nan) == {"value": 0.5, "low": None, "high": None}
 
 
-def test_imbalance_metrics_are_clips():
-    assert evaluate.imbalance_metrics.__code__.co_code == clip.imbalance_metrics.__code__.co_code
-    predictions, labels = np.array([0, 0, 0, 1, 0, 0, 1, 1]), np.array([0, 0, 0, 0, 1, 1, 1, 1])  # K = [[3, 1], [2, 2]]
-    row = evaluate.imbalance_metrics(predictions, labels, np.array([5, 1]))
-    assert row["top1"] == row["balanced"] == 0.625
-
-
 def make(n=2000, C=30, bias=1.0, seed=0):
     rng = np.random.default_rng(seed)
     counts = np.sort(rng.integers(0, 3000, C))[::-1].copy()
@@ -56,6 +49,19 @@ def make(n=2000, C=30, bias=1.0, seed=0):
     labels = rng.integers(C, size=n)
     logits = rng.normal(size=(n, C)) + 2 * np.eye(C)[labels] + bias * np.log(counts + 1) / 8
     return {"path": "x", "n_classes": C, "labels": labels, "logits": logits.astype(np.float16), "class_counts": counts}
+
+
+def test_imbalance_metrics_are_clips():
+    """The table of the training scripts and this one: the same numbers; K = [[3, 1], [2, 2]]: top-1 and balanced .625."""
+    data = make(n=200, C=40)  # some classes without test images
+    row = evaluate.score_classes(data, (100, 20), 0, 10, 0, 0)[0]
+    expected = clip.imbalance_metrics(data["logits"].argmax(1), data["labels"], data["class_counts"])
+    assert row["chance"] == expected.pop("chance") and row["n"] == expected.pop("n")
+    assert {key: row[key]["value"] for key in expected} == pytest.approx(expected, abs=1e-12)
+    predictions, labels = np.array([0, 0, 0, 1, 0, 0, 1, 1]), np.array([0, 0, 0, 0, 1, 1, 1, 1])
+    data = {"labels": labels, "predictions": predictions, "n_classes": 2, "class_counts": np.array([5, 1])}
+    row = evaluate.score_classes(data, (100, 20), 0, 10, 0, 0)[0]
+    assert row["top1"]["value"] == row["balanced"]["value"] == 0.625
 
 
 def test_groups_zero_counts_and_worst():
@@ -233,3 +239,14 @@ def test_robustness_of_runs_uses_the_classes_of_the_shift(tmp_path):
         expected = (file["logits"][keep][:, :3].argmax(1) == file["labels"][keep]).mean()
     row = result["rows"][str(tmp_path / "run1")]
     assert row["adversarial id"]["value"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_sets_that_an_input_lacks_are_left_out(tmp_path, capsys):
+    """A table of two sets beside a run that has three: the models of the table stay."""
+    (tmp_path / "t.csv").write_text("model,val,v2\na,50,40\nb,60,50\nc,70,62\n")
+    metrics = {s: {"n": 100, "top1": 0.5} for s in ("val", "v2", "sketch")}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    inputs = [f"x={tmp_path / 't.csv'}", f"y={tmp_path}"]
+    result = evaluate.robustness(inputs, "val", [], "x", "", {}, {}, {}, 0, 0)
+    assert result["shifts"] == ["v2", "average"] and list(result["rows"]) == ["a", "b", "c", str(tmp_path)]
+    assert "left out sketch: not in all inputs" in capsys.readouterr().err

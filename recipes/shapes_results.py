@@ -659,8 +659,8 @@ EXPERIMENTS = [
 HEAD = """# The study on the shapes world
 
 What the paper (Wen et al., NeurIPS 2024, arXiv 2405.21070) claims, and what comes out on the built-in world of 120
-classes at 32 px: {} seeds, {} trainings, {:.1f} core-hours. `bash recipes/shapes.sh` makes all of it again; this page
-is drawn from the JSON files in `results/seed*/`, one for each run that was started for it, without exception.
+classes at 32 px: {} seeds, {} trainings. `bash recipes/shapes.sh` makes all of it again; this page is drawn from the
+JSON files in `results/seed*/`, one for each run that was started for it, without exception.
 
 - A seed redraws the world (frequency order, images, captions) and the training.
 - Numbers are on val, mean and 95 % t interval over seeds. rho is Spearman's correlation over all classes of training
@@ -751,17 +751,12 @@ def page(folder):
         parts.append("\n".join(lines))
         draw(e, seeds, Path(folder) / f"shapes_{e['number']}.png")
     n_runs = sum("metrics" in file for seed in seeds.values() for file in seed.files.values())
-    seconds = sum(
-        file["metrics"]["run"]["seconds"] for s in seeds.values() for file in s.files.values() if "metrics" in file
-    )
     summary = ["| | claim | verdict | differences that hold |", "|---|---|---|---|"]
     summary += [
         f"| {e['number']} | {e['title']} | {verdict} | {answers.count('yes')} of {len(answers)} |"
         for e, verdict, answers in verdicts
     ]
-    (Path(folder) / "shapes.md").write_text(
-        "\n".join([HEAD.format(len(seeds), n_runs, seconds / 3600), *summary, "", *parts]), "utf-8"
-    )
+    (Path(folder) / "shapes.md").write_text("\n".join([HEAD.format(len(seeds), n_runs), *summary, "", *parts]), "utf-8")
     draw_study(seeds, Path(folder) / "study.png")
     print("\n".join(summary))
 
@@ -793,7 +788,8 @@ def draw_study(seeds, path, models=(("sl", "supervised", "#d55e00", "x"), ("clip
         axes.set_xscale("log")
         axes.set_xlabel("training images of the class")
         axes.set_title(title, fontsize=10)
-        axes.legend(fontsize=8, frameon=False)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8, frameon=False)
     panels[1].axhline(1, color="grey", linewidth=1)
     figure.savefig(path, dpi=120)
     plt.close(figure)

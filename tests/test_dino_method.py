@@ -127,7 +127,7 @@ def optimizers():
     yield "adamw", lambda p: torch.optim.AdamW(p, 0.1, weight_decay=0.1)
 
 
-@pytest.mark.parametrize("name, make", optimizers())
+@pytest.mark.parametrize("name, make", list(optimizers()))
 def test_rows_not_drawn_stay(name, make):
     table, head = dino.PrototypeTable(8, 4, "cpu"), dino.Head(5, 6, 4, 3)
     optimizer = make([head.prototypes])
@@ -147,7 +147,7 @@ def test_rows_not_drawn_stay(name, make):
             assert torch.equal(table.state[key][others], values[others]), key
 
 
-@pytest.mark.parametrize("name, make", optimizers())
+@pytest.mark.parametrize("name, make", list(optimizers()))
 def test_all_prototypes_is_plain_dino(name, make):
     """M = K: the table gives what an optimiser that holds the prototypes gives, bit for bit."""
     torch.manual_seed(0)

@@ -666,9 +666,10 @@ JSON files in `results/seed*/`, one for each run that was started for it, withou
 - Numbers are on val, mean and 95 % t interval over seeds. rho is Spearman's correlation over all classes of training
   frequency with accuracy or with the number of predictions; over 120 classes it has a standard error of .09.
 - A correlation of a model below 25 % accuracy is left out (-): it is noise there.
-- The rule, written before the runs: for each claim, differences within a seed that are positive where the paper's
-  sign is found. yes: the interval over seeds lies above 0; no: below; open: it holds 0. **reproduces**: all yes.
-  **partly**: some yes. **does not**: none yes and one no. **inconclusive**: else.
+- The rule: for each claim, differences within a seed that are positive where the paper's sign is found. yes: the
+  interval over seeds lies above 0; no: below; open: it holds 0. **reproduces**: all yes. **partly**: some yes.
+  **does not**: none yes and one no. **inconclusive**: else. Rule and differences were written when three runs of the
+  first seed were known (1: both SL, CLIP); what was added later says so.
 - The paper's column has its numbers as printed or read off its figures: rho(freq, acc), rho(freq, pred), top-1.
 """
 

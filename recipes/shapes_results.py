@@ -723,6 +723,9 @@ def page(folder):
         raise SystemExit(f"{folder}: no seed*/ with results")
     parts, verdicts = [], []
     for e in EXPERIMENTS:
+        if all(function(seed) is None for _, function in e["contrasts"] for seed in seeds.values()):
+            verdicts.append((e, "not run yet", []))
+            continue
         columns = e.get("columns", list(METRICS.values()))
         lines = [
             f"## {e['number']}. {e['title']}",

@@ -568,7 +568,7 @@ EXPERIMENTS = [
                 both(mean_robustness("rob_clip_web"), mean_robustness("clip")),
             ),
             (
-                "images less language: (SL web - SL laionet) - |CLIP laionet - SL laionet|",
+                "images less language: (SL web - SL laionet) - abs(CLIP laionet - SL laionet)",
                 lambda seed: (
                     None
                     if None in (values := [mean_robustness(run)(seed) for run in ("rob_sl_web", "sl", "clip")])
@@ -637,7 +637,7 @@ EXPERIMENTS = [
             ("rho(freq, pred), CLIP templates: masked - kept", minus("clip_template_mask", "clip_template", "pred")),
             ("rho(freq, pred): SL - balanced softmax", minus("sl", "sl_balanced", "pred")),
             (
-                "rho(freq, pred): .15 - |balanced softmax - CLIP templates|",
+                "rho(freq, pred): .15 - abs(balanced softmax - CLIP templates)",
                 lambda seed: (
                     None if (d := minus("sl_balanced", "clip_template", "pred")(seed)) is None else 0.15 - abs(d)
                 ),

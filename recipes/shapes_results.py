@@ -297,8 +297,8 @@ EXPERIMENTS = [
         number=4,
         title="Sampled vocabularies in supervised learning (figure 3, crosses)",
         claim="A smaller vocabulary lowers both correlations at no loss of accuracy; drawing by frequency is needed.",
-        differs="120 classes; vocabularies of m classes for groups of g images. A group of 64 images holds about 33 classes "
-        "itself, one of 32 about 20: a smaller m draws none.",
+        differs="120 classes; vocabularies of m classes for groups of g images. A group of 64 images holds about 33 "
+        "classes itself, one of 32 about 20: a smaller m draws none.",
         rows=standard(
             [("15,000: all 120", "sl", ".52, .57, 55.1 %")]
             + [

@@ -199,11 +199,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                      "choose one")
     if not (0 <= args.word_dropout < 1 or args.word_dropout == -1) or not 0 < args.crop_scale <= 1:
         parser.error("--word-dropout must be in [0, 1), or -1, and --crop-scale in (0, 1]")
+    if not 0 <= args.beta2 < 1:
+        parser.error(f"--beta2 must be in [0, 1), got {args.beta2}")
     for flag in ("batch_size", "accumulate", "log_every", "max_pixels"):
-        if getattr(args, flag) < 1:
+        if not getattr(args, flag) >= 1:
             parser.error(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
-    for flag in ("steps", "epochs", "lr", "weight_decay", "warmup_steps", "clip_grad", "save_every", "eval_every"):
-        if getattr(args, flag) < 0:
+    for flag in ("steps", "epochs", "lr", "weight_decay", "warmup_steps", "clip_grad", "save_every", "eval_every",
+                 "max_bad"):
+        if not getattr(args, flag) >= 0:  # NaN is not
             parser.error(f"--{flag.replace('_', '-')} must not be negative, got {getattr(args, flag)}")
     return args
 

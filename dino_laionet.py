@@ -203,17 +203,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.prototype_dim = args.prototype_dim or (64 if is_tiny else 256)
     for flag in ("prototypes", "prototype_dim", "head_hidden", "batch_size", "log_every", "max_pixels", "global_size",
                  "local_size", "probe_images", "crop_aspect"):
-        if getattr(args, flag) < 1:
+        if not getattr(args, flag) >= 1:
             parser.error(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
     for flag in ("steps", "epochs", "lr", "weight_decay", "warmup_steps", "clip_grad", "save_every", "eval_every",
-                 "local_crops", "sample_prototypes", "warmup_teacher_temp", "warmup_teacher_temp_steps",
+                 "max_bad", "local_crops", "sample_prototypes", "warmup_teacher_temp", "warmup_teacher_temp_steps",
                  "freeze_prototypes"):
-        if getattr(args, flag) < 0:
+        if not getattr(args, flag) >= 0:  # NaN is not
             parser.error(f"--{flag.replace('_', '-')} must not be negative, got {getattr(args, flag)}")
     if args.sample_prototypes > args.prototypes:
         parser.error(f"--sample-prototypes {args.sample_prototypes} is more than the {args.prototypes} --prototypes")
     if not (args.student_temp > 0 and args.teacher_temp > 0):  # NaN is not
         parser.error("--student-temp and --teacher-temp must be positive")
+    if not (args.weight_decay_end >= 0 or args.weight_decay_end == -1):
+        parser.error(f"--weight-decay-end must not be negative, or be -1, got {args.weight_decay_end}")
+    if not math.isfinite(args.prototype_power):
+        parser.error(f"--prototype-power must be a finite number, got {args.prototype_power}")
     if not 0 <= args.ema <= 1:
         parser.error(f"--ema must be in [0, 1], got {args.ema}")
     for flag in ("global_scale", "local_scale"):

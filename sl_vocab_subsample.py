@@ -189,11 +189,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if not 0 <= args.label_smoothing < 1 or not 0 < args.crop_scale <= 1:
         parser.error("--label-smoothing must be in [0, 1) and --crop-scale in (0, 1]")
     for flag in ("batch_size", "log_every", "max_pixels"):
-        if getattr(args, flag) < 1:
+        if not getattr(args, flag) >= 1:
             parser.error(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
     for flag in ("steps", "epochs", "lr", "weight_decay", "warmup_steps", "clip_grad", "save_every", "eval_every",
-                 "vocab_power", "vocab_group", "trim_tail", "trim_shots"):
-        if getattr(args, flag) < 0:
+                 "max_bad", "vocab_power", "vocab_group", "trim_tail", "trim_shots", "tau"):
+        if not getattr(args, flag) >= 0:  # NaN is not
             parser.error(f"--{flag.replace('_', '-')} must not be negative, got {getattr(args, flag)}")
     return args
 

@@ -139,3 +139,21 @@ def parse_args_of(script):
 @pytest.mark.parametrize("script, flags", commands())
 def test_documented_commands_parse(script, flags):
     parse_args_of(script)(shlex.split(flags))
+
+
+def float_flags():
+    """(script, flag, values) of the trainers' flags that take numbers with a fraction."""
+    for script in TRAINERS:
+        for node in ast.walk(TREES[script]):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+                keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                if keywords.get("type") == "float":
+                    yield script, node.args[0].value, int(keywords.get("nargs", 1))
+
+
+@pytest.mark.parametrize("script, flag, n_values", list(float_flags()))
+def test_nan_is_refused(script, flag, n_values, capsys):
+    """float("nan") is a number to argparse, and false in every comparison, so the usual checks let it pass."""
+    with pytest.raises(SystemExit) as stopped:
+        parse_args_of(script)([flag, *["nan"] * n_values])
+    assert stopped.value.code == 2 and flag in capsys.readouterr().err

@@ -62,8 +62,8 @@ finish() { # all that was noted; runs that a missing score needs are made again 
     done
   done <"$todo/scores"
   export -f one_run one_score
-  xargs -P "$jobs" -d '\n' -n 1 bash -c 'one_run "$1"' _ <"$todo/runs"
-  xargs -P "$jobs" -d '\n' -n 1 bash -c 'one_score "$1"' _ <"$todo/scores"
+  xargs -r -P "$jobs" -d '\n' -n 1 bash -c 'one_run "$1"' _ <"$todo/runs"
+  xargs -r -P "$jobs" -d '\n' -n 1 bash -c 'one_score "$1"' _ <"$todo/scores"
   [ ! -e "$todo/failed" ]
 }
 

@@ -693,7 +693,9 @@ class Head(nn.Module):
     def forward(self, embed: torch.Tensor) -> torch.Tensor:  # [n, embed_dim] -> [n, M] float32
         z = self.mlp(embed).float()
         with torch.autocast(z.device.type, enabled=False):
-            return F.normalize(z, dim=1) @ F.normalize(self.prototypes.float(), dim=1).T
+            # DINO's weight norm with gain 1: one pass over the rows each way, where F.normalize makes several.
+            prototypes = torch._weight_norm(self.prototypes, z.new_ones(len(self.prototypes), 1), 0)
+            return F.normalize(z, dim=1) @ prototypes.T
 
 
 class Network(nn.Module):

@@ -149,7 +149,7 @@ def test_rows_not_drawn_stay(name, make):
 
 @pytest.mark.parametrize("name, make", list(optimizers()))
 def test_all_prototypes_is_plain_dino(name, make):
-    """M = K: the table gives what an optimiser that holds the prototypes gives, bit for bit."""
+    """M = K: the table gives what an optimiser that holds the prototypes gives, bit for bit, with torch's weight norm."""
     torch.manual_seed(0)
     table, head = dino.PrototypeTable(8, 4, "cpu"), dino.Head(5, 6, 4, 8)
     plain = torch.nn.Parameter(table.weight.clone())
@@ -159,12 +159,21 @@ def test_all_prototypes_is_plain_dino(name, make):
         z, targets = normal(6, 5, seed=step).float(), normal(4, 8).softmax(1).float()
         dino.dino_loss(head(z), targets, 0.1).backward()
         unit = torch.nn.functional.normalize(head.mlp(z), dim=1)
-        dino.dino_loss(unit @ torch.nn.functional.normalize(plain, dim=1).T, targets, 0.1).backward(inputs=[plain])
+        rows = torch._weight_norm(plain, torch.ones(8, 1), 0)
+        dino.dino_loss(unit @ rows.T, targets, 0.1).backward(inputs=[plain])
         for o in (optimizer, plain_optimizer):
             o.step()
             o.zero_grad()
         table.store(torch.arange(8), head.prototypes, optimizer)
         assert torch.equal(table.weight, plain)
+
+
+def test_head_gives_cosines():
+    head, x = dino.Head(5, 6, 4, 8), normal(7, 5).float()
+    head.prototypes.data = 3 * normal(8, 4, seed=1).float()
+    z = head.mlp(x).detach()
+    expected = torch.nn.functional.cosine_similarity(z[:, None], head.prototypes[None].detach(), dim=2)
+    torch.testing.assert_close(head(x), expected, rtol=0, atol=1e-6)
 
 
 def test_unique_prototypes():

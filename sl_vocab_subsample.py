@@ -247,8 +247,10 @@ def draw_vocab(present: torch.Tensor, class_counts: torch.Tensor, M: int, power:
     drawn = times[:, :M].isfinite()
     vocab = torch.zeros_like(present).scatter_(1, first[:, :M], drawn) | present
     t = times[:, M:] if M < C else torch.full((n_groups, 1), math.inf, dtype=torch.float64)
-    probability = -torch.expm1(-weights * t)
-    return vocab, probability.log().masked_fill(present | ~vocab, 0.0).float()
+    groups, classes = (vocab & ~present).nonzero(as_tuple=True)  # of these alone, since C may be a million
+    log_q = torch.zeros(n_groups, C)
+    log_q[groups, classes] = torch.log(-torch.expm1(-weights[classes] * t[groups, 0])).float()
+    return vocab, log_q
 
 
 def vocab_of_batch(labels: torch.Tensor, first: int, B: int, group_size: int, class_counts: torch.Tensor, M: int,
@@ -269,7 +271,8 @@ def vocab_of_batch(labels: torch.Tensor, first: int, B: int, group_size: int, cl
     vocab, log_q = draw_vocab(present, class_counts, M, power, seeds)
     union = vocab.any(0).nonzero().squeeze(1)  # [U]
     groups = torch.arange(first, first + B) // group_size - ids[0]
-    size, n_drawn = int(vocab.sum()), int((vocab & ~present).sum())
+    size = int(vocab.count_nonzero())
+    n_drawn = size - int(present.count_nonzero())
     if 2 * len(union) > C:
         return Vocab(None, vocab, log_q, groups), size, n_drawn
     return Vocab(union, vocab[:, union], log_q[:, union], groups), size, n_drawn

@@ -7,8 +7,9 @@
 #   JOBS=8 bash recipes/shapes.sh           # trainings at a time, a thread each (default: the number of cores)
 #
 # What a run leaves is results/seedS/NAME.json, a few kB, to be committed: a run that has one is not made again, so the
-# study continues on another machine. runs/shapesS/NAME holds the rest; a killed run continues there. When all runs
-# are there, results/shapes.md and results/*.png are drawn from the JSON files (needs matplotlib).
+# study continues on another machine. runs/shapesS/NAME holds the rest; a killed run continues there. At the end
+# results/shapes.md and results/*.png are drawn from the JSON files (needs matplotlib), and runs/shapesS/report.html has
+# the runs of this machine that make the study's curves, side by side.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 cores=$(nproc)
@@ -276,5 +277,22 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
     dino dino_fixed_quarter --no-baselines --prototypes 512
   fi
   finish
+
+  # --- one page: curves over data scale and vocabulary, the other arms beside them, and what `score` wrote
+  page=()
+  for size in eighth quarter half; do
+    page+=("SL/$size=$runs/sl_$size" "CLIP/$size=$runs/clip_$size" "frozen/$size=$runs/frozen_$size")
+  done
+  page+=("SL/whole=$runs/sl" "CLIP/whole=$runs/clip" "frozen/whole=$runs/frozen")
+  for m in 16 32 64; do page+=("vocabulary/$m=$runs/voc_m${m}_g32"); done
+  for name in sl_{paper,balanced,adjusted,log_q,class,sqrt,focal,frozen_head} clip_template{,_mask,_soft,_image,_text} \
+    finetune_whole text_only_whole rob_{sl,clip}_{incaps,web,mix}; do
+    page+=("$name=$runs/$name")
+  done
+  there=() # not all are where a part of the study was made elsewhere
+  for named in "${page[@]}" "$runs"/{collapse,prototypes}_*.json "$runs"/{debias,wiseft,frequencies}.json; do
+    if [ -e "${named#*=}/metrics.json" ] || [ -f "$named" ]; then there+=("$named"); fi
+  done
+  [ ${#there[@]} = 0 ] || "$PYTHON" evaluate.py report "${there[@]}" --boot 200 --out "$runs/report.html" >"$runs/report.log"
 done; done
 "$PYTHON" recipes/shapes_results.py page results

@@ -169,8 +169,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                      help="auto continues OUT/checkpoint.pt if there is one, off starts over and replaces it, or a "
                           "checkpoint to continue")
     run.add_argument("--export", default="",
-                     help="also write the final model, with class prototypes and without optimiser state, to this file "
-                          "(ROOT/clip.pt is made so)")
+                     help="also write the final model, without optimiser state, to this file; with the class "
+                          "prototypes of clip.py it serves as ROOT/clip.pt")
     run.add_argument("--eval-only", default="", help="evaluate this checkpoint on --eval-sets and end")
     run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto is cuda where there is one")
     run.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
@@ -590,10 +590,16 @@ class VisionTransformer(nn.Module):
         return self.ln_post(x[:, 0]) @ self.proj
 
 
+@functools.cache
+def pixel_statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation of CLIP's training pixels, [3] each; copied to a device once, since a copy waits."""
+    mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # openai/CLIP clip.py
+    return torch.tensor(mean, device=device), torch.tensor(std, device=device)
+
+
 def standardize(images: torch.Tensor) -> torch.Tensor:
     """[B, 3, S, S], 0..255 -> float32 by CLIP's mean and deviation, channels last, which is faster for convolutions."""
-    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073], device=images.device)  # openai/CLIP clip.py
-    std = torch.tensor([0.26862954, 0.26130258, 0.27577711], device=images.device)
+    mean, std = pixel_statistics(images.device)
     images = (images.float() / 255 - mean[:, None, None]) / std[:, None, None]
     return images.contiguous(memory_format=torch.channels_last)
 
@@ -717,7 +723,8 @@ def load_weights(path: str) -> dict:
                 checkpoint.pop(key, None)
             checkpoint = {"state_dict": checkpoint, "activation": "quick_gelu"}  # OpenAI's archives
         else:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([argparse.Namespace]):  # the public DINO keeps its flags so
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(checkpoint, dict):
             raise ValueError(f"it holds a {type(checkpoint).__name__}, not a dictionary of weights")
     except UNREADABLE as error:
@@ -1314,7 +1321,7 @@ class Pairs(torch.utils.data.Dataset):
         else:
             boxes = crop_boxes(self.crop_scale, np.ones(len(examples)), self.seed, 2, *examples.T)
             batch = {"pixel_rows": torch.from_numpy(self.pixel_offsets[examples[:, 0]] + examples[:, 1]),
-                     "boxes": torch.from_numpy(boxes)}
+                     "boxes": torch.from_numpy(boxes).float()}
         texts = [self.caption(*example) for example in examples.tolist()]
         batch["caption_ids"] = torch.tensor([caption_id(text) for text in texts])
         if self.text_features is None:
@@ -1782,8 +1789,8 @@ def find_sets(data: str, root: Path) -> tuple[list[Path], list[float | None]]:
                              "one from tars or folders")
         paths.append(path)
         weights.append(float(weight) if weight else None)
-    if None in weights and any(weights):
-        raise SystemExit(f"--data {data}: give every set a weight, or none")
+    if None in weights and set(weights) != {None} or None not in weights and not any(weights):
+        raise SystemExit(f"--data {data}: give every set a weight, not all of them 0, or none")
     return paths, weights
 
 
@@ -1830,7 +1837,7 @@ def read_training_sets(args: argparse.Namespace, world: World) -> tuple[list[Cap
         table = Table(path)
         labels = read_labels(table, [row["name"] for row in world.classes])
         captions.append(Captions(table, labels, templates, world.classes, args.seed))
-    shares = np.array([weight or len(c.table) for weight, c in zip(weights, captions)], float)
+    shares = np.array([len(c.table) if weight is None else weight for weight, c in zip(weights, captions)], float)
     shares /= shares.sum()
     world.class_counts = count_classes(captions, shares, world.classes)
     return captions, shares
@@ -2017,7 +2024,7 @@ def note_bad_images(counts: Counter, bad: list[tuple[str, str]]) -> None:
     """Count unreadable images by reason; the first of each reason is printed."""
     for reason, example in bad:
         if reason not in counts:
-            print(f"unreadable image ({reason}), replaced by another pair: {example}", flush=True)
+            print(f"unreadable image ({reason}), replaced by another example: {example}", flush=True)
         counts[reason] += 1
 
 
@@ -2105,7 +2112,7 @@ def main(args: argparse.Namespace) -> None:
     # --- setup
     rank, world_size, device = setup_distributed(args.device)
     is_main, out = rank == 0, Path(args.out)
-    control = dist.new_group(backend="gloo") if world_size > 1 else None  # words between CPUs, past the GPU's queue
+    control = dist.new_group(backend="gloo") if world_size > 1 else None  # flags and counts, not waiting for the GPU
     precision, reason = pick_precision(args.precision, device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     autocast = functools.partial(torch.autocast, device.type, dtype, enabled=precision != "fp32")
@@ -2238,9 +2245,8 @@ def main(args: argparse.Namespace) -> None:
 
         is_log_step = (step + 1) % args.log_every == 0 or step + 1 == steps
         scaler.unscale_(optimizer)
-        skipped_in_a_row = torch.where(model.logit_scale.grad.isfinite(), 0, skipped_in_a_row + 1)  # equal on all ranks
-        if args.clip_grad or is_log_step:
-            grad_norm = nn.utils.clip_grad_norm_(params, args.clip_grad or math.inf)
+        grad_norm = nn.utils.clip_grad_norm_(params, args.clip_grad or math.inf)
+        skipped_in_a_row = torch.where(grad_norm.isfinite(), 0, skipped_in_a_row + 1)  # equal on all ranks
         if is_log_step or device.type == "cpu":  # Sync
             check_finite(step, dict(zip(("loss", "image_features", "text_features"), parts)), int(skipped_in_a_row),
                          control)

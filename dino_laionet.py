@@ -59,6 +59,7 @@ import json
 import math
 import mmap
 import os
+import pickle
 import random
 import re
 import signal
@@ -172,8 +173,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     run = parser.add_argument_group("run")
     run.add_argument("--out", default="runs/dino", help="folder for log, checkpoint, metrics and predictions")
     run.add_argument("--export", default="",
-                     help="also write the final model, with class prototypes and without optimiser state, to this file "
-                          "(ROOT/clip.pt is made so)")
+                     help="also write the final model, without optimiser state, to this file; with the class "
+                          "prototypes of clip.py it serves as ROOT/clip.pt")
     run.add_argument("--resume", default="auto",
                      help="auto continues OUT/checkpoint.pt if there is one, off starts over and replaces it, or a "
                           "checkpoint to continue")
@@ -212,6 +213,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{flag.replace('_', '-')} must not be negative, got {getattr(args, flag)}")
     if args.sample_prototypes > args.prototypes:
         parser.error(f"--sample-prototypes {args.sample_prototypes} is more than the {args.prototypes} --prototypes")
+    if args.eval_only and args.export:
+        parser.error("--export writes what was trained: it has no use with --eval-only")
     if not (args.student_temp > 0 and args.teacher_temp > 0):  # NaN is not
         parser.error("--student-temp and --teacher-temp must be positive")
     if not (args.weight_decay_end >= 0 or args.weight_decay_end == -1):
@@ -245,6 +248,18 @@ from tqdm import tqdm  # noqa: E402
 # ------------------------------------------------------------------------------ method
 
 
+# Copied from clip.py
+@contextlib.contextmanager
+def exact_matmul() -> Iterator[None]:
+    """Matrix products in full fp32 inside: TF32 rounds logits near 100 to steps of 0.06."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def draw_prototypes(K: int, M: int, seed: int, step: int, usage: np.ndarray | None = None,
                     power: float = 0.0) -> torch.Tensor:
     """[M] sorted ids of the prototypes of a step, without replacement: a function of seed and step (and usage).
@@ -256,7 +271,7 @@ def draw_prototypes(K: int, M: int, seed: int, step: int, usage: np.ndarray | No
         raise ValueError(f"{M} of {K} prototypes cannot be drawn")
     if M == K:
         return torch.arange(K)
-    rng = np.random.default_rng([seed, step])
+    rng = np.random.default_rng([seed, step, 0, 11])  # no other stream has four numbers
     if not power:
         return torch.from_numpy(np.sort(rng.choice(K, M, replace=False)))
     score = power * np.log(usage + 1.0) + rng.gumbel(size=K)
@@ -299,7 +314,8 @@ def center_and_sharpen(logits: torch.Tensor, center: torch.Tensor, proto_ids: to
     if dist.is_initialized():
         dist.all_reduce(mean)  # All ranks; processes hold equally many rows
         mean /= dist.get_world_size()
-    center[proto_ids] = momentum * center[proto_ids] + (1 - momentum) * mean
+    moved = momentum * center[proto_ids] + (1 - momentum) * mean
+    center[proto_ids] = torch.where(mean.isfinite(), moved, center[proto_ids])  # not by a step that is left out
     return targets
 
 
@@ -320,13 +336,15 @@ def dino_loss(student_logits: torch.Tensor, targets: torch.Tensor, temperature: 
 
 
 @torch.no_grad()
+@exact_matmul()
 def unique_prototypes(prototypes: torch.Tensor, eps: float = 0.025, chunk: int = 4096) -> int:
     """Number of prototypes kept by a greedy cover: one is kept if all kept before are at cosine distance >= eps.
 
     prototypes: [K, D]. O(K * kept) time, O(chunk * kept) memory. Source: methods of arXiv 2410.14060, our reading.
     """
-    kept = F.normalize(prototypes.float(), dim=1)[:0]
-    for block in F.normalize(prototypes.float(), dim=1).split(chunk):
+    unit = F.normalize(prototypes.float(), dim=1)
+    kept = unit[:0]
+    for block in unit.split(chunk):
         if len(kept):
             block = block[(block @ kept.T).amax(1) <= 1 - eps]
         near, alive, chosen = (block @ block.T > 1 - eps).cpu(), torch.ones(len(block), dtype=torch.bool), []
@@ -386,13 +404,14 @@ def clip_gradients(params: list[nn.Parameter], largest: float, is_per_tensor: bo
 
 
 @torch.no_grad()
-def diagnostics(teacher_logits: torch.Tensor, targets: torch.Tensor, embed: torch.Tensor, temperature: float) -> dict:
+def diagnostics(loss: torch.Tensor, teacher_logits: torch.Tensor, targets: torch.Tensor, embed: torch.Tensor,
+                temperature: float) -> dict:
     """Signs of a collapse, as 0-d tensors; of this process's rows.
 
-    teacher_entropy: mean over rows of H(targets) / ln M; near 1, the targets say nothing. teacher_kl: mean of
-    ln M - H(targets), nats from uniform. spread_entropy: H of the mean of the raw softmax / ln M; near 0, one
-    prototype takes all (Sinkhorn hides it). feature_std: sqrt(d) * mean std of a feature's dimensions, unit features:
-    1 is spread evenly, 0 a point.
+    teacher_entropy: mean over rows of H(targets) / ln M; near 1, the targets say nothing. teacher_kl: mean
+    KL(targets || student), the loss less H(targets), nats; at 0 there is nothing to learn. spread_entropy: H of the
+    mean of the raw softmax / ln M; near 0, one prototype takes all (Sinkhorn hides it). feature_std: sqrt(d) * mean std
+    of a feature's dimensions, unit features: 1 is spread evenly, 0 a point.
     """
     def entropy(p: torch.Tensor) -> torch.Tensor:
         return -(p * p.clamp_min(1e-30).log()).sum(-1)
@@ -401,7 +420,7 @@ def diagnostics(teacher_logits: torch.Tensor, targets: torch.Tensor, embed: torc
     of_rows = entropy(targets).mean()
     raw = (teacher_logits / temperature).softmax(1).mean(0)
     unit = F.normalize(embed.float(), dim=1)
-    return {"teacher_entropy": of_rows / largest, "teacher_kl": largest - of_rows,
+    return {"teacher_entropy": of_rows / largest, "teacher_kl": loss - of_rows,
             "spread_entropy": entropy(raw) / largest, "feature_std": unit.std(0).mean() * unit.shape[1] ** 0.5}
 
 
@@ -435,22 +454,17 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
 
 
 # Copied from clip.py
-@contextlib.contextmanager
-def exact_matmul() -> Iterator[None]:
-    """Matrix products in full fp32 inside: TF32 rounds logits near 100 to steps of 0.06."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+@functools.cache
+def pixel_statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation of CLIP's training pixels, [3] each; copied to a device once, since a copy waits."""
+    mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # openai/CLIP clip.py
+    return torch.tensor(mean, device=device), torch.tensor(std, device=device)
 
 
 # Copied from clip.py
 def standardize(images: torch.Tensor) -> torch.Tensor:
     """[B, 3, S, S], 0..255 -> float32 by CLIP's mean and deviation, channels last, which is faster for convolutions."""
-    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073], device=images.device)  # openai/CLIP clip.py
-    std = torch.tensor([0.26862954, 0.26130258, 0.27577711], device=images.device)
+    mean, std = pixel_statistics(images.device)
     images = (images.float() / 255 - mean[:, None, None]) / std[:, None, None]
     return images.contiguous(memory_format=torch.channels_last)
 
@@ -692,7 +706,7 @@ class Head(nn.Module):
 
     def forward(self, embed: torch.Tensor) -> torch.Tensor:  # [n, embed_dim] -> [n, M] float32
         z = self.mlp(embed).float()
-        with torch.autocast(z.device.type, enabled=False):
+        with torch.autocast(z.device.type, enabled=False), exact_matmul():
             # DINO's weight norm with gain 1: one pass over the rows each way, where F.normalize makes several.
             prototypes = torch._weight_norm(self.prototypes, z.new_ones(len(self.prototypes), 1), 0)
             return F.normalize(z, dim=1) @ prototypes.T
@@ -740,7 +754,9 @@ class RawPixels:
         return images.flatten(1) / 255
 
 
+# What torch.load, torch.jit.load and safetensors raise for a file that is something else, or cut or damaged.
 UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, LookupError, AttributeError, struct.error)
+UNREADABLE += (zipfile.BadZipFile, pickle.UnpicklingError)
 
 
 # Copied from clip.py
@@ -769,7 +785,8 @@ def load_weights(path: str) -> dict:
                 checkpoint.pop(key, None)
             checkpoint = {"state_dict": checkpoint, "activation": "quick_gelu"}  # OpenAI's archives
         else:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([argparse.Namespace]):  # the public DINO keeps its flags so
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(checkpoint, dict):
             raise ValueError(f"it holds a {type(checkpoint).__name__}, not a dictionary of weights")
     except UNREADABLE as error:
@@ -810,7 +827,7 @@ def load_backbone(model: Network, path: str) -> None:
 ALIASES = {"image": ("filepath", "path", "file"), "label": ("class", "wnid"), "caption": ("text", "title")}
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]  # not EPS: Pillow would run Ghostscript on it
 KEEP_PIXELS = 16 * 2**30  # bytes of .npy images kept on the device; beyond it they are read in the workers
-N_DRAWS = 16  # random numbers that augment() uses for a view
+N_DRAWS = 16  # random numbers of a view, for augment_dino and augment_colour
 
 
 # Copied from clip.py
@@ -1123,7 +1140,7 @@ class Views(torch.utils.data.Dataset):
         else:
             boxes = [self.boxes(v, np.ones(len(examples)), examples) for v in range(V)]
             batch = {"pixel_rows": torch.from_numpy(self.pixel_offsets[examples[:, 0]] + examples[:, 1]),
-                     "boxes": torch.from_numpy(np.stack(boxes))}
+                     "boxes": torch.from_numpy(np.stack(boxes)).float()}
         draws = uniform_hash(self.seed, 8, *(examples.T[:, None, :, None]), np.arange(V)[:, None, None],
                              np.arange(N_DRAWS))
         return batch | {"draws": torch.from_numpy(draws.astype(np.float32)), "bad": bad}
@@ -1143,7 +1160,7 @@ class Views(torch.utils.data.Dataset):
 
 def grey(x: torch.Tensor) -> torch.Tensor:
     """[n, 3, S, S] -> [n, 1, S, S], ITU-R 601-2 luma."""
-    return (x * x.new_tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+    return 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
 
 
 def blend(x: torch.Tensor, other: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -1157,7 +1174,7 @@ def shift_hue(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     r, g, b = (x / chroma.where(chroma > 0, 1)).split(1, 1)
     red, green = value == x[:, :1], value == x[:, 1:2]
     hue = torch.where(red, g - b, torch.where(green, b - r + 2, r - g + 4))  # sixths of the circle
-    k = (hue + 6 * shift + x.new_tensor([5, 3, 1])[:, None, None]) % 6
+    k = (hue + 6 * shift + torch.arange(5, 0, -2, device=x.device)[:, None, None]) % 6
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
@@ -1183,9 +1200,9 @@ def augment_dino(x: torch.Tensor, draws: torch.Tensor, blur: list[float], solari
     n / len(blur) images each. Source: DINO main_dino.py, DataAugmentationDINO; torchvision ColorJitter.
     """
     def rows(chosen: torch.Tensor) -> torch.Tensor:
-        return chosen.nonzero()[:, 0].to(x.device)  # from the CPU: no sync
+        return chosen.nonzero()[:, 0].to(x.device, non_blocking=True)  # found on the CPU, so that no GPU is waited for
 
-    n_each, on_device = len(x) // len(blur), draws.to(x.device)
+    n_each, on_device = len(x) // len(blur), draws.to(x.device, non_blocking=True)
     order = draws[:, 6:10].argsort(1)  # [n, 4]
     for place in range(4):
         for op in range(4):
@@ -1196,7 +1213,7 @@ def augment_dino(x: torch.Tensor, draws: torch.Tensor, blur: list[float], solari
     if len(i):
         x[i] = gaussian_blur(x[i], 0.1 + 1.9 * on_device[i, 12])
     is_solarised = draws[:, 13] < torch.tensor(solarise).repeat_interleave(n_each)
-    x = torch.where(is_solarised.to(x.device)[:, None, None, None] & (x >= 0.5), 1 - x, x)
+    x = torch.where(is_solarised.to(x.device, non_blocking=True)[:, None, None, None] & (x >= 0.5), 1 - x, x)
     return torch.where((on_device[:, 0] < 0.5)[:, None, None, None], x.flip(3), x)
 
 
@@ -1212,7 +1229,7 @@ def augment_colour(x: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
 
     x: [n, 3, S, S] in [0, 1], S <= 128. draws: [n, N_DRAWS] in [0, 1).
     """
-    draws, S = draws.to(x.device), x.shape[2]
+    draws, S = draws.to(x.device, non_blocking=True), x.shape[2]
     u = draws[:, :, None, None, None]  # [n, N_DRAWS, 1, 1, 1]
     order = torch.where(draws[:, 1:2] < 0.6, draws[:, 2:5].argsort(1), torch.arange(3, device=x.device))
     x = x.gather(1, order[:, :, None, None].expand_as(x))
@@ -1233,10 +1250,11 @@ def make_crops(batch: dict, pixels: torch.Tensor | None, sizes: list[int], kind:
     for size in dict.fromkeys(sizes):
         views = [v for v in range(len(sizes)) if sizes[v] == size]
         if pixels is None:
-            x = torch.cat([batch["crops"][v] for v in views]).to(device, non_blocking=True).float()
+            x = torch.cat([batch["crops"][v].to(device, non_blocking=True) for v in views]).float()
         else:
-            images = pixels[batch["pixel_rows"].to(device)]
-            x = torch.cat([crop_pixels(images, batch["boxes"][v].to(device), size) for v in views])
+            images, boxes = (batch[k].to(device, non_blocking=True) for k in ("pixel_rows", "boxes"))
+            images = pixels[images]
+            x = torch.cat([crop_pixels(images, boxes[v], size) for v in views])
         x, draws = x / 255, batch["draws"][views].flatten(0, 1)
         if kind == "colour":
             x = augment_colour(x, draws)
@@ -1743,8 +1761,8 @@ def find_sets(data: str, root: Path) -> tuple[list[Path], list[float | None]]:
                              "one from tars or folders")
         paths.append(path)
         weights.append(float(weight) if weight else None)
-    if None in weights and any(weights):
-        raise SystemExit(f"--data {data}: give every set a weight, or none")
+    if None in weights and set(weights) != {None} or None not in weights and not any(weights):
+        raise SystemExit(f"--data {data}: give every set a weight, not all of them 0, or none")
     return paths, weights
 
 
@@ -1806,7 +1824,7 @@ def note_bad_images(counts: Counter, bad: list[tuple[str, str]]) -> None:
     """Count unreadable images by reason; the first of each reason is printed."""
     for reason, example in bad:
         if reason not in counts:
-            print(f"unreadable image ({reason}), replaced by another pair: {example}", flush=True)
+            print(f"unreadable image ({reason}), replaced by another example: {example}", flush=True)
         counts[reason] += 1
 
 
@@ -1932,7 +1950,7 @@ def main(args: argparse.Namespace) -> None:
     # --- setup
     rank, world_size, device = setup_distributed(args.device)
     is_main, out = rank == 0, Path(args.out)
-    control = dist.new_group(backend="gloo") if world_size > 1 else None  # words between CPUs, past the GPU's queue
+    control = dist.new_group(backend="gloo") if world_size > 1 else None  # flags and counts, not waiting for the GPU
     precision, reason = pick_precision(args.precision, device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     autocast = functools.partial(torch.autocast, device.type, dtype, enabled=precision != "fp32")
@@ -1955,12 +1973,14 @@ def main(args: argparse.Namespace) -> None:
     paths, weights = find_sets(args.data, root)
     tables = [Table(path) for path in paths]
     sizes = [len(table) for table in tables]
-    shares = np.array([weight or size for weight, size in zip(weights, sizes)], float)
+    shares = np.array([size if weight is None else weight for weight, size in zip(weights, sizes)], float)
     shares /= shares.sum()
-    class_counts = np.zeros(len(class_names), np.int64)  # for the metrics only
-    for table in tables if class_names else []:
+    class_counts = np.zeros(len(class_names))  # for the metrics only; by the sets' shares, as in clip.py
+    for table, share in zip(tables, shares) if class_names else []:
         labels = read_labels(table, class_names)
-        class_counts += np.bincount(labels[labels >= 0], minlength=len(class_names))
+        counts = np.bincount(labels[labels >= 0], minlength=len(class_names))
+        class_counts += counts * share * sum(sizes) / len(table)
+    class_counts = np.where(class_counts > 0, np.rint(class_counts).clip(1), 0).astype(np.int64)
     if is_main:
         print(describe(root, tables, shares, class_names, class_counts))
         print(f"precision {precision} ({reason}), {device}, {world_size} process{'es' if world_size > 1 else ''}",
@@ -2013,8 +2033,9 @@ def main(args: argparse.Namespace) -> None:
     groups = param_groups(student, args.weight_decay)
     if args.optimizer == "sgd":
         peak_lr = args.lr or 0.03 * args.batch_size / 256  # Wen et al., appendix
-        # The fused SGD wants a momentum for every parameter, which frozen prototypes do not have.
-        optimizer = torch.optim.SGD(groups, peak_lr, 0.9, fused=not args.freeze_prototypes)
+        optimizer = torch.optim.SGD(groups, peak_lr, 0.9, fused=True)
+        for p in (p for group in groups for p in group["params"]):  # torch leaves it unset if the first step is skipped
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     else:
         peak_lr = args.lr or (3e-3 if args.arch == "tiny" else 5e-4 * args.batch_size / 256)
         optimizer = torch.optim.AdamW(groups, peak_lr, (0.9, 0.98), eps=1e-8, fused=True)
@@ -2124,7 +2145,7 @@ def main(args: argparse.Namespace) -> None:
         if is_log_step:
             n_bad, n_steps = total(sum(bad.values()), control), (n_seen - n_logged) // len(batch["draws"][0])
             signs = {name: total(float(x), control) / world_size for name, x in
-                     diagnostics(teacher_logits, targets, teacher_embed, temperature).items()}  # Sync
+                     diagnostics(loss.detach(), teacher_logits, targets, teacher_embed, temperature).items()}  # Sync
             line = {"step": step + 1, "samples": (step + 1) * args.batch_size,
                     "epoch": round((step + 1) * args.batch_size / sum(sizes), 4),
                     "loss": total(float(loss_sum), control) / world_size / n_steps, "lr": lr,

@@ -19,7 +19,8 @@ The defaults are the matched protocol: a run differs from one of clip.py in the 
 batch, warm-up, crops, batch norm, evaluation). The paper's protocol, on ImageNet-Captions or LAIONet, is instead
     torchrun --nproc-per-node 4 sl_vocab_subsample.py --root ROOT --data incaps --arch RN50 --batch-size 256 --epochs 90
 with --optimizer sgd --weight-decay 1e-4 --warmup-steps 0 --bn local --vocab 200 --vocab-group 64
-Self-supervised weights to classification: --init backbone.pt (of clip.py, dino_laionet.py, torchvision).
+Self-supervised weights to classification: --init backbone.pt (of clip.py, torchvision, and
+dino_laionet.py but for its ViT-S-16, which has DINO's parameter names).
 
 A data set is a TSV with columns image and label (clip.py's docstring has the formats); rows without a label are
 dropped, several labels are written 3|17. Written to --out: args.json, log.jsonl, checkpoint.pt, metrics.json and
@@ -186,6 +187,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--vocab {args.vocab}: a vocabulary needs at least 2 classes (0 is all classes)")
     if args.loss == "log-q" and not args.vocab:
         parser.error("--loss log-q corrects for sampling: it needs --vocab")
+    if args.sampler != "instance" and ":" in args.data:
+        parser.error("--sampler class and sqrt draw by class over all sets: no weights in --data then")
+    if args.trim_tail and args.multi_label in ("all", "random"):
+        parser.error("--trim-tail cuts by the first label: it needs --multi-label first or drop")
     if not 0 <= args.label_smoothing < 1 or not 0 < args.crop_scale <= 1:
         parser.error("--label-smoothing must be in [0, 1) and --crop-scale in (0, 1]")
     for flag in ("batch_size", "log_every", "max_pixels"):
@@ -304,8 +309,8 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, smoothing: float =
     """Mean cross-entropy, nats, over rows; classes with a logit of -inf are not there.
 
     logits: [B, U]. labels: [B, J] columns, -1 pads; an image's labels share its target evenly. smoothing: part of the
-    target that is spread over all classes that are there. gamma: each row weighs (1 - p) ** gamma, p the probability of
-    its target (focal loss, Lin et al., arXiv 1708.02002, equation 4).
+    target that is spread over all classes that are there. gamma: each row weighs (1 - p) ** gamma, p = exp(-its
+    cross-entropy), a single label's probability (focal loss, Lin et al., arXiv 1708.02002, equation 4).
     """
     log_p = logits.log_softmax(1)
     is_label = labels >= 0
@@ -378,10 +383,17 @@ TOWERS = {
 
 
 # Copied from clip.py
+@functools.cache
+def pixel_statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation of CLIP's training pixels, [3] each; copied to a device once, since a copy waits."""
+    mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # openai/CLIP clip.py
+    return torch.tensor(mean, device=device), torch.tensor(std, device=device)
+
+
+# Copied from clip.py
 def standardize(images: torch.Tensor) -> torch.Tensor:
     """[B, 3, S, S], 0..255 -> float32 by CLIP's mean and deviation, channels last, which is faster for convolutions."""
-    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073], device=images.device)  # openai/CLIP clip.py
-    std = torch.tensor([0.26862954, 0.26130258, 0.27577711], device=images.device)
+    mean, std = pixel_statistics(images.device)
     images = (images.float() / 255 - mean[:, None, None]) / std[:, None, None]
     return images.contiguous(memory_format=torch.channels_last)
 
@@ -680,7 +692,8 @@ def load_weights(path: str) -> dict:
                 checkpoint.pop(key, None)
             checkpoint = {"state_dict": checkpoint, "activation": "quick_gelu"}  # OpenAI's archives
         else:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([argparse.Namespace]):  # the public DINO keeps its flags so
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(checkpoint, dict):
             raise ValueError(f"it holds a {type(checkpoint).__name__}, not a dictionary of weights")
     except UNREADABLE as error:
@@ -693,15 +706,19 @@ def load_weights(path: str) -> dict:
 
 
 def load_tower(model: Classifier, path: str) -> None:
-    """Load the image tower of a checkpoint: keys visual.* (clip.py, this script), or those of the tower itself.
+    """Load the image tower of a checkpoint: keys visual.* (clip.py, this script, dino_laionet.py) or without.
 
-    torchvision's classification layer (fc) is another one than ours, and is left at its random start.
+    torchvision's classification layer (fc) is another one than ours, and DINO's resnet50 has none: ours keeps its
+    random start.
     """
-    weights = load_weights(path)["state_dict"]
-    own = model.visual.state_dict()
-    if any(name.startswith("visual.") for name in weights):
+    loaded, own = load_weights(path), model.visual.state_dict()
+    weights = loaded["state_dict"]
+    if model.arch.startswith("ViT") and loaded.get("activation") == "quick_gelu":
+        raise SystemExit(f"--init {path} was trained with quick_gelu, the ViT of this script has gelu")
+    is_ours = any(name.startswith("visual.") for name in weights)
+    if is_ours:
         weights = {name[len("visual.") :]: value for name, value in weights.items() if name.startswith("visual.")}
-    elif model.arch == "resnet50":
+    if model.arch == "resnet50" and not (is_ours and "fc.weight" in weights):
         weights = {name: value for name, value in weights.items() if not name.startswith("fc.")}
         weights |= {name: value for name, value in own.items() if name.startswith("fc.")}
     missing, unexpected = sorted(own.keys() - weights), sorted(weights.keys() - own)
@@ -863,15 +880,16 @@ def read_label_sets(table: Table, class_names: list[str]) -> np.ndarray:
     return label_sets
 
 
-def trim_tail(labels: np.ndarray, class_counts: np.ndarray, K: int, shots: int, seed: int) -> np.ndarray:
-    """[n] bool: rows that stay when the K least frequent classes (ties by id) keep `shots` random images each."""
+def trim_tail(labels: np.ndarray, class_counts: np.ndarray, K: int, shots: int, seed: int
+              ) -> tuple[np.ndarray, np.ndarray]:
+    """[n] bool: rows that stay when the K least frequent classes (ties by id) keep `shots` random images; [K] these."""
     tail = np.argsort(class_counts, kind="stable")[:K]
     keep = ~np.isin(labels, tail)
     luck = uniform_hash(seed, 7, np.arange(len(labels)))
     for c in tail:
         rows = np.flatnonzero(labels == c)
         keep[rows[np.argsort(luck[rows], kind="stable")[:shots]]] = True
-    return keep
+    return keep, tail
 
 
 # Copied from clip.py
@@ -1097,7 +1115,7 @@ class Sampler:
         return self.stop - self.start
 
 
-class ClassSampler:
+class ClassSampler(Sampler):
     """As Sampler, but each image is drawn by class: a class with weight count ** power, then one of its images.
 
     labels: per set, [n] first label of each row. A row can come twice; `epoch` is the number of the draw, so that the
@@ -1114,7 +1132,8 @@ class ClassSampler:
         self.counts = np.bincount(labels)
         self.starts = np.cumsum(self.counts) - self.counts
         weights = np.where(self.counts > 0, self.counts.astype(float) ** power, 0.0)
-        self.law = np.cumsum(weights) / weights.sum()
+        law = np.cumsum(weights)
+        self.law = law / law[-1]  # ends in 1 exactly, above every draw
 
     def batch(self, step: int) -> np.ndarray:
         """[N, 3] int64: set, row, number of the draw."""
@@ -1123,26 +1142,18 @@ class ClassSampler:
         places = self.starts[classes] + (uniform_hash(self.seed, 9, draws) * self.counts[classes]).astype(np.int64)
         return np.concatenate([self.rows[places], draws[:, None]], 1)
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        B = self.batch_size // self.world_size
-        for step in range(self.start, self.stop):
-            yield self.batch(step)[self.rank * B : (self.rank + 1) * B]
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
 
 class LabelledImages(torch.utils.data.Dataset):
     """Training images of several sets with their labels; whole batches at a time, as in clip.py.
 
-    label_sets: per set, [n, J]. is_random: one of an image's labels is drawn at each epoch. Set from outside:
-    pixel_offsets [sets], where the rows of a set start among the images on the device.
+    label_sets: per set, [n, J]. is_random: one of an image's labels is drawn at each epoch. on_device: the images are
+    there already, in the order of sets and rows, and only their places are given.
     """
 
-    def __init__(self, tables: list[Table], label_sets: list[np.ndarray], is_random: bool, image_size: int,
-                 crop_scale: float, max_pixels: int, seed: int):
-        self.tables, self.is_random, self.image_size = tables, is_random, image_size
-        self.crop_scale, self.max_pixels, self.seed, self.pixel_offsets = crop_scale, max_pixels, seed, None
+    def __init__(self, tables: list[Table], label_sets: list[np.ndarray], is_random: bool, on_device: bool,
+                 image_size: int, crop_scale: float, max_pixels: int, seed: int):
+        self.tables, self.is_random, self.on_device, self.image_size = tables, is_random, on_device, image_size
+        self.crop_scale, self.max_pixels, self.seed = crop_scale, max_pixels, seed
         n_labels = max(labels.shape[1] for labels in label_sets)
         padded = [np.pad(x, ((0, 0), (0, n_labels - x.shape[1])), constant_values=-1) for x in label_sets]
         self.offsets = np.cumsum([0, *map(len, padded[:-1])])
@@ -1151,15 +1162,15 @@ class LabelledImages(torch.utils.data.Dataset):
     def __getitems__(self, examples: np.ndarray) -> dict:
         """[B, 3] (set, row, epoch) -> a batch: images or pixel_rows and boxes, labels [B, J], bad."""
         bad = []
-        if self.pixel_offsets is None:
+        if not self.on_device:
             min_side = self.image_size / math.sqrt(0.75 * self.crop_scale)  # of the smallest crop
             examples, images, bad = read_crops(self.tables, examples, self.image_size, min_side, self.crop_scale,
                                                self.max_pixels, self.seed)
             batch = {"images": images}
         else:
             boxes = crop_boxes(self.crop_scale, np.ones(len(examples)), self.seed, 2, *examples.T)
-            batch = {"pixel_rows": torch.from_numpy(self.pixel_offsets[examples[:, 0]] + examples[:, 1]),
-                     "boxes": torch.from_numpy(boxes)}
+            batch = {"pixel_rows": torch.from_numpy(self.offsets[examples[:, 0]] + examples[:, 1]),
+                     "boxes": torch.from_numpy(boxes).float()}
         labels = self.labels[self.offsets[examples[:, 0]] + examples[:, 1]]
         if self.is_random:
             draw = torch.from_numpy(uniform_hash(self.seed, 5, *examples.T))
@@ -1575,8 +1586,8 @@ def find_sets(data: str, root: Path) -> tuple[list[Path], list[float | None]]:
                              "one from tars or folders")
         paths.append(path)
         weights.append(float(weight) if weight else None)
-    if None in weights and any(weights):
-        raise SystemExit(f"--data {data}: give every set a weight, or none")
+    if None in weights and set(weights) != {None} or None not in weights and not any(weights):
+        raise SystemExit(f"--data {data}: give every set a weight, not all of them 0, or none")
     return paths, weights
 
 
@@ -1638,7 +1649,7 @@ def note_bad_images(counts: Counter, bad: list[tuple[str, str]]) -> None:
     """Count unreadable images by reason; the first of each reason is printed."""
     for reason, example in bad:
         if reason not in counts:
-            print(f"unreadable image ({reason}), replaced by another pair: {example}", flush=True)
+            print(f"unreadable image ({reason}), replaced by another example: {example}", flush=True)
         counts[reason] += 1
 
 
@@ -1711,15 +1722,14 @@ def read_labelled_sets(args: argparse.Namespace, root: Path, class_names: list[s
     if args.trim_tail:
         first = np.concatenate([labels[:, 0] for labels in label_sets])
         counts = np.bincount(first, minlength=len(class_names))
-        keep = trim_tail(first, counts, args.trim_tail, args.trim_shots, args.seed)
-        trimmed = np.argsort(counts, kind="stable")[: args.trim_tail]
+        keep, trimmed = trim_tail(first, counts, args.trim_tail, args.trim_shots, args.seed)
         lost["trimmed from the tail"] = int((~keep).sum())
         for s, part in enumerate(np.split(keep, np.cumsum([len(labels) for labels in label_sets])[:-1])):
             tables[s].starts, label_sets[s] = tables[s].starts[torch.from_numpy(part)], label_sets[s][part]
     for table in tables:
         if not len(table):
             raise SystemExit(f"{table.path}: no row with a label is left")
-    shares = np.array([weight or len(table) for weight, table in zip(weights, tables)], float)
+    shares = np.array([len(table) if weight is None else weight for weight, table in zip(weights, tables)], float)
     shares /= shares.sum()
     n, class_counts = sum(map(len, tables)), np.zeros(len(class_names))
     for labels, share in zip(label_sets, shares):
@@ -1779,7 +1789,7 @@ def evaluate_file(args: argparse.Namespace, root: Path, rank: int, device: torch
                          f"{root}/classes.tsv has ({len(class_names)})")
     model = Classifier(loaded["arch"], len(class_names), loaded["state_dict"]["prototypes"], True)
     model.load_state_dict(loaded["state_dict"])
-    args.data = loaded["args"]["data"]
+    args.data, args.seed = loaded["args"]["data"], loaded["args"]["seed"]
     report_classifier(model.to(device), class_names, loaded["class_counts"].numpy(), loaded["trimmed"].numpy(),
                       find_test_sets(args.eval_sets, root), args, loaded["step"], 0.0, rank, device, precision)
 
@@ -1788,7 +1798,7 @@ def main(args: argparse.Namespace) -> None:
     # --- setup
     rank, world_size, device = setup_distributed(args.device)
     is_main, out = rank == 0, Path(args.out)
-    control = dist.new_group(backend="gloo") if world_size > 1 else None  # words between CPUs, past the GPU's queue
+    control = dist.new_group(backend="gloo") if world_size > 1 else None  # flags and counts, not waiting for the GPU
     precision, reason = pick_precision(args.precision, device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     autocast = functools.partial(torch.autocast, device.type, dtype, enabled=precision != "fp32")
@@ -1849,6 +1859,8 @@ def main(args: argparse.Namespace) -> None:
     if args.optimizer == "sgd":
         peak_lr = args.lr or 0.1 * args.batch_size / 256  # the paper's appendix C
         optimizer = torch.optim.SGD(groups, peak_lr, 0.9, fused=True)
+        for p in (p for group in groups for p in group["params"]):  # torch leaves it unset if the first step is skipped
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     else:
         peak_lr = args.lr or (3e-3 if args.arch == "tiny" else 1e-3)
         optimizer = torch.optim.AdamW(groups, peak_lr, (0.9, 0.98), eps=1e-8, fused=True)
@@ -1869,10 +1881,10 @@ def main(args: argparse.Namespace) -> None:
         start, seconds_before = checkpoint["step"], checkpoint["seconds"]
 
     # --- loader
-    dataset = LabelledImages(tables, label_sets, args.multi_label == "random", model.image_size, args.crop_scale,
-                             args.max_pixels, args.seed)
+    dataset = LabelledImages(tables, label_sets, args.multi_label == "random", pixels is not None, model.image_size,
+                             args.crop_scale, args.max_pixels, args.seed)
     if pixels is not None:
-        pixels, dataset.pixel_offsets = pixels.to(device), np.cumsum([0, *sizes[:-1]])
+        pixels = pixels.to(device)
     workers = args.workers if args.workers >= 0 else default_workers() if pixels is None else 1
     if args.sampler == "instance":
         sampler = Sampler(sizes, shares, args.batch_size, args.seed, start, steps, rank, world_size)
@@ -1920,14 +1932,12 @@ def main(args: argparse.Namespace) -> None:
             if vocab.ids is not None:  # labels as columns of the union
                 labels = torch.searchsorted(vocab.ids, labels).masked_fill(labels < 0, -1)
             vocab = Vocab(*(x if x is None else x.to(device, non_blocking=True) for x in vocab))
-        for name, value in batch.items():
-            if isinstance(value, torch.Tensor):
-                batch[name] = value.to(device, non_blocking=True)
         labels = labels.to(device, non_blocking=True)
         if pixels is None:
-            images = batch["images"]
+            images = batch["images"].to(device, non_blocking=True)
         else:
-            images = crop_pixels(pixels[batch["pixel_rows"]], batch["boxes"], model.image_size)
+            rows, boxes = (batch[name].to(device, non_blocking=True) for name in ("pixel_rows", "boxes"))
+            images = crop_pixels(pixels[rows], boxes, model.image_size)
         with autocast():
             features, class_vectors, scale = net(images)
         logits = vocab_logits(features, class_vectors, scale, vocab, adjustment, args.loss == "log-q")
@@ -1936,9 +1946,8 @@ def main(args: argparse.Namespace) -> None:
 
         is_log_step = (step + 1) % args.log_every == 0 or step + 1 == steps
         scaler.unscale_(optimizer)
-        skipped_in_a_row = torch.where(model.logit_scale.grad.isfinite(), 0, skipped_in_a_row + 1)  # equal on all ranks
-        if args.clip_grad or is_log_step:
-            grad_norm = nn.utils.clip_grad_norm_(params, args.clip_grad or math.inf)
+        grad_norm = nn.utils.clip_grad_norm_(params, args.clip_grad or math.inf)
+        skipped_in_a_row = torch.where(grad_norm.isfinite(), 0, skipped_in_a_row + 1)  # equal on all ranks
         if is_log_step or device.type == "cpu":  # Sync
             check_finite(step, {"loss": loss, "image_features": features}, int(skipped_in_a_row), control)
         scaler.step(optimizer)

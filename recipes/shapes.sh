@@ -86,11 +86,14 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
   table eighth subset "$root/laionet/train.tsv" --fraction 0.125 --seed "$seed"
   table quarter subset "$root/laionet/train.tsv" --fraction 0.25 --seed "$seed"
   table half subset "$root/laionet/train.tsv" --fraction 0.5 --seed "$seed"
-  for threshold in 0.00 0.25 0.30 0.35; do # all of 4,000 rows: shares of .1 to .35 of the whole
+  for threshold in 0.00 0.25 0.30 0.35; do # all of 4,000 rows; a third of the whole has 0.35
     table "above$threshold" subset "$root/laionet/train.tsv" --threshold "similarity=$threshold" --rows 4000 --seed "$seed"
   done
+  table as0.35 subset "$root/laionet/train.tsv" --match-frequency "$cuts/above0.35.tsv" --seed "$seed"
   table matched subset "$root/laionet/train.tsv" --match-frequency "$root/incaps4k/train.tsv" --seed "$seed"
-  [ -e "$cuts/even.txt" ] || seq 0 2 119 >"$cuts/even.txt" # every other class; frequencies do not follow the numbers
+  table as_matched subset "$root/incaps4k/train.tsv" --match-frequency "$cuts/matched.tsv" --seed "$seed"
+  # every other shape, with its 5 patterns: the other 60 classes are new words; frequencies do not follow the numbers
+  [ -e "$cuts/even.txt" ] || seq 0 119 | awk 'int($1 / 5) % 2 == 0' >"$cuts/even.txt"
   table even subset "$root/laionet/train.tsv" --class-list "$cuts/even.txt" --seed "$seed"
   table as_even subset "$root/laionet/train.tsv" --rows "$(($(wc -l <"$cuts/even.tsv") - 1))" --seed "$seed"
   table yfcc_cls label "$root/yfcc/train.tsv" --classes "$root/classes.tsv"
@@ -99,6 +102,7 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
   done
   table web_all label "$root/web/train.tsv" --classes "$root/classes.tsv"
   table web_cls subset "$cuts/web_all.tsv" --rows 15000 --seed "$seed"
+  table web_half subset "$cuts/web_cls.tsv" --rows 7500 --seed "$seed"
   for kind in class synonym; do
     printf '%s\n' "a photo of a {$kind}" "a picture of a {$kind}" "a photo of the {$kind}" "a picture of the {$kind}" "a {$kind}" "the {$kind}" >"$cuts/$kind.txt"
   done
@@ -188,9 +192,12 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
     done
   fi
 
-  # --- 6: text heads (figure 5), with neural collapse
+  # --- 6: text heads (figure 5), with neural collapse; frozen captions are whole, so the others without word dropout too
   if wants 6; then
     clip frozen --text-head frozen
+    clip clip_nodrop --word-dropout 0
+    clip clip_nodrop_quarter --word-dropout 0 --data "$cuts/quarter.tsv" --steps 800
+    clip finetune_nodrop --word-dropout 0 --text-head finetune
     sl sl_frozen_head --head frozen
     for size in quarter:800 whole:1600; do
       table=$([ "${size%:*}" = whole ] && echo "$root/laionet/train.tsv" || echo "$cuts/quarter.tsv")
@@ -207,9 +214,8 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
 
   # --- 5: imbalance, shift, diversity (figure 4), all of 4,000 rows
   if wants 5; then
-    for table in above0.00 above0.25 above0.30 above0.35 matched incaps4k; do
-      file=$([ $table = incaps4k ] && echo incaps4k || echo "$cuts/$table.tsv")
-      few=(--data "$file" --steps $STEPS_4K --eval-sets val v2)
+    for table in above0.00 above0.25 above0.30 above0.35 as0.35 matched as_matched; do
+      few=(--data "$cuts/$table.tsv" --steps $STEPS_4K --eval-sets val v2)
       clip "div_${table}_scratch" "${few[@]}"
       clip "div_${table}_frozen" "${few[@]}" --text-head frozen
     done
@@ -234,10 +240,11 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
   if wants 10; then
     clip rob_clip_incaps --data incaps
     clip rob_clip_web --data "$cuts/web_cls.tsv"
-    clip rob_clip_mix --data "laionet:1,$cuts/web_cls.tsv:1"
+    mixed=$cuts/half.tsv:1,$cuts/web_half.tsv:1 # 15,000 images too
+    clip rob_clip_mix --data "$mixed"
     sl rob_sl_incaps --data incaps
     sl rob_sl_web --data "$cuts/web_cls.tsv"
-    sl rob_sl_mix --data "laionet:1,$cuts/web_cls.tsv:1"
+    sl rob_sl_mix --data "$mixed"
     if [ ! -e "$cuts/web_rand.tsv" ]; then
       features=$runs/features
       "$PYTHON" clip.py --root "$root" --eval-only "$root/clip.pt" --out "$features" --eval-sets "$cuts/web_cls.tsv" "$root/imagenet/train.tsv" sketch rendition objectnet v2 >"$runs/features.log"

@@ -514,6 +514,17 @@ def test_non_finite_steps_are_left_out(world, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="ten steps in a row"):
         train_here(world, tmp_path / "c", "--steps", "20")
     assert len(calls) == 10
+    bad_calls, encode_image = set(), clip.CLIP.encode_image
+
+    def overflows_backward(self, images):
+        embed = encode_image(self, images)
+        if embed.requires_grad:
+            embed.register_hook(lambda grad: grad * torch.inf)
+        return embed
+
+    monkeypatch.setattr(clip.CLIP, "encode_image", overflows_backward)
+    with pytest.raises(SystemExit, match="ten steps in a row"):
+        train_here(world, tmp_path / "d", "--steps", "20")
 
 
 def test_precisions_and_switches_run(world, tmp_path):
@@ -623,6 +634,7 @@ def test_messages(world, photos, tmp_path, capsys):
         "have no label": ["--root", world, "--data", "web", "--caption", "a {class}"],
         "no such checkpoint": ["--root", world, "--eval-only", "nothing.pt"],
         "give every set a weight": ["--root", world, "--data", "laionet:2,incaps"],
+        "not all of them 0": ["--root", world, "--data", "laionet:0,incaps:0"],
         "needs --text-head frozen": ["--root", world, "--text-embeddings", "a.npy"],
         "choose one": ["--root", world, "--word-dropout", "0.5", "--text-head", "frozen"],
     }

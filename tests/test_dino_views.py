@@ -1,5 +1,6 @@
 """dino_laionet.py: crops, colours, towers, published weights and probes, against torchvision, scipy and scikit-learn."""
 
+import argparse
 import math
 
 import numpy as np
@@ -262,8 +263,9 @@ def network(arch):
 
 def test_public_vit_weights_load(tmp_path):
     weights, model = vit_weights(), network("ViT-S-16")
+    flags = argparse.Namespace(arch="vit_small")  # as the public code saves them
     wrapped = {f"module.backbone.{k}": v for k, v in weights.items()} | {"module.head.mlp.0.weight": torch.ones(2, 2)}
-    for name, content in {"bare": weights, "full": {"teacher": wrapped, "student": {}, "epoch": 3}}.items():
+    for name, content in {"bare": weights, "full": {"teacher": wrapped, "student": {}, "args": flags}}.items():
         torch.save(content, tmp_path / f"{name}.pt")
         torch.nn.init.zeros_(model.visual.pos_embed)
         dino.load_backbone(model, str(tmp_path / f"{name}.pt"))

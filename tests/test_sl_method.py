@@ -1,12 +1,14 @@
 """sl_vocab_subsample.py: vocabularies, losses, samplers and readers, against hand computation and simulation."""
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+import dino_laionet as dino
 import sl_vocab_subsample as sl
 
 
@@ -216,9 +218,10 @@ def test_trim_tail():
     labels = np.repeat([0, 1, 2, 3], [50, 4, 30, 9])
     counts = np.bincount(labels)
     for shots in 0, 1, 5:
-        keep = sl.trim_tail(labels, counts, 2, shots, 0)
+        keep, tail = sl.trim_tail(labels, counts, 2, shots, 0)
+        assert tail.tolist() == [1, 3]
         assert np.bincount(labels[keep], minlength=4).tolist() == [50, min(4, shots), 30, min(9, shots)]
-    assert not np.array_equal(sl.trim_tail(labels, counts, 2, 1, 0), sl.trim_tail(labels, counts, 2, 1, 1))
+    assert not np.array_equal(sl.trim_tail(labels, counts, 2, 1, 0)[0], sl.trim_tail(labels, counts, 2, 1, 1)[0])
 
 
 def test_prototypes_are_matched_by_name(tmp_path):
@@ -268,6 +271,26 @@ def test_towers_load_from_other_checkpoints(tmp_path):
         assert torch.allclose(standard.eval()(images), model.visual.eval()(images), rtol=1e-4, atol=1e-5)
     with pytest.raises(SystemExit, match="does not fit --arch tiny"):
         sl.load_tower(source, str(tmp_path / "resnet50.pt"))
+    ssl = dino.Network("resnet50", 8, 8, 8, False)  # has no fc
+    torch.save({"state_dict": ssl.state_dict()}, tmp_path / "dino.pt")
+    sl.load_tower(model := sl.Classifier("resnet50", 7, None, False), str(tmp_path / "dino.pt"))
+    assert torch.equal(model.visual.layer4[2].conv3.weight, ssl.visual.layer4[2].conv3.weight)
+    sl.load_tower(other := sl.Classifier("resnet50", 9, None, False), save(model.state_dict(), tmp_path / "ours.pt"))
+    assert torch.equal(model.visual.fc.weight, other.visual.fc.weight)  # our own fc belongs to the tower
+
+
+def save(state_dict, path, **more):
+    torch.save({"state_dict": state_dict, **more}, path)
+    return str(path)
+
+
+def test_activation_is_compared(tmp_path):
+    """QuickGELU weights in a GELU tower would give wrong features silently."""
+    source = sl.Classifier("ViT-S-16", 4, None, False)
+    for activation in "gelu", "quick_gelu":
+        path = save(source.state_dict(), tmp_path / "vit.pt", activation=activation)
+        with pytest.raises(SystemExit, match="quick_gelu") if activation == "quick_gelu" else nullcontext():
+            sl.load_tower(source, path)
 
 
 @pytest.mark.parametrize(
@@ -279,6 +302,8 @@ def test_towers_load_from_other_checkpoints(tmp_path):
         (["--label-smoothing", "1"], "must be in"),
         (["--vocab-power", "-1"], "must not be negative"),
         (["--trim-tail", "-1"], "must not be negative"),
+        (["--trim-tail", "5", "--multi-label", "all"], "cuts by the first label"),
+        (["--sampler", "class", "--data", "a:2,b:1"], "no weights in --data"),
     ],
 )
 def test_wrong_flags(flags, message, capsys):

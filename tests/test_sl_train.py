@@ -12,6 +12,7 @@ import torch
 from programs import ROOT, assert_bit_equal, log_of, weights_of
 
 import clip
+import dino_laionet as dino
 import sl_vocab_subsample as sl
 
 FLAGS = ["--batch-size", "32", "--log-every", "1", "--warmup-steps", "2", "--precision", "fp32", "--device", "cpu"]
@@ -204,6 +205,25 @@ def test_sgd_as_in_the_paper(world, tmp_path):
     flags = ["--optimizer", "sgd", "--weight-decay", "1e-4", "--warmup-steps", "0", "--bn", "local"]
     run_here("--root", world, "--steps", "3", *FLAGS, *flags, "--out", tmp_path)
     assert np.isclose(log_of(tmp_path)[0]["lr"], 0.1 * 32 / 256)
+
+
+@pytest.mark.parametrize("module", [sl, dino])
+def test_momentum_starts_at_zero_when_the_first_step_is_skipped(module, world, tmp_path, monkeypatch):
+    """The scaler skips a step with an infinite gradient; torch's fused SGD then has a buffer of whatever was there."""
+    method = {sl: "cross_entropy", dino: "dino_loss"}[module]
+    right, calls = getattr(module, method), []
+
+    def overflows_once(*args):
+        calls.append(0)
+        return right(*args) * (torch.inf if len(calls) == 1 else 1)
+
+    monkeypatch.setattr(module, method, overflows_once)
+    monkeypatch.setattr(torch, "empty_like", lambda x, **kwargs: torch.full_like(x, 1e6, **kwargs))  # as memory may be
+    flags = [*FLAGS, "--optimizer", "sgd", "--steps", "3", "--out", tmp_path / "out", "--workers", "0"]
+    if module is dino:
+        flags += ["--no-baselines", "--eval-sets", "--transfer"]
+    programs.run_here(module, "--root", world, *flags)
+    assert len(calls) == 3 and max(float(x.abs().max()) for x in weights_of(tmp_path / "out").values()) < 1e3
 
 
 def test_images_in_files(world, tmp_path):

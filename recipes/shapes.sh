@@ -3,7 +3,7 @@
 #
 #   bash recipes/shapes.sh                  # seeds 0, 1 and 2, about an hour and a quarter each on 2 cores with AMX
 #   bash recipes/shapes.sh 3 4              # further seeds
-#   ONLY="1 12" bash recipes/shapes.sh 0    # some of the experiments
+#   ONLY="1 12" bash recipes/shapes.sh 0    # some of the experiments; "9b", more of DINO, comes only so
 #   JOBS=8 bash recipes/shapes.sh           # trainings at a time, a thread each (default: the number of cores)
 #
 # What a run leaves is results/seedS/NAME.json, a few kB, to be committed: a run that has one is not made again, so the
@@ -262,7 +262,7 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
     sl zeroshot "${tuned[@]}" --steps 1 --lr 1e-12
     sl finetuned "${tuned[@]}" --steps 400 --lr 3e-4
     wise="$PYTHON evaluate.py wiseft {}/zeroshot/checkpoint.pt {}/finetuned/checkpoint.pt --alpha 0 0.25 0.5 0.75 1 --out {}/wise"
-    wise+=" && for a in 0 0.25 0.5 0.75 1; do $PYTHON sl_vocab_subsample.py --root $root --eval-only {}/wise/alpha_\$a.pt --out {}/wise/alpha_\$a; done"
+    wise+=" && for a in 0.00 0.25 0.50 0.75 1.00; do $PYTHON sl_vocab_subsample.py --root $root --eval-only {}/wise/alpha_\$a.pt --out {}/wise/alpha_\$a; done"
     score wiseft "zeroshot finetuned" "$wise && $PYTHON evaluate.py wiseft --results {}/wise"
     cut -f 1 "$root/classes.tsv" >"$cuts/names.tsv"
     count=(frequency "$root/laionet/train.tsv" --lemmas none)
@@ -282,6 +282,17 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
     dino dino_sampled_quarter --no-baselines --sample-prototypes 512
     dino dino_sampled_16th --no-baselines --sample-prototypes 128
     dino dino_fixed_quarter --no-baselines --prototypes 512
+  fi
+
+  # --- 9b, asked for by name only: what the theory says matters, prototypes by images of a batch and the imbalance
+  if [[ " ${ONLY:-} " == *" 9b "* ]]; then
+    dino dino_many --no-baselines --prototypes 8192
+    dino dino_many_sampled --no-baselines --prototypes 8192 --sample-prototypes 2048
+    table steep subset "$root/laionet/train.tsv" --profile pareto --imbalance 1000 --seed "$seed"
+    table as_steep subset "$root/balanced/train.tsv" --rows "$(($(wc -l <"$cuts/steep.tsv") - 1))" --seed "$seed"
+    dino dino_steep_balanced --no-baselines --data "$cuts/as_steep.tsv"
+    dino dino_steep --no-baselines --data "$cuts/steep.tsv"
+    dino dino_steep_sampled --no-baselines --data "$cuts/steep.tsv" --sample-prototypes 512
   fi
   finish
 

@@ -3493,9 +3493,8 @@ def read_image(table: Table, row: int, min_side: float, max_pixels: int) -> Imag
         return "row beyond the end of the .npy file"
     except Image.UnidentifiedImageError:
         return "not an image"
-    except Image.DecompressionBombError:
-        return "more pixels than --max-pixels"
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, OverflowError) as error:  # Pillow's
+    except (OSError, ValueError, TypeError, KeyError, SyntaxError, EOFError, struct.error, zlib.error,
+            OverflowError) as error:  # Pillow's; odd EXIF data give a TypeError
         return "truncated" if "truncated" in str(error).lower() else "cannot be decoded"
 
 

@@ -191,6 +191,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.text_embeddings and args.text_head != "frozen":
         parser.error("--text-embeddings holds fixed embeddings: it needs --text-head frozen")
+    if args.text_init != "auto" and (args.text_head == "scratch" or args.init or args.text_embeddings):
+        parser.error("--text-init is read by --text-head frozen and finetune, without --init and --text-embeddings")
+    for path in args.text_embeddings:
+        if not os.path.isfile(path):
+            parser.error(f"--text-embeddings {path}: no such file")
     if args.text_embeddings and (len(args.text_embeddings) > 2 or args.data.count(",") or args.caption != "{caption}"):
         parser.error("--text-embeddings takes TRAIN.npy and perhaps CLASSES.npy, and one --data set with its own "
                      "captions")
@@ -204,8 +209,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for flag in ("batch_size", "accumulate", "log_every", "max_pixels"):
         if not getattr(args, flag) >= 1:
             parser.error(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
-    for flag in ("steps", "epochs", "lr", "weight_decay", "warmup_steps", "clip_grad", "save_every", "eval_every",
-                 "max_bad"):
+    for flag in ("seed", "steps", "epochs", "lr", "weight_decay", "warmup_steps", "clip_grad", "save_every",
+                 "eval_every", "max_bad"):
         if not getattr(args, flag) >= 0:  # NaN is not
             parser.error(f"--{flag.replace('_', '-')} must not be negative, got {getattr(args, flag)}")
     return args
@@ -255,7 +260,7 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def exact_matmul() -> Iterator[None]:
-    """Matrix products in full fp32 inside: TF32 rounds logits near 100 to steps of 0.06."""
+    """Matrix products of the forward pass in full fp32: TF32 rounds logits near 100 to steps of 0.06."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -336,7 +341,7 @@ def backward_in_chunks(
         with torch.no_grad(), autocast():  # a context of its own: autocast would keep graph-less weight casts
             features.append(net(*chunk))
     for buffer, before in zip(net.buffers(), buffers, strict=True):
-        buffer.copy_(before)  # running statistics advance once a step, in the replay
+        buffer.copy_(before)  # running statistics advance in the replay only
 
     image_features = torch.cat([f[0] for f in features]).requires_grad_()
     text_features = torch.cat([f[1] for f in features]).requires_grad_()
@@ -349,7 +354,7 @@ def backward_in_chunks(
         torch.set_rng_state(random_states[k][0])
         if images.is_cuda:
             torch.cuda.set_rng_state(random_states[k][1])
-        is_last = k == n_chunks - 1
+        is_last = k == len(chunks) - 1  # chunk() can give fewer than n_chunks
         wait = net.no_sync() if isinstance(net, DistributedDataParallel) and not is_last else contextlib.nullcontext()
         with wait:  # DDP averages gradients once, in the last chunk
             with autocast():
@@ -752,7 +757,7 @@ def pick_activation(flag: str, checkpoint: dict, path: str) -> str:
     """The activation of loaded weights; a wrong one gives wrong features silently, so it must be known and agree."""
     stored = checkpoint.get("activation")
     if not any("resblocks" in k for k in checkpoint["state_dict"]):
-        return stored or ("gelu" if flag == "auto" else flag)  # no transformer: nothing to mistake
+        return flag if flag != "auto" else stored or "gelu"  # no transformer: nothing to mistake
     if stored is None and flag == "auto":
         raise SystemExit(f"{path} does not say its activation: pass --activation quick_gelu (OpenAI's weights and "
                          "open_clip models named -quickgelu) or --activation gelu")
@@ -1076,7 +1081,15 @@ class Captions:
         self.is_fixed = len(templates) == 1 and "synonym" not in fields
 
     def __call__(self, row: int, epoch: int) -> str:
-        template, synonym = (uniform_hash(self.seed, 1, row, epoch, np.arange(2)) if not self.is_fixed else (0, 0))
+        return self.text(row, *self.draw(np.array([row]), epoch)[0])
+
+    def draw(self, rows: np.ndarray, epoch: int) -> np.ndarray:
+        """[n, 2] in [0, 1): what chooses template and synonym of a row."""
+        if self.is_fixed:
+            return np.zeros((len(rows), 2))
+        return uniform_hash(self.seed, 1, rows[:, None], epoch, np.arange(2))
+
+    def text(self, row: int, template: float, synonym: float) -> str:
         parts = list(self.templates[int(template * len(self.templates))])
         fields = self.table[row]
         for i in range(1, len(parts), 2):
@@ -1149,9 +1162,8 @@ def read_image(table: Table, row: int, min_side: float, max_pixels: int) -> Imag
         return "row beyond the end of the .npy file"
     except Image.UnidentifiedImageError:
         return "not an image"
-    except Image.DecompressionBombError:
-        return "more pixels than --max-pixels"
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, OverflowError) as error:  # Pillow's
+    except (OSError, ValueError, TypeError, KeyError, SyntaxError, EOFError, struct.error, zlib.error,
+            OverflowError) as error:  # Pillow's; odd EXIF data give a TypeError
         return "truncated" if "truncated" in str(error).lower() else "cannot be decoded"
 
 
@@ -1221,8 +1233,12 @@ def crop_pixels(pixels: torch.Tensor, boxes: torch.Tensor, image_size: int) -> t
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
-def load_pixels(tables: list[Table]) -> torch.Tensor | None:
-    """All images of tables, one after the other, [n, H, W, 3] uint8; None if not all are rows of .npy of one size."""
+def load_pixels(tables: list[Table], image_size: int = 0) -> torch.Tensor | None:
+    """All images of tables, one after the other, [n, H, W, 3] uint8; None if not all are rows of .npy of one size.
+
+    image_size: px that crops of them will have, 0 for none; None too if the images are much larger or no squares, since
+    crop_pixels samples without a filter and without their aspect.
+    """
     places, n = defaultdict(list), 0
     for table in tables:
         if locate_image(table, 0)[0].suffix != ".npy":
@@ -1238,7 +1254,10 @@ def load_pixels(tables: list[Table]) -> torch.Tensor | None:
         shapes = {array.shape[1:] for array in arrays.values()}
         if len(shapes) > 1 or n * math.prod(*shapes) > KEEP_PIXELS:
             return None
-        pixels = np.empty((n, *shapes.pop()), np.uint8)
+        H, W, _ = shapes.pop()
+        if image_size and (H != W or H > 1.3 * image_size):
+            return None
+        pixels = np.empty((n, H, W, 3), np.uint8)
         for path, rows in places.items():
             rows = np.array(rows)
             pixels[rows[:, 0]] = arrays[path][rows[:, 1]]
@@ -1343,24 +1362,35 @@ def as_it_is(batch: dict) -> dict:
     return batch
 
 
+def ignore_sigterm(worker: int) -> None:
+    """A signal to the whole process group (torchrun's, timeout's, Slurm's) is for the training process, which saves."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def default_workers() -> int:
     """Loader processes for one training process: one a core that this process may use, at most 8."""
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 class EvalImages(torch.utils.data.Dataset):
-    """Images of a test set as [3, S, S] uint8, the centre square; or the reason why one cannot be read."""
+    """Images of a test set: [3, S, S] uint8, the centre square, and 0; or zeros and why it cannot be read."""
 
     def __init__(self, table: Table, image_size: int, max_pixels: int):
         self.table, self.image_size, self.max_pixels = table, image_size, max_pixels
 
-    def __getitem__(self, row: int) -> torch.Tensor | str:
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, str | int]:
         image = read_image(self.table, row, self.image_size, self.max_pixels)
         if isinstance(image, str):
-            return image
+            return torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8), image
         box = center_box(*image.size)
         image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC, box)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), 0
+
+
+def stack_images(items: list[tuple[torch.Tensor, str | int]]) -> tuple[torch.Tensor, list]:
+    """Collate function of EvalImages: one tensor a block, since each tensor of a worker holds a file descriptor."""
+    images, reasons = zip(*items)
+    return torch.stack(images), list(reasons)
 
 # ------------------------------------------------------------------------------ plumbing
 
@@ -1371,11 +1401,12 @@ def setup_distributed(device: str) -> tuple[int, int, torch.device]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit(f"--device {device}: this torch finds no CUDA device")
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
     if "RANK" not in os.environ:
         return 0, 1, torch.device(device)
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
     # An hour, since one process may render data or pretrain a text tower while the others wait.
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=datetime.timedelta(hours=1))
     return dist.get_rank(), dist.get_world_size(), torch.device(device)
@@ -1450,8 +1481,8 @@ def ensure_clip_pt(root: Path, device: str, flags: str) -> None:
     is_shapes = world.is_file() and json.loads(world.read_text()).get("world") == "shapes"
     if not is_shapes or not script.is_file():
         raise SystemExit(f"{flags}: {path} is not there: make it from released weights (python clip.py --eval-only "
-                         f"RN50.pt --root {root} --bpe bpe_simple_vocab_16e6.txt.gz --export {path}), or pass another "
-                         "file")
+                         f"RN50.pt --arch RN50 --root {root} --bpe bpe_simple_vocab_16e6.txt.gz --export {path}), or "
+                         "pass another file")
     print(f"{path} is not there: pretraining on web (once, about 5 minutes on 2 CPU cores)", flush=True)
     run_script([str(script), "--root", str(root), "--data", "web", "--steps", "2200", "--word-dropout", "0", "--out",
                 str(root / "clip_pretraining"), "--export", str(path), "--eval-sets", "val", "--device", device])
@@ -1552,6 +1583,7 @@ class World:
     test_sets: dict[str, Table]
     templates: list[str]  # prompts with {} for the class name
     class_embeddings: np.ndarray | None  # [C, width] given embeddings of the class prompts
+    stored: torch.Tensor | None = None  # [C, D] class vectors of a checkpoint, for where there are no such embeddings
 
 
 def encode_rows(n: int, dim: int, encode: Callable[[int, int], torch.Tensor], device: torch.device) -> torch.Tensor:
@@ -1583,7 +1615,7 @@ def class_prototypes(model: CLIP, tokenizer: Tokenizer | None, world: World,
     None if there are no classes, or no embeddings of their prompts. Source: openai/CLIP's zero-shot notebook.
     """
     if not world.classes or (tokenizer is None and world.class_embeddings is None):
-        return None
+        return None if world.stored is None else world.stored.to(device)
     if tokenizer is None:
         given = torch.from_numpy(np.asarray(world.class_embeddings, np.float32)).to(device)
         return F.normalize(encode_rows(len(given), model.embed_dim, lambda a, b: model.encode_text(given[a:b]), device),
@@ -1611,7 +1643,7 @@ def encode_images(model: nn.Module, table: Table, workers: int, max_pixels: int,
         dataset = EvalImages(table, model.image_size, max_pixels)
         blocks = iter(torch.utils.data.DataLoader(dataset, batch_sampler=blocks,
                                                   num_workers=workers if workers >= 0 else default_workers(),
-                                                  collate_fn=list))
+                                                  collate_fn=stack_images))
 
     def encode(start: int, stop: int) -> torch.Tensor:
         if pixels is not None:
@@ -1621,12 +1653,8 @@ def encode_images(model: nn.Module, table: Table, workers: int, max_pixels: int,
             if images.shape[2] != model.image_size:
                 images = F.interpolate(images.float(), model.image_size, mode="bicubic", antialias=True).clamp(0, 255)
             return model.encode_image(images)
-        images = next(blocks)
-        for i, image in enumerate(images):
-            if isinstance(image, str):
-                reasons[start + i] = image
-                images[i] = torch.zeros(3, model.image_size, model.image_size, dtype=torch.uint8)
-        embed = model.encode_image(torch.stack(images).to(device))
+        images, reasons[start:stop] = next(blocks)
+        embed = model.encode_image(images.to(device))
         embed[[reason != 0 for reason in reasons[start:stop].tolist()]] = 0
         return embed
 
@@ -1683,7 +1711,8 @@ def retrieval_metrics(
 
     image_features: [n_images, D]; text_features: [n, D]; image_ids: [n] the image of each text. Unit vectors.
     The rank of the best right item counts the wrong items with a higher or an equal score (a constant model has rank
-    last). Queries go in chunks: memory is O(chunk * n).
+    last; NaN is wrong), and the same caption of another image is a wrong item. Queries go in chunks: memory is
+    O(chunk * n).
     """
     owner = torch.as_tensor(image_ids, device=image_features.device)  # [n]
     ranks = {"i2t": [], "t2i": []}
@@ -1692,11 +1721,11 @@ def retrieval_metrics(
             scores = image_features[start : start + 256] @ text_features.T  # [chunk, n]
             right = owner[None] == torch.arange(start, start + len(scores), device=owner.device)[:, None]
             best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-            ranks["i2t"].append(((scores >= best) & ~right).sum(1))
+            ranks["i2t"].append((~(scores < best) & ~right).sum(1))
         for start in range(0, len(text_features), 256):
             scores = text_features[start : start + 256] @ image_features.T  # [chunk, n_images]
             right = F.one_hot(owner[start : start + 256], len(image_features)).bool()
-            ranks["t2i"].append(((scores >= scores[right][:, None]) & ~right).sum(1))
+            ranks["t2i"].append((~(scores < scores[right][:, None]) & ~right).sum(1))
     return {f"{way}_r{k}": float((torch.cat(ranks[way]) < k).double().mean()) for way in ranks for k in (1, 5, 10)}
 
 
@@ -1799,7 +1828,7 @@ def find_test_sets(names: list[str], root: Path) -> dict[str, Table]:
     if names == ["auto"]:
         names = [name for name in TEST_SETS if (root / f"{name}.tsv").is_file()]
     files = [name if name.endswith(".tsv") else f"{name}.tsv" for name in names]
-    paths = [Path(name) if Path(name).is_file() else root / name for name in files]
+    paths = [Path(file) if file == name and Path(file).is_file() else root / file for name, file in zip(names, files)]
     is_unique = [sum(path.stem == other.stem for other in paths) == 1 for path in paths]
     stems = [path.stem if unique else f"{path.parent.name}-{path.stem}" for path, unique in zip(paths, is_unique)]
     return {stem: Table(path) for stem, path in zip(stems, paths)}
@@ -1901,9 +1930,11 @@ def embed_captions(model: CLIP, pairs: Pairs, n_epochs: list[int], out: Path, de
     ids, examples = [], []
     for s, captions in enumerate(pairs.captions):
         for epoch in range(1 if captions.is_fixed else n_epochs[s]):
-            n = len(captions.table)
-            ids.append(np.fromiter((caption_id(captions(row, epoch)) for row in range(n)), np.int64, n))
-            examples.append(np.stack([np.full(n, s), np.arange(n), np.full(n, epoch)], 1))
+            draws = captions.draw(np.arange(len(captions.table)), epoch)  # at once: one by one takes ten times as long
+            texts = (captions.text(row, *draw) for row, draw in enumerate(draws))
+            found, rows = np.unique(np.fromiter(map(caption_id, texts), np.int64, len(draws)), return_index=True)
+            ids.append(found)
+            examples.append(np.stack([np.full_like(rows, s), rows, np.full_like(rows, epoch)], 1))
     ids, first = np.unique(np.concatenate(ids), return_index=True)
     examples = np.concatenate(examples)[first]
     model.eval()
@@ -1951,6 +1982,8 @@ def build_model(
             text, embed_dim = text_config(loaded["state_dict"])
         except ValueError as error:
             raise SystemExit(f"{source}: {error}") from None
+        if args.text_arch not in ("auto", text["arch"]) or (text_width and text["arch"] != "embeddings"):
+            raise SystemExit(f"{source} has a text tower of another kind ({text['arch']}) than the flags ask for")
     elif text_width:
         text = dict(arch="embeddings", width=text_width)
     else:
@@ -1979,9 +2012,8 @@ def build_model(
 
 
 def checkpoint_of(model: CLIP, tokenizer: Tokenizer | None, world: World, args: argparse.Namespace, step: int,
-                  device: torch.device) -> dict:
-    """What a checkpoint or an export holds, in tensors and builtins. All ranks."""
-    prototypes = class_prototypes(model, tokenizer, world, device)
+                  prototypes: torch.Tensor | None) -> dict:
+    """What a checkpoint or an export holds, in tensors and builtins."""
     return {
         "state_dict": {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()},
         "args": vars(args),
@@ -2071,8 +2103,7 @@ class RunLog:
             sys.stdout.flush()
 
 
-def evaluate_checkpoint(args: argparse.Namespace, world: World, rank: int, device: torch.device,
-                        precision: str) -> None:
+def evaluate_checkpoint(args: argparse.Namespace, world: World, rank: int, device: torch.device) -> None:
     """--eval-only: class counts are those the checkpoint was trained with, else those of --data, if it is there."""
     model, tokenizer, loaded = build_model(args, world.root, [], 0)
     if "class_counts" in loaded and world.classes:
@@ -2080,13 +2111,15 @@ def evaluate_checkpoint(args: argparse.Namespace, world: World, rank: int, devic
         if len(world.class_counts) != len(world.classes):
             raise SystemExit(f"{args.eval_only} was trained with {len(world.class_counts)} classes, "
                              f"{world.root}/classes.tsv has {len(world.classes)}")
-        args.data = loaded["args"]["data"]
+        now = RUN_FLAGS | {"root", "templates", "text_embeddings", "max_pixels"}
+        args = argparse.Namespace(**vars(args) | {k: v for k, v in loaded["args"].items() if k not in now})
     elif world.classes and ((world.root / args.data / "train.tsv").is_file() or args.data.endswith(".tsv")):
         read_training_sets(args, world)
     elif world.classes and rank == 0:
         print(f"frequencies of the classes are not known: the checkpoint has none, and there is no --data {args.data} "
               f"in {world.root}")
-    report(model.to(device), tokenizer, world, args, loaded.get("step", 0), 0.0, rank, device, precision)
+    world.stored = loaded.get("prototypes")
+    report(model.to(device), tokenizer, world, args, loaded.get("step", 0), 0.0, rank, device, "fp32")
 
 
 def report(model: CLIP, tokenizer: Tokenizer | None, world: World, args: argparse.Namespace, step: int, seconds: float,
@@ -2099,7 +2132,7 @@ def report(model: CLIP, tokenizer: Tokenizer | None, world: World, args: argpars
            "versions": versions}
     on_one_rank(rank, lambda: write_json(out / "metrics.json", metrics | {"run": run}))
     if args.export:
-        export = checkpoint_of(model, tokenizer, world, args, step, device)
+        export = checkpoint_of(model, tokenizer, world, args, step, class_prototypes(model, tokenizer, world, device))
         on_one_rank(rank, lambda: write_atomically(Path(args.export), lambda file: torch.save(export, file)))
     if rank == 0:
         print_table(metrics)
@@ -2132,7 +2165,7 @@ def main(args: argparse.Namespace) -> None:
         on_one_rank(rank, lambda: ensure_clip_pt(root, args.device, "--text-head frozen and finetune"))
     world = read_world(args, root)
     if args.eval_only:
-        evaluate_checkpoint(args, world, rank, device, precision)
+        evaluate_checkpoint(args, world, rank, device)
         return
     if args.batch_size % world_size or args.batch_size // world_size < args.accumulate:
         raise SystemExit(f"--batch-size {args.batch_size} does not split into {world_size} processes of "
@@ -2145,7 +2178,7 @@ def main(args: argparse.Namespace) -> None:
               flush=True)
     if sum(sizes) < args.batch_size:
         raise SystemExit(f"--batch-size {args.batch_size} is larger than the {sum(sizes)} rows of --data {args.data}")
-    pixels = load_pixels(tables)  # [rows of all sets, H, W, 3] uint8, or None
+    pixels = load_pixels(tables, ARCHS[args.arch]["image_size"])  # [rows of all sets, H, W, 3] uint8, or None
     text_width, text_features = 0, None
     if args.text_embeddings:
         text_features = np.load(args.text_embeddings[0], mmap_mode="r")
@@ -2157,7 +2190,7 @@ def main(args: argparse.Namespace) -> None:
     # --- model
     model, tokenizer, _ = build_model(args, root, captions, text_width)
     model.to(device)
-    if args.arch in ("tiny", "RN50"):
+    if model.arch in ("tiny", "RN50"):  # of --init, if that is given
         model.visual.to(memory_format=torch.channels_last)
     for module in model.modules():
         if isinstance(module, BatchNorm2d):
@@ -2176,7 +2209,7 @@ def main(args: argparse.Namespace) -> None:
 
     # --- optimizer
     steps = math.ceil(args.epochs * sum(sizes) / args.batch_size) if args.epochs else args.steps
-    peak_lr = args.lr or (3e-3 if args.arch == "tiny" else 1e-3)
+    peak_lr = args.lr or (3e-3 if model.arch == "tiny" else 1e-3)
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), peak_lr, (0.9, args.beta2), eps=1e-8,
                                   fused=True)
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -2196,7 +2229,7 @@ def main(args: argparse.Namespace) -> None:
         start, seconds_before = checkpoint["step"], checkpoint["seconds"]
 
     # --- loader
-    has_dropout = args.word_dropout < 0 and args.arch == "tiny" and args.text_head != "frozen"
+    has_dropout = args.word_dropout < 0 and model.arch == "tiny" and args.text_head != "frozen"
     word_dropout = 0.5 if has_dropout else max(0.0, args.word_dropout)
     pairs = Pairs(captions, tokenizer, model.image_size, args.crop_scale, word_dropout, args.max_pixels, args.seed)
     pairs.text_features = text_features
@@ -2208,7 +2241,7 @@ def main(args: argparse.Namespace) -> None:
     workers = args.workers if args.workers >= 0 else default_workers() if pixels is None else 1
     sampler = Sampler(sizes, shares, args.batch_size, args.seed, start, steps, rank, world_size)
     loader = torch.utils.data.DataLoader(pairs, batch_sampler=sampler, collate_fn=as_it_is, num_workers=workers,
-                                         pin_memory=device.type == "cuda")
+                                         pin_memory=device.type == "cuda", worker_init_fn=ignore_sigterm)
 
     # --- log
     log, stop_signals = None, []
@@ -2276,9 +2309,17 @@ def main(args: argparse.Namespace) -> None:
                                  f"more than --max-bad {args.max_bad}")
             n_logged, logged_at = n_seen, time.time()
             loss_sum.zero_()
+        if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < steps:
+            metrics = evaluate(model, tokenizer, world, args.workers, args.max_pixels, device)
+            if is_main:
+                log.write({"step": step + 1, **metrics})
+                print_table(metrics)
+            logged_at = time.time()
         is_stopped = any_rank(bool(stop_signals), control)
         if is_stopped or step + 1 == steps or (args.save_every and (step + 1) % args.save_every == 0):
-            checkpoint = checkpoint_of(model, tokenizer, world, args, step + 1, device)
+            # Prompts of many classes take minutes: only a finished run has class prototypes.
+            prototypes = class_prototypes(model, tokenizer, world, device) if step + 1 == steps else None
+            checkpoint = checkpoint_of(model, tokenizer, world, args, step + 1, prototypes)
             checkpoint |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng_state(device),
                            "seconds": seconds_before + time.time() - started}
             save = functools.partial(torch.save, checkpoint)
@@ -2287,14 +2328,9 @@ def main(args: argparse.Namespace) -> None:
             if is_main:
                 print(f"SIGTERM: saved at step {step + 1}; the same command continues", flush=True)
             return
-        if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < steps:
-            metrics = evaluate(model, tokenizer, world, args.workers, args.max_pixels, device)
-            if is_main:
-                log.write({"step": step + 1, **metrics})
-                print_table(metrics)
-            logged_at = time.time()
 
     progress.close()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # all is saved: the same command evaluates
     report(model, tokenizer, world, args, steps, seconds_before + time.time() - started, rank, device, precision)
 
 

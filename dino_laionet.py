@@ -206,9 +206,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                  "local_size", "probe_images", "crop_aspect"):
         if not getattr(args, flag) >= 1:
             parser.error(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
-    for flag in ("steps", "epochs", "lr", "weight_decay", "warmup_steps", "clip_grad", "save_every", "eval_every",
-                 "max_bad", "local_crops", "sample_prototypes", "warmup_teacher_temp", "warmup_teacher_temp_steps",
-                 "freeze_prototypes"):
+    for flag in ("seed", "steps", "epochs", "lr", "weight_decay", "warmup_steps", "clip_grad", "save_every",
+                 "eval_every", "max_bad", "local_crops", "sample_prototypes", "warmup_teacher_temp",
+                 "warmup_teacher_temp_steps", "freeze_prototypes"):
         if not getattr(args, flag) >= 0:  # NaN is not
             parser.error(f"--{flag.replace('_', '-')} must not be negative, got {getattr(args, flag)}")
     if args.sample_prototypes > args.prototypes:
@@ -251,7 +251,7 @@ from tqdm import tqdm  # noqa: E402
 # Copied from clip.py
 @contextlib.contextmanager
 def exact_matmul() -> Iterator[None]:
-    """Matrix products in full fp32 inside: TF32 rounds logits near 100 to steps of 0.06."""
+    """Matrix products of the forward pass in full fp32: TF32 rounds logits near 100 to steps of 0.06."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -993,9 +993,8 @@ def read_image(table: Table, row: int, min_side: float, max_pixels: int) -> Imag
         return "row beyond the end of the .npy file"
     except Image.UnidentifiedImageError:
         return "not an image"
-    except Image.DecompressionBombError:
-        return "more pixels than --max-pixels"
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, OverflowError) as error:  # Pillow's
+    except (OSError, ValueError, TypeError, KeyError, SyntaxError, EOFError, struct.error, zlib.error,
+            OverflowError) as error:  # Pillow's; odd EXIF data give a TypeError
         return "truncated" if "truncated" in str(error).lower() else "cannot be decoded"
 
 
@@ -1038,8 +1037,12 @@ def crop_pixels(pixels: torch.Tensor, boxes: torch.Tensor, image_size: int) -> t
 
 
 # Copied from clip.py
-def load_pixels(tables: list[Table]) -> torch.Tensor | None:
-    """All images of tables, one after the other, [n, H, W, 3] uint8; None if not all are rows of .npy of one size."""
+def load_pixels(tables: list[Table], image_size: int = 0) -> torch.Tensor | None:
+    """All images of tables, one after the other, [n, H, W, 3] uint8; None if not all are rows of .npy of one size.
+
+    image_size: px that crops of them will have, 0 for none; None too if the images are much larger or no squares, since
+    crop_pixels samples without a filter and without their aspect.
+    """
     places, n = defaultdict(list), 0
     for table in tables:
         if locate_image(table, 0)[0].suffix != ".npy":
@@ -1055,7 +1058,10 @@ def load_pixels(tables: list[Table]) -> torch.Tensor | None:
         shapes = {array.shape[1:] for array in arrays.values()}
         if len(shapes) > 1 or n * math.prod(*shapes) > KEEP_PIXELS:
             return None
-        pixels = np.empty((n, *shapes.pop()), np.uint8)
+        H, W, _ = shapes.pop()
+        if image_size and (H != W or H > 1.3 * image_size):
+            return None
+        pixels = np.empty((n, H, W, 3), np.uint8)
         for path, rows in places.items():
             rows = np.array(rows)
             pixels[rows[:, 0]] = arrays[path][rows[:, 1]]
@@ -1272,6 +1278,12 @@ def as_it_is(batch: dict) -> dict:
 
 
 # Copied from clip.py
+def ignore_sigterm(worker: int) -> None:
+    """A signal to the whole process group (torchrun's, timeout's, Slurm's) is for the training process, which saves."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+# Copied from clip.py
 def default_workers() -> int:
     """Loader processes for one training process: one a core that this process may use, at most 8."""
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
@@ -1279,18 +1291,25 @@ def default_workers() -> int:
 
 # Copied from clip.py
 class EvalImages(torch.utils.data.Dataset):
-    """Images of a test set as [3, S, S] uint8, the centre square; or the reason why one cannot be read."""
+    """Images of a test set: [3, S, S] uint8, the centre square, and 0; or zeros and why it cannot be read."""
 
     def __init__(self, table: Table, image_size: int, max_pixels: int):
         self.table, self.image_size, self.max_pixels = table, image_size, max_pixels
 
-    def __getitem__(self, row: int) -> torch.Tensor | str:
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, str | int]:
         image = read_image(self.table, row, self.image_size, self.max_pixels)
         if isinstance(image, str):
-            return image
+            return torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8), image
         box = center_box(*image.size)
         image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC, box)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), 0
+
+
+# Copied from clip.py
+def stack_images(items: list[tuple[torch.Tensor, str | int]]) -> tuple[torch.Tensor, list]:
+    """Collate function of EvalImages: one tensor a block, since each tensor of a worker holds a file descriptor."""
+    images, reasons = zip(*items)
+    return torch.stack(images), list(reasons)
 
 
 # ------------------------------------------------------------------------------ plumbing
@@ -1306,11 +1325,12 @@ def setup_distributed(device: str) -> tuple[int, int, torch.device]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit(f"--device {device}: this torch finds no CUDA device")
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
     if "RANK" not in os.environ:
         return 0, 1, torch.device(device)
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
     # An hour, since one process may render data or pretrain a text tower while the others wait.
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=datetime.timedelta(hours=1))
     return dist.get_rank(), dist.get_world_size(), torch.device(device)
@@ -1507,7 +1527,7 @@ def encode_images(model: nn.Module, table: Table, workers: int, max_pixels: int,
         dataset = EvalImages(table, model.image_size, max_pixels)
         blocks = iter(torch.utils.data.DataLoader(dataset, batch_sampler=blocks,
                                                   num_workers=workers if workers >= 0 else default_workers(),
-                                                  collate_fn=list))
+                                                  collate_fn=stack_images))
 
     def encode(start: int, stop: int) -> torch.Tensor:
         if pixels is not None:
@@ -1517,12 +1537,8 @@ def encode_images(model: nn.Module, table: Table, workers: int, max_pixels: int,
             if images.shape[2] != model.image_size:
                 images = F.interpolate(images.float(), model.image_size, mode="bicubic", antialias=True).clamp(0, 255)
             return model.encode_image(images)
-        images = next(blocks)
-        for i, image in enumerate(images):
-            if isinstance(image, str):
-                reasons[start + i] = image
-                images[i] = torch.zeros(3, model.image_size, model.image_size, dtype=torch.uint8)
-        embed = model.encode_image(torch.stack(images).to(device))
+        images, reasons[start:stop] = next(blocks)
+        embed = model.encode_image(images.to(device))
         embed[[reason != 0 for reason in reasons[start:stop].tolist()]] = 0
         return embed
 
@@ -1772,7 +1788,7 @@ def find_test_sets(names: list[str], root: Path) -> dict[str, Table]:
     if names == ["auto"]:
         names = [name for name in TEST_SETS if (root / f"{name}.tsv").is_file()]
     files = [name if name.endswith(".tsv") else f"{name}.tsv" for name in names]
-    paths = [Path(name) if Path(name).is_file() else root / name for name in files]
+    paths = [Path(file) if file == name and Path(file).is_file() else root / file for name, file in zip(names, files)]
     is_unique = [sum(path.stem == other.stem for other in paths) == 1 for path in paths]
     stems = [path.stem if unique else f"{path.parent.name}-{path.stem}" for path, unique in zip(paths, is_unique)]
     return {stem: Table(path) for stem, path in zip(stems, paths)}
@@ -1988,7 +2004,7 @@ def main(args: argparse.Namespace) -> None:
     if args.batch_size % world_size or sum(sizes) < args.batch_size:
         raise SystemExit(f"--batch-size {args.batch_size} must split into {world_size} processes and not be larger "
                          f"than the {sum(sizes)} rows of --data {args.data}")
-    pixels = load_pixels(tables)  # [rows of all sets, H, W, 3] uint8, or None
+    pixels = load_pixels(tables, args.global_size)  # [rows of all sets, H, W, 3] uint8, or None
     view_sizes = 2 * [args.global_size] + args.local_crops * [args.local_size]
     view_scales = 2 * [tuple(args.global_scale)] + args.local_crops * [tuple(args.local_scale)]
     if pixels is not None and max(view_sizes) > min(pixels.shape[1:3]):
@@ -2068,7 +2084,7 @@ def main(args: argparse.Namespace) -> None:
     workers = args.workers if args.workers >= 0 else default_workers() if pixels is None else 1
     sampler = Sampler(sizes, shares, args.batch_size, args.seed, start, steps, rank, world_size)
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=as_it_is, num_workers=workers,
-                                         pin_memory=device.type == "cuda")
+                                         pin_memory=device.type == "cuda", worker_init_fn=ignore_sigterm)
 
     # --- log
     log, stop_signals = None, []
@@ -2168,6 +2184,12 @@ def main(args: argparse.Namespace) -> None:
                                  f"process), more than --max-bad {args.max_bad}")
             n_logged, logged_at = n_seen, time.time()
             loss_sum.zero_()
+        if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < steps:
+            metrics = evaluate_dino(teacher, worlds, class_counts, args, device)
+            if is_main:
+                log.write({"step": step + 1, **metrics})
+                print_probes(metrics)
+            logged_at = time.time()
         is_stopped = any_rank(bool(stop_signals), control)
         if is_stopped or step + 1 == steps or (args.save_every and (step + 1) % args.save_every == 0):
             checkpoint = checkpoint_of_dino(teacher, teacher_prototypes, class_names, class_counts, args, step + 1)
@@ -2181,14 +2203,9 @@ def main(args: argparse.Namespace) -> None:
             if is_main:
                 print(f"SIGTERM: saved at step {step + 1}; the same command continues", flush=True)
             return
-        if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < steps:
-            metrics = evaluate_dino(teacher, worlds, class_counts, args, device)
-            if is_main:
-                log.write({"step": step + 1, **metrics})
-                print_probes(metrics)
-            logged_at = time.time()
 
     progress.close()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # all is saved: the same command evaluates
     if args.export:
         exported = checkpoint_of_dino(teacher, teacher_prototypes, class_names, class_counts, args, steps)
         on_one_rank(rank, lambda: write_atomically(Path(args.export), functools.partial(torch.save, exported)))

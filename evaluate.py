@@ -1308,7 +1308,7 @@ def plot_transfer(results: dict, path: str) -> None:
 # Copied from clip.py
 @contextlib.contextmanager
 def exact_matmul() -> Iterator[None]:
-    """Matrix products in full fp32 inside: TF32 rounds logits near 100 to steps of 0.06."""
+    """Matrix products of the forward pass in full fp32: TF32 rounds logits near 100 to steps of 0.06."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:

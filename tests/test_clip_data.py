@@ -355,6 +355,34 @@ def test_spoilt_bytes_never_end_the_run(kind, tmp_path):
     assert len(results) > 1 and sum(results.values()) == 200
 
 
+def test_odd_exif_is_no_end_of_the_run(tmp_path, monkeypatch):
+    """Pillow re-serialises EXIF when it turns an image, and raises TypeError for some values."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+
+    def odd(image):
+        raise TypeError("a bytes-like object is required")
+
+    monkeypatch.setattr(clip.ImageOps, "exif_transpose", odd)
+    assert clip.read_image(table_of(tmp_path, "image\nx.png\n"), 0, 4, 100) == "cannot be decoded"
+
+
+def test_large_or_oblong_arrays_are_cropped_by_the_workers(tmp_path):
+    """crop_pixels samples without a filter, so it serves images of about the model's size."""
+    for name, shape in {"fits": (40, 40), "large": (64, 64), "oblong": (32, 40)}.items():
+        np.save(tmp_path / f"{name}.npy", np.zeros((2, *shape, 3), np.uint8))
+        table = table_of(tmp_path, f"image\n{name}.npy:0\n{name}.npy:1\n")
+        assert (clip.load_pixels([table], 32) is None) == (name != "fits") and clip.load_pixels([table]) is not None
+
+
+def test_a_block_of_test_images_is_one_tensor(tmp_path):
+    """Each tensor that a worker sends holds a file descriptor open."""
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    table = table_of(tmp_path, "image\na.png\nmissing.png\n")
+    images, reasons = clip.stack_images([clip.EvalImages(table, 16, 10**6)[row] for row in range(2)])
+    assert images.shape == (2, 3, 16, 16) and reasons == [0, "missing file"]
+    assert images[0, 0].min() == 255 and not images[1].any()
+
+
 def test_eps_is_refused_without_a_word_to_ghostscript(tmp_path, monkeypatch):
     """Pillow hands EPS to an interpreter of programs: not what bytes from the web should reach."""
     from PIL import EpsImagePlugin
@@ -686,6 +714,8 @@ def test_retrieval_equals_brute_force(n_images, n, levels):
 
 
 def test_constant_features_rank_last():
+    not_a_number = clip.retrieval_metrics(torch.eye(12), torch.full((12, 12), torch.nan), np.arange(12))
+    assert set(not_a_number.values()) == {0.0}
     metrics = clip.retrieval_metrics(torch.ones(30, 4), torch.ones(60, 4), np.arange(60) // 2)
     assert set(metrics.values()) == {0.0}
     perfect = torch.nn.functional.normalize(torch.randn(30, 64), dim=1)

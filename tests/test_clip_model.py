@@ -35,7 +35,7 @@ def small_clip(text_arch="transformer", activation="quick_gelu", merges=(), **te
 
 
 def checkpoint_of(model, tokenizer=None):
-    return clip.checkpoint_of(model, tokenizer, NO_WORLD, argparse.Namespace(seed=0), 7, torch.device("cpu"))
+    return clip.checkpoint_of(model, tokenizer, NO_WORLD, argparse.Namespace(seed=0), 7, None)
 
 
 @torch.no_grad()
@@ -369,6 +369,7 @@ def test_pick_activation():
     ]:
         assert clip.pick_activation(flag, transformer | ({"activation": stored} if stored else {}), "x.pt") == expected
     assert clip.pick_activation("auto", cbow, "x.pt") == "gelu"  # nothing to mistake
+    assert clip.pick_activation("quick_gelu", cbow | {"activation": "gelu"}, "x.pt") == "quick_gelu"  # of the images
 
 
 def test_text_config_of_each_text_tower():

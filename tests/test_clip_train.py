@@ -155,7 +155,7 @@ def test_two_ranks_equal_one_process(arch, n_chunks, tmp_path):
 def test_grad_cache_equals_full_batch():
     model = small_model("ViT-S-16")
     loss, grads = gradients(model, model, *batch_of(16))
-    for n_chunks in (2, 4):
+    for n_chunks in (2, 4, 7):  # chunk(7) of 16 rows gives 6 of them
         other = small_model("ViT-S-16")
         other_loss, other_grads = gradients(other, other, *batch_of(16), n_chunks)
         assert math.isclose(other_loss, loss, rel_tol=1e-6) and relative_error(other_grads, grads) <= 1e-5
@@ -301,19 +301,23 @@ def test_kill_and_resume_is_bit_equal(world, tmp_path, processes):
     assert "continued from step 40" in again.stdout and "rho(freq,pred)" in again.stdout
 
 
-def test_sigterm_saves_and_exits_0(world, tmp_path):
-    flags = ["--root", world, "--steps", "30", "--save-every", "0", "--eval-sets", "val", *FLAGS]
+@pytest.mark.parametrize("is_group", [False, True])
+def test_sigterm_saves_and_exits_0(is_group, world, tmp_path):
+    """To the process alone, or, as torchrun, timeout and Slurm do, to its group, loader workers and all."""
+    flags = ["--root", world, "--steps", "30", "--save-every", "0", "--eval-every", "12", "--eval-sets", "val", *FLAGS]
     run(*flags, "--out", tmp_path / "straight")
     command = [sys.executable, ROOT / "clip.py", *map(str, flags), "--out", str(tmp_path / "stopped")]
-    process = subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, text=True, start_new_session=True)
     for line in process.stdout:
         if line.startswith("step      3"):
-            process.terminate()
+            (os.killpg if is_group else os.kill)(process.pid, signal.SIGTERM)
             break
     rest = process.stdout.read()
     assert process.wait() == 0 and "SIGTERM: saved at step" in rest
     run(*flags, "--out", tmp_path / "stopped")
     assert_bit_equal(weights_of(tmp_path / "straight"), weights_of(tmp_path / "stopped"))
+    evaluated = [[line["step"] for line in log_of(tmp_path / name) if "val" in line] for name in ("straight", "stopped")]
+    assert evaluated[0] == evaluated[1] == [12, 24]
 
 
 def test_other_flags_are_refused_on_resume(world, tmp_path):
@@ -455,7 +459,14 @@ def test_text_embeddings(world, tmp_path):
     run_here(*flags, "--text-embeddings", tmp_path / "train.npy", tmp_path / "classes.npy")
     state = weights_of(tmp_path / "run")
     assert state["text_mlp.0.weight"].shape == (80, 96) and state["text_mlp.2.weight"].shape == (64, 80)
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["val"]["top1"] is not None
+    top1 = json.loads((tmp_path / "run" / "metrics.json").read_text())["val"]["top1"]
+    assert top1 is not None
+    again = ["--root", world, "--eval-only", tmp_path / "run/checkpoint.pt", "--eval-sets", "val", *FLAGS[-4:]]
+    run_here(*again, "--seed", "7", "--out", tmp_path / "again", "--export", tmp_path / "export.pt")
+    metrics = json.loads((tmp_path / "again" / "metrics.json").read_text())
+    assert metrics["val"]["top1"] == top1 and metrics["run"]["seed"] == 0  # by the stored class vectors; the run's seed
+    export = torch.load(tmp_path / "export.pt", weights_only=True)
+    assert export["prototypes"].shape == (120, 64) and export["args"]["steps"] == 3
     np.save(tmp_path / "train.npy", np.zeros((n - 1, 96), np.float32))
     with pytest.raises(SystemExit, match=re.escape(f"expected ({n}, width)")):
         run_here(*flags, "--resume", "off", "--text-embeddings", tmp_path / "train.npy")
@@ -613,6 +624,28 @@ def test_broken_images_are_replaced_and_counted(photos):
     assert result.returncode == 2 and "more than --max-bad 0.001" in result.stdout
 
 
+def test_init_decides_the_architecture(world, tmp_path):
+    """Learning rate and dropout follow the tower that was loaded, not the default of --arch; a kind of text must fit."""
+    torch.manual_seed(0)
+    text = dict(arch="transformer", width=64, vocab_size=514, context_length=77, n_layers=1)
+    model = clip.CLIP("ViT-S-16", 64, text, "gelu", 32)
+    merges = {"state_dict": model.state_dict(), "arch": "tiny", "activation": "gelu", "bpe": ""}
+    torch.save(merges, tmp_path / "vit.pt")
+    args = clip.parse_args(["--init", str(tmp_path / "vit.pt"), "--text-arch", "cbow"])
+    with pytest.raises(SystemExit, match="text tower of another kind"):
+        clip.build_model(args, tmp_path, [], 0)
+    run_here("--root", world, "--steps", "1", "--eval-sets", "--out", tmp_path / "tiny", *FLAGS)
+    flags = ["--root", world, "--steps", "3", "--eval-sets", "--arch", "RN50", "--init", tmp_path / "tiny/checkpoint.pt"]
+    run_here(*flags, "--out", tmp_path / "on", *FLAGS)
+    assert max(line["lr"] for line in log_of(tmp_path / "on")) == 3e-3  # tiny's, not RN50's 1e-3
+
+
+def test_a_file_here_does_not_stand_in_for_the_roots(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "val.tsv").write_text("image\nx.npy:0\n")
+    assert len(clip.find_test_sets(["val"], world)["val"]) > 1 == len(clip.find_test_sets(["val.tsv"], world)["val"])
+
+
 def test_copied_alone(photos, tmp_path):
     """The script alone in a folder trains on one's own data, and says what to pass when there is none."""
     alone = tmp_path / "alone"
@@ -635,7 +668,10 @@ def test_messages(world, photos, tmp_path, capsys):
         "no such checkpoint": ["--root", world, "--eval-only", "nothing.pt"],
         "give every set a weight": ["--root", world, "--data", "laionet:2,incaps"],
         "not all of them 0": ["--root", world, "--data", "laionet:0,incaps:0"],
-        "needs --text-head frozen": ["--root", world, "--text-embeddings", "a.npy"],
+        "needs --text-head frozen": ["--root", world, "--text-embeddings", world / "val.npy"],
+        "is read by --text-head frozen": ["--root", world, "--text-init", "some.pt"],
+        "nope.npy: no such file": ["--root", world, "--text-head", "frozen", "--text-embeddings", "nope.npy"],
+        "--seed must not be negative": ["--root", world, "--seed", "-1"],
         "choose one": ["--root", world, "--word-dropout", "0.5", "--text-head", "frozen"],
     }
     for message, wrong in cases.items():

@@ -251,9 +251,9 @@ def parse_args(argv=None):
     dedup = commands.add_parser(
         "dedup", help="drop copies inside a data set, or of the images of test sets", **style,
         description="In: tables, and their embeddings for --by embedding. Out: the table without copies: of each "
-        "connected component of copies one row stays, by: table of --protect, labelled, larger image, longer caption, "
-        "smaller name. OUT.pairs.tsv lists the pairs that joined components. With --against: without the rows that are "
-        "copies of a row there, nothing else.",
+        "connected component of copies one row stays, by: table of --protect, labelled, larger image (if --by decodes "
+        "it: pixels, dhash, phash), longer caption, smaller name. OUT.pairs.tsv lists the pairs that joined "
+        "components. With --against: without the rows that are copies of a row there, nothing else.",
         epilog="example: python build_datasets.py dedup data/shapes/web/train.tsv --by pixels phash --out web.tsv")
     add_common(dedup)
     dedup.add_argument("--by", nargs="+", required=True, metavar="WHAT",
@@ -415,12 +415,12 @@ def parse_args(argv=None):
 
 # ------------------------------------------------------------------------------ tables
 
-# Everything that some reader of text takes for the end of a line or of a field.
-BREAKS = re.compile("\r\n|[\t\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029]")
+# Everything that some reader of text takes for the end of a line, of a field or of the text.
+BREAKS = re.compile("\r\n|[\0\t\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029]")
 
 
 def tsv_field(value) -> str:
-    """One field of a table: tabs and line breaks become spaces; None, NaN are empty; lists, dicts, bools are JSON."""
+    """One field of a table: tabs, NUL, line breaks become spaces; None, NaN are empty; lists, dicts, bools are JSON."""
     if value is None or value != value:
         return ""
     if isinstance(value, bytes):
@@ -1254,7 +1254,7 @@ def build_shapes(out, seed, size, names, workers):
 
 # ------------------------------------------------------------------------------ index: tar
 
-MAX_TEXT_BYTES = 1 << 24  # of one .txt, .json or tar header: more is no caption, and would be held in memory
+MAX_TEXT_BYTES = 1 << 22  # of one .txt, .json or tar header: more is no caption, and a row must stay below MAX_LINE
 TAR_NAME = re.compile(r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$")  # compressed ones too: to refuse them, not to miss them
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 ZEROS = bytes(512)
@@ -1423,7 +1423,7 @@ def tar_samples(reader, tar_name, counts):
             if size <= MAX_TEXT_BYTES:
                 texts[suffix] = reader.read(offset, size)
             else:
-                counts["text over 16 MiB (ignored)"] += 1
+                counts["text over 4 MiB (ignored)"] += 1
         suffixes.add(suffix)
     if key is not None:
         yield key, image, n_bytes, texts
@@ -1454,7 +1454,7 @@ def folder_samples(folder, prefix, is_recursive, counts):
                         with open(path, "rb") as f:
                             texts[suffix] = f.read()
                     else:
-                        counts["text over 16 MiB (ignored)"] += 1
+                        counts["text over 4 MiB (ignored)"] += 1
             path = os.path.join(parent, name)
             n_bytes = os.path.getsize(path) if os.path.exists(path) else 0  # 0: a dead link
             yield inside + name, f"{prefix}/{inside}{name}".removeprefix("./"), n_bytes, texts
@@ -3042,7 +3042,7 @@ def cosine(a, b):
 def laionet_file(path, part, settings):
     """Rows of one table that name just one class, with label and similarity of caption and definition, as PART.tsv."""
     settings, counts, kept, numbers, texts = dict(settings), Counter(), [], [], []
-    clip, embeddings, queries = (settings.pop(key) for key in ("clip", "embeddings", "queries"))
+    clip, embeddings, queries, _ = (settings.pop(key) for key in ("clip", "embeddings", "queries", "models"))
     for number, (row, text, classes) in enumerate(matched_rows(path, settings, counts)):
         is_tagged = next((v for k, v in row.items() if k.lower() == "nsfw"), "UNLIKELY").upper() != "UNLIKELY"
         loss = "no class" if not classes else "several classes" if len(classes) > 1 else "NSFW tag" if is_tagged else ""
@@ -3086,6 +3086,13 @@ def build_laionet(paths, out, classes, threshold, settings, run):
     names = [[name for name in names_of(row) if len(owners[name]) == 1] for row in rows]
     queries = [f"{row['name'].lower()} which is {row.get('definition', '')}" for row in rows]
     settings = settings | dict(match_settings([], "laionet"), names=names, negatives=[], queries=queries)
+    models = [settings["clip"]] if settings["clip"] else []
+    if settings["embeddings"] and not models:
+        files = list(map(os.path.basename, paths))
+        if len(set(files)) < len(files):
+            raise SystemExit("--embeddings: several tables have one file name, so whose rows TABLE.npy has is unclear")
+        models = [os.path.join(settings["embeddings"], f"{name}.npy") for name in ("classes", *files)]
+    settings["models"] = list(map(file_hash, models))  # parts of other weights or embeddings are not taken up
     parts = run_files(laionet_file, paths, out, settings, run)
     if parts is None:
         return
@@ -3104,7 +3111,7 @@ def build_laionet(paths, out, classes, threshold, settings, run):
     losses = {loss: -counts[loss] for loss in ("no class", "several classes", "NSFW tag")}
     histogram = [class_counts[label] for label in range(len(rows))]
     finish(out, paths, dict(classes=classes, classes_sha256=file_hash(classes), threshold=threshold,
-                            **{k: settings[k] for k in ("clip", "embeddings", "columns")}),
+                            **{k: settings[k] for k in ("clip", "embeddings", "models", "columns")}),
            {"rows": counts["rows"], **bad_rows(counts), **losses, f"rows in {every}": n_all,
             "less similar": n - n_all, f"rows in {out}": n},
            class_counts=histogram, empty_classes=histogram.count(0),
@@ -3138,6 +3145,7 @@ def entry_file(path, part, settings):
     """First pass over one table: counts per entry, and which entries each row with any matched (CSR)."""
     settings, counts = dict(settings), Counter()
     n_entries, seed = settings.pop("n_entries"), str(settings.pop("seed"))
+    settings["out"] = path  # an image is hashed by the name it has here, wherever OUT lies
     ids, lengths, keys, numbers = array("i"), array("i"), array("Q"), array("q")
     for number, (row, _, entries) in enumerate(matched_rows(path, settings, counts)):
         if entries:
@@ -3207,7 +3215,8 @@ def build_curate(paths, out, metadata, cap, share, seed, settings, run):
     probability = np.minimum(1, cap / np.maximum(total_counts, 1))
     draws = f"{out}.parts/draws.npz"
     np.savez(draws, keys=np.array([hash64(entry) for entry in entries], np.uint64), probability=probability)
-    second = dict(first=settings, draws=draws, cap=cap, out=out, skip_bad=settings["skip_bad"])
+    # The draws hang on all files, so those of another set of files name other parts.
+    second = dict(first=settings, draws=draws, draws_sha256=file_hash(draws), out=out, skip_bad=settings["skip_bad"])
     kept_parts = run_files(keep_file, paths, out, second, (run[0], "all", False))
     kept = np.zeros(len(entries), np.int64)
     for part in kept_parts:
@@ -3288,6 +3297,7 @@ def frequency_file(path, part, settings):
     """Count the captions of one table that name each class; with n_sample the captions of the smallest hashes too."""
     settings, counts = dict(settings), Counter()
     n_sample, seed, n_classes = (settings.pop(key) for key in ("n_sample", "seed", "n_classes"))
+    settings["out"] = path  # as in entry_file
     class_counts, samples = np.zeros(n_classes, np.int64), defaultdict(list)
     if n_sample:
         for row, text, classes in matched_rows(path, settings, counts):
@@ -3339,7 +3349,7 @@ def build_frequency(paths, out, classes, relevance, settings, run):
         write_tsv(f"{out.removesuffix('.tsv')}.sample.tsv", ("name", "definition", "key", "caption", "relevant"),
                   (dict(name=row["name"], definition=row.get("definition"), key=key, caption=text)
                    for label, row in enumerate(rows)
-                   for _, key, text in sorted(samples[label], reverse=True)[:n_sample]))  # fmt: skip
+                   for _, key, text in sorted(samples[label])[:n_sample]))  # fmt: skip
     table = []
     for row, n in zip(rows, class_counts.tolist()):
         line = dict(name=row["name"], count=n)
@@ -3711,6 +3721,8 @@ def file_piece_hash(path, offset, size):
                 content = file.read(size)
     except (OSError, ValueError, IndexError):
         return 0
+    if len(content) < max(size, 1):  # beyond the end of the file
+        return 0
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") or 1
 
 
@@ -3786,8 +3798,11 @@ def hash_pairs(hashes, distance, n, is_chain):
         yield known[first[i[keep]]], known[first[j[keep]]], bits[keep]
 
 
-def load_features(paths):
-    """Embeddings as memory maps, one array [n, D] (pixels: [n, H, W, 3]) per file; an .npz is read whole."""
+def load_features(paths, like=()):
+    """Embeddings as memory maps, one array [n, D] (pixels: [n, H, W, 3]) per file; an .npz is read whole.
+
+    like: arrays whose D they share. Raises: SystemExit if a file holds something else.
+    """
     arrays = []
     for path in paths:
         try:
@@ -3795,9 +3810,25 @@ def load_features(paths):
             array = array["features"] if isinstance(array, np.lib.npyio.NpzFile) else array
         except (ValueError, KeyError, EOFError) as error:
             raise SystemExit(f"{path}: not readable as embeddings, .npy or .npz with `features` ({error})") from None
-        if array.ndim < 2 or array.dtype.kind not in "fu" or array.shape[1:] != (arrays or [array])[0].shape[1:]:
-            raise SystemExit(f"{path}: got {array.dtype} {array.shape}, expected floats [rows, D], D as in {paths[0]}")
+        size = [*like, *arrays, array][0].shape[1:]
+        if array.ndim < 2 or array.dtype.kind not in "fu" or array.shape[1:] != size:
+            raise SystemExit(f"{path}: got {array.dtype} {array.shape}, expected floats [rows, D], D as in the first "
+                             f"file ({', '.join(map(str, size))})")  # fmt: skip
         arrays.append(array)
+    return arrays
+
+
+def row_features(flag, files, tables, like=()):
+    """load_features of the rows of tables. Raises: SystemExit if files and tables, as they were given, do not match."""
+    paths, given = find_tables(tables), [path for table in tables for path in find_tables([table])]
+    if len(files) > 1 and given != paths:
+        raise SystemExit(f"--{flag}: give tables and files in the order of the tables' names: {' '.join(paths)}")
+    arrays = load_features(files, like)
+    n_rows = [sum(1 for _ in read_table(path, ["image"], is_all=False)[1]) for path in paths]
+    n_found = list(map(len, arrays))
+    if sum(n_found) != sum(n_rows) or len(n_found) == len(n_rows) != 1 and n_found != n_rows:
+        found, rows = (" + ".join(map(str, n)) or 0 for n in (n_found, n_rows))
+        raise SystemExit(f"--{flag}: got {found} rows, the tables have {rows}")
     return arrays
 
 
@@ -3880,24 +3911,25 @@ def connect(n_all, sources):
     return roots_of(parent, np.arange(n_all)), edges
 
 
-def keep_best(paths, roots, area, protect):
-    """Which row of each component of several stays, and the names of all their rows.
+def keep_best(paths, roots, area, protect, out):
+    """Which row of each component of several stays, and the names of all their rows, relative to the table out.
 
-    Rule: a row of a table in protect, a labelled one, the larger image, the longer caption, the smaller name.
-    Returns: ({root: row that stays}, {row: name}).
+    Rule: a row of a table in protect, a labelled one, the larger image (area: of decoded ones, else 0), the longer
+    caption, the smaller name with its folder. Returns: ({root: row that stays}, {row: name}).
     """
     size, protected = np.bincount(roots, minlength=len(roots)), set(map(os.path.realpath, protect))
     best, names, n = {}, {}, 0
     for path in paths:
         columns, rows = read_table(path, ["image"])
+        folder, target = (os.path.realpath(os.path.dirname(p)) for p in (path, out))
         is_late = os.path.realpath(path) not in protected
         for row, (_, fields) in enumerate(rows, n):
             n = row + 1
             if size[roots[row]] > 1:
                 fields = dict(zip(columns, fields))
-                names[row] = relocate(fields["image"], os.path.dirname(path), "")
+                names[row] = relocate(fields["image"], folder, target)
                 rule = (is_late, not fields.get("label"), -int(area[row]), -len(fields.get("caption", "")),
-                        names[row], row)  # fmt: skip
+                        os.path.join(folder, fields["image"]), row)  # fmt: skip
                 best[roots[row]] = min(best.get(roots[row], rule), rule)
     return {root: rule[-1] for root, rule in best.items()}, names
 
@@ -3919,13 +3951,11 @@ def dedup_tables(tables, out, by, distance, cosine, embeddings, protect, against
     sources = {method: hash_pairs(found[:, k], distance if method in NEAR else 0, n, is_chain)
                for k, method in enumerate(hashed)}  # fmt: skip
     if "embedding" in by:
-        rows, test_rows = load_features(embeddings), load_features(against_embeddings)
-        for flag, arrays, expected in (("embeddings", rows, n), ("against-embeddings", test_rows, n_all - n)):
-            if sum(map(len, arrays)) != expected:
-                raise SystemExit(f"--{flag}: got {sum(map(len, arrays))} rows, the tables have {expected}")
+        rows = row_features("embeddings", embeddings, tables)
+        test_rows = row_features("against-embeddings", against_embeddings, against, rows)
         sources["embedding"] = cosine_pairs(rows, test_rows, cosine, is_chain, device)
     roots, edges = connect(n_all, sources)
-    best, names = keep_best(paths + tests, roots, found[:, -1], protected)
+    best, names = keep_best(paths + tests, roots, found[:, -1], protected, out)
     sizes = np.bincount(roots, minlength=n_all)
     if against:
         tainted = np.zeros(n_all, bool)
@@ -4005,13 +4035,10 @@ def prune_rows(arrays, queries, limits, device):
 def prune_table(tables, out, embeddings, small, tests, keep, verify, device, seed):
     """Write the pruned tables, and the table of what was dropped. Arguments: as the flags."""
     paths = find_tables(tables)
-    arrays, small_arrays, queries = load_features(embeddings), load_features(small), {}
-    n = sum(map(len, arrays))
-    n_rows = sum(1 for path in paths for _ in read_table(path, ["image"], is_all=False)[1])
-    if n != n_rows:
-        raise SystemExit(f"--embeddings: got {n} rows, the tables have {n_rows}")
+    arrays = row_features("embeddings", embeddings, tables)
+    small_arrays, queries, n = load_features(small, arrays), {}, sum(map(len, arrays))
     for name, path in (test.split("=", 1) for test in tests):
-        queries[name] = [block for _, block in unit_blocks(load_features([path]), device)]
+        queries[name] = [block for _, block in unit_blocks(load_features([path], arrays), device)]
         if not queries[name] or any((~block.any(dim=1)).any() for block in queries[name]):
             raise SystemExit(f"{path}: no rows, or a row that is zero or not finite; a test set needs whole embeddings")
     limits = {name: nearest(blocks, small_arrays, device) for name, blocks in queries.items()}
@@ -4244,6 +4271,8 @@ def subset_tables(tables, out, threshold, class_list, match_frequency, fill, sho
     match = table_counts(match_frequency, known, n_classes) if match_frequency else None
     mask, deficit = rows_per_class(hashes, labels, mask, is_fill, class_counts(labels[mask], n_classes), match, profile,
                                    imbalance, rows, shots, trim_tail, seed)  # fmt: skip
+    gone = (class_counts(labels[was], n_classes) > 0) & (class_counts(labels[mask], n_classes) == 0)
+    pool = pool & ~np.isin(labels, np.flatnonzero(gone))  # what these steps empty is not rescued
     counts["not among the rows wanted of a class"] = int((mask & ~is_fill).sum() - was.sum())
     if fill:
         counts["of them from --fill"] = int((mask & is_fill).sum())

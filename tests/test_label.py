@@ -292,3 +292,44 @@ def test_status(tmp_path):
     ]
     by_class = read(tmp_path / "retry.classes.tsv")
     assert [(row["label"], row["rows"], row["count"]) for row in by_class] == [("0", "2", "2"), ("1", "4", "2")]
+
+
+def test_sample_of_two_files_is_that_of_one_wherever_out_lies(folder):
+    """The smallest hashes of all rows; a row of 1,000 of the first file wins as often as one of 10 of the second."""
+    write_captions(folder / "a.tsv", [f"a crane {i}" for i in range(200)])
+    (folder / "b.tsv").write_text("image\tcaption\n" + "".join(f"b{i}.jpg\tcrane b{i}\n" for i in range(10)))
+    both = (folder / "a.tsv").read_text() + (folder / "b.tsv").read_text().split("\n", 1)[1]
+    (folder / "one").mkdir()
+    (folder / "one" / "ab.tsv").write_text(both)
+    samples = []
+    for sources, out in (("ab", "o.tsv"), ("ab", "deep/er/o.tsv"), (["one/ab"], "p.tsv")):
+        run("frequency", *(folder / f"{name}.tsv" for name in sources), "--classes", folder / "classes.tsv", "--match",
+            "word", "--sample", 10, "--out", folder / out, "--workers", 1)  # fmt: skip
+        samples.append((folder / out.replace(".tsv", ".sample.tsv")).read_bytes())
+    assert len(set(samples)) == 1 and samples[0].count(b"crane b") < 5
+    keys = [row["key"] for row in read(folder / "o.sample.tsv")]
+    drawn = sorted([*(f"{i}.jpg" for i in range(200)), *(f"b{i}.jpg" for i in range(10))],
+                   key=lambda key: bd.hash64("0", "2", key))  # fmt: skip
+    assert keys == drawn[:10]
+
+
+def test_laionet_takes_the_embeddings_that_are_there_now(folder):
+    """Parts of a stopped call are of the old embeddings, and two tables of one name would share a file."""
+    for name in ("in", "deep/in"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_captions(folder / f"{name}.tsv", ["simba", "crane"])
+    common = ["--classes", folder / "classes.tsv", "--out", folder / "o.tsv", "--workers", 1, "--embeddings", folder]
+    np.save(folder / "classes.npy", np.eye(3))
+    np.save(folder / "in.tsv.npy", np.eye(3)[:2])
+    run("laionet", folder / "in.tsv", *common, "--shard", "0/1")
+    np.save(folder / "in.tsv.npy", np.eye(3)[1:])
+    run("laionet", folder / "in.tsv", *common)
+    assert [row["label"] for row in read(folder / "o.tsv")] == ["1", "2"] and len(report(folder / "o.tsv")["flags"]["models"]) == 2
+    with pytest.raises(SystemExit, match="several tables have one file name"):
+        run("laionet", folder / "in.tsv", folder / "deep" / "in.tsv", *common)
+
+
+def test_nul_in_jsonl_becomes_a_blank(folder):
+    (folder / "in.jsonl").write_text(json.dumps(dict(image="a", caption="a lion\0x")) + "\n")
+    run("label", folder / "in.jsonl", "--classes", folder / "classes.tsv", "--out", folder / "o.tsv", "--workers", 1)
+    assert read(folder / "o.tsv")[0]["caption"] == "a lion x"

@@ -112,13 +112,16 @@ def test_order_of_rows_does_not_matter_and_cuts_are_nested(tmp_path):
         (["--rows", 14], {0: 10, 1: 3, 2: 1}),
         (["--profile", "exponential", "--imbalance", 9], {0: 9, 1: 3, 2: 1}),
         (["--class-list", "list"], {0: 10, 2: 1}),
+        (["--trim-tail", 1, "--shots", 0, "--fraction", 0.5], {0: 6, 1: 1}),  # class 2 was asked away: no rescue
+        (["--match-frequency", "wanted", "--rows", 4], {0: 3, 2: 1}),
     ],
 )
 def test_cuts(tmp_path, flags, counts):
     path = table(tmp_path / "a.tsv", {0: 10, 1: 3, 2: 1}, similarity=str)
     (tmp_path / "list").write_text("2\n0\n")
+    files = {"list": tmp_path / "list", "wanted": table(tmp_path / "wanted.tsv", {0: 5, 2: 1})}
     out = tmp_path / "o.tsv"
-    done = run("subset", path, *[tmp_path / "list" if f == "list" else f for f in flags], "--out", out)
+    done = run("subset", path, *[files.get(f, f) for f in flags], "--out", out)
     assert done.returncode == 0, done.stderr
     assert counts_of(out) == counts
     report = json.loads((tmp_path / "o.tsv.json").read_text())

@@ -147,10 +147,12 @@ def parse_args(argv=None):
     classes.add_argument("list", help="text file, a class a line in label order: wnid or name, perhaps a tab and the "
                          "name to show (wnid) or synonyms with | and a definition (name)")
     classes.add_argument("--out", required=True,
-                         help="classes.tsv to write: name, synonyms, definition, wnid, negative, match")
+                         help="classes.tsv to write: name, synonyms, definition, wnid, negative, match, query")
     classes.add_argument("--wordnet", help="folder of WordNet 3.0's data.noun, index.noun, noun.exc")
     classes.add_argument("--extra", help="table with wnid or name, and columns that replace: negative (words that "
-                         "exclude a caption, | between), match (names to look for instead of name and synonyms)")
+                         "exclude a caption, | between), match (names to look for instead of name and synonyms), "
+                         "query (laionet compares captions with `query which is definition`; default: the first word "
+                         "of a wnid, else the name)")
 
     incaps = add("incaps", "ImageNet-Captions: its JSON joined with the images",
                  "imagenet_captions.json --images imagenet/train --classes classes.tsv --out incaps/train.tsv")
@@ -210,7 +212,7 @@ def parse_args(argv=None):
         command.add_argument("--wordnet", default="/usr/share/wordnet", help="folder of WordNet 3.0, for lemmas (bag)")
     for command in (incaps, label, laionet, frequency):
         command.add_argument("--classes", required=True,
-                             help="classes.tsv: name, synonyms, definition, negative, match")
+                             help="classes.tsv: name, synonyms, definition, negative, match, query")
     for command in (label, laionet, curate, metadata, frequency):
         command.add_argument("inputs", nargs="+", metavar="TABLE",
                              help="TSV, CSV, JSONL (or .gz), parquet; folders, globs")
@@ -392,7 +394,7 @@ def parse_args(argv=None):
         if args.against and not args.chain and len(args.by) > 1:
             dedup.error("--against: give one --by at a time, or --chain")
     if args.command == "prune":
-        if "{set}" not in args.out or not args.out.endswith(".tsv"):
+        if "{set}" not in os.path.basename(args.out) or not args.out.endswith(".tsv"):
             prune.error(f"--out: got {args.out}, expected a file name with {{set}} in it that ends in .tsv")
         names = [test.partition("=")[0] for test in args.tests]
         if not all("=" in test for test in args.tests) or len(set(names)) < len(names):
@@ -406,10 +408,16 @@ def parse_args(argv=None):
             subset.error("--profile: not with --match-frequency or --fraction, and --imbalance is 1 or more")
         if args.trim_tail and args.shots < 0 or args.fill and not args.match_frequency:
             subset.error("--trim-tail needs --shots, --fill needs --match-frequency")
-        if args.threshold and not re.fullmatch(r".+=-?[0-9.]+", args.threshold):
+        if args.threshold and not re.fullmatch(r".+=-?(\d+\.?\d*|\.\d+)", args.threshold, re.A):
             subset.error(f"--threshold: got {args.threshold}, expected COLUMN=NUMBER")
     if args.command == "mix" and args.weights and (len(args.weights) != len(args.tables) or min(args.weights) <= 0):
         mix.error(f"--weights: got {args.weights}, expected a positive number for each of {len(args.tables)} sources")
+    if args.command == "stats" and os.path.splitext(args.plot or "")[1] not in ("", ".png", ".pdf", ".svg", ".jpg"):
+        stats.error(f"--plot: got {args.plot}, expected a name that ends in .png, .pdf, .svg or .jpg")
+    for name in ("sample", "keep", "rows", "trim_tail", "max_entries", "min_count"):
+        if getattr(args, name, 0) < 0:
+            flag = name.replace("_", "-")
+            commands.choices[args.command].error(f"--{flag}: got {getattr(args, name)}, expected 0 or more")
     return args
 
 
@@ -1797,7 +1805,6 @@ def build_index(sources, out, holdout, classes, workers, seed):
     labels = labels_by_name(classes) if classes else ({}, 0)
     names = sorted({name for _, name in found if name is not None})
     label_of = folder_labels(names, classes, labels[0]) if names else {}
-    os.makedirs(folder, exist_ok=True)
 
     with tempfile.TemporaryDirectory(prefix=".index-", dir=folder) as partial:
         jobs = []
@@ -1958,14 +1965,19 @@ def tsv_rows(lines, n_fields, path, bad):
 
 
 def csv_rows(lines, n_fields, path, bad):
-    """Rows of a CSV, quoted as RFC 4180 has it; the number is of a row's last line. n_fields 0: as the first row."""
+    """Rows of a CSV, quoted as RFC 4180 has it; the number is of a row's last line. n_fields 0: as the first row.
+
+    A quote that is never closed takes all lines behind it; each counts as bad.
+    """
     csv.field_size_limit(MAX_LINE)
     reader = csv.reader((line + "\n" for _, line in lines), strict=True)
     while True:
+        before = reader.line_num
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            note_bad(bad, path, reader.line_num, f"not CSV ({error})")
+            for number in range(before + 1, reader.line_num + 1):
+                note_bad(bad, path, number, f"not CSV ({error})")
             continue
         if fields is None:
             return
@@ -2052,7 +2064,8 @@ def read_table(path, needed=(), bad=None, is_all=True):
     names = our_names(header, path)
     missing = [name for name in needed if name not in names]
     if missing:
-        raise SystemExit(f"{path}:1: no column {', '.join(missing)}; found {', '.join(header)}")
+        found = (name if name == ours else f"{name} (read as {ours})" for name, ours in zip(header, names))
+        raise SystemExit(f"{path}:1: no column {', '.join(missing)}; found {', '.join(found)}")
     if lines is not None:
         lines.close()
         lines = text_lines(path, bad)
@@ -2767,7 +2780,6 @@ def merge_tables(parts, out):
     columns, rows = open_tables([f"{part}.tsv" for part in parts])  # images are named relative to OUT already
     if "source_label" in columns and not any(row["source_label"] for row in rows):
         columns.remove("source_label")
-    os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
     tables = (read_table(f"{part}.tsv") for part in parts)
     return write_tsv(out, columns, (dict(zip(names, fields)) for names, table in tables for _, fields in table))
 
@@ -2811,7 +2823,7 @@ def class_of_line(line, where, wordnet, synsets):
             raise SystemExit(f"{where}: {first} is not a synset of {wordnet or 'WordNet: pass --wordnet'}")
         words, definition = synsets[first[1:]]
         names = list(dict.fromkeys([*filter(None, more[:1]), *words]))
-        return dict(name=names[0], synonyms="|".join(names[1:]), definition=definition, wnid=first)
+        return dict(name=names[0], synonyms="|".join(names[1:]), definition=definition, wnid=first, query=words[0])
     names = clean_name(first)
     if not names:
         raise SystemExit(f"{where}: an empty name")
@@ -2832,14 +2844,14 @@ def build_classes(path, out, wordnet, extra):
     rows, seen = [], {}
     for number, line in lines:
         row = class_of_line(line, f"{path}:{number}", wordnet, synsets)
-        first = line.split("\t")[0].strip()
-        if first in seen:
-            raise SystemExit(f"{path}:{number}: {first} stands in line {seen[first]} too")
-        seen[first] = number
+        key = row["wnid"] or row["name"]  # as class_rows wants it: "crane (bird)", "crane (machine)" are both crane
+        if key in seen:
+            raise SystemExit(f"{path}:{number}: {key} stands in line {seen[key]} too")
+        seen[key] = number
         rows.append(row)
     if not rows:
         raise SystemExit(f"{path}:1: an empty file; expected a wnid or a name a line")
-    columns = ["name", "synonyms", "definition", "wnid", "negative", "match"]
+    columns = ["name", "synonyms", "definition", "wnid", "negative", "match", "query"]
     if extra:
         names, table = open_tables([extra])
         keys = Counter(key for row in rows for key in {row["name"], row["wnid"]})
@@ -2876,8 +2888,9 @@ def incaps_records(path):
             records = json.load(f)
     except ValueError as error:
         raise SystemExit(f"{path}: not JSON ({error})") from None
-    is_list = isinstance(records, list)
-    if not is_list or not all(isinstance(r, dict) and {"filename", "wnid"} <= set(r) for r in records):
+    needed = ("filename", "wnid")
+    if not isinstance(records, list) or not all(isinstance(r, dict) and all(isinstance(r.get(k), str) for k in needed)
+                                                for r in records):  # fmt: skip
         raise SystemExit(f"{path}: expected a list of objects with filename, wnid, title, tags, description")
     return records
 
@@ -3026,7 +3039,7 @@ def read_embeddings(folder, name, n_rows):
     path = os.path.join(folder, f"{name}.npy")
     try:
         found = np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise SystemExit(f"--embeddings: {path}: {error}") from None
     if found.ndim != 2 or len(found) != n_rows:
         raise SystemExit(f"--embeddings: {path}: got shape {found.shape}, expected {n_rows} rows")
@@ -3064,12 +3077,18 @@ def laionet_file(path, part, settings):
         if settings["skip_bad"]:
             raise SystemExit("--skip-bad: rows left out would shift --embeddings; repair the tables first")
         captions = read_embeddings(embeddings, os.path.basename(path), counts["rows"])
-        similarity = cosine(captions[numbers], read_embeddings(embeddings, "classes", len(queries))[labels])
+        definitions = read_embeddings(embeddings, "classes", len(queries))
+        if captions.shape[1] != definitions.shape[1]:
+            raise SystemExit(f"--embeddings: {path}: {captions.shape[1]} numbers a row, classes {definitions.shape[1]}")
+        similarity = cosine(captions[numbers], definitions[labels])
     else:
-        missing = next((i for i, row in zip(numbers, kept) if not row.get("similarity")), None)
-        if missing is not None:
-            raise SystemExit(f"{path}:{missing + 2}: no similarity; pass --clip or --embeddings")
-        similarity = [float(row["similarity"]) for row in kept]
+        similarity = []
+        for number, row in zip(numbers, kept):
+            try:
+                similarity.append(float(row.get("similarity", "")))
+            except ValueError:
+                what = f"similarity is {row.get('similarity', '')!r}; pass --clip or --embeddings"
+                raise SystemExit(f"{path}:{number + 2}: {what}") from None
     columns = read_table(path)[0]
     columns += [name for name in ("label", "similarity", "source_label") if name not in columns]
     write_tsv(f"{part}.tsv", columns, (row | {"similarity": f"{s:.6f}"} for row, s in zip(kept, similarity)))
@@ -3084,7 +3103,7 @@ def build_laionet(paths, out, classes, threshold, settings, run):
         for name in names_of(row):
             owners[name].add(label)
     names = [[name for name in names_of(row) if len(owners[name]) == 1] for row in rows]
-    queries = [f"{row['name'].lower()} which is {row.get('definition', '')}" for row in rows]
+    queries = [f"{(row.get('query') or row['name']).lower()} which is {row.get('definition', '')}" for row in rows]
     settings = settings | dict(match_settings([], "laionet"), names=names, negatives=[], queries=queries)
     models = [settings["clip"]] if settings["clip"] else []
     if settings["embeddings"] and not models:
@@ -3132,7 +3151,7 @@ def splitmix64(x):
 
 def hash64(*parts):
     """64-bit BLAKE2b of length-prefixed strings."""
-    data = b"".join(len(p).to_bytes(8, "big") + p for p in (part.encode("utf-8", "surrogateescape") for part in parts))
+    data = b"".join(len(p).to_bytes(8, "big") + p for p in (part.encode("utf-8", "surrogatepass") for part in parts))
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
@@ -3319,23 +3338,43 @@ def frequency_file(path, part, settings):
     save_part(part, counts, counts=class_counts, sample=np.array(json.dumps(drawn)))
 
 
-def read_relevance(path):
-    """{name: (judged, relevant)} of a judged sample: columns name and relevant (yes, no or empty)."""
-    judged = defaultdict(lambda: [0, 0])
+def read_relevance(path, names):
+    """{label: (judged, relevant)} of a judged sample: columns name, relevant (yes, no or empty), perhaps label.
+
+    names: of the classes; without a label a name must be one class's.
+    """
+    judged, labels = defaultdict(lambda: [0, 0]), defaultdict(list)
+    for label, name in enumerate(names):
+        labels[name].append(label)
     for line, row in enumerate(open_tables([path], ["name", "relevant"])[1], 2):
-        answer = row["relevant"].strip().lower().rstrip(".")
+        answer, given = row["relevant"].strip().lower().rstrip("."), row.get("label", "")
         if answer not in ("", "yes", "no", "1", "0"):
             raise SystemExit(f"{path}:{line}: relevant is {row['relevant']!r}, expected yes or no")
+        found = [label for label in labels.get(row["name"], ()) if given in ("", str(label))]
+        if len(found) != 1:
+            raise SystemExit(f"{path}:{line}: name {row['name']!r}, label {given or 'none'}: not just one of --classes")
         if answer:
-            judged[row["name"]][0] += 1
-            judged[row["name"]][1] += answer in ("yes", "1")
+            judged[found[0]][0] += 1
+            judged[found[0]][1] += answer in ("yes", "1")
     return judged
 
 
-def build_frequency(paths, out, classes, relevance, settings, run):
-    """Write how many captions name each class, in label order."""
+def interval_of(yes, seen, n):
+    """95 % interval of how many of n are relevant, from `yes` of `seen` drawn without replacement.
+
+    Wilson's, with seen / (1 - (seen - 1) / (n - 1)) for seen: the finite-population correction of its variance.
+    """
+    if seen >= n:  # all of them, if any
+        return (round(n * yes / seen),) * 2 if seen else (0, 0)
+    scale = (n - 1) / (n - seen)
+    low, high = wilson(yes * scale, seen * scale)
+    return round(n * low), round(n * high)
+
+
+def build_frequency(paths, out, classes, synonyms, relevance, settings, run):
+    """Write how many captions name each class, in label order. synonyms: table that is in settings, for the report."""
     rows, n_sample = class_rows(classes), settings["n_sample"]
-    judged = read_relevance(relevance) if relevance else {}
+    judged = read_relevance(relevance, [row["name"] for row in rows]) if relevance else {}
     parts = run_files(frequency_file, paths, out, settings | dict(n_classes=len(rows)), run)
     if parts is None:
         return
@@ -3346,22 +3385,23 @@ def build_frequency(paths, out, classes, relevance, settings, run):
             for label, *drawn in json.loads(str(arrays["sample"])):
                 samples[label].append(drawn)
     if n_sample:
-        write_tsv(f"{out.removesuffix('.tsv')}.sample.tsv", ("name", "definition", "key", "caption", "relevant"),
-                  (dict(name=row["name"], definition=row.get("definition"), key=key, caption=text)
+        columns = ("name", "label", "definition", "key", "caption", "relevant")
+        write_tsv(f"{out.removesuffix('.tsv')}.sample.tsv", columns,
+                  (dict(name=row["name"], label=label, definition=row.get("definition"), key=key, caption=text)
                    for label, row in enumerate(rows)
                    for _, key, text in sorted(samples[label])[:n_sample]))  # fmt: skip
     table = []
-    for row, n in zip(rows, class_counts.tolist()):
+    for label, (row, n) in enumerate(zip(rows, class_counts.tolist())):
         line = dict(name=row["name"], count=n)
         if relevance:
-            seen, yes = judged.get(row["name"], (0, 0))
-            low, high = wilson(yes, seen)
-            line |= dict(judged=seen, relevant=yes, estimate=round(n * yes / seen) if seen else "",
-                         low=round(n * low), high=round(n * high))  # fmt: skip
+            seen, yes = judged.get(label, (0, 0))
+            low, high = interval_of(yes, seen, n)
+            line |= dict(judged=seen, relevant=yes, estimate=round(n * yes / seen) if seen else "", low=low, high=high)
         table.append(line)
     write_tsv(out, list(table[0]), table)
     order = np.argsort(-class_counts, kind="stable")
-    finish(out, paths, dict(classes=classes, classes_sha256=file_hash(classes), relevance=relevance,
+    files = dict(classes=classes, synonyms=synonyms, relevance=relevance)
+    finish(out, paths, dict(**files, **{f"{name}_sha256": file_hash(path) for name, path in files.items() if path},
                             **{k: v for k, v in settings.items() if k not in ("names", "negatives")}),
            {"rows": counts["rows"], **bad_rows(counts)}, matches=int(class_counts.sum()),
            empty_classes=int((class_counts == 0).sum()))  # fmt: skip
@@ -3419,8 +3459,8 @@ def check_shard(folder, shard, seen, warnings):
     path = os.path.join(folder, f"{shard}_stats.json")
     try:
         with open(path, encoding="utf-8") as f:
-            stats = json.load(f)
-    except (OSError, ValueError):
+            stats = {**json.load(f)}
+    except (OSError, ValueError, TypeError):  # TypeError: JSON, but no object
         warnings.append(f"{path}: not readable; an unfinished shard?")
         return
     for key, n in (("successes", seen["success"]), ("count", seen.total())):
@@ -3528,7 +3568,7 @@ def in_processes(function, jobs, workers):
 
 
 def find_classes(given, table):
-    """Class names in label order, and {name or wnid: label, None if several have it}; [], {} without a classes.tsv.
+    """Class names in label order, {name or wnid: label, None if several have it}, path; [], {}, None without the file.
 
     given: --classes, or None: beside the table or one folder up.
     """
@@ -3536,9 +3576,9 @@ def find_classes(given, table):
     paths = [given] if given else [os.path.join(f, "classes.tsv") for f in (folder, os.path.dirname(folder))]
     path = next(filter(os.path.isfile, paths), given)
     if path is None:
-        return [], {}
+        return [], {}, None
     labels, _ = labels_by_name(path)
-    return [row["name"] for row in open_tables([path], ["name"])[1]], labels
+    return [row["name"] for row in open_tables([path], ["name"])[1]], labels, path
 
 
 def label_number(field, ids, n_classes):
@@ -3596,7 +3636,7 @@ def text_hash(text):
 def check_tables(tables, out, sample, max_bad, classes, max_pixels, workers, seed):
     """Write the bad rows of tables to out, print what is in them. Returns: 1 if more than max_bad are bad, else 0."""
     paths = find_tables(tables)
-    names, ids = find_classes(classes, paths[0])
+    names, ids, classes = find_classes(classes, paths[0])
     scan, shown, n_decoded, n_undecoded = RowScan(paths, ids, len(names)), [], 0, 0
     rows = scan
     if sample:  # the rows of the smallest hashes
@@ -3630,7 +3670,8 @@ def check_tables(tables, out, sample, max_bad, classes, max_pixels, workers, see
     counts = {"rows": scan.n_rows, "decoded": n_decoded, **{r: -n for r, n in sorted(reasons.items())}}
     print_funnel(counts)
     print(f"{len(scan.bad):>12,}  bad rows, in {out}")
-    write_report(out, paths, dict(sample=sample, seed=seed, max_pixels=max_pixels), counts, repeated_captions=copies)
+    write_report(out, paths, dict(sample=sample, seed=seed, max_pixels=max_pixels, classes=classes), counts,
+                 repeated_captions=copies)  # fmt: skip
     # Text is checked in all rows, pixels perhaps in a sample.
     n_rows = max(scan.n_rows, 1)
     share = n_undecoded / (max(n_decoded, 1) if sample else n_rows) + (len(scan.bad) - n_undecoded) / n_rows
@@ -4013,7 +4054,8 @@ def prune_rows(arrays, queries, limits, device):
     """Which rows lie closer to some query than its limit, the row's hull in the paper's words.
 
     arrays: list of [n, D]; queries, limits: {test set: list of blocks [<= BLOCK, D], of [<= BLOCK]}.
-    Returns: {test set: (drop [N] bool, best cosine [N] float32, its query [N] int64)}; a row without a direction goes.
+    Returns: {test set: (drop [N] bool, best cosine [N] float32, its query [N] int64)}; a row without a direction goes,
+    and its cosine is NaN.
     """
     n = sum(map(len, arrays))
     found = {name: (np.zeros(n, bool), np.full(n, -2, np.float32), np.zeros(n, np.int64)) for name in queries}
@@ -4028,6 +4070,7 @@ def prune_rows(arrays, queries, limits, device):
                 is_new = value > top  # of equal ones the first query
                 top, place = top.where(~is_new, value), place.where(~is_new, index + k * BLOCK)
                 excess = excess.maximum(cosines.sub_(limit).amax(dim=1))
+            top = top.masked_fill(~block.any(dim=1), math.nan)
             drop[rows], best[rows], query[rows] = (excess > TIE).cpu(), top.cpu(), place.cpu()
     return found
 
@@ -4060,6 +4103,7 @@ def prune_table(tables, out, embeddings, small, tests, keep, verify, device, see
                           pruned=round(float(sum(x.clamp(min=-1).sum() for x in after)) / sum(map(len, after)), 4))
         print(f"{name}: mean cosine to the nearest row: {gaps[name]['small']} of the small set, "
               f"{gaps[name]['pruned']} of the rows left")  # fmt: skip
+    n_blank = int(np.isnan(next(iter(found.values()))[1]).sum())
     columns, rows = open_tables(paths)
     leaks = write_leaks(rows, out.replace("{set}", "leaks"), found, limits)
     for name, drop in drops.items():
@@ -4067,19 +4111,23 @@ def prune_table(tables, out, embeddings, small, tests, keep, verify, device, see
         columns, rows = open_tables(paths, out=target)
         n_left = write_tsv(target, columns, itertools.compress(rows, ~drop))
         why = "closer to a test image than the small set" if name in (*found, "combined") else "not chosen"
-        counts = {"rows": n, why: n_left - n, "rows left": n_left}
+        counts = {"rows": n, "zero or not finite embedding": -n_blank, why: n_left - n + n_blank, "rows left": n_left}
         print(target)
         print_funnel(counts)
         write_report(target, paths, flags, counts, gap=gaps.get(name), leaks=leaks)
 
 
 def least_similar(paths, similarity, keep, seed):
-    """Masks of what to drop so that `keep` rows stay: near keeps the least similar, far the most, rand any."""
+    """Masks of what to drop so that `keep` rows stay: near keeps the least similar, far the most, rand any.
+
+    similarity: [N], NaN for rows without an embedding, which never stay.
+    """
     hashes, _, _ = scan_rows(paths, "image", seed)
-    if keep > len(hashes):
-        raise SystemExit(f"--keep: got {keep}, the tables have {len(hashes)} rows")
+    n_usable = int((~np.isnan(similarity)).sum())
+    if keep > n_usable:
+        raise SystemExit(f"--keep: got {keep}, the tables have {n_usable} rows with an embedding")
     masks = {}
-    for name, score in (("near", similarity), ("far", -similarity), ("rand", np.zeros(len(hashes)))):
+    for name, score in (("near", similarity), ("far", -similarity), ("rand", 0 * similarity)):  # NaN is sorted last
         masks[name] = np.ones(len(hashes), bool)
         masks[name][np.lexsort((hashes, score))[:keep]] = False
     return masks
@@ -4092,7 +4140,7 @@ def write_leaks(rows, path, found, limits):
     def leaks():
         for i, row in enumerate(rows):
             for name, (drop, best, query) in found.items():
-                if drop[i]:
+                if drop[i] and best[i] == best[i]:  # NaN: a row without an embedding, which is like nothing
                     yield dict(set=name, image=row["image"], caption=row.get("caption", ""), test_row=int(query[i]),
                                similarity=f"{best[i]:.6f}", limit=f"{limit_of[name][query[i]]:.6f}")  # fmt: skip
 
@@ -4173,6 +4221,8 @@ def profile_quota(counts, profile, imbalance, rows, seed):
     Returns: [C] int64; at least 1 for each class that has rows.
     """
     present = np.flatnonzero(counts)
+    if not len(present):
+        raise SystemExit("--profile: no row has a label")
     present = np.array(sorted(present, key=lambda c: (-counts[c], unit_hash(seed, str(c)))))
     shares, quota = PROFILES[profile](np.arange(len(present)), len(present), imbalance), np.zeros_like(counts)
     quota[present] = round_shares(rows, shares) if rows else np.floor((counts[present] / shares).min() * shares + 1e-9)
@@ -4208,9 +4258,10 @@ def table_counts(table, classes, n_classes=0):
     if "label" in columns or "count" not in columns:
         labels = scan_rows(paths, columns[0], 0, classes)[1]
         return class_counts(labels, n_classes or int(labels.max(initial=-1)) + 1)
-    counts = np.zeros(n_classes, np.int64)
-    for row in rows:
-        label = classes[1].get(row.get("name", ""))
+    counts, rows = np.zeros(n_classes, np.int64), list(rows)
+    is_in_order = [row.get("name") for row in rows] == classes[0]  # frequency's: two classes may have one name
+    for place, row in enumerate(rows):
+        label = place if is_in_order else classes[1].get(row.get("name", ""))
         if label is None or not row["count"].isdigit():
             raise SystemExit(f"{table}: {row.get('name')!r} {row['count']!r}: no class of classes.tsv, or no count")
         counts[label] += int(row["count"])
@@ -4249,6 +4300,8 @@ def subset_tables(tables, out, threshold, class_list, match_frequency, fill, sho
     n, more = len(hashes), scan_rows(fill_paths, key, seed, known)
     hashes, labels = np.concatenate([hashes, more[0]]), np.concatenate([labels, more[1]])
     n_classes = len(known[0]) or int(labels.max(initial=-1)) + 1
+    match = table_counts(match_frequency, known, n_classes) if match_frequency else None
+    n_classes = n_classes if match is None else len(match)  # it may have classes that the tables lack
     is_fill = np.arange(len(hashes)) >= n
     mask, counts, wanted = ~is_fill, {"rows": n}, []
     before = class_counts(labels[mask], n_classes)
@@ -4261,14 +4314,14 @@ def subset_tables(tables, out, threshold, class_list, match_frequency, fill, sho
             wanted = [label_number(line, known[1], n_classes) for line in f.read().splitlines()]
         if not wanted or None in wanted or -1 in wanted or len(set(wanted)) < len(wanted):
             raise SystemExit(f"{class_list}: expected classes, one a line, none empty, unknown or twice; got {wanted}")
-        was, mask = mask, mask & np.isin(labels, wanted)
+        was, mask, is_fill = mask, mask & np.isin(labels, wanted), is_fill & np.isin(labels, wanted)
+        match = match if match is None else np.where(np.isin(np.arange(n_classes), wanted), match, 0)
         count("not in --class-list", was)
     pool = mask
     if threshold:
         was, mask = mask, mask & (np.concatenate([values, np.zeros(len(more[0]))]) >= float(least))
         count(f"{column} below {least}", was)
     was = mask
-    match = table_counts(match_frequency, known, n_classes) if match_frequency else None
     mask, deficit = rows_per_class(hashes, labels, mask, is_fill, class_counts(labels[mask], n_classes), match, profile,
                                    imbalance, rows, shots, trim_tail, seed)  # fmt: skip
     gone = (class_counts(labels[was], n_classes) > 0) & (class_counts(labels[mask], n_classes) == 0)
@@ -4299,7 +4352,7 @@ def subset_tables(tables, out, threshold, class_list, match_frequency, fill, sho
     assert (written == after).all(), "the table written does not have the counts that were planned"
     flags = dict(threshold=threshold, class_list=class_list, match_frequency=match_frequency, fill=fill, shots=shots,
                  trim_tail=trim_tail, profile=profile, imbalance=imbalance, fraction=fraction, rows=rows,
-                 rescue=is_rescue, key=key, classes=classes, seed=seed)  # fmt: skip
+                 rescue=is_rescue, key=key, classes=known[2], seed=seed)  # fmt: skip
     write_report(out, paths + fill_paths, flags, counts, classes_before=before.tolist(),
                  classes_after=written.tolist(), deficit=deficit.tolist())  # fmt: skip
 
@@ -4427,7 +4480,7 @@ def compare_tables(tables, out, classes, plot):
     for column in shown[0]:
         print(f"{column:>26}" + "".join(f"  {row[column]:>14}" for row in shown))
     write_tsv(out, list(rows[0]), rows)
-    write_report(out, [p for table in tables for p in find_tables([table])], dict(classes=classes), {},
+    write_report(out, [p for table in tables for p in find_tables([table])], dict(classes=known[2]), {},
                  class_counts={name: c.tolist() for name, c in zip(names, counts)})  # fmt: skip
     if plot:
         plot_counts(names, counts, plot)
@@ -4456,6 +4509,8 @@ def plot_counts(names, counts, path):
 
 
 def main(args):
+    if args.command != "shapes" and not getattr(args, "dry_run", False):
+        os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)  # now, not after all the work
     if args.command == "shapes":
         build_shapes(args.out, args.seed, args.size, args.names, args.workers)
     elif args.command == "index":
@@ -4482,11 +4537,12 @@ def main(args):
         elif args.command == "curate":
             build_curate(paths, args.out, args.metadata, args.cap, args.tail_share, args.seed, settings, run)
         else:
-            more = open_tables([args.synonyms], ["name", "synonyms"])[1] if args.synonyms else ()
-            more = {row["name"]: split_names(row["synonyms"]) for row in more}
+            more = defaultdict(list)
+            for row in open_tables([args.synonyms], ["name", "synonyms"])[1] if args.synonyms else ():
+                more[row["name"]] += split_names(row["synonyms"])
             names = match_settings(class_rows(args.classes), args.match, False, args.lemmas, args.wordnet, more)
             settings |= names | dict(n_sample=args.sample, seed=args.seed)
-            build_frequency(paths, args.out, args.classes, args.relevance, settings, run)
+            build_frequency(paths, args.out, args.classes, args.synonyms, args.relevance, settings, run)
     elif args.command == "check":
         sys.exit(check_tables(args.tables, args.out, args.sample, args.max_bad, args.classes, args.max_pixels,
                               args.workers, args.seed))  # fmt: skip
@@ -4515,5 +4571,5 @@ if __name__ == "__main__":
         if isinstance(error, SystemExit) and not isinstance(error.code, str):
             raise
         is_os = isinstance(error, OSError)
-        print(f"{error.filename or 'error'}: {error.strerror}" if is_os else error.code, file=sys.stderr)
+        print(f"{error.filename or 'error'}: {error.strerror or error}" if is_os else error.code, file=sys.stderr)
         sys.exit(2)

@@ -157,7 +157,7 @@ def parse_args(argv=None):
     incaps = add("incaps", "ImageNet-Captions: its JSON joined with the images",
                  "imagenet_captions.json --images imagenet/train --classes classes.tsv --out incaps/train.tsv")
     incaps.add_argument("json", help="imagenet_captions.json: list of filename, wnid, title, description, tags")
-    incaps.add_argument("--images", required=True, help="folder of class folders, or a table of images (see index)")
+    incaps.add_argument("--images", required=True, help="folder of class folders, or index's table of it")
     incaps.add_argument("--seed", type=int, default=0, help="redraws the order of the rows")
     incaps.add_argument("--keep-repeats", action=argparse.BooleanOptionalAction, default=False,
                         help="keep records that repeat a file name (448,896 rows instead of 443,798)")
@@ -350,40 +350,30 @@ def parse_args(argv=None):
     stats.add_argument("--plot", help="picture to write: the sorted class counts (needs matplotlib)")
 
     args = parser.parse_args(argv)
+    command = commands.choices[args.command]
+    if args.command not in ("shapes", "prune") and not args.out.endswith(".tsv"):
+        command.error(f"--out: got {args.out}, expected a file name that ends in .tsv")
+    for name, least in dict(workers=1, sample=0, keep=0, rows=0, trim_tail=0, max_entries=0, min_count=0).items():
+        if (given := getattr(args, name, least)) < least:
+            command.error(f"--{name.replace('_', '-')}: got {given}, expected {least} or more")
     if args.command == "shapes":
         if args.seed < 0:
             shapes.error(f"--seed: got {args.seed}, expected 0 or more")
         if not 0 < args.size <= 1000:
             shapes.error(f"--size: got {args.size}, expected a factor above 0 and at most 1000")
-        if args.workers < 1:
-            shapes.error(f"--workers: got {args.workers}, expected 1 or more")
     if args.command == "index":
-        if not args.out.endswith(".tsv"):
-            index.error(f"--out: got {args.out}, expected a file name that ends in .tsv")
         if not 0 <= args.holdout < 1:
             index.error(f"--holdout: got {args.holdout}, expected a fraction of at least 0 and below 1")
         if args.holdout and os.path.basename(args.out) == "val.tsv":
             index.error("--out: val.tsv is where --holdout writes; call the table train.tsv, or drop --holdout")
-        if args.workers < 1:
-            index.error(f"--workers: got {args.workers}, expected 1 or more")
     if args.command in ("label", "laionet", "curate", "frequency"):
-        command = commands.choices[args.command]
         place = re.fullmatch(r"(\d+)/(\d+)", args.shard)
         if args.shard and not (place and int(place[1]) < int(place[2])):
             command.error(f"--shard: got {args.shard}, expected i/n with i from 0 to n - 1")
-        if args.workers < 1:
-            command.error(f"--workers: got {args.workers}, expected 1 or more")
-    if args.command in ("incaps", "label", "laionet", "curate", "metadata", "frequency", "status", "classes"):
-        if not args.out.endswith(".tsv"):
-            commands.choices[args.command].error(f"--out: got {args.out}, expected a file name that ends in .tsv")
     if args.command == "label" and args.match == "bag" and args.multi == "longest":
         label.error("--multi longest: bag finds words, not places; choose drop, all or first")
     if args.command == "curate" and (args.cap < 1 or not 0 <= args.tail_share < 1):
         curate.error(f"--cap {args.cap} --tail-share {args.tail_share}: expected a cap of 1 or more, a share in 0..1")
-    if args.command in ("check", "dedup") and args.workers < 1:
-        parser.error(f"--workers: got {args.workers}, expected 1 or more")
-    if args.command in ("check", "dedup", "subset", "mix", "stats") and not args.out.endswith(".tsv"):
-        parser.error(f"--out: got {args.out}, expected a file name that ends in .tsv")
     if args.command == "dedup":
         if not 0 <= args.distance <= 7:
             dedup.error(f"--distance: got {args.distance}, expected 0 to 7 bits")
@@ -414,10 +404,6 @@ def parse_args(argv=None):
         mix.error(f"--weights: got {args.weights}, expected a positive number for each of {len(args.tables)} sources")
     if args.command == "stats" and os.path.splitext(args.plot or "")[1] not in ("", ".png", ".pdf", ".svg", ".jpg"):
         stats.error(f"--plot: got {args.plot}, expected a name that ends in .png, .pdf, .svg or .jpg")
-    for name in ("sample", "keep", "rows", "trim_tail", "max_entries", "min_count"):
-        if getattr(args, name, 0) < 0:
-            flag = name.replace("_", "-")
-            commands.choices[args.command].error(f"--{flag}: got {getattr(args, name)}, expected 0 or more")
     return args
 
 
@@ -1705,14 +1691,12 @@ def labels_by_name(path):
 
     Returns: ({name or wnid: row, or None if it has several}, number of rows)
     """
-    with open(path, encoding="utf-8-sig", errors="replace") as f:
-        header, *rows = [line.split("\t") for line in f.read().rstrip("\n").split("\n")]
-    columns = [header.index(c) for c in ("name", "wnid") if c in header]
-    if not columns:
+    header, rows = open_tables([path])
+    rows, labels = list(rows), {}
+    if {"name", "wnid"}.isdisjoint(header):
         raise SystemExit(f"{path}: got columns {', '.join(header)}, expected name or wnid among them")
-    labels = {}
-    for column in columns:  # wnid last: it wins
-        names = [row[column] if column < len(row) else "" for row in rows]
+    for column in ("name", "wnid"):  # wnid last: it wins
+        names = [row.get(column, "") for row in rows]
         count = Counter(names)
         labels.update({name: label if count[name] == 1 else None for label, name in enumerate(names)})
     labels.pop("", None)
@@ -1743,16 +1727,8 @@ LOSSES = {
 
 def run_jobs(jobs, workers):
     """index_source of every job, in order. Raises: SystemExit if a worker dies or a source is refused."""
-    bar = dict(total=len(jobs), unit=" sources", disable=None)
-    if min(workers, len(jobs)) == 1:
-        results = list(tqdm(map(index_source, jobs), **bar))
-    else:
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=spawn, initializer=die_with_parent) as pool:
-            try:
-                results = list(tqdm(pool.map(index_source, jobs), **bar))
-            except BrokenProcessPool:
-                raise SystemExit("a worker process was killed (out of memory?); try fewer --workers") from None
+    running = in_processes(index_source, jobs, min(workers, len(jobs)))
+    results = list(tqdm(running, total=len(jobs), unit=" sources", disable=None))
     errors = [r["error"] for r in results if r["error"]]
     if errors:
         more = f"\n... and {len(errors) - 20} more" if len(errors) > 20 else ""
@@ -2638,6 +2614,11 @@ def match_settings(rows, rule, is_sensitive=False, lemmas="none", wordnet="", mo
                 negatives=[split_names(row.get("negative", "")) for row in rows])  # fmt: skip
 
 
+def matcher_for(settings):
+    """The Matcher of settings that hold what matched_rows needs beside it."""
+    return matcher_of(json.dumps({k: v for k, v in settings.items() if k not in ("columns", "out", "skip_bad")}))
+
+
 def in_chunks(rows, size=4096):
     """Lists of so many rows, the last perhaps shorter."""
     rows = iter(rows)
@@ -2651,18 +2632,12 @@ def matched_rows(path, settings, counts):
     settings: those of matcher_of and columns (joined to the text), out, skip_bad; counts: Counter that is added to.
     """
     bad = Counter() if settings["skip_bad"] else None
-    names, rows = read_table(path, settings["columns"], bad)
-    matcher = matcher_of(json.dumps({k: v for k, v in settings.items() if k not in ("columns", "out", "skip_bad")}))
-    places = [names.index(column) for column in settings["columns"]]
-    source, target = (os.path.realpath(os.path.dirname(p) or ".") for p in (path, settings["out"]))
+    _, rows = open_tables([path], settings["columns"], bad, settings["out"])
+    matcher = matcher_for(settings)
     for chunk in in_chunks(rows):
-        texts = [" ".join(filter(None, [fields[place] for place in places])) for _, fields in chunk]
+        texts = [" ".join(filter(None, [row[column] for column in settings["columns"]])) for row in chunk]
         counts["rows"] += len(chunk)
-        for (_, fields), text, classes in zip(chunk, texts, matcher.match(texts)):
-            row = dict(zip(names, fields))
-            if source != target and "image" in row:
-                row["image"] = relocate(row["image"], source, target)
-            yield row, text, classes
+        yield from zip(chunk, texts, matcher.match(texts))
     for reason, n in (bad or {}).items():
         counts[f"bad: {reason}"] += n
         counts["rows"] += n
@@ -2716,7 +2691,8 @@ def run_files(work, paths, out, settings, run):
                 pool.shutdown(cancel_futures=True)
     if not is_merge and (n_shards > 1 or "/" in shard):
         if shard or rank:
-            print(f"shard {rank}/{n_shards}: {len(todo)} files done; when all are, the same command with --merge")
+            then = "; when all are, the same command with --merge" if shard else ""  # torchrun's rank 0 merges
+            print(f"shard {rank}/{n_shards}: {len(todo)} files done{then}")
             return None
         while not all(map(os.path.exists, parts)):  # torchrun ends all ranks if one fails
             time.sleep(1)
@@ -2724,7 +2700,7 @@ def run_files(work, paths, out, settings, run):
 
 
 def merge_counts(parts):
-    """The funnel Counters of all parts, added, and the parts' arrays one by one."""
+    """The funnel Counters of all parts, added."""
     counts = Counter()
     for part in parts:
         with np.load(part) as arrays:
@@ -2751,13 +2727,13 @@ def label_file(path, part, settings):
     """Label one table: PART.tsv with the rows that keep a label, PART with the counts. Arguments: as run_files."""
     settings, counts = dict(settings), Counter()
     multi = settings.pop("multi")
-    matcher_settings = {k: v for k, v in settings.items() if k not in ("columns", "out", "skip_bad")}
+    matcher = matcher_for(settings)
 
     def rows():
         for row, text, classes in matched_rows(path, settings, counts):
             counts[f"rows that name {min(len(classes), 3)}{'+' if len(classes) > 2 else ''} classes"] += 1
             if multi == "longest" and len(classes) > 1:
-                classes = matcher_of(json.dumps(matcher_settings)).longest(text, classes)
+                classes = matcher.longest(text, classes)
             if len(classes) > 1 and multi in ("longest", "drop"):
                 counts["several classes"] += 1
                 continue
@@ -2776,7 +2752,7 @@ def label_file(path, part, settings):
 
 
 def merge_tables(parts, out):
-    """Write the tables of all parts as one, without columns that are empty in all. Returns: its number of rows."""
+    """Write the tables of all parts as one, without source_label if that is empty. Returns: its number of rows."""
     columns, rows = open_tables([f"{part}.tsv" for part in parts])  # images are named relative to OUT already
     if "source_label" in columns and not any(row["source_label"] for row in rows):
         columns.remove("source_label")
@@ -2905,7 +2881,7 @@ def incaps_texts(record):
 
 
 def build_incaps(path, images, classes, out, seed, keep_repeats):
-    """Join ImageNet-Captions with its images: a folder of class folders, or a table whose images end in the names.
+    """Join ImageNet-Captions with its images: a folder of class folders, or a table whose images are files so named.
 
     Rows are ordered by a hash of seed and file name; of a repeated file name the longest text is kept (then the first
     in alphabetical order).
@@ -2913,8 +2889,8 @@ def build_incaps(path, images, classes, out, seed, keep_repeats):
     records, label_of = incaps_records(path), {row.get("wnid", ""): i for i, row in enumerate(class_rows(classes))}
     places = None
     if os.path.isfile(images):
-        places = {os.path.basename(row["image"].rsplit(".tar:", 1)[0]): row["image"]
-                  for row in open_tables([images], ["image"], out=out)[1]}  # fmt: skip
+        rows = open_tables([images], ["image"], out=out)[1]
+        places = {os.path.basename(row["image"]): row["image"] for row in rows}
     counts, kept = {"records": len(records), "unknown wnid": 0, "no such image": 0, "repeated file name": 0}, {}
     for number, record in enumerate(records):
         name, wnid = record["filename"], record["wnid"]
@@ -2951,7 +2927,7 @@ def build_incaps(path, images, classes, out, seed, keep_repeats):
 
 @functools.lru_cache(1)
 def load_text_tower(path):
-    """Text weights of a checkpoint of clip.py: (state dict, ranks of the merges, number of tokens, activation)."""
+    """Text weights of a checkpoint of clip.py: (state dict, ranks of the merges, activation)."""
     try:
         import torch
     except ImportError:
@@ -3035,7 +3011,7 @@ def text_features(path, texts, batch_size=256):
 
 
 def read_embeddings(folder, name, n_rows):
-    """[n_rows, D] float32, unit norm, from FOLDER/NAME.npy."""
+    """[n_rows, D] from FOLDER/NAME.npy, as it is there (memory map). Raises: SystemExit for anything else."""
     path = os.path.join(folder, f"{name}.npy")
     try:
         found = np.load(path, mmap_mode="r")
@@ -3052,46 +3028,57 @@ def cosine(a, b):
     return (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
 
 
+def own_similarity(row, path, line):
+    """The number in a row's column similarity. Raises: SystemExit if there is none."""
+    try:
+        return float(row.get("similarity", ""))
+    except ValueError:
+        what = f"similarity is {row.get('similarity', '')!r}; pass --clip or --embeddings"
+        raise SystemExit(f"{path}:{line}: {what}") from None
+
+
 def laionet_file(path, part, settings):
     """Rows of one table that name just one class, with label and similarity of caption and definition, as PART.tsv."""
-    settings, counts, kept, numbers, texts = dict(settings), Counter(), [], [], []
+    settings, counts = dict(settings), Counter()
     clip, embeddings, queries, _ = (settings.pop(key) for key in ("clip", "embeddings", "queries", "models"))
-    for number, (row, text, classes) in enumerate(matched_rows(path, settings, counts)):
-        is_tagged = next((v for k, v in row.items() if k.lower() == "nsfw"), "UNLIKELY").upper() != "UNLIKELY"
-        loss = "no class" if not classes else "several classes" if len(classes) > 1 else "NSFW tag" if is_tagged else ""
-        if loss:
-            counts[loss] += 1
-            continue
-        if row.get("label"):
-            row["source_label"] = row["label"]
-        kept.append(row | {"label": classes[0]})
-        numbers.append(number)
-        texts.append(text)
-    labels = np.array([row["label"] for row in kept], np.int64)
     if clip:
-        distinct = list(dict.fromkeys(texts))
-        place = {text: i for i, text in enumerate(distinct)}
-        captions = text_features(clip, distinct)[[place[text] for text in texts]]
-        similarity = cosine(captions, text_features(clip, queries)[labels]) if kept else []
+        definitions = text_features(clip, queries)
     elif embeddings:
         if settings["skip_bad"]:
             raise SystemExit("--skip-bad: rows left out would shift --embeddings; repair the tables first")
-        captions = read_embeddings(embeddings, os.path.basename(path), counts["rows"])
+        n_rows = sum(1 for _ in read_table(path, settings["columns"], is_all=False)[1])
+        captions = read_embeddings(embeddings, os.path.basename(path), n_rows)
         definitions = read_embeddings(embeddings, "classes", len(queries))
         if captions.shape[1] != definitions.shape[1]:
             raise SystemExit(f"--embeddings: {path}: {captions.shape[1]} numbers a row, classes {definitions.shape[1]}")
-        similarity = cosine(captions[numbers], definitions[labels])
-    else:
-        similarity = []
-        for number, row in zip(numbers, kept):
-            try:
-                similarity.append(float(row.get("similarity", "")))
-            except ValueError:
-                what = f"similarity is {row.get('similarity', '')!r}; pass --clip or --embeddings"
-                raise SystemExit(f"{path}:{number + 2}: {what}") from None
+
+    def named():
+        for number, (row, text, classes) in enumerate(matched_rows(path, settings, counts)):
+            is_tagged = next((v for k, v in row.items() if k.lower() == "nsfw"), "UNLIKELY").upper() != "UNLIKELY"
+            losses = {"no class": not classes, "several classes": len(classes) > 1, "NSFW tag": is_tagged}
+            if any(losses.values()):
+                counts[next(filter(losses.get, losses))] += 1
+                continue
+            if row.get("label"):
+                row["source_label"] = row["label"]
+            yield number, row | {"label": classes[0]}, text
+
+    def rows():
+        for chunk in in_chunks(named()):  # a file's matches need not fit in memory
+            numbers, kept, texts = map(list, zip(*chunk))
+            labels = [row["label"] for row in kept]
+            if clip:
+                place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+                similarity = cosine(text_features(clip, list(place))[[place[t] for t in texts]], definitions[labels])
+            elif embeddings:
+                similarity = cosine(captions[numbers], definitions[labels])
+            else:
+                similarity = [own_similarity(row, path, number + 2) for number, row in zip(numbers, kept)]
+            yield from (row | {"similarity": f"{s:.6f}"} for row, s in zip(kept, similarity))
+
     columns = read_table(path)[0]
     columns += [name for name in ("label", "similarity", "source_label") if name not in columns]
-    write_tsv(f"{part}.tsv", columns, (row | {"similarity": f"{s:.6f}"} for row, s in zip(kept, similarity)))
+    write_tsv(f"{part}.tsv", columns, rows())
     save_part(part, counts)
 
 
@@ -3262,16 +3249,22 @@ def build_curate(paths, out, metadata, cap, share, seed, settings, run):
 
 def build_metadata(paths, out, wordnet, min_count, min_pmi, max_entries, columns):
     """Write MetaCLIP's entries: "0".."99", WordNet's synsets, words and pairs of words of a corpus (methods, 6)."""
-    words, pairs, n_rows = Counter(), Counter(), 0
-    for path in paths:
-        for chunk in in_chunks(fields for _, fields in read_table(path, columns, is_all=False)[1]):
-            n_rows += len(chunk)
-            texts = "\0".join([" ".join(fields).replace("\0", " ") for fields in chunk])
-            for text in with_spaced_marks(texts).split("\0"):
-                tokens = text.split()
-                words.update(tokens)
-                pairs.update(zip(tokens, tokens[1:]))
-    n, found, sources = words.total(), {}, Counter()
+    words, found, sources, n_rows = Counter(), {}, Counter(), 0
+
+    def captions():
+        for path in paths:
+            for chunk in in_chunks(fields for _, fields in read_table(path, columns, is_all=False)[1]):
+                texts = "\0".join([" ".join(fields).replace("\0", " ") for fields in chunk])
+                yield from (text.split() for text in with_spaced_marks(texts).split("\0"))
+
+    for tokens in captions():
+        n_rows += 1
+        words.update(tokens)
+    n = words.total()
+    # A pair is at most as frequent as each of its words, so a frequent word is in no pair of much information. Counting
+    # only the others' pairs, in a second pass, saves most of the memory.
+    rare = {word for word, count in words.items() if math.log2(n / count) >= min_pmi - 1e-9}
+    pairs = Counter(pair for tokens in captions() for pair in zip(tokens, tokens[1:]) if rare.issuperset(pair))
 
     def take(entry, source, count):
         is_mark = len(entry) == 1 and entry.isascii() and not entry.isalnum()
@@ -3287,11 +3280,9 @@ def build_metadata(paths, out, wordnet, min_count, min_pmi, max_entries, columns
     for word, count in sorted(words.items(), key=lambda item: (-item[1], item[0])):
         if count >= min_count:
             take(word, "word", count)
-    pmi = {pair: math.log2(c * n / (words[pair[0]] * words[pair[1]])) for pair, c in pairs.items()}
-    marks = set(",.;:?!`")
-    for pair in sorted((p for p in pmi if pmi[p] >= min_pmi), key=lambda p: (-pairs[p], p)):
-        if marks.isdisjoint(pair):
-            take(" ".join(pair), "pair", pairs[pair])
+    kept = (pair for pair, c in pairs.items() if math.log2(c * n / (words[pair[0]] * words[pair[1]])) >= min_pmi)
+    for pair in sorted(filter(set(",.;:?!`").isdisjoint, kept), key=lambda p: (-pairs[p], p)):
+        take(" ".join(pair), "pair", pairs[pair])
     write_tsv(out, ("entry", "source", "count"), found.values())
     counts = {"captions": n_rows, "words": n, **{f"entries: {k}": v for k, v in sources.items()}}
     counts[f"entries in {out}"] = len(found)
@@ -3303,11 +3294,14 @@ def build_metadata(paths, out, wordnet, min_count, min_pmi, max_entries, columns
 # ------------------------------------------------------------------------------ frequency
 
 
-def wilson(yes, n, z=1.959964):
-    """95 % interval of a share of yes among n drawn, as fractions. Source: Wilson, JASA 1927."""
-    if not n:
-        return 0.0, 1.0
-    p, z2 = yes / n, z * z
+def wilson(yes, n, total, z=1.959964):
+    """95 % interval of a share of yes among n drawn of total, as fractions. Source: Wilson, JASA 1927.
+
+    n counts as so many draws with replacement as have the same variance: the finite-population correction.
+    """
+    if n >= total or not n:  # nothing is left to chance, or all is
+        return (yes / n,) * 2 if n else (0.0, 1.0)
+    p, n, z2 = yes / n, n * (total - 1) / (total - n), z * z
     middle, half = (p + z2 / (2 * n)) / (1 + z2 / n), z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
     return max(0.0, middle - half), min(1.0, middle + half)
 
@@ -3326,12 +3320,11 @@ def frequency_file(path, part, settings):
                 (heapq.heappush if len(samples[label]) < n_sample else heapq.heappushpop)(samples[label], drawn)
     else:  # only the captions are read
         bad = Counter() if settings["skip_bad"] else None
-        matcher = matcher_of(json.dumps({k: v for k, v in settings.items() if k not in ("columns", "out", "skip_bad")}))
+        matcher = matcher_for(settings)
         for chunk in in_chunks(read_table(path, settings["columns"], bad, is_all=False)[1]):
             counts["rows"] += len(chunk)
-            rows, labels = matcher.pairs([" ".join(filter(None, fields)) for _, fields in chunk])
+            _, labels = matcher.pairs([" ".join(filter(None, fields)) for _, fields in chunk])
             class_counts += np.bincount(labels, minlength=n_classes)
-            counts["rows that name a class"] += len(set(rows.tolist()))
         counts.update({f"bad: {reason}": n for reason, n in (bad or {}).items()})
         counts["rows"] += (bad or Counter()).total()
     drawn = [[label, -h, key, text] for label in sorted(samples) for h, key, text in samples[label]]
@@ -3359,18 +3352,6 @@ def read_relevance(path, names):
     return judged
 
 
-def interval_of(yes, seen, n):
-    """95 % interval of how many of n are relevant, from `yes` of `seen` drawn without replacement.
-
-    Wilson's, with seen / (1 - (seen - 1) / (n - 1)) for seen: the finite-population correction of its variance.
-    """
-    if seen >= n:  # all of them, if any
-        return (round(n * yes / seen),) * 2 if seen else (0, 0)
-    scale = (n - 1) / (n - seen)
-    low, high = wilson(yes * scale, seen * scale)
-    return round(n * low), round(n * high)
-
-
 def build_frequency(paths, out, classes, synonyms, relevance, settings, run):
     """Write how many captions name each class, in label order. synonyms: table that is in settings, for the report."""
     rows, n_sample = class_rows(classes), settings["n_sample"]
@@ -3395,8 +3376,9 @@ def build_frequency(paths, out, classes, synonyms, relevance, settings, run):
         line = dict(name=row["name"], count=n)
         if relevance:
             seen, yes = judged.get(label, (0, 0))
-            low, high = interval_of(yes, seen, n)
-            line |= dict(judged=seen, relevant=yes, estimate=round(n * yes / seen) if seen else "", low=low, high=high)
+            low, high = wilson(yes, seen, n)
+            line |= dict(judged=seen, relevant=yes, estimate=round(n * yes / seen) if seen else "",
+                         low=round(n * low), high=round(n * high))  # fmt: skip
         table.append(line)
     write_tsv(out, list(table[0]), table)
     order = np.argsort(-class_counts, kind="stable")

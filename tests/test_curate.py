@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -182,3 +183,15 @@ def test_rows_hang_neither_on_where_out_lies_nor_on_a_stopped_call(tmp_path, ent
             run("curate", sources[0], *common, "--out", tmp_path / "p.tsv")
     run("curate", *sources, *common, "--out", tmp_path / "p.tsv")
     assert (tmp_path / "p.tsv").read_bytes() == (tmp_path / "o.tsv").read_bytes()
+
+
+def test_metadata_counts_no_pairs_that_cannot_reach_the_limit(tmp_path):
+    """150 words in every order are 22,500 pairs without information; one pair of rare words has it."""
+    words = [f"w{i}" for i in range(150)]
+    texts = [" ".join(f"{a} {b}" for b in words) for a in words] + ["odd couple"]
+    write(tmp_path / "in.tsv", enumerate(texts))
+    tracemalloc.start()
+    run("metadata", tmp_path / "in.tsv", "--min-pmi", 15, "--min-count", 10**6, "--out", tmp_path / "e.tsv")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [row["entry"] for row in read(tmp_path / "e.tsv")[100:]] == ["odd couple"] and peak < 6 * 2**20

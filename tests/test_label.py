@@ -354,9 +354,9 @@ def test_nul_in_jsonl_becomes_a_blank(folder):
 
 def test_interval_knows_that_captions_are_finite():
     """Methods 7: 4,040 captions, 579 of 1,024 relevant, SE 54.1: 2,284 -+ 106. All judged leave no doubt."""
-    low, high = bd.interval_of(579, 1024, 4040)
+    low, high = (round(4040 * share) for share in bd.wilson(579, 1024, 4040))
     assert (low, high) == (2178, 2389) and high - low == pytest.approx(2 * 1.96 * 54.1, rel=0.01)
-    assert bd.interval_of(3, 8, 8) == (3, 3) and bd.interval_of(0, 0, 5) == (0, 5) and bd.interval_of(0, 0, 0) == (0, 0)
+    assert bd.wilson(3, 8, 8) == (0.375, 0.375) and bd.wilson(0, 0, 5) == bd.wilson(0, 0, 0) == (0, 1)
 
 
 def test_two_classes_of_one_name(folder):
@@ -422,3 +422,18 @@ def test_numbers_and_names_that_are_refused(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
         bd.parse_args(flags)
     assert stopped.value.code == 2 and f"{flags[-2]}: got {flags[-1]}, expected" in capsys.readouterr().err
+
+
+def test_laionet_holds_some_rows_at_a_time(folder, monkeypatch):
+    """Chunks of matched rows are measured with their own captions, and queries once."""
+    write_captions(folder / "in.tsv", [f"crane {i}" if i % 3 else "nothing" for i in range(20)])
+    asked, in_chunks = [], bd.in_chunks
+    monkeypatch.setattr(bd, "in_chunks", lambda rows, size=4096: in_chunks(rows, 5))
+    monkeypatch.setattr(bd, "text_features", lambda _, texts: asked.append(len(texts)) or np.array(
+        [[1, int(text.split()[-1]) if text[-1].isdigit() else 0] for text in texts]))  # fmt: skip
+    (folder / "clip.pt").write_bytes(b"")
+    run("laionet", folder / "in.tsv", "--classes", folder / "classes.tsv", "--out", folder / "o.tsv", "--workers", 1,
+        "--clip", folder / "clip.pt", "--threshold", -1)  # fmt: skip
+    assert asked == [3, 5, 5, 3]
+    found = {row["image"]: float(row["similarity"]) for row in read(folder / "o.tsv")}
+    assert found == {f"{i}.jpg": pytest.approx(1 / np.sqrt(1 + i * i), abs=2e-6) for i in range(20) if i % 3}

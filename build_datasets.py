@@ -4296,7 +4296,7 @@ def subset_tables(tables, out, threshold, class_list, match_frequency, fill, sho
             wanted = [label_number(line, known[1], n_classes) for line in f.read().splitlines()]
         if not wanted or None in wanted or -1 in wanted or len(set(wanted)) < len(wanted):
             raise SystemExit(f"{class_list}: expected classes, one a line, none empty, unknown or twice; got {wanted}")
-        was, mask, is_fill = mask, mask & np.isin(labels, wanted), is_fill & np.isin(labels, wanted)
+        was, mask = mask, mask & np.isin(labels, wanted)
         match = match if match is None else np.where(np.isin(np.arange(n_classes), wanted), match, 0)
         count("not in --class-list", was)
     pool = mask

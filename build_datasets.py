@@ -151,8 +151,8 @@ def parse_args(argv=None):
     classes.add_argument("--wordnet", help="folder of WordNet 3.0's data.noun, index.noun, noun.exc")
     classes.add_argument("--extra", help="table with wnid or name, and columns that replace: negative (words that "
                          "exclude a caption, | between), match (names to look for instead of name and synonyms), "
-                         "query (laionet compares captions with `query which is definition`; default: the first word "
-                         "of a wnid, else the name)")
+                         "query (laionet compares captions with `query which is definition`; default: a wnid's "
+                         "first synonym, else the name)")
 
     incaps = add("incaps", "ImageNet-Captions: its JSON joined with the images",
                  "imagenet_captions.json --images imagenet/train --classes classes.tsv --out incaps/train.tsv")

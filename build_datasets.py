@@ -147,15 +147,17 @@ def parse_args(argv=None):
     classes.add_argument("list", help="text file, a class a line in label order: wnid or name, perhaps a tab and the "
                          "name to show (wnid) or synonyms with | and a definition (name)")
     classes.add_argument("--out", required=True,
-                         help="classes.tsv to write: name, synonyms, definition, wnid, negative, match")
+                         help="classes.tsv to write: name, synonyms, definition, wnid, negative, match, query")
     classes.add_argument("--wordnet", help="folder of WordNet 3.0's data.noun, index.noun, noun.exc")
     classes.add_argument("--extra", help="table with wnid or name, and columns that replace: negative (words that "
-                         "exclude a caption, | between), match (names to look for instead of name and synonyms)")
+                         "exclude a caption, | between), match (names to look for instead of name and synonyms), "
+                         "query (laionet compares captions with `query which is definition`; default: a wnid's "
+                         "first synonym, else the name)")
 
     incaps = add("incaps", "ImageNet-Captions: its JSON joined with the images",
                  "imagenet_captions.json --images imagenet/train --classes classes.tsv --out incaps/train.tsv")
     incaps.add_argument("json", help="imagenet_captions.json: list of filename, wnid, title, description, tags")
-    incaps.add_argument("--images", required=True, help="folder of class folders, or a table of images (see index)")
+    incaps.add_argument("--images", required=True, help="folder of class folders, or index's table of it")
     incaps.add_argument("--seed", type=int, default=0, help="redraws the order of the rows")
     incaps.add_argument("--keep-repeats", action=argparse.BooleanOptionalAction, default=False,
                         help="keep records that repeat a file name (448,896 rows instead of 443,798)")
@@ -210,7 +212,7 @@ def parse_args(argv=None):
         command.add_argument("--wordnet", default="/usr/share/wordnet", help="folder of WordNet 3.0, for lemmas (bag)")
     for command in (incaps, label, laionet, frequency):
         command.add_argument("--classes", required=True,
-                             help="classes.tsv: name, synonyms, definition, negative, match")
+                             help="classes.tsv: name, synonyms, definition, negative, match, query")
     for command in (label, laionet, curate, metadata, frequency):
         command.add_argument("inputs", nargs="+", metavar="TABLE",
                              help="TSV, CSV, JSONL (or .gz), parquet; folders, globs")
@@ -251,9 +253,9 @@ def parse_args(argv=None):
     dedup = commands.add_parser(
         "dedup", help="drop copies inside a data set, or of the images of test sets", **style,
         description="In: tables, and their embeddings for --by embedding. Out: the table without copies: of each "
-        "connected component of copies one row stays, by: table of --protect, labelled, larger image, longer caption, "
-        "smaller name. OUT.pairs.tsv lists the pairs that joined components. With --against: without the rows that are "
-        "copies of a row there, nothing else.",
+        "connected component of copies one row stays, by: table of --protect, labelled, larger image (if --by decodes "
+        "it: pixels, dhash, phash), longer caption, smaller name. OUT.pairs.tsv lists the pairs that joined "
+        "components. With --against: without the rows that are copies of a row there, nothing else.",
         epilog="example: python build_datasets.py dedup data/shapes/web/train.tsv --by pixels phash --out web.tsv")
     add_common(dedup)
     dedup.add_argument("--by", nargs="+", required=True, metavar="WHAT",
@@ -348,40 +350,30 @@ def parse_args(argv=None):
     stats.add_argument("--plot", help="picture to write: the sorted class counts (needs matplotlib)")
 
     args = parser.parse_args(argv)
+    command = commands.choices[args.command]
+    if args.command not in ("shapes", "prune") and not args.out.endswith(".tsv"):
+        command.error(f"--out: got {args.out}, expected a file name that ends in .tsv")
+    for name, least in dict(workers=1, sample=0, keep=0, rows=0, trim_tail=0, max_entries=0, min_count=0).items():
+        if (given := getattr(args, name, least)) < least:
+            command.error(f"--{name.replace('_', '-')}: got {given}, expected {least} or more")
     if args.command == "shapes":
         if args.seed < 0:
             shapes.error(f"--seed: got {args.seed}, expected 0 or more")
         if not 0 < args.size <= 1000:
             shapes.error(f"--size: got {args.size}, expected a factor above 0 and at most 1000")
-        if args.workers < 1:
-            shapes.error(f"--workers: got {args.workers}, expected 1 or more")
     if args.command == "index":
-        if not args.out.endswith(".tsv"):
-            index.error(f"--out: got {args.out}, expected a file name that ends in .tsv")
         if not 0 <= args.holdout < 1:
             index.error(f"--holdout: got {args.holdout}, expected a fraction of at least 0 and below 1")
         if args.holdout and os.path.basename(args.out) == "val.tsv":
             index.error("--out: val.tsv is where --holdout writes; call the table train.tsv, or drop --holdout")
-        if args.workers < 1:
-            index.error(f"--workers: got {args.workers}, expected 1 or more")
     if args.command in ("label", "laionet", "curate", "frequency"):
-        command = commands.choices[args.command]
         place = re.fullmatch(r"(\d+)/(\d+)", args.shard)
         if args.shard and not (place and int(place[1]) < int(place[2])):
             command.error(f"--shard: got {args.shard}, expected i/n with i from 0 to n - 1")
-        if args.workers < 1:
-            command.error(f"--workers: got {args.workers}, expected 1 or more")
-    if args.command in ("incaps", "label", "laionet", "curate", "metadata", "frequency", "status", "classes"):
-        if not args.out.endswith(".tsv"):
-            commands.choices[args.command].error(f"--out: got {args.out}, expected a file name that ends in .tsv")
     if args.command == "label" and args.match == "bag" and args.multi == "longest":
         label.error("--multi longest: bag finds words, not places; choose drop, all or first")
     if args.command == "curate" and (args.cap < 1 or not 0 <= args.tail_share < 1):
         curate.error(f"--cap {args.cap} --tail-share {args.tail_share}: expected a cap of 1 or more, a share in 0..1")
-    if args.command in ("check", "dedup") and args.workers < 1:
-        parser.error(f"--workers: got {args.workers}, expected 1 or more")
-    if args.command in ("check", "dedup", "subset", "mix", "stats") and not args.out.endswith(".tsv"):
-        parser.error(f"--out: got {args.out}, expected a file name that ends in .tsv")
     if args.command == "dedup":
         if not 0 <= args.distance <= 7:
             dedup.error(f"--distance: got {args.distance}, expected 0 to 7 bits")
@@ -392,7 +384,7 @@ def parse_args(argv=None):
         if args.against and not args.chain and len(args.by) > 1:
             dedup.error("--against: give one --by at a time, or --chain")
     if args.command == "prune":
-        if "{set}" not in args.out or not args.out.endswith(".tsv"):
+        if "{set}" not in os.path.basename(args.out) or not args.out.endswith(".tsv"):
             prune.error(f"--out: got {args.out}, expected a file name with {{set}} in it that ends in .tsv")
         names = [test.partition("=")[0] for test in args.tests]
         if not all("=" in test for test in args.tests) or len(set(names)) < len(names):
@@ -406,21 +398,23 @@ def parse_args(argv=None):
             subset.error("--profile: not with --match-frequency or --fraction, and --imbalance is 1 or more")
         if args.trim_tail and args.shots < 0 or args.fill and not args.match_frequency:
             subset.error("--trim-tail needs --shots, --fill needs --match-frequency")
-        if args.threshold and not re.fullmatch(r".+=-?[0-9.]+", args.threshold):
+        if args.threshold and not re.fullmatch(r".+=-?(\d+\.?\d*|\.\d+)", args.threshold, re.A):
             subset.error(f"--threshold: got {args.threshold}, expected COLUMN=NUMBER")
     if args.command == "mix" and args.weights and (len(args.weights) != len(args.tables) or min(args.weights) <= 0):
         mix.error(f"--weights: got {args.weights}, expected a positive number for each of {len(args.tables)} sources")
+    if args.command == "stats" and os.path.splitext(args.plot or "")[1] not in ("", ".png", ".pdf", ".svg", ".jpg"):
+        stats.error(f"--plot: got {args.plot}, expected a name that ends in .png, .pdf, .svg or .jpg")
     return args
 
 
 # ------------------------------------------------------------------------------ tables
 
-# Everything that some reader of text takes for the end of a line or of a field.
-BREAKS = re.compile("\r\n|[\t\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029]")
+# Everything that some reader of text takes for the end of a line, of a field or of the text.
+BREAKS = re.compile("\r\n|[\0\t\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029]")
 
 
 def tsv_field(value) -> str:
-    """One field of a table: tabs and line breaks become spaces; None, NaN are empty; lists, dicts, bools are JSON."""
+    """One field of a table: tabs, NUL, line breaks become spaces; None, NaN are empty; lists, dicts, bools are JSON."""
     if value is None or value != value:
         return ""
     if isinstance(value, bytes):
@@ -1254,7 +1248,7 @@ def build_shapes(out, seed, size, names, workers):
 
 # ------------------------------------------------------------------------------ index: tar
 
-MAX_TEXT_BYTES = 1 << 24  # of one .txt, .json or tar header: more is no caption, and would be held in memory
+MAX_TEXT_BYTES = 1 << 22  # of one .txt, .json or tar header: more is no caption, and a row must stay below MAX_LINE
 TAR_NAME = re.compile(r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$")  # compressed ones too: to refuse them, not to miss them
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 ZEROS = bytes(512)
@@ -1423,7 +1417,7 @@ def tar_samples(reader, tar_name, counts):
             if size <= MAX_TEXT_BYTES:
                 texts[suffix] = reader.read(offset, size)
             else:
-                counts["text over 16 MiB (ignored)"] += 1
+                counts["text over 4 MiB (ignored)"] += 1
         suffixes.add(suffix)
     if key is not None:
         yield key, image, n_bytes, texts
@@ -1454,7 +1448,7 @@ def folder_samples(folder, prefix, is_recursive, counts):
                         with open(path, "rb") as f:
                             texts[suffix] = f.read()
                     else:
-                        counts["text over 16 MiB (ignored)"] += 1
+                        counts["text over 4 MiB (ignored)"] += 1
             path = os.path.join(parent, name)
             n_bytes = os.path.getsize(path) if os.path.exists(path) else 0  # 0: a dead link
             yield inside + name, f"{prefix}/{inside}{name}".removeprefix("./"), n_bytes, texts
@@ -1697,14 +1691,12 @@ def labels_by_name(path):
 
     Returns: ({name or wnid: row, or None if it has several}, number of rows)
     """
-    with open(path, encoding="utf-8-sig", errors="replace") as f:
-        header, *rows = [line.split("\t") for line in f.read().rstrip("\n").split("\n")]
-    columns = [header.index(c) for c in ("name", "wnid") if c in header]
-    if not columns:
+    header, rows = open_tables([path])
+    rows, labels = list(rows), {}
+    if {"name", "wnid"}.isdisjoint(header):
         raise SystemExit(f"{path}: got columns {', '.join(header)}, expected name or wnid among them")
-    labels = {}
-    for column in columns:  # wnid last: it wins
-        names = [row[column] if column < len(row) else "" for row in rows]
+    for column in ("name", "wnid"):  # wnid last: it wins
+        names = [row.get(column, "") for row in rows]
         count = Counter(names)
         labels.update({name: label if count[name] == 1 else None for label, name in enumerate(names)})
     labels.pop("", None)
@@ -1735,16 +1727,8 @@ LOSSES = {
 
 def run_jobs(jobs, workers):
     """index_source of every job, in order. Raises: SystemExit if a worker dies or a source is refused."""
-    bar = dict(total=len(jobs), unit=" sources", disable=None)
-    if min(workers, len(jobs)) == 1:
-        results = list(tqdm(map(index_source, jobs), **bar))
-    else:
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=spawn, initializer=die_with_parent) as pool:
-            try:
-                results = list(tqdm(pool.map(index_source, jobs), **bar))
-            except BrokenProcessPool:
-                raise SystemExit("a worker process was killed (out of memory?); try fewer --workers") from None
+    running = in_processes(index_source, jobs, min(workers, len(jobs)))
+    results = list(tqdm(running, total=len(jobs), unit=" sources", disable=None))
     errors = [r["error"] for r in results if r["error"]]
     if errors:
         more = f"\n... and {len(errors) - 20} more" if len(errors) > 20 else ""
@@ -1797,7 +1781,6 @@ def build_index(sources, out, holdout, classes, workers, seed):
     labels = labels_by_name(classes) if classes else ({}, 0)
     names = sorted({name for _, name in found if name is not None})
     label_of = folder_labels(names, classes, labels[0]) if names else {}
-    os.makedirs(folder, exist_ok=True)
 
     with tempfile.TemporaryDirectory(prefix=".index-", dir=folder) as partial:
         jobs = []
@@ -1958,14 +1941,19 @@ def tsv_rows(lines, n_fields, path, bad):
 
 
 def csv_rows(lines, n_fields, path, bad):
-    """Rows of a CSV, quoted as RFC 4180 has it; the number is of a row's last line. n_fields 0: as the first row."""
+    """Rows of a CSV, quoted as RFC 4180 has it; the number is of a row's last line. n_fields 0: as the first row.
+
+    A quote that is never closed takes all lines behind it; each counts as bad.
+    """
     csv.field_size_limit(MAX_LINE)
     reader = csv.reader((line + "\n" for _, line in lines), strict=True)
     while True:
+        before = reader.line_num
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            note_bad(bad, path, reader.line_num, f"not CSV ({error})")
+            for number in range(before + 1, reader.line_num + 1):
+                note_bad(bad, path, number, f"not CSV ({error})")
             continue
         if fields is None:
             return
@@ -2052,7 +2040,8 @@ def read_table(path, needed=(), bad=None, is_all=True):
     names = our_names(header, path)
     missing = [name for name in needed if name not in names]
     if missing:
-        raise SystemExit(f"{path}:1: no column {', '.join(missing)}; found {', '.join(header)}")
+        found = (name if name == ours else f"{name} (read as {ours})" for name, ours in zip(header, names))
+        raise SystemExit(f"{path}:1: no column {', '.join(missing)}; found {', '.join(found)}")
     if lines is not None:
         lines.close()
         lines = text_lines(path, bad)
@@ -2625,6 +2614,11 @@ def match_settings(rows, rule, is_sensitive=False, lemmas="none", wordnet="", mo
                 negatives=[split_names(row.get("negative", "")) for row in rows])  # fmt: skip
 
 
+def matcher_for(settings):
+    """The Matcher of settings that hold what matched_rows needs beside it."""
+    return matcher_of(json.dumps({k: v for k, v in settings.items() if k not in ("columns", "out", "skip_bad")}))
+
+
 def in_chunks(rows, size=4096):
     """Lists of so many rows, the last perhaps shorter."""
     rows = iter(rows)
@@ -2638,18 +2632,12 @@ def matched_rows(path, settings, counts):
     settings: those of matcher_of and columns (joined to the text), out, skip_bad; counts: Counter that is added to.
     """
     bad = Counter() if settings["skip_bad"] else None
-    names, rows = read_table(path, settings["columns"], bad)
-    matcher = matcher_of(json.dumps({k: v for k, v in settings.items() if k not in ("columns", "out", "skip_bad")}))
-    places = [names.index(column) for column in settings["columns"]]
-    source, target = (os.path.realpath(os.path.dirname(p) or ".") for p in (path, settings["out"]))
+    _, rows = open_tables([path], settings["columns"], bad, settings["out"])
+    matcher = matcher_for(settings)
     for chunk in in_chunks(rows):
-        texts = [" ".join(filter(None, [fields[place] for place in places])) for _, fields in chunk]
+        texts = [" ".join(filter(None, [row[column] for column in settings["columns"]])) for row in chunk]
         counts["rows"] += len(chunk)
-        for (_, fields), text, classes in zip(chunk, texts, matcher.match(texts)):
-            row = dict(zip(names, fields))
-            if source != target and "image" in row:
-                row["image"] = relocate(row["image"], source, target)
-            yield row, text, classes
+        yield from zip(chunk, texts, matcher.match(texts))
     for reason, n in (bad or {}).items():
         counts[f"bad: {reason}"] += n
         counts["rows"] += n
@@ -2703,7 +2691,8 @@ def run_files(work, paths, out, settings, run):
                 pool.shutdown(cancel_futures=True)
     if not is_merge and (n_shards > 1 or "/" in shard):
         if shard or rank:
-            print(f"shard {rank}/{n_shards}: {len(todo)} files done; when all are, the same command with --merge")
+            then = "; when all are, the same command with --merge" if shard else ""  # torchrun's rank 0 merges
+            print(f"shard {rank}/{n_shards}: {len(todo)} files done{then}")
             return None
         while not all(map(os.path.exists, parts)):  # torchrun ends all ranks if one fails
             time.sleep(1)
@@ -2711,7 +2700,7 @@ def run_files(work, paths, out, settings, run):
 
 
 def merge_counts(parts):
-    """The funnel Counters of all parts, added, and the parts' arrays one by one."""
+    """The funnel Counters of all parts, added."""
     counts = Counter()
     for part in parts:
         with np.load(part) as arrays:
@@ -2738,13 +2727,13 @@ def label_file(path, part, settings):
     """Label one table: PART.tsv with the rows that keep a label, PART with the counts. Arguments: as run_files."""
     settings, counts = dict(settings), Counter()
     multi = settings.pop("multi")
-    matcher_settings = {k: v for k, v in settings.items() if k not in ("columns", "out", "skip_bad")}
+    matcher = matcher_for(settings)
 
     def rows():
         for row, text, classes in matched_rows(path, settings, counts):
             counts[f"rows that name {min(len(classes), 3)}{'+' if len(classes) > 2 else ''} classes"] += 1
             if multi == "longest" and len(classes) > 1:
-                classes = matcher_of(json.dumps(matcher_settings)).longest(text, classes)
+                classes = matcher.longest(text, classes)
             if len(classes) > 1 and multi in ("longest", "drop"):
                 counts["several classes"] += 1
                 continue
@@ -2763,11 +2752,10 @@ def label_file(path, part, settings):
 
 
 def merge_tables(parts, out):
-    """Write the tables of all parts as one, without columns that are empty in all. Returns: its number of rows."""
+    """Write the tables of all parts as one, without source_label if that is empty. Returns: its number of rows."""
     columns, rows = open_tables([f"{part}.tsv" for part in parts])  # images are named relative to OUT already
     if "source_label" in columns and not any(row["source_label"] for row in rows):
         columns.remove("source_label")
-    os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
     tables = (read_table(f"{part}.tsv") for part in parts)
     return write_tsv(out, columns, (dict(zip(names, fields)) for names, table in tables for _, fields in table))
 
@@ -2811,7 +2799,7 @@ def class_of_line(line, where, wordnet, synsets):
             raise SystemExit(f"{where}: {first} is not a synset of {wordnet or 'WordNet: pass --wordnet'}")
         words, definition = synsets[first[1:]]
         names = list(dict.fromkeys([*filter(None, more[:1]), *words]))
-        return dict(name=names[0], synonyms="|".join(names[1:]), definition=definition, wnid=first)
+        return dict(name=names[0], synonyms="|".join(names[1:]), definition=definition, wnid=first, query=words[0])
     names = clean_name(first)
     if not names:
         raise SystemExit(f"{where}: an empty name")
@@ -2832,14 +2820,14 @@ def build_classes(path, out, wordnet, extra):
     rows, seen = [], {}
     for number, line in lines:
         row = class_of_line(line, f"{path}:{number}", wordnet, synsets)
-        first = line.split("\t")[0].strip()
-        if first in seen:
-            raise SystemExit(f"{path}:{number}: {first} stands in line {seen[first]} too")
-        seen[first] = number
+        key = row["wnid"] or row["name"]  # as class_rows wants it: "crane (bird)", "crane (machine)" are both crane
+        if key in seen:
+            raise SystemExit(f"{path}:{number}: {key} stands in line {seen[key]} too")
+        seen[key] = number
         rows.append(row)
     if not rows:
         raise SystemExit(f"{path}:1: an empty file; expected a wnid or a name a line")
-    columns = ["name", "synonyms", "definition", "wnid", "negative", "match"]
+    columns = ["name", "synonyms", "definition", "wnid", "negative", "match", "query"]
     if extra:
         names, table = open_tables([extra])
         keys = Counter(key for row in rows for key in {row["name"], row["wnid"]})
@@ -2876,8 +2864,9 @@ def incaps_records(path):
             records = json.load(f)
     except ValueError as error:
         raise SystemExit(f"{path}: not JSON ({error})") from None
-    is_list = isinstance(records, list)
-    if not is_list or not all(isinstance(r, dict) and {"filename", "wnid"} <= set(r) for r in records):
+    needed = ("filename", "wnid")
+    if not isinstance(records, list) or not all(isinstance(r, dict) and all(isinstance(r.get(k), str) for k in needed)
+                                                for r in records):  # fmt: skip
         raise SystemExit(f"{path}: expected a list of objects with filename, wnid, title, tags, description")
     return records
 
@@ -2892,7 +2881,7 @@ def incaps_texts(record):
 
 
 def build_incaps(path, images, classes, out, seed, keep_repeats):
-    """Join ImageNet-Captions with its images: a folder of class folders, or a table whose images end in the names.
+    """Join ImageNet-Captions with its images: a folder of class folders, or a table whose images are files so named.
 
     Rows are ordered by a hash of seed and file name; of a repeated file name the longest text is kept (then the first
     in alphabetical order).
@@ -2900,8 +2889,8 @@ def build_incaps(path, images, classes, out, seed, keep_repeats):
     records, label_of = incaps_records(path), {row.get("wnid", ""): i for i, row in enumerate(class_rows(classes))}
     places = None
     if os.path.isfile(images):
-        places = {os.path.basename(row["image"].rsplit(".tar:", 1)[0]): row["image"]
-                  for row in open_tables([images], ["image"], out=out)[1]}  # fmt: skip
+        rows = open_tables([images], ["image"], out=out)[1]
+        places = {os.path.basename(row["image"]): row["image"] for row in rows}
     counts, kept = {"records": len(records), "unknown wnid": 0, "no such image": 0, "repeated file name": 0}, {}
     for number, record in enumerate(records):
         name, wnid = record["filename"], record["wnid"]
@@ -2938,7 +2927,7 @@ def build_incaps(path, images, classes, out, seed, keep_repeats):
 
 @functools.lru_cache(1)
 def load_text_tower(path):
-    """Text weights of a checkpoint of clip.py: (state dict, ranks of the merges, number of tokens, activation)."""
+    """Text weights of a checkpoint of clip.py: (state dict, ranks of the merges, activation)."""
     try:
         import torch
     except ImportError:
@@ -3022,11 +3011,11 @@ def text_features(path, texts, batch_size=256):
 
 
 def read_embeddings(folder, name, n_rows):
-    """[n_rows, D] float32, unit norm, from FOLDER/NAME.npy."""
+    """[n_rows, D] from FOLDER/NAME.npy, as it is there (memory map). Raises: SystemExit for anything else."""
     path = os.path.join(folder, f"{name}.npy")
     try:
         found = np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise SystemExit(f"--embeddings: {path}: {error}") from None
     if found.ndim != 2 or len(found) != n_rows:
         raise SystemExit(f"--embeddings: {path}: got shape {found.shape}, expected {n_rows} rows")
@@ -3039,40 +3028,57 @@ def cosine(a, b):
     return (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
 
 
+def own_similarity(row, path, line):
+    """The number in a row's column similarity. Raises: SystemExit if there is none."""
+    try:
+        return float(row.get("similarity", ""))
+    except ValueError:
+        what = f"similarity is {row.get('similarity', '')!r}; pass --clip or --embeddings"
+        raise SystemExit(f"{path}:{line}: {what}") from None
+
+
 def laionet_file(path, part, settings):
     """Rows of one table that name just one class, with label and similarity of caption and definition, as PART.tsv."""
-    settings, counts, kept, numbers, texts = dict(settings), Counter(), [], [], []
-    clip, embeddings, queries = (settings.pop(key) for key in ("clip", "embeddings", "queries"))
-    for number, (row, text, classes) in enumerate(matched_rows(path, settings, counts)):
-        is_tagged = next((v for k, v in row.items() if k.lower() == "nsfw"), "UNLIKELY").upper() != "UNLIKELY"
-        loss = "no class" if not classes else "several classes" if len(classes) > 1 else "NSFW tag" if is_tagged else ""
-        if loss:
-            counts[loss] += 1
-            continue
-        if row.get("label"):
-            row["source_label"] = row["label"]
-        kept.append(row | {"label": classes[0]})
-        numbers.append(number)
-        texts.append(text)
-    labels = np.array([row["label"] for row in kept], np.int64)
+    settings, counts = dict(settings), Counter()
+    clip, embeddings, queries, _ = (settings.pop(key) for key in ("clip", "embeddings", "queries", "models"))
     if clip:
-        distinct = list(dict.fromkeys(texts))
-        place = {text: i for i, text in enumerate(distinct)}
-        captions = text_features(clip, distinct)[[place[text] for text in texts]]
-        similarity = cosine(captions, text_features(clip, queries)[labels]) if kept else []
+        definitions = text_features(clip, queries)
     elif embeddings:
         if settings["skip_bad"]:
             raise SystemExit("--skip-bad: rows left out would shift --embeddings; repair the tables first")
-        captions = read_embeddings(embeddings, os.path.basename(path), counts["rows"])
-        similarity = cosine(captions[numbers], read_embeddings(embeddings, "classes", len(queries))[labels])
-    else:
-        missing = next((i for i, row in zip(numbers, kept) if not row.get("similarity")), None)
-        if missing is not None:
-            raise SystemExit(f"{path}:{missing + 2}: no similarity; pass --clip or --embeddings")
-        similarity = [float(row["similarity"]) for row in kept]
+        n_rows = sum(1 for _ in read_table(path, settings["columns"], is_all=False)[1])
+        captions = read_embeddings(embeddings, os.path.basename(path), n_rows)
+        definitions = read_embeddings(embeddings, "classes", len(queries))
+        if captions.shape[1] != definitions.shape[1]:
+            raise SystemExit(f"--embeddings: {path}: {captions.shape[1]} numbers a row, classes {definitions.shape[1]}")
+
+    def named():
+        for number, (row, text, classes) in enumerate(matched_rows(path, settings, counts)):
+            is_tagged = next((v for k, v in row.items() if k.lower() == "nsfw"), "UNLIKELY").upper() != "UNLIKELY"
+            losses = {"no class": not classes, "several classes": len(classes) > 1, "NSFW tag": is_tagged}
+            if any(losses.values()):
+                counts[next(filter(losses.get, losses))] += 1
+                continue
+            if row.get("label"):
+                row["source_label"] = row["label"]
+            yield number, row | {"label": classes[0]}, text
+
+    def rows():
+        for chunk in in_chunks(named()):  # a file's matches need not fit in memory
+            numbers, kept, texts = map(list, zip(*chunk))
+            labels = [row["label"] for row in kept]
+            if clip:
+                place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+                similarity = cosine(text_features(clip, list(place))[[place[t] for t in texts]], definitions[labels])
+            elif embeddings:
+                similarity = cosine(captions[numbers], definitions[labels])
+            else:
+                similarity = [own_similarity(row, path, number + 2) for number, row in zip(numbers, kept)]
+            yield from (row | {"similarity": f"{s:.6f}"} for row, s in zip(kept, similarity))
+
     columns = read_table(path)[0]
     columns += [name for name in ("label", "similarity", "source_label") if name not in columns]
-    write_tsv(f"{part}.tsv", columns, (row | {"similarity": f"{s:.6f}"} for row, s in zip(kept, similarity)))
+    write_tsv(f"{part}.tsv", columns, rows())
     save_part(part, counts)
 
 
@@ -3084,8 +3090,15 @@ def build_laionet(paths, out, classes, threshold, settings, run):
         for name in names_of(row):
             owners[name].add(label)
     names = [[name for name in names_of(row) if len(owners[name]) == 1] for row in rows]
-    queries = [f"{row['name'].lower()} which is {row.get('definition', '')}" for row in rows]
+    queries = [f"{(row.get('query') or row['name']).lower()} which is {row.get('definition', '')}" for row in rows]
     settings = settings | dict(match_settings([], "laionet"), names=names, negatives=[], queries=queries)
+    models = [settings["clip"]] if settings["clip"] else []
+    if settings["embeddings"] and not models:
+        files = list(map(os.path.basename, paths))
+        if len(set(files)) < len(files):
+            raise SystemExit("--embeddings: several tables have one file name, so whose rows TABLE.npy has is unclear")
+        models = [os.path.join(settings["embeddings"], f"{name}.npy") for name in ("classes", *files)]
+    settings["models"] = list(map(file_hash, models))  # parts of other weights or embeddings are not taken up
     parts = run_files(laionet_file, paths, out, settings, run)
     if parts is None:
         return
@@ -3104,7 +3117,7 @@ def build_laionet(paths, out, classes, threshold, settings, run):
     losses = {loss: -counts[loss] for loss in ("no class", "several classes", "NSFW tag")}
     histogram = [class_counts[label] for label in range(len(rows))]
     finish(out, paths, dict(classes=classes, classes_sha256=file_hash(classes), threshold=threshold,
-                            **{k: settings[k] for k in ("clip", "embeddings", "columns")}),
+                            **{k: settings[k] for k in ("clip", "embeddings", "models", "columns")}),
            {"rows": counts["rows"], **bad_rows(counts), **losses, f"rows in {every}": n_all,
             "less similar": n - n_all, f"rows in {out}": n},
            class_counts=histogram, empty_classes=histogram.count(0),
@@ -3125,7 +3138,7 @@ def splitmix64(x):
 
 def hash64(*parts):
     """64-bit BLAKE2b of length-prefixed strings."""
-    data = b"".join(len(p).to_bytes(8, "big") + p for p in (part.encode("utf-8", "surrogateescape") for part in parts))
+    data = b"".join(len(p).to_bytes(8, "big") + p for p in (part.encode("utf-8", "surrogatepass") for part in parts))
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
@@ -3138,6 +3151,7 @@ def entry_file(path, part, settings):
     """First pass over one table: counts per entry, and which entries each row with any matched (CSR)."""
     settings, counts = dict(settings), Counter()
     n_entries, seed = settings.pop("n_entries"), str(settings.pop("seed"))
+    settings["out"] = path  # an image is hashed by the name it has here, wherever OUT lies
     ids, lengths, keys, numbers = array("i"), array("i"), array("Q"), array("q")
     for number, (row, _, entries) in enumerate(matched_rows(path, settings, counts)):
         if entries:
@@ -3207,7 +3221,8 @@ def build_curate(paths, out, metadata, cap, share, seed, settings, run):
     probability = np.minimum(1, cap / np.maximum(total_counts, 1))
     draws = f"{out}.parts/draws.npz"
     np.savez(draws, keys=np.array([hash64(entry) for entry in entries], np.uint64), probability=probability)
-    second = dict(first=settings, draws=draws, cap=cap, out=out, skip_bad=settings["skip_bad"])
+    # The draws hang on all files, so those of another set of files name other parts.
+    second = dict(first=settings, draws=draws, draws_sha256=file_hash(draws), out=out, skip_bad=settings["skip_bad"])
     kept_parts = run_files(keep_file, paths, out, second, (run[0], "all", False))
     kept = np.zeros(len(entries), np.int64)
     for part in kept_parts:
@@ -3234,16 +3249,22 @@ def build_curate(paths, out, metadata, cap, share, seed, settings, run):
 
 def build_metadata(paths, out, wordnet, min_count, min_pmi, max_entries, columns):
     """Write MetaCLIP's entries: "0".."99", WordNet's synsets, words and pairs of words of a corpus (methods, 6)."""
-    words, pairs, n_rows = Counter(), Counter(), 0
-    for path in paths:
-        for chunk in in_chunks(fields for _, fields in read_table(path, columns, is_all=False)[1]):
-            n_rows += len(chunk)
-            texts = "\0".join([" ".join(fields).replace("\0", " ") for fields in chunk])
-            for text in with_spaced_marks(texts).split("\0"):
-                tokens = text.split()
-                words.update(tokens)
-                pairs.update(zip(tokens, tokens[1:]))
-    n, found, sources = words.total(), {}, Counter()
+    words, found, sources, n_rows = Counter(), {}, Counter(), 0
+
+    def captions():
+        for path in paths:
+            for chunk in in_chunks(fields for _, fields in read_table(path, columns, is_all=False)[1]):
+                texts = "\0".join([" ".join(fields).replace("\0", " ") for fields in chunk])
+                yield from (text.split() for text in with_spaced_marks(texts).split("\0"))
+
+    for tokens in captions():
+        n_rows += 1
+        words.update(tokens)
+    n = words.total()
+    # A pair is at most as frequent as each of its words, so a frequent word is in no pair of much information. Counting
+    # only the others' pairs, in a second pass, saves most of the memory.
+    rare = {word for word, count in words.items() if math.log2(n / count) >= min_pmi - 1e-9}
+    pairs = Counter(pair for tokens in captions() for pair in zip(tokens, tokens[1:]) if rare.issuperset(pair))
 
     def take(entry, source, count):
         is_mark = len(entry) == 1 and entry.isascii() and not entry.isalnum()
@@ -3259,11 +3280,9 @@ def build_metadata(paths, out, wordnet, min_count, min_pmi, max_entries, columns
     for word, count in sorted(words.items(), key=lambda item: (-item[1], item[0])):
         if count >= min_count:
             take(word, "word", count)
-    pmi = {pair: math.log2(c * n / (words[pair[0]] * words[pair[1]])) for pair, c in pairs.items()}
-    marks = set(",.;:?!`")
-    for pair in sorted((p for p in pmi if pmi[p] >= min_pmi), key=lambda p: (-pairs[p], p)):
-        if marks.isdisjoint(pair):
-            take(" ".join(pair), "pair", pairs[pair])
+    kept = (pair for pair, c in pairs.items() if math.log2(c * n / (words[pair[0]] * words[pair[1]])) >= min_pmi)
+    for pair in sorted(filter(set(",.;:?!`").isdisjoint, kept), key=lambda p: (-pairs[p], p)):
+        take(" ".join(pair), "pair", pairs[pair])
     write_tsv(out, ("entry", "source", "count"), found.values())
     counts = {"captions": n_rows, "words": n, **{f"entries: {k}": v for k, v in sources.items()}}
     counts[f"entries in {out}"] = len(found)
@@ -3275,11 +3294,14 @@ def build_metadata(paths, out, wordnet, min_count, min_pmi, max_entries, columns
 # ------------------------------------------------------------------------------ frequency
 
 
-def wilson(yes, n, z=1.959964):
-    """95 % interval of a share of yes among n drawn, as fractions. Source: Wilson, JASA 1927."""
-    if not n:
-        return 0.0, 1.0
-    p, z2 = yes / n, z * z
+def wilson(yes, n, total, z=1.959964):
+    """95 % interval of a share of yes among n drawn of total, as fractions. Source: Wilson, JASA 1927.
+
+    n counts as so many draws with replacement as have the same variance: the finite-population correction.
+    """
+    if n >= total or not n:  # nothing is left to chance, or all is
+        return (yes / n,) * 2 if n else (0.0, 1.0)
+    p, n, z2 = yes / n, n * (total - 1) / (total - n), z * z
     middle, half = (p + z2 / (2 * n)) / (1 + z2 / n), z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
     return max(0.0, middle - half), min(1.0, middle + half)
 
@@ -3288,6 +3310,7 @@ def frequency_file(path, part, settings):
     """Count the captions of one table that name each class; with n_sample the captions of the smallest hashes too."""
     settings, counts = dict(settings), Counter()
     n_sample, seed, n_classes = (settings.pop(key) for key in ("n_sample", "seed", "n_classes"))
+    settings["out"] = path  # as in entry_file
     class_counts, samples = np.zeros(n_classes, np.int64), defaultdict(list)
     if n_sample:
         for row, text, classes in matched_rows(path, settings, counts):
@@ -3297,35 +3320,42 @@ def frequency_file(path, part, settings):
                 (heapq.heappush if len(samples[label]) < n_sample else heapq.heappushpop)(samples[label], drawn)
     else:  # only the captions are read
         bad = Counter() if settings["skip_bad"] else None
-        matcher = matcher_of(json.dumps({k: v for k, v in settings.items() if k not in ("columns", "out", "skip_bad")}))
+        matcher = matcher_for(settings)
         for chunk in in_chunks(read_table(path, settings["columns"], bad, is_all=False)[1]):
             counts["rows"] += len(chunk)
-            rows, labels = matcher.pairs([" ".join(filter(None, fields)) for _, fields in chunk])
+            _, labels = matcher.pairs([" ".join(filter(None, fields)) for _, fields in chunk])
             class_counts += np.bincount(labels, minlength=n_classes)
-            counts["rows that name a class"] += len(set(rows.tolist()))
         counts.update({f"bad: {reason}": n for reason, n in (bad or {}).items()})
         counts["rows"] += (bad or Counter()).total()
     drawn = [[label, -h, key, text] for label in sorted(samples) for h, key, text in samples[label]]
     save_part(part, counts, counts=class_counts, sample=np.array(json.dumps(drawn)))
 
 
-def read_relevance(path):
-    """{name: (judged, relevant)} of a judged sample: columns name and relevant (yes, no or empty)."""
-    judged = defaultdict(lambda: [0, 0])
+def read_relevance(path, names):
+    """{label: (judged, relevant)} of a judged sample: columns name, relevant (yes, no or empty), perhaps label.
+
+    names: of the classes; without a label a name must be one class's.
+    """
+    judged, labels = defaultdict(lambda: [0, 0]), defaultdict(list)
+    for label, name in enumerate(names):
+        labels[name].append(label)
     for line, row in enumerate(open_tables([path], ["name", "relevant"])[1], 2):
-        answer = row["relevant"].strip().lower().rstrip(".")
+        answer, given = row["relevant"].strip().lower().rstrip("."), row.get("label", "")
         if answer not in ("", "yes", "no", "1", "0"):
             raise SystemExit(f"{path}:{line}: relevant is {row['relevant']!r}, expected yes or no")
+        found = [label for label in labels.get(row["name"], ()) if given in ("", str(label))]
+        if len(found) != 1:
+            raise SystemExit(f"{path}:{line}: name {row['name']!r}, label {given or 'none'}: not just one of --classes")
         if answer:
-            judged[row["name"]][0] += 1
-            judged[row["name"]][1] += answer in ("yes", "1")
+            judged[found[0]][0] += 1
+            judged[found[0]][1] += answer in ("yes", "1")
     return judged
 
 
-def build_frequency(paths, out, classes, relevance, settings, run):
-    """Write how many captions name each class, in label order."""
+def build_frequency(paths, out, classes, synonyms, relevance, settings, run):
+    """Write how many captions name each class, in label order. synonyms: table that is in settings, for the report."""
     rows, n_sample = class_rows(classes), settings["n_sample"]
-    judged = read_relevance(relevance) if relevance else {}
+    judged = read_relevance(relevance, [row["name"] for row in rows]) if relevance else {}
     parts = run_files(frequency_file, paths, out, settings | dict(n_classes=len(rows)), run)
     if parts is None:
         return
@@ -3336,22 +3366,24 @@ def build_frequency(paths, out, classes, relevance, settings, run):
             for label, *drawn in json.loads(str(arrays["sample"])):
                 samples[label].append(drawn)
     if n_sample:
-        write_tsv(f"{out.removesuffix('.tsv')}.sample.tsv", ("name", "definition", "key", "caption", "relevant"),
-                  (dict(name=row["name"], definition=row.get("definition"), key=key, caption=text)
+        columns = ("name", "label", "definition", "key", "caption", "relevant")
+        write_tsv(f"{out.removesuffix('.tsv')}.sample.tsv", columns,
+                  (dict(name=row["name"], label=label, definition=row.get("definition"), key=key, caption=text)
                    for label, row in enumerate(rows)
-                   for _, key, text in sorted(samples[label], reverse=True)[:n_sample]))  # fmt: skip
+                   for _, key, text in sorted(samples[label])[:n_sample]))  # fmt: skip
     table = []
-    for row, n in zip(rows, class_counts.tolist()):
+    for label, (row, n) in enumerate(zip(rows, class_counts.tolist())):
         line = dict(name=row["name"], count=n)
         if relevance:
-            seen, yes = judged.get(row["name"], (0, 0))
-            low, high = wilson(yes, seen)
+            seen, yes = judged.get(label, (0, 0))
+            low, high = wilson(yes, seen, n)
             line |= dict(judged=seen, relevant=yes, estimate=round(n * yes / seen) if seen else "",
                          low=round(n * low), high=round(n * high))  # fmt: skip
         table.append(line)
     write_tsv(out, list(table[0]), table)
     order = np.argsort(-class_counts, kind="stable")
-    finish(out, paths, dict(classes=classes, classes_sha256=file_hash(classes), relevance=relevance,
+    files = dict(classes=classes, synonyms=synonyms, relevance=relevance)
+    finish(out, paths, dict(**files, **{f"{name}_sha256": file_hash(path) for name, path in files.items() if path},
                             **{k: v for k, v in settings.items() if k not in ("names", "negatives")}),
            {"rows": counts["rows"], **bad_rows(counts)}, matches=int(class_counts.sum()),
            empty_classes=int((class_counts == 0).sum()))  # fmt: skip
@@ -3409,8 +3441,8 @@ def check_shard(folder, shard, seen, warnings):
     path = os.path.join(folder, f"{shard}_stats.json")
     try:
         with open(path, encoding="utf-8") as f:
-            stats = json.load(f)
-    except (OSError, ValueError):
+            stats = {**json.load(f)}
+    except (OSError, ValueError, TypeError):  # TypeError: JSON, but no object
         warnings.append(f"{path}: not readable; an unfinished shard?")
         return
     for key, n in (("successes", seen["success"]), ("count", seen.total())):
@@ -3517,7 +3549,7 @@ def in_processes(function, jobs, workers):
 
 
 def find_classes(given, table):
-    """Class names in label order, and {name or wnid: label, None if several have it}; [], {} without a classes.tsv.
+    """Class names in label order, {name or wnid: label, None if several have it}, path; [], {}, None without the file.
 
     given: --classes, or None: beside the table or one folder up.
     """
@@ -3525,9 +3557,9 @@ def find_classes(given, table):
     paths = [given] if given else [os.path.join(f, "classes.tsv") for f in (folder, os.path.dirname(folder))]
     path = next(filter(os.path.isfile, paths), given)
     if path is None:
-        return [], {}
+        return [], {}, None
     labels, _ = labels_by_name(path)
-    return [row["name"] for row in open_tables([path], ["name"])[1]], labels
+    return [row["name"] for row in open_tables([path], ["name"])[1]], labels, path
 
 
 def label_number(field, ids, n_classes):
@@ -3585,7 +3617,7 @@ def text_hash(text):
 def check_tables(tables, out, sample, max_bad, classes, max_pixels, workers, seed):
     """Write the bad rows of tables to out, print what is in them. Returns: 1 if more than max_bad are bad, else 0."""
     paths = find_tables(tables)
-    names, ids = find_classes(classes, paths[0])
+    names, ids, classes = find_classes(classes, paths[0])
     scan, shown, n_decoded, n_undecoded = RowScan(paths, ids, len(names)), [], 0, 0
     rows = scan
     if sample:  # the rows of the smallest hashes
@@ -3619,7 +3651,8 @@ def check_tables(tables, out, sample, max_bad, classes, max_pixels, workers, see
     counts = {"rows": scan.n_rows, "decoded": n_decoded, **{r: -n for r, n in sorted(reasons.items())}}
     print_funnel(counts)
     print(f"{len(scan.bad):>12,}  bad rows, in {out}")
-    write_report(out, paths, dict(sample=sample, seed=seed, max_pixels=max_pixels), counts, repeated_captions=copies)
+    write_report(out, paths, dict(sample=sample, seed=seed, max_pixels=max_pixels, classes=classes), counts,
+                 repeated_captions=copies)  # fmt: skip
     # Text is checked in all rows, pixels perhaps in a sample.
     n_rows = max(scan.n_rows, 1)
     share = n_undecoded / (max(n_decoded, 1) if sample else n_rows) + (len(scan.bad) - n_undecoded) / n_rows
@@ -3710,6 +3743,8 @@ def file_piece_hash(path, offset, size):
                 content = file.read(size)
     except (OSError, ValueError, IndexError):
         return 0
+    if len(content) < max(size, 1):  # beyond the end of the file
+        return 0
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") or 1
 
 
@@ -3785,8 +3820,11 @@ def hash_pairs(hashes, distance, n, is_chain):
         yield known[first[i[keep]]], known[first[j[keep]]], bits[keep]
 
 
-def load_features(paths):
-    """Embeddings as memory maps, one array [n, D] (pixels: [n, H, W, 3]) per file; an .npz is read whole."""
+def load_features(paths, like=()):
+    """Embeddings as memory maps, one array [n, D] (pixels: [n, H, W, 3]) per file; an .npz is read whole.
+
+    like: arrays whose D they share. Raises: SystemExit if a file holds something else.
+    """
     arrays = []
     for path in paths:
         try:
@@ -3794,9 +3832,25 @@ def load_features(paths):
             array = array["features"] if isinstance(array, np.lib.npyio.NpzFile) else array
         except (ValueError, KeyError, EOFError) as error:
             raise SystemExit(f"{path}: not readable as embeddings, .npy or .npz with `features` ({error})") from None
-        if array.ndim < 2 or array.dtype.kind not in "fu" or array.shape[1:] != (arrays or [array])[0].shape[1:]:
-            raise SystemExit(f"{path}: got {array.dtype} {array.shape}, expected floats [rows, D], D as in {paths[0]}")
+        size = [*like, *arrays, array][0].shape[1:]
+        if array.ndim < 2 or array.dtype.kind not in "fu" or array.shape[1:] != size:
+            raise SystemExit(f"{path}: got {array.dtype} {array.shape}, expected floats [rows, D], D as in the first "
+                             f"file ({', '.join(map(str, size))})")  # fmt: skip
         arrays.append(array)
+    return arrays
+
+
+def row_features(flag, files, tables, like=()):
+    """load_features of the rows of tables. Raises: SystemExit if files and tables, as they were given, do not match."""
+    paths, given = find_tables(tables), [path for table in tables for path in find_tables([table])]
+    if len(files) > 1 and given != paths:
+        raise SystemExit(f"--{flag}: give tables and files in the order of the tables' names: {' '.join(paths)}")
+    arrays = load_features(files, like)
+    n_rows = [sum(1 for _ in read_table(path, ["image"], is_all=False)[1]) for path in paths]
+    n_found = list(map(len, arrays))
+    if sum(n_found) != sum(n_rows) or len(n_found) == len(n_rows) != 1 and n_found != n_rows:
+        found, rows = (" + ".join(map(str, n)) or 0 for n in (n_found, n_rows))
+        raise SystemExit(f"--{flag}: got {found} rows, the tables have {rows}")
     return arrays
 
 
@@ -3879,24 +3933,25 @@ def connect(n_all, sources):
     return roots_of(parent, np.arange(n_all)), edges
 
 
-def keep_best(paths, roots, area, protect):
-    """Which row of each component of several stays, and the names of all their rows.
+def keep_best(paths, roots, area, protect, out):
+    """Which row of each component of several stays, and the names of all their rows, relative to the table out.
 
-    Rule: a row of a table in protect, a labelled one, the larger image, the longer caption, the smaller name.
-    Returns: ({root: row that stays}, {row: name}).
+    Rule: a row of a table in protect, a labelled one, the larger image (area: of decoded ones, else 0), the longer
+    caption, the smaller name with its folder. Returns: ({root: row that stays}, {row: name}).
     """
     size, protected = np.bincount(roots, minlength=len(roots)), set(map(os.path.realpath, protect))
     best, names, n = {}, {}, 0
     for path in paths:
         columns, rows = read_table(path, ["image"])
+        folder, target = (os.path.realpath(os.path.dirname(p)) for p in (path, out))
         is_late = os.path.realpath(path) not in protected
         for row, (_, fields) in enumerate(rows, n):
             n = row + 1
             if size[roots[row]] > 1:
                 fields = dict(zip(columns, fields))
-                names[row] = relocate(fields["image"], os.path.dirname(path), "")
+                names[row] = relocate(fields["image"], folder, target)
                 rule = (is_late, not fields.get("label"), -int(area[row]), -len(fields.get("caption", "")),
-                        names[row], row)  # fmt: skip
+                        os.path.join(folder, fields["image"]), row)  # fmt: skip
                 best[roots[row]] = min(best.get(roots[row], rule), rule)
     return {root: rule[-1] for root, rule in best.items()}, names
 
@@ -3918,13 +3973,11 @@ def dedup_tables(tables, out, by, distance, cosine, embeddings, protect, against
     sources = {method: hash_pairs(found[:, k], distance if method in NEAR else 0, n, is_chain)
                for k, method in enumerate(hashed)}  # fmt: skip
     if "embedding" in by:
-        rows, test_rows = load_features(embeddings), load_features(against_embeddings)
-        for flag, arrays, expected in (("embeddings", rows, n), ("against-embeddings", test_rows, n_all - n)):
-            if sum(map(len, arrays)) != expected:
-                raise SystemExit(f"--{flag}: got {sum(map(len, arrays))} rows, the tables have {expected}")
+        rows = row_features("embeddings", embeddings, tables)
+        test_rows = row_features("against-embeddings", against_embeddings, against, rows)
         sources["embedding"] = cosine_pairs(rows, test_rows, cosine, is_chain, device)
     roots, edges = connect(n_all, sources)
-    best, names = keep_best(paths + tests, roots, found[:, -1], protected)
+    best, names = keep_best(paths + tests, roots, found[:, -1], protected, out)
     sizes = np.bincount(roots, minlength=n_all)
     if against:
         tainted = np.zeros(n_all, bool)
@@ -3982,7 +4035,8 @@ def prune_rows(arrays, queries, limits, device):
     """Which rows lie closer to some query than its limit, the row's hull in the paper's words.
 
     arrays: list of [n, D]; queries, limits: {test set: list of blocks [<= BLOCK, D], of [<= BLOCK]}.
-    Returns: {test set: (drop [N] bool, best cosine [N] float32, its query [N] int64)}; a row without a direction goes.
+    Returns: {test set: (drop [N] bool, best cosine [N] float32, its query [N] int64)}; a row without a direction goes,
+    and its cosine is NaN.
     """
     n = sum(map(len, arrays))
     found = {name: (np.zeros(n, bool), np.full(n, -2, np.float32), np.zeros(n, np.int64)) for name in queries}
@@ -3997,6 +4051,7 @@ def prune_rows(arrays, queries, limits, device):
                 is_new = value > top  # of equal ones the first query
                 top, place = top.where(~is_new, value), place.where(~is_new, index + k * BLOCK)
                 excess = excess.maximum(cosines.sub_(limit).amax(dim=1))
+            top = top.masked_fill(~block.any(dim=1), math.nan)
             drop[rows], best[rows], query[rows] = (excess > TIE).cpu(), top.cpu(), place.cpu()
     return found
 
@@ -4004,13 +4059,10 @@ def prune_rows(arrays, queries, limits, device):
 def prune_table(tables, out, embeddings, small, tests, keep, verify, device, seed):
     """Write the pruned tables, and the table of what was dropped. Arguments: as the flags."""
     paths = find_tables(tables)
-    arrays, small_arrays, queries = load_features(embeddings), load_features(small), {}
-    n = sum(map(len, arrays))
-    n_rows = sum(1 for path in paths for _ in read_table(path, ["image"], is_all=False)[1])
-    if n != n_rows:
-        raise SystemExit(f"--embeddings: got {n} rows, the tables have {n_rows}")
+    arrays = row_features("embeddings", embeddings, tables)
+    small_arrays, queries, n = load_features(small, arrays), {}, sum(map(len, arrays))
     for name, path in (test.split("=", 1) for test in tests):
-        queries[name] = [block for _, block in unit_blocks(load_features([path]), device)]
+        queries[name] = [block for _, block in unit_blocks(load_features([path], arrays), device)]
         if not queries[name] or any((~block.any(dim=1)).any() for block in queries[name]):
             raise SystemExit(f"{path}: no rows, or a row that is zero or not finite; a test set needs whole embeddings")
     limits = {name: nearest(blocks, small_arrays, device) for name, blocks in queries.items()}
@@ -4032,6 +4084,7 @@ def prune_table(tables, out, embeddings, small, tests, keep, verify, device, see
                           pruned=round(float(sum(x.clamp(min=-1).sum() for x in after)) / sum(map(len, after)), 4))
         print(f"{name}: mean cosine to the nearest row: {gaps[name]['small']} of the small set, "
               f"{gaps[name]['pruned']} of the rows left")  # fmt: skip
+    n_blank = int(np.isnan(next(iter(found.values()))[1]).sum())
     columns, rows = open_tables(paths)
     leaks = write_leaks(rows, out.replace("{set}", "leaks"), found, limits)
     for name, drop in drops.items():
@@ -4039,19 +4092,23 @@ def prune_table(tables, out, embeddings, small, tests, keep, verify, device, see
         columns, rows = open_tables(paths, out=target)
         n_left = write_tsv(target, columns, itertools.compress(rows, ~drop))
         why = "closer to a test image than the small set" if name in (*found, "combined") else "not chosen"
-        counts = {"rows": n, why: n_left - n, "rows left": n_left}
+        counts = {"rows": n, "zero or not finite embedding": -n_blank, why: n_left - n + n_blank, "rows left": n_left}
         print(target)
         print_funnel(counts)
         write_report(target, paths, flags, counts, gap=gaps.get(name), leaks=leaks)
 
 
 def least_similar(paths, similarity, keep, seed):
-    """Masks of what to drop so that `keep` rows stay: near keeps the least similar, far the most, rand any."""
+    """Masks of what to drop so that `keep` rows stay: near keeps the least similar, far the most, rand any.
+
+    similarity: [N], NaN for rows without an embedding, which never stay.
+    """
     hashes, _, _ = scan_rows(paths, "image", seed)
-    if keep > len(hashes):
-        raise SystemExit(f"--keep: got {keep}, the tables have {len(hashes)} rows")
+    n_usable = int((~np.isnan(similarity)).sum())
+    if keep > n_usable:
+        raise SystemExit(f"--keep: got {keep}, the tables have {n_usable} rows with an embedding")
     masks = {}
-    for name, score in (("near", similarity), ("far", -similarity), ("rand", np.zeros(len(hashes)))):
+    for name, score in (("near", similarity), ("far", -similarity), ("rand", 0 * similarity)):  # NaN is sorted last
         masks[name] = np.ones(len(hashes), bool)
         masks[name][np.lexsort((hashes, score))[:keep]] = False
     return masks
@@ -4064,7 +4121,7 @@ def write_leaks(rows, path, found, limits):
     def leaks():
         for i, row in enumerate(rows):
             for name, (drop, best, query) in found.items():
-                if drop[i]:
+                if drop[i] and best[i] == best[i]:  # NaN: a row without an embedding, which is like nothing
                     yield dict(set=name, image=row["image"], caption=row.get("caption", ""), test_row=int(query[i]),
                                similarity=f"{best[i]:.6f}", limit=f"{limit_of[name][query[i]]:.6f}")  # fmt: skip
 
@@ -4145,6 +4202,8 @@ def profile_quota(counts, profile, imbalance, rows, seed):
     Returns: [C] int64; at least 1 for each class that has rows.
     """
     present = np.flatnonzero(counts)
+    if not len(present):
+        raise SystemExit("--profile: no row has a label")
     present = np.array(sorted(present, key=lambda c: (-counts[c], unit_hash(seed, str(c)))))
     shares, quota = PROFILES[profile](np.arange(len(present)), len(present), imbalance), np.zeros_like(counts)
     quota[present] = round_shares(rows, shares) if rows else np.floor((counts[present] / shares).min() * shares + 1e-9)
@@ -4180,9 +4239,10 @@ def table_counts(table, classes, n_classes=0):
     if "label" in columns or "count" not in columns:
         labels = scan_rows(paths, columns[0], 0, classes)[1]
         return class_counts(labels, n_classes or int(labels.max(initial=-1)) + 1)
-    counts = np.zeros(n_classes, np.int64)
-    for row in rows:
-        label = classes[1].get(row.get("name", ""))
+    counts, rows = np.zeros(n_classes, np.int64), list(rows)
+    is_in_order = [row.get("name") for row in rows] == classes[0]  # frequency's: two classes may have one name
+    for place, row in enumerate(rows):
+        label = place if is_in_order else classes[1].get(row.get("name", ""))
         if label is None or not row["count"].isdigit():
             raise SystemExit(f"{table}: {row.get('name')!r} {row['count']!r}: no class of classes.tsv, or no count")
         counts[label] += int(row["count"])
@@ -4221,6 +4281,8 @@ def subset_tables(tables, out, threshold, class_list, match_frequency, fill, sho
     n, more = len(hashes), scan_rows(fill_paths, key, seed, known)
     hashes, labels = np.concatenate([hashes, more[0]]), np.concatenate([labels, more[1]])
     n_classes = len(known[0]) or int(labels.max(initial=-1)) + 1
+    match = table_counts(match_frequency, known, n_classes) if match_frequency else None
+    n_classes = n_classes if match is None else len(match)  # it may have classes that the tables lack
     is_fill = np.arange(len(hashes)) >= n
     mask, counts, wanted = ~is_fill, {"rows": n}, []
     before = class_counts(labels[mask], n_classes)
@@ -4234,15 +4296,17 @@ def subset_tables(tables, out, threshold, class_list, match_frequency, fill, sho
         if not wanted or None in wanted or -1 in wanted or len(set(wanted)) < len(wanted):
             raise SystemExit(f"{class_list}: expected classes, one a line, none empty, unknown or twice; got {wanted}")
         was, mask = mask, mask & np.isin(labels, wanted)
+        match = match if match is None else np.where(np.isin(np.arange(n_classes), wanted), match, 0)
         count("not in --class-list", was)
     pool = mask
     if threshold:
         was, mask = mask, mask & (np.concatenate([values, np.zeros(len(more[0]))]) >= float(least))
         count(f"{column} below {least}", was)
     was = mask
-    match = table_counts(match_frequency, known, n_classes) if match_frequency else None
     mask, deficit = rows_per_class(hashes, labels, mask, is_fill, class_counts(labels[mask], n_classes), match, profile,
                                    imbalance, rows, shots, trim_tail, seed)  # fmt: skip
+    gone = (class_counts(labels[was], n_classes) > 0) & (class_counts(labels[mask], n_classes) == 0)
+    pool = pool & ~np.isin(labels, np.flatnonzero(gone))  # what these steps empty is not rescued
     counts["not among the rows wanted of a class"] = int((mask & ~is_fill).sum() - was.sum())
     if fill:
         counts["of them from --fill"] = int((mask & is_fill).sum())
@@ -4269,7 +4333,7 @@ def subset_tables(tables, out, threshold, class_list, match_frequency, fill, sho
     assert (written == after).all(), "the table written does not have the counts that were planned"
     flags = dict(threshold=threshold, class_list=class_list, match_frequency=match_frequency, fill=fill, shots=shots,
                  trim_tail=trim_tail, profile=profile, imbalance=imbalance, fraction=fraction, rows=rows,
-                 rescue=is_rescue, key=key, classes=classes, seed=seed)  # fmt: skip
+                 rescue=is_rescue, key=key, classes=known[2], seed=seed)  # fmt: skip
     write_report(out, paths + fill_paths, flags, counts, classes_before=before.tolist(),
                  classes_after=written.tolist(), deficit=deficit.tolist())  # fmt: skip
 
@@ -4397,7 +4461,7 @@ def compare_tables(tables, out, classes, plot):
     for column in shown[0]:
         print(f"{column:>26}" + "".join(f"  {row[column]:>14}" for row in shown))
     write_tsv(out, list(rows[0]), rows)
-    write_report(out, [p for table in tables for p in find_tables([table])], dict(classes=classes), {},
+    write_report(out, [p for table in tables for p in find_tables([table])], dict(classes=known[2]), {},
                  class_counts={name: c.tolist() for name, c in zip(names, counts)})  # fmt: skip
     if plot:
         plot_counts(names, counts, plot)
@@ -4426,6 +4490,8 @@ def plot_counts(names, counts, path):
 
 
 def main(args):
+    if args.command != "shapes" and not getattr(args, "dry_run", False):
+        os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)  # now, not after all the work
     if args.command == "shapes":
         build_shapes(args.out, args.seed, args.size, args.names, args.workers)
     elif args.command == "index":
@@ -4452,11 +4518,12 @@ def main(args):
         elif args.command == "curate":
             build_curate(paths, args.out, args.metadata, args.cap, args.tail_share, args.seed, settings, run)
         else:
-            more = open_tables([args.synonyms], ["name", "synonyms"])[1] if args.synonyms else ()
-            more = {row["name"]: split_names(row["synonyms"]) for row in more}
+            more = defaultdict(list)
+            for row in open_tables([args.synonyms], ["name", "synonyms"])[1] if args.synonyms else ():
+                more[row["name"]] += split_names(row["synonyms"])
             names = match_settings(class_rows(args.classes), args.match, False, args.lemmas, args.wordnet, more)
             settings |= names | dict(n_sample=args.sample, seed=args.seed)
-            build_frequency(paths, args.out, args.classes, args.relevance, settings, run)
+            build_frequency(paths, args.out, args.classes, args.synonyms, args.relevance, settings, run)
     elif args.command == "check":
         sys.exit(check_tables(args.tables, args.out, args.sample, args.max_bad, args.classes, args.max_pixels,
                               args.workers, args.seed))  # fmt: skip
@@ -4485,5 +4552,5 @@ if __name__ == "__main__":
         if isinstance(error, SystemExit) and not isinstance(error.code, str):
             raise
         is_os = isinstance(error, OSError)
-        print(f"{error.filename or 'error'}: {error.strerror}" if is_os else error.code, file=sys.stderr)
+        print(f"{error.filename or 'error'}: {error.strerror or error}" if is_os else error.code, file=sys.stderr)
         sys.exit(2)

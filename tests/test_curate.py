@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -164,3 +165,33 @@ def test_metadata_of_wordnet(tmp_path):
                 first.add(line.split()[4].split("(")[0].replace("_", " "))
     assert found == first - set(map(str, range(100)))
     assert abs(len(found) - 86_654) / 86_654 < 0.01  # the paper's number; case or version must differ a little
+
+
+def test_rows_hang_neither_on_where_out_lies_nor_on_a_stopped_call(tmp_path, entries, monkeypatch):
+    """Images name the rows; parts of a call on one file are of other probabilities than a call's on two."""
+    for name, n in (("a", 400), ("b", 800)):
+        (tmp_path / f"{name}.tsv").write_text("image\tcaption\n" + "".join(f"{name}{i}.jpg\tA\n" for i in range(n)))
+    sources, kept = [tmp_path / "a.tsv", tmp_path / "b.tsv"], []
+    common = ["--metadata", entries, "--cap", 300, "--workers", 1]
+    for out in ("o.tsv", "x/o.tsv", "x/y/o.tsv"):
+        run("curate", *sources, *common, "--out", tmp_path / out)
+        kept.append([Path(row["image"]).name for row in read(tmp_path / out)])
+    assert kept[0] == kept[1] == kept[2] and 200 < len(kept[0]) < 400
+    with monkeypatch.context() as patch:
+        patch.setattr(bd, "merge_tables", lambda *_: exec("raise SystemExit('stopped')"))
+        with pytest.raises(SystemExit, match="stopped"):
+            run("curate", sources[0], *common, "--out", tmp_path / "p.tsv")
+    run("curate", *sources, *common, "--out", tmp_path / "p.tsv")
+    assert (tmp_path / "p.tsv").read_bytes() == (tmp_path / "o.tsv").read_bytes()
+
+
+def test_metadata_counts_no_pairs_that_cannot_reach_the_limit(tmp_path):
+    """150 words in every order are 22,500 pairs without information; one pair of rare words has it."""
+    words = [f"w{i}" for i in range(150)]
+    texts = [" ".join(f"{a} {b}" for b in words) for a in words] + ["odd couple"]
+    write(tmp_path / "in.tsv", enumerate(texts))
+    tracemalloc.start()
+    run("metadata", tmp_path / "in.tsv", "--min-pmi", 15, "--min-count", 10**6, "--out", tmp_path / "e.tsv")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [row["entry"] for row in read(tmp_path / "e.tsv")[100:]] == ["odd couple"] and peak < 6 * 2**20

@@ -168,3 +168,49 @@ def test_bad_input(photos):
     assert done.returncode == 2 and "no column sha256; found image, label, caption" in done.stderr
     assert run("dedup", photos / "all.tsv", "--by", "phash", "--distance", 8, "--out", photos / "o.tsv").returncode == 2
     assert not list(photos.glob("o.*"))
+
+
+def test_embeddings_go_with_tables(tmp_path):
+    """Tables are read by name: files in another order, or of other lengths, would be other rows' embeddings."""
+    for name, n in (("A", 2), ("B", 3)):
+        bd.write_tsv(tmp_path / f"{name}.tsv", ("image",), [dict(image=f"{name}{i}.jpg") for i in range(n)])
+        np.save(tmp_path / f"{name}.npy", np.eye(5)[:n])
+    np.save(tmp_path / "flat.npy", np.eye(3))
+    tables, flags = [tmp_path / "B.tsv", tmp_path / "A.tsv"], ["--by", "embedding", "--out", tmp_path / "o.tsv"]
+    order = "--embeddings: give tables and files in the order of the tables' names"
+    for these, files, more, message in (
+        (tables, "BA", [], order),
+        (tables[::-1], "BA", [], "--embeddings: got 3 + 2 rows, the tables have 2 + 3"),
+        (tables[1:], "A", [*tables, "--against-embeddings", "B", "A"], "--against-" + order[2:]),
+        (tables[1:], "A", [tables[0], "--against-embeddings", "flat"], "flat.npy: got float64 (3, 3), expected floats"),
+    ):
+        more = ["--against", *(tmp_path / f"{f}.npy" if f in ("A", "B", "flat") else f for f in more)] if more else []
+        done = run("dedup", *these, *flags, "--embeddings", *(tmp_path / f"{f}.npy" for f in files), *more)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    done = run("dedup", *tables[::-1], *flags, "--embeddings", tmp_path / "A.npy", tmp_path / "B.npy")
+    assert done.returncode == 0 and "3  rows left" in done.stdout, done.stderr
+
+
+def test_pieces_beyond_the_end_are_no_copies(tmp_path):
+    (tmp_path / "s.tar").write_bytes(b"x" * 100)
+    names = ["s.tar:500:10", "s.tar:600:10", "s.tar:95:10", "s.tar:0:10", "s.tar:10:10", "empty.jpg", "empty2.jpg"]
+    for name in names[-2:]:
+        (tmp_path / name).write_bytes(b"")
+    bd.write_tsv(tmp_path / "a.tsv", ("image",), [dict(image=name) for name in names])
+    done = run("dedup", tmp_path / "a.tsv", "--by", "bytes", "--workers", 1, "--out", tmp_path / "o.tsv")
+    left = [row["image"] for row in bd.open_tables([str(tmp_path / "o.tsv")])[1]]
+    assert left == [name for name in names if name != "s.tar:10:10"] and "5 x no bytes" in done.stdout, done.stderr
+
+
+def test_what_stays_hangs_on_no_working_folder(tmp_path):
+    """Seen from a, b's row is ../b/.. and smaller; seen from b it is the other way round."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        bd.write_tsv(tmp_path / name / "t.tsv", ("image", "caption"), [dict(image="1.jpg", caption="x")])
+    found = []
+    for folder in "ab":
+        out = tmp_path / f"{folder}.tsv"
+        command = [sys.executable, bd.__file__, "dedup", "../a/t.tsv", "../b/t.tsv", "--by", "caption", "--out", out]
+        subprocess.run(command, cwd=tmp_path / folder, check=True, capture_output=True)
+        found.append((out.read_text(), (tmp_path / f"{folder}.pairs.tsv").read_text()))
+    assert found[0] == found[1] and "\na/1.jpg\tb/1.jpg\tcaption\t0\ta/1.jpg\n" in found[0][1]

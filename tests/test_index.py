@@ -221,7 +221,7 @@ def test_grouping_rules(tmp_path):
         counts[loss] for loss in ("without an image", "empty image", "neither caption nor label"))  # fmt: skip
     assert counts["repeated suffix (first kept)"] == counts["second image of a sample (first kept)"] == 1
     assert counts["members whose name has no key and suffix"] == 3
-    (tmp_path / "classes.tsv").write_text("name\ndog\ncat\n")
+    (tmp_path / "classes.tsv").write_text("name\tsynonyms\n\ndog\t\ncat\t\n")  # a blank line is no class, here as elsewhere
     rows = index(tmp_path / "s.tar", "--classes", tmp_path / "classes.tsv", out=tmp_path / "train.tsv")
     assert [r["label"] for r in rows] == ["", "", "1"]  # label 7 of two classes is none, so its row is gone
 
@@ -237,15 +237,16 @@ def test_json_columns(tmp_path):
         ("1.json", b'{"caption": "from json", "label": 3, "half": "\\ud83d", "big": 12345678901234567890}'),
         ("2.jpg", b"p"), ("2.json", b'{"title": "from title"}'),
         ("3.jpg", b"p"), ("3.json", b'{"caption": cut'), ("3.txt", b"caf\xe9"),
+        ("4.jpg", b"p"), ("4.json", b'{"caption": "nul\\u0000l"}'), ("5.jpg", b"p"), ("5.txt", b"x" * (5 << 20)), ("5.cls", b"1"),
     ]  # fmt: skip
     rows = index(make_tar(tmp_path / "s.tar", members), out=tmp_path / "train.tsv")
     assert list(rows[0]) == ["image", "label", "caption", "bad", "big", "half", "none", "ok", "score", "tags", "title"]
-    assert [r["caption"] for r in rows] == ["from txt", "from json", "from title", "caf\ufffd"]
+    assert [r["caption"] for r in rows] == ["from txt", "from json", "from title", "caf\ufffd", "nul l", ""]
     assert json.loads(rows[0]["tags"]) == nested["tags"] and " " not in rows[0]["tags"]
     assert [rows[0][k] for k in ("bad", "none", "ok", "score", "title")] == ["", "", "true", "0.25", "T"]
     assert [rows[1][k] for k in ("label", "big", "half", "tags")] == ["3", "12345678901234567890", "?", ""]
     counts = report(tmp_path / "train.tsv")["counts"]
-    assert counts["invalid UTF-8 (replaced)"] == 2
+    assert counts["invalid UTF-8 (replaced)"] == 2 and counts["text over 4 MiB (ignored)"] == 1
     assert counts["JSON that cannot be read or is no object (ignored)"] == 1
 
 
@@ -284,7 +285,7 @@ def test_field_is_one_field(value):
     field = bd.tsv_field(value)
     assert "\t" not in field and len(field.splitlines()) <= 1 and bd.tsv_field(field) == field
     assert len(field) == len(value) - value.count("\r\n")
-    assert "".join(field.split()) == "".join(value.split())  # nothing but white space changes
+    assert "".join(field.split()) == "".join(value.replace("\0", "").split())  # nothing but white space changes
 
 
 def test_captions_round_trip(tmp_path):

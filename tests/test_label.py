@@ -160,6 +160,13 @@ def test_classes_from_wordnet(tmp_path):
     assert [row["name"] for row in rows] == ["crane bird", "crane", "maillot", "maillot"]
     assert rows[3]["synonyms"] == "tank suit" and rows[3]["definition"] == "a woman's one-piece bathing suit"
     assert rows[1]["negative"] == "bird|fish" and report(out)["shared_names"] == {"crane": [0, 1], "maillot": [2, 3]}
+    assert [row["query"] for row in rows] == ["crane", "crane", "maillot", "maillot"]
+    asked = []  # methods 5.3: the first synonym and the definition, whatever the name that is shown
+    write_captions(tmp_path / "in.tsv", ["x"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bd, "run_files", lambda work, paths, out, settings, run: asked.extend(settings["queries"]))
+        run("laionet", tmp_path / "in.tsv", "--classes", out, "--out", tmp_path / "o.tsv")
+    assert asked[0].startswith("crane which is large long-necked wading bird")
     (tmp_path / "list").write_text("n00000001\n")
     with pytest.raises(SystemExit, match="list:1: n00000001 is not a synset"):
         run("classes", tmp_path / "list", "--wordnet", WORDNET, "--out", out)
@@ -176,6 +183,7 @@ def test_classes_from_names(tmp_path):
     for text, reason in (
         ("a\n\n", "2: an empty name"),
         ("a\na\n", "2: a stands in line 1 too"),
+        ("crane (bird)\ncrane (machine)\n", "2: crane stands in line 1 too"),
         ("", "1: an empty file"),
     ):
         (tmp_path / "list").write_text(text)
@@ -191,6 +199,9 @@ def test_incaps(tmp_path):
         dict(filename="n01_2.JPEG", wnid="n01", title="gone", tags=[], description=""),
         dict(filename="n09_2.JPEG", wnid="n09", title="who", tags=[], description=""),
     ]
+    (tmp_path / "null.json").write_text(json.dumps([*records, dict(filename=None, wnid="n01")]))
+    with pytest.raises(SystemExit, match="expected a list of objects with filename"):
+        run("incaps", tmp_path / "null.json", "--images", tmp_path, "--classes", tmp_path / "classes.tsv", "--out", tmp_path / "o.tsv")
     (tmp_path / "in.json").write_text(json.dumps(records))
     (tmp_path / "images" / "n01").mkdir(parents=True)
     (tmp_path / "images" / "n01" / "n01_1.JPEG").write_bytes(b"x")
@@ -253,7 +264,7 @@ def test_text_tower_equals_that_of_clip(tmp_path, arch, activation):
 def test_frequency_counts_samples_and_relevance(folder):
     for i in range(3):
         write_captions(folder / f"in{i}.tsv", [f"{c} {i} {j}" for j in range(10) for c in CAPTIONS])
-    (folder / "more.tsv").write_text("name\tsynonyms\ncrane\tnothing\n")
+    (folder / "more.tsv").write_text("name\tsynonyms\ncrane\tnothing\ncrane\tderrick\n")
     common = [folder / "in*.tsv", "--classes", folder / "classes.tsv", "--match", "word", "--seed", 3]
     for workers in (1, 2):
         out = folder / f"o{workers}.tsv"
@@ -264,11 +275,14 @@ def test_frequency_counts_samples_and_relevance(folder):
     assert Counter(row["name"] for row in sample) == {"sea lion": 8, "lion": 8, "crane": 8}
     run("frequency", *common, "--out", folder / "n.tsv", "--synonyms", folder / "more.tsv")
     assert [row["count"] for row in read(folder / "n.tsv")] == ["30", "90", "90"]
+    assert report(folder / "n.tsv")["flags"]["synonyms_sha256"] == bd.file_hash(folder / "more.tsv")
     judged = [row | {"relevant": "yes" if i % 4 else "No."} for i, row in enumerate(sample)]
     bd.write_tsv(folder / "judged.tsv", list(judged[0]), judged)
     run("frequency", *common, "--out", folder / "r.tsv", "--relevance", folder / "judged.tsv")
+    assert report(folder / "r.tsv")["flags"]["relevance_sha256"] == bd.file_hash(folder / "judged.tsv")
     row = read(folder / "r.tsv")[1]
-    low, high = (0.75 + 1.92 / 8 + np.array([-1, 1]) * 1.96 * np.sqrt(0.75 * 0.25 / 8 + 0.9604 / 64)) / (1 + 3.8416 / 8)
+    n = 8 * 89 / 82  # as many of endlessly many tell as much as 8 of 90
+    low, high = (0.75 + 1.92 / n + np.array([-1, 1]) * 1.96 * np.sqrt(0.1875 / n + 0.9604 / n**2)) / (1 + 3.8416 / n)
     assert (row["estimate"], row["judged"], row["relevant"]) == ("68", "8", "6")  # 67.5, half to even
     assert abs(int(row["low"]) - 90 * low) < 1 and abs(int(row["high"]) - 90 * high) < 1
 
@@ -290,5 +304,136 @@ def test_status(tmp_path):
     assert report(tmp_path / "retry.tsv")["warnings"] == [
         f"{tmp_path}/00001_stats.json: count is 9, but 00001.parquet has 3"
     ]
+    (tmp_path / "00000_stats.json").write_text("[]")
+    run("status", tmp_path, "--out", tmp_path / "retry.tsv")
+    assert report(tmp_path / "retry.tsv")["warnings"][0].endswith("00000_stats.json: not readable; an unfinished shard?")
     by_class = read(tmp_path / "retry.classes.tsv")
     assert [(row["label"], row["rows"], row["count"]) for row in by_class] == [("0", "2", "2"), ("1", "4", "2")]
+
+
+def test_sample_of_two_files_is_that_of_one_wherever_out_lies(folder):
+    """The smallest hashes of all rows; a row of 1,000 of the first file wins as often as one of 10 of the second."""
+    write_captions(folder / "a.tsv", [f"a crane {i}" for i in range(200)])
+    (folder / "b.tsv").write_text("image\tcaption\n" + "".join(f"b{i}.jpg\tcrane b{i}\n" for i in range(10)))
+    both = (folder / "a.tsv").read_text() + (folder / "b.tsv").read_text().split("\n", 1)[1]
+    (folder / "one").mkdir()
+    (folder / "one" / "ab.tsv").write_text(both)
+    samples = []
+    for sources, out in (("ab", "o.tsv"), ("ab", "deep/er/o.tsv"), (["one/ab"], "p.tsv")):
+        run("frequency", *(folder / f"{name}.tsv" for name in sources), "--classes", folder / "classes.tsv", "--match",
+            "word", "--sample", 10, "--out", folder / out, "--workers", 1)  # fmt: skip
+        samples.append((folder / out.replace(".tsv", ".sample.tsv")).read_bytes())
+    assert len(set(samples)) == 1 and samples[0].count(b"crane b") < 5
+    keys = [row["key"] for row in read(folder / "o.sample.tsv")]
+    drawn = sorted([*(f"{i}.jpg" for i in range(200)), *(f"b{i}.jpg" for i in range(10))],
+                   key=lambda key: bd.hash64("0", "2", key))  # fmt: skip
+    assert keys == drawn[:10]
+
+
+def test_laionet_takes_the_embeddings_that_are_there_now(folder):
+    """Parts of a stopped call are of the old embeddings, and two tables of one name would share a file."""
+    for name in ("in", "deep/in"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_captions(folder / f"{name}.tsv", ["simba", "crane"])
+    common = ["--classes", folder / "classes.tsv", "--out", folder / "o.tsv", "--workers", 1, "--embeddings", folder]
+    np.save(folder / "classes.npy", np.eye(3))
+    np.save(folder / "in.tsv.npy", np.eye(3)[:2])
+    run("laionet", folder / "in.tsv", *common, "--shard", "0/1")
+    np.save(folder / "in.tsv.npy", np.eye(3)[1:])
+    run("laionet", folder / "in.tsv", *common)
+    assert [row["label"] for row in read(folder / "o.tsv")] == ["1", "2"] and len(report(folder / "o.tsv")["flags"]["models"]) == 2
+    with pytest.raises(SystemExit, match="several tables have one file name"):
+        run("laionet", folder / "in.tsv", folder / "deep" / "in.tsv", *common)
+
+
+def test_nul_in_jsonl_becomes_a_blank(folder):
+    (folder / "in.jsonl").write_text(json.dumps(dict(image="a", caption="a lion\0x")) + "\n")
+    run("label", folder / "in.jsonl", "--classes", folder / "classes.tsv", "--out", folder / "o.tsv", "--workers", 1)
+    assert read(folder / "o.tsv")[0]["caption"] == "a lion x"
+
+
+def test_interval_knows_that_captions_are_finite():
+    """Methods 7: 4,040 captions, 579 of 1,024 relevant, SE 54.1: 2,284 -+ 106. All judged leave no doubt."""
+    low, high = (round(4040 * share) for share in bd.wilson(579, 1024, 4040))
+    assert (low, high) == (2178, 2389) and high - low == pytest.approx(2 * 1.96 * 54.1, rel=0.01)
+    assert bd.wilson(3, 8, 8) == (0.375, 0.375) and bd.wilson(0, 0, 5) == bd.wilson(0, 0, 0) == (0, 1)
+
+
+def test_two_classes_of_one_name(folder):
+    """Both cranes are sampled, judged, counted and matched apart; a name that is neither is refused."""
+    (folder / "classes.tsv").write_text("name\twnid\tmatch\ncrane\tn01\tbird\ncrane\tn02\tderrick\n")
+    source = write_captions(folder / "in.tsv", ["bird 1", "bird 2", "derrick"], label=["0", "0", "1"])
+    common = ["frequency", source, "--classes", folder / "classes.tsv", "--match", "word", "--workers", 1]
+    run(*common, "--sample", 9, "--out", folder / "f.tsv")
+    judged = [row | {"relevant": "yes" if row["label"] == "0" else "no"} for row in read(folder / "f.sample.tsv")]
+    assert [row["label"] for row in judged] == ["0", "0", "1"]
+    bd.write_tsv(folder / "judged.tsv", list(judged[0]), judged)
+    run(*common, "--relevance", folder / "judged.tsv", "--out", folder / "g.tsv")
+    assert [(row["count"], row["judged"], row["relevant"]) for row in read(folder / "g.tsv")] == [("2", "2", "2"), ("1", "1", "0")]
+    run("subset", source, "--match-frequency", folder / "f.tsv", "--classes", folder / "classes.tsv", "--out", folder / "s.tsv")
+    assert len(read(folder / "s.tsv")) == 3
+    for wrong in ("crane\t", "crane\t2", "goose\t0", "craen\t"):
+        (folder / "judged.tsv").write_text(f"name\tlabel\trelevant\n{wrong}\tyes\n")
+        with pytest.raises(SystemExit, match="judged.tsv:2: .*not just one of --classes"):
+            run(*common, "--relevance", folder / "judged.tsv", "--out", folder / "g.tsv")
+
+
+@pytest.mark.parametrize(
+    "row, embeddings, message",
+    [
+        (dict(similarity="abc"), None, "in.jsonl:2: similarity is 'abc'"),
+        (dict(), None, "in.jsonl:2: similarity is ''"),
+        (dict(), b"", "--embeddings: .*in.jsonl.npy: "),
+        (dict(), np.eye(4)[:1], "4 numbers a row, classes 3"),
+    ],
+)
+def test_laionet_of_bad_similarities(folder, row, embeddings, message):
+    (folder / "in.jsonl").write_text(json.dumps(dict(image="a", caption="a crane") | row) + "\n")
+    np.save(folder / "classes.npy", np.eye(3))
+    if isinstance(embeddings, bytes):
+        (folder / "in.jsonl.npy").write_bytes(embeddings)
+    elif embeddings is not None:
+        np.save(folder / "in.jsonl.npy", embeddings)
+    flags = [] if embeddings is None else ["--embeddings", folder]
+    with pytest.raises(SystemExit, match=message):
+        run("laionet", folder / "in.jsonl", "--classes", folder / "classes.tsv", "--out", folder / "o.tsv", "--workers", 1, *flags)
+
+
+def test_half_a_surrogate_pair_in_a_url(folder):
+    (folder / "in.jsonl").write_text('{"url": "\\ud83d", "caption": "a crane"}\n')
+    (folder / "entries.tsv").write_text("entry\ncrane\n")
+    run("curate", folder / "in.jsonl", "--metadata", folder / "entries.tsv", "--out", folder / "o.tsv", "--workers", 1)
+    assert [row["caption"] for row in read(folder / "o.tsv")] == ["a crane"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["check", "a.tsv", "--out", "o.tsv", "--sample", "-1"],
+        ["subset", "a.tsv", "--out", "o.tsv", "--rows", "-5"],
+        ["mix", "a.tsv", "--out", "o.tsv", "--rows", "-5"],
+        ["metadata", "a.tsv", "--out", "o.tsv", "--max-entries", "-3"],
+        ["subset", "a.tsv", "--out", "o.tsv", "--shots", "1", "--trim-tail", "-1"],
+        ["subset", "a.tsv", "--out", "o.tsv", "--threshold", "similarity=0.7.1"],
+        ["stats", "a.tsv", "--out", "o.tsv", "--plot", "o.xyz"],
+    ],
+)
+def test_numbers_and_names_that_are_refused(flags, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bd.parse_args(flags)
+    assert stopped.value.code == 2 and f"{flags[-2]}: got {flags[-1]}, expected" in capsys.readouterr().err
+
+
+def test_laionet_holds_some_rows_at_a_time(folder, monkeypatch):
+    """Chunks of matched rows are measured with their own captions, and queries once."""
+    write_captions(folder / "in.tsv", [f"crane {i}" if i % 3 else "nothing" for i in range(20)])
+    asked, in_chunks = [], bd.in_chunks
+    monkeypatch.setattr(bd, "in_chunks", lambda rows, size=4096: in_chunks(rows, 5))
+    monkeypatch.setattr(bd, "text_features", lambda _, texts: asked.append(len(texts)) or np.array(
+        [[1, int(text.split()[-1]) if text[-1].isdigit() else 0] for text in texts]))  # fmt: skip
+    (folder / "clip.pt").write_bytes(b"")
+    run("laionet", folder / "in.tsv", "--classes", folder / "classes.tsv", "--out", folder / "o.tsv", "--workers", 1,
+        "--clip", folder / "clip.pt", "--threshold", -1)  # fmt: skip
+    assert asked == [3, 5, 5, 3]
+    found = {row["image"]: float(row["similarity"]) for row in read(folder / "o.tsv")}
+    assert found == {f"{i}.jpg": pytest.approx(1 / np.sqrt(1 + i * i), abs=2e-6) for i in range(20) if i % 3}

@@ -1,5 +1,6 @@
 """build_datasets.py prune: the oracle on a circle, brute force in float64, the tables end to end."""
 
+import json
 import subprocess
 import sys
 
@@ -100,11 +101,15 @@ def test_bad_input(world):
     np.save(world / "zero.npy", np.zeros((2, 2), np.float32))
     np.save(world / "int.npy", np.zeros((2, 2), int))
     (world / "text.npy").write_text("no array")
+    np.save(world / "wide.npy", np.ones((2, 3), np.float32))
     for flags, message in (
         (dict(tests=["val=zero.npy"]), "zero.npy: no rows, or a row that is zero or not finite"),
         (dict(tests=["val=int.npy"]), "int.npy: got int64 (2, 2), expected floats [rows, D]"),
         (dict(tests=["val=text.npy"]), "text.npy: not readable as embeddings"),
         (dict(tests=["v.npy"]), "expected NAME=FILE"),
+        (dict(tests=["val=wide.npy"]), "wide.npy: got float32 (2, 3), expected floats [rows, D], D as in the first file (2)"),
+        (dict(small="wide.npy"), "D as in the first file (2)"),
+        (dict(out="{set}/o.tsv"), "expected a file name with {set} in it"),
         (dict(small="zero.npy"), "--small: no usable row"),
         (dict(out="o.tsv"), "{set}"),
     ):
@@ -115,3 +120,19 @@ def test_bad_input(world):
     done = run(world)
     assert done.returncode == 2 and "--embeddings: got 2 rows, the tables have 7" in done.stderr
     assert not list(world.glob("o*"))
+
+
+def test_rows_without_an_embedding(world):
+    """They go from every table, are counted apart, are no leaks, and no rule keeps them."""
+    rows = np.load(world / "e.npy")
+    rows[[1, 5]] = np.nan, 0
+    np.save(world / "e.npy", rows)
+    done = run(world, "--keep", "5")
+    assert done.returncode == 0, done.stderr
+    assert all(set(images(world / f"o-{name}.tsv")) == set("02346") for name in ("near", "far", "rand"))
+    assert images(world / "o-sketch.tsv") == "046" and "1" not in images(world / "o-combined.tsv")
+    assert {row["image"] for row in bd.open_tables([str(world / "o-leaks.tsv")])[1]}.isdisjoint({"1.jpg", "5.jpg"})
+    funnel = json.loads((world / "o-sketch.tsv.json").read_text())["funnel"]
+    assert funnel["zero or not finite embedding"] == -2 and list(funnel.values()) == [7, -2, -2, 3]
+    done = run(world, "--keep", "6")
+    assert done.returncode == 2 and "the tables have 5 rows with an embedding" in done.stderr

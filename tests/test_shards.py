@@ -48,7 +48,8 @@ def build(shards, command, out, *flags, **kwargs):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_torchrun_equals_one_process(shards, command):
     build(shards, command, f"{command}1", "--workers", 1)
-    build(shards, command, f"{command}2", "--workers", 1, processes=2)
+    done = build(shards, command, f"{command}2", "--workers", 1, processes=2)
+    assert "shard 1/2" in done.stdout and "--merge" not in done.stdout  # rank 0 has done that
     one, two = results(shards, f"{command}1"), results(shards, f"{command}2")
     assert one == two and len(one[0]) >= 1 and all(table.count(b"\n") > 3 for table in one[0].values())
     assert not list(shards.glob("*.parts"))

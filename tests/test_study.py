@@ -87,6 +87,6 @@ def test_judge_answers_by_label(tmp_path):
     (tmp_path / "laionet").mkdir()
     (tmp_path / "classes.tsv").write_text("name\nred\nblue\n")
     (tmp_path / "laionet/train.tsv").write_text("image\tlabel\ntrain.npy:0\t0\ntrain.npy:1\t1\n")
-    (tmp_path / "sample.tsv").write_text("name\tkey\tcaption\nred\t../x/train.npy:0\ta\nred\t../x/train.npy:1\tb\n")
+    (tmp_path / "sample.tsv").write_text("name\tlabel\tkey\tcaption\nred\t0\ttrain.npy:0\ta\nred\t0\t../x/train.npy:1\tb\n")
     study.judge(tmp_path / "sample.tsv", tmp_path, tmp_path / "judged.tsv")
     assert (tmp_path / "judged.tsv").read_text() == "name\trelevant\nred\tyes\nred\tno\n"

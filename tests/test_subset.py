@@ -112,13 +112,16 @@ def test_order_of_rows_does_not_matter_and_cuts_are_nested(tmp_path):
         (["--rows", 14], {0: 10, 1: 3, 2: 1}),
         (["--profile", "exponential", "--imbalance", 9], {0: 9, 1: 3, 2: 1}),
         (["--class-list", "list"], {0: 10, 2: 1}),
+        (["--trim-tail", 1, "--shots", 0, "--fraction", 0.5], {0: 6, 1: 1}),  # class 2 was asked away: no rescue
+        (["--match-frequency", "wanted", "--rows", 4], {0: 3, 2: 1}),
     ],
 )
 def test_cuts(tmp_path, flags, counts):
     path = table(tmp_path / "a.tsv", {0: 10, 1: 3, 2: 1}, similarity=str)
     (tmp_path / "list").write_text("2\n0\n")
+    files = {"list": tmp_path / "list", "wanted": table(tmp_path / "wanted.tsv", {0: 5, 2: 1})}
     out = tmp_path / "o.tsv"
-    done = run("subset", path, *[tmp_path / "list" if f == "list" else f for f in flags], "--out", out)
+    done = run("subset", path, *[files.get(f, f) for f in flags], "--out", out)
     assert done.returncode == 0, done.stderr
     assert counts_of(out) == counts
     report = json.loads((tmp_path / "o.tsv.json").read_text())
@@ -142,14 +145,16 @@ def test_dry_run_and_bad_input(tmp_path):
     done = run("subset", path, "--shots", 0, "--trim-tail", 1, "--dry-run", "--out", out)
     assert done.returncode == 0 and "classes lost: 1" in done.stdout
     (tmp_path / "list").write_text("1\n\n1\n")
+    bare = table(tmp_path / "bare.tsv", {"": 3})
     for flags, message in (
         (["--threshold", "similarity=1"], "a.tsv:7: similarity is 'x', expected a number"),
         (["--rows", 99], "99 rows wanted, 13 there"),
         (["--class-list", tmp_path / "list"], "none empty, unknown or twice"),
         (["--key", "url"], "no column url"),
         (["--trim-tail", 3], "--trim-tail needs --shots"),
+        (["--profile", "balanced"], "--profile: no row has a label"),
     ):
-        done = run("subset", path, *flags, "--out", out)
+        done = run("subset", bare if "--profile" in flags else path, *flags, "--out", out)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not out.exists()
 
@@ -185,3 +190,25 @@ def test_stats(tmp_path):
     assert float(rows["a"]["spearman b"]) == pytest.approx(spearmanr([50, 10, 3], [9, 20, 1]).statistic)
     assert float(rows["a"]["head_share"]) == pytest.approx(50 / 63) and float(rows["f"]["spearman a"]) == 1
     assert (tmp_path / "o.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_match_frequency_with_other_classes(tmp_path):
+    """Of --fill only --class-list's classes; a class that the target has and the table lacks is short of rows."""
+    target, a = table(tmp_path / "t.tsv", {0: 2, 1: 5, 4: 3}), table(tmp_path / "a.tsv", {0: 4, 1: 3})
+    (tmp_path / "list").write_text("1\n")
+    out, fill = tmp_path / "new" / "o.tsv", table(tmp_path / "b.tsv", {0: 1, 1: 9, 4: 1})
+    for flags, counts, deficit in (
+        (["--class-list", tmp_path / "list", "--fill", fill], {1: 5}, [0, 0, 0, 0, 0]),
+        ([], {0: 2, 1: 3}, [0, 2, 0, 0, 3]),
+    ):
+        done = run("subset", a, "--match-frequency", target, *flags, "--out", out)
+        assert done.returncode == 0 and counts_of(out) == counts, done.stderr
+        assert json.loads((tmp_path / "new" / "o.tsv.json").read_text())["deficit"] == deficit
+
+
+def test_reports_name_the_classes_that_were_found(tmp_path):
+    path, classes = table(tmp_path / "a.tsv", {0: 4, 1: 3}), tmp_path / "classes.tsv"
+    bd.write_tsv(classes, ("name",), [dict(name="x"), dict(name="y")])
+    for flags in (["subset"], ["stats"], ["check", "--max-bad", 1]):
+        assert run(flags[0], path, *flags[1:], "--out", tmp_path / "o.tsv").returncode == 0
+        assert json.loads((tmp_path / "o.tsv.json").read_text())["flags"]["classes"] == str(classes)

@@ -1745,8 +1745,8 @@ def random_network(args: argparse.Namespace, table: Table, device: torch.device)
     dataset = EvalImages(table, model.image_size, args.max_pixels)
     with torch.no_grad():
         for start in range(0, len(table), EVAL_BATCH):
-            images = [dataset[row] for row in range(start, min(start + EVAL_BATCH, len(table)))]
-            images = [image for image in images if not isinstance(image, str)]
+            items = [dataset[row] for row in range(start, min(start + EVAL_BATCH, len(table)))]
+            images = [image for image, reason in items if not reason]
             if len(images) > 1:
                 model.encode_image(torch.stack(images).to(device))
     return model.eval()

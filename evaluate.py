@@ -884,8 +884,8 @@ def models_of_table(path: str, group: str, id_set: str, shifts: list[str], n_of:
     largest = {c: max((row[c] for row in values if c in row), default=0) for c in wanted}
     percent, fraction = (", ".join(c for c in wanted if a < largest[c] <= b) for a, b in ((1, math.inf), (0, 1)))
     scale = 100 if percent else 1
-    refuse(percent and fraction, f"{path}: {percent} look like percent, {fraction} like fractions; --shifts names the "
-           "test sets")
+    refuse(percent and fraction, f"{path}: {percent} look like percent, {fraction} like fractions; write all as "
+           "fractions, or name the test sets by --shifts")
     for i, (row, value) in enumerate(zip(rows, values)):
         model = {"model": row["model"], "group": group or row.get("group") or Path(path).stem}
         for shift in (s for s in names if s in value and id_set in value):

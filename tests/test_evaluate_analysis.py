@@ -371,8 +371,8 @@ def test_report_of_thirty_runs_is_one_small_page(tmp_path):
 
 def test_report_under_shift_is_over_the_sets_of_all_runs(tmp_path):
     """A run without sketch is not compared by an average without it; `train` is no shift; x that differ by rounding."""
-    for name, sets in (("a", {"val": 0.3, "v2": 0.4, "sketch": 0.1, "train": 0.9}), ("b", {"val": 0.1 + 0.2, "v2": 0.2}),
-                       ("pairs", {})):  # fmt: skip
+    for name, sets in (("a", {"val": 0.3, "v2": 0.4, "sketch": 0.1, "train": 0.9}), ("pairs", {}),
+                       ("b", {"val": 0.1 + 0.2, "v2": 0.2, "train": 0.8})):  # fmt: skip
         (tmp_path / name).mkdir()
         metrics = {s: {"n": 100, "top1": v} for s, v in sets.items()} or {"pairs": {"retrieval": {"i2t_r1": 0.5}}}
         (tmp_path / name / "metrics.json").write_text(json.dumps(metrics))

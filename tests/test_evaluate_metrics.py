@@ -301,7 +301,7 @@ def test_robustness_of_runs_uses_the_classes_of_the_shift(tmp_path):
         folder = tmp_path / f"run{i}"
         folder.mkdir()
         (folder / "args.json").write_text(json.dumps({"args": {"data": "laionet"}}))
-        for name, classes in (("val", 6), ("adversarial", 3)):
+        for name, classes in (("val", 6), ("adversarial", 3), ("train", 6)):  # train is no shift
             labels = rng.integers(classes, size=300)
             logits = rng.normal(size=(300, 6)) + (1 + 0.5 * i) * np.eye(6)[labels]
             np.savez(folder / f"{name}.npz", labels=labels, logits=logits)

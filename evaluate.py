@@ -28,9 +28,9 @@ in    <set>.npz     labels [N] (-1: none), logits [N, C], features [N, D], class
       checkpoints   .pt with weights_only, .safetensors, .npy
 out   a table on the terminal, `--json FILE` with all numbers, `--plot FILE.png|svg` (pip install matplotlib)
 
-Every estimate is {"value", "low", "high"}: 95 % percentile intervals of --boot resamples, over images for accuracies,
-over classes for correlations, over models for fits; null where nothing can be computed, or nothing was sampled.
-Fractions are in 0..1. The same seed gives the same bytes.
+Every estimate is {"value", "low", "high"}: 95 % percentile intervals of --boot resamples, over images for accuracies
+(within classes where classes weigh equally), over classes for correlations, over models for fits; null where nothing
+can be computed, or nothing was sampled. Fractions are in 0..1. The same seed gives the same bytes.
 
 Dimension key: N images, C classes, D width, K prototypes, S shifts, boot resamples.
 
@@ -88,7 +88,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     common, files, counted, shifted, device, task = (argparse.ArgumentParser(add_help=False) for _ in range(6))
-    common.add_argument("--boot", type=amount, default=1000, help="resamples of the intervals; 0 leaves intervals out")
+    common.add_argument("--boot", type=amount, default=1000, help="resamples for intervals (but fewshot's); 0: none")
     common.add_argument("--seed", type=amount, default=0, help="of resamples, splits and draws")
     common.add_argument("--json", default="", help="write all numbers to this file")
     common.add_argument("--plot", default="", help="draw to this .png or .svg (pip install matplotlib)")
@@ -129,7 +129,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                    help="images of a table's test sets, for intervals")
     p.add_argument("--split", nargs="*", type=pair(between(1e-6, 1 - 1e-6, float)), default=[], metavar="SHIFT=ACC",
                    help="two lines, left and right of this ID accuracy, for sets chosen against one model")
-    p = command("compare", "two models on the same images: paired bootstrap and McNemar's test", counted)
+    p = command("compare", "two models on the same images: paired bootstrap, McNemar's test; A's thirds", counted)
     p.add_argument("a", help="predictions; several seeds with commas between")
     p.add_argument("b", help="predictions; several seeds with commas between")
     p = command("probe", "logistic regression on features (L-BFGS), strength chosen on validation images", task, device)
@@ -202,6 +202,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--alpha: two values have the same name alpha_0.00, which has two decimals")
     if args.command == "debias" and bool(args.val_zeroshot) != bool(args.val_finetuned):
         parser.error("--val-zeroshot and --val-finetuned go together")
+    if getattr(args, "sets", []) and all(path.endswith(".npz") for path in args.inputs):
+        parser.error("--sets chooses among the sets of folders, not of .npz files")
+    if args.command == "concepts" and args.counts and args.what != "accuracy":
+        parser.error(f"concepts {args.what} has its counts in the files: --counts goes with accuracy")
     if args.json and not Path(args.json).name:
         parser.error(f"--json: {args.json} is not the name of a file")
     if args.plot and (args.command == "report" or args.command == "wiseft" and args.checkpoints):
@@ -221,7 +225,7 @@ import torch  # noqa: E402
 from scipy.sparse import coo_matrix, csr_matrix  # noqa: E402
 from scipy.sparse.csgraph import connected_components  # noqa: E402
 from scipy.special import expit, log_softmax, logit, logsumexp, softmax  # noqa: E402
-from scipy.stats import beta, binomtest, false_discovery_control, norm, rankdata, spearmanr  # noqa: E402
+from scipy.stats import beta, binom, binomtest, false_discovery_control, norm, rankdata, spearmanr  # noqa: E402
 from scipy.stats import t as student_t  # noqa: E402
 
 # ------------------------------------------------------------------------------ readers
@@ -299,17 +303,18 @@ def read_predictions(path: str | Path, *need: str, counts: str = "", multi_label
                      with_logits: bool = False) -> dict:
     """One <set>.npz, checked: {"path", "n_classes", "labels", ...}; rows without a label are left out.
 
-    need: arrays it must have; logits are read only if among them, or with_logits, where there are any. counts: a file
-    that takes the place of class_counts. multi_label: labels may be [N, C] of 1, 0 and -1 (difficult).
+    need: arrays it must have, where logits do for `predictions`; logits are read only for these two, or with_logits,
+    where there are any. counts: a file that takes the place of class_counts. multi_label: labels may be [N, C] of 1, 0
+    and -1 (difficult).
     Raises: SystemExit for a missing array, widths that differ, values that are not finite, labels out of range,
         negative counts.
     """
-    unread = () if "logits" in need or with_logits else ("logits",)
+    unread = () if {"logits", "predictions"} & {*need} or with_logits else ("logits",)
     data = read_npz(path, tuple(key for key in ROW_KEYS + CLASS_KEYS if key not in unread))
     if counts:
         data["class_counts"] = read_counts(counts, data.get("class_names"))
-    missing = [name for name in (*need, "labels") if name not in data]
-    refuse(missing, f"{path}: no array {', '.join(missing)}; found {', '.join(sorted(data)) or 'nothing'}"
+    missing = {*need, "labels"} - set(data) - ({"predictions"} if "logits" in data else set())
+    refuse(missing, f"{path}: no array {', '.join(sorted(missing))}; found {', '.join(sorted(data)) or 'nothing'}"
            f"{'; --counts names a table of them' if 'class_counts' in missing else ''}")
     labels = data["labels"]
     is_multi = multi_label and labels.ndim == 2
@@ -324,7 +329,8 @@ def read_predictions(path: str | Path, *need: str, counts: str = "", multi_label
     if is_multi and not np.isin(labels, (-1, 0, 1)).all():
         raise SystemExit(f"{path}: labels [N, C] are 1, 0 or -1 (difficult), got {labels.min()} to {labels.max()}")
     for name in (name for name in ROW_KEYS if name in data):
-        refuse(len(data[name]) != len(labels), f"{path}: {len(labels)} labels, {len(data[name])} {name}")
+        n = (*data[name].shape, "no")[0]
+        refuse(n != len(labels), f"{path}: {len(labels)} labels, {n} {name}")
     widths = {name: len(data[name]) for name in CLASS_KEYS if name in data}
     widths |= {name: data[name].shape[1] for name in ("logits", "labels") if name in data and data[name].ndim == 2}
     refuse(len(set(widths.values())) > 1, f"{path}: numbers of classes differ: {widths}")
@@ -399,12 +405,11 @@ def read_records(path: str | Path) -> list[dict[str, str]]:
         with open(path, encoding="utf-8-sig", newline="") as file:
             is_csv = Path(path).suffix == ".csv"
             options = {} if is_csv else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-            reader = csv.DictReader(file, restkey="", **options)
+            reader = csv.DictReader(file, **options)
             rows, names = list(reader), reader.fieldnames or []
     refuse(len(set(names)) < len(names), f"{path}: two columns of the same name: {', '.join(names)}")
     for i, row in enumerate(rows):
-        if "" in row or None in row.values():
-            raise SystemExit(f"{path}:{i + 2}: the row and the header have different numbers of fields")
+        refuse(None in row or None in row.values(), f"{path}:{i + 2}: the row and the header have other lengths")
     return rows
 
 
@@ -435,12 +440,16 @@ def read_named_counts(path: str | Path) -> dict[str, float]:
 
 
 def read_counts(path: str | Path, class_names: np.ndarray | None) -> np.ndarray:
-    """[C] training frequencies, by class name where the file and the predictions have names, else by place."""
-    named = read_named_counts(path)
-    if class_names is not None and set(named) & set(class_names.tolist()):
-        missing = [name for name in class_names.tolist() if name not in named]
+    """[C] training frequencies: by class name, else by id (0, 1, ...), else, of predictions without names, by place."""
+    named, names = read_named_counts(path), [] if class_names is None else [str(name) for name in class_names.tolist()]
+    if set(named) & set(names):
+        missing = [name for name in names if name not in named]
         refuse(missing, f"{path}: no count for {len(missing)} classes: {', '.join(missing[:5])}")
-        return np.array([named[name] for name in class_names.tolist()])
+        return np.array([named[name] for name in names])
+    ids = [str(i) for i in range(len(named))]
+    if set(named) == set(ids):
+        return np.array([named[i] for i in ids])
+    refuse(names, f"{path}: its classes ({', '.join(list(named)[:3])}) are none of {', '.join(names[:3])}")
     return np.array(list(named.values()))
 
 
@@ -517,8 +526,8 @@ def estimate(value: float | None, draws: np.ndarray | None = None, level: float 
              is_biased: bool = False) -> dict[str, float | None]:
     """{"value", "low", "high"}: percentile interval of the draws; draws that are not finite are left out.
 
-    is_biased: of a statistic that resampling itself raises or lowers (Gini, mean of the worst k): the basic bootstrap
-    interval, percentiles reflected at the value, which takes that bias off.
+    is_biased: of a share that resampling itself raises or lowers (Gini, ECE, mean of the worst k): the basic bootstrap
+    interval, percentiles reflected at the value, which takes that bias off; it holds the value and stays in 0..1.
     """
     value = None if value is None or not math.isfinite(value) else float(value)
     draws = np.asarray([] if draws is None else draws, float)
@@ -526,7 +535,8 @@ def estimate(value: float | None, draws: np.ndarray | None = None, level: float 
     if value is None or not len(draws):
         return {"value": value, "low": None, "high": None}
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    low, high = (2 * value - high, 2 * value - low) if is_biased else (low, high)
+    if is_biased:
+        low, high = max(0.0, min(2 * value - high, value)), min(1.0, max(2 * value - low, value))
     return {"value": value, "low": float(low), "high": float(high)}
 
 
@@ -600,14 +610,22 @@ def gini(values: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------ imbalance
 
 
+def resamples(labels: np.ndarray, boot: int, rng: np.random.Generator) -> Iterator:
+    """Index of all images, then boot resamples within classes: a test set has a fixed number of each."""
+    order = np.argsort(labels, kind="stable")
+    first, n_of = np.searchsorted(labels[order], labels[order]), np.bincount(labels)[labels[order]]
+    yield slice(None)
+    for _ in range(boot):
+        yield order[first + (rng.random(len(labels)) * n_of).astype(int)]
+
+
 def resample_images(labels: np.ndarray, predictions: np.ndarray, n_classes: int, boot: int,
                     rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Number of images of each class, of its right ones, of its predictions, each [1 + boot, C]: of the images, then of
-    resamples of them."""
+    resamples of them within classes."""
     n_test, n_right, n_predicted = (np.empty((1 + boot, n_classes), np.int32) for _ in range(3))
     cell = np.where(labels == predictions, labels, n_classes)
-    for b in range(1 + boot):
-        index = rng.integers(len(labels), size=len(labels)) if b else slice(None)
+    for b, index in enumerate(resamples(labels, boot, rng)):
         n_test[b] = np.bincount(labels[index], minlength=n_classes)
         n_right[b] = np.bincount(cell[index], minlength=n_classes + 1)[:n_classes]
         n_predicted[b] = np.bincount(predictions[index], minlength=n_classes)
@@ -683,13 +701,14 @@ def score_classes(data: dict, cuts: tuple[int, int], tail_classes: int, worst: i
     test, right, predicted = resample_images(labels, predictions, data["n_classes"], boot, rng)
     draws = ratio(right, test)  # [1 + boot, C]
     accuracy, n_predicted = draws[0], predicted[0]
-    row = {"n": len(labels), "top1": from_draws(right.sum(1) / len(labels)), "balanced": from_draws(nan_mean(draws))}
+    row = {"n": len(labels), "top1": mean_over((labels == predictions).astype(float), boot, rng),
+           "balanced": from_draws(nan_mean(draws))}
     for name, ids in class_groups(counts, cuts, tail_classes).items():
         row |= {name: from_draws(nan_mean(draws[:, ids]))} if len(ids) else {}
     k = min(worst, int(np.isfinite(accuracy).sum()))
     return row | {
         f"worst {k}": from_draws(np.sort(draws, 1)[:, :k].mean(1), is_biased=True),  # NaN sort last
-        "never right": from_draws(nan_mean(np.where(test > 0, right == 0, np.nan))),
+        "never right": mean_over(np.where(test[0] > 0, right[0] == 0, np.nan), boot, rng),
         "spearman_acc": spearman(counts, accuracy, boot, rng),
         "spearman_pred": spearman(counts, n_predicted, boot, rng),
         "spearman_acc_pred": spearman(accuracy, n_predicted.astype(float), boot, rng),
@@ -703,7 +722,7 @@ def imbalance(paths: list[str], counts: str, subset: str, cuts: tuple[int, int],
     """Rows of all models, their classes and frequency bins, and the bins' mean and std over models."""
     rows, models = {}, {}
     for name, path in zip(short_names(paths), paths):
-        data = read_predictions(path, "logits", "class_counts", counts=counts)
+        data = read_predictions(path, "logits" if subset else "predictions", "class_counts", counts=counts)
         if subset:
             data = restrict(data, *read_subset(subset, data.get("class_names"), data["n_classes"]))
         rows[name], accuracy, predicted = score_classes(data, cuts, tail_classes, worst, boot, seed)
@@ -756,11 +775,13 @@ def compare(paths_a: list[str], paths_b: list[str], counts: str, boot: int, seed
     """Two models on the same images, several seeds each: A, B, the difference B - A with its paired interval.
 
     Accuracies: the same images are resampled for both, within classes where classes weigh equally. Correlations: the
-    same classes. `seeds` is the t-interval of the difference over pairs of runs, another source of chance. McNemar's
-    exact test looks at the images that only one of a pair gets right.
+    same classes, with each file's own frequencies; head and tail are those of A's first file. `seeds` is the t-interval
+    of the difference over pairs of runs, another source of chance. McNemar's exact test looks at the images that only
+    one of a pair gets right.
     """
     rng = np.random.default_rng(seed)
-    sides = [[read_predictions(path, "logits", counts=counts) for path in paths] for paths in (paths_a, paths_b)]
+    refuse(len(paths_a) != len(paths_b), f"A has {len(paths_a)} seeds, B {len(paths_b)}: seeds are compared in pairs")
+    sides = [[read_predictions(path, "predictions", counts=counts) for path in paths] for paths in (paths_a, paths_b)]
     first = sides[0][0]
     for data in sides[0] + sides[1]:
         check_same_images(first, data)
@@ -768,25 +789,23 @@ def compare(paths_a: list[str], paths_b: list[str], counts: str, boot: int, seed
     class_counts = first.get("class_counts", np.zeros(C))
     predictions = [[predict(data)[0] for data in side] for side in sides]
     right = [np.array([p == labels for p in side]) for side in predictions]  # [runs, N] of A and of B
-    order, n_test = np.argsort(labels, kind="stable"), np.bincount(labels, minlength=C)
-    gain = (right[1].mean(0) - right[0].mean(0))[order]  # [N], by class
-    start, n_of = (np.cumsum(n_test) - n_test)[labels[order]], n_test[labels[order]]
-    per_class = np.empty((boot, C))
-    for b in range(boot):
-        index = start + (rng.random(len(gain)) * n_of).astype(int)
-        per_class[b] = ratio(np.bincount(labels[order], gain[index], C), n_test)
+    gain, n_test = right[1].mean(0) - right[0].mean(0), np.bincount(labels, minlength=C)  # [N], [C]
+    per_class = np.array([ratio(np.bincount(labels[i], gain[i], C), n_test) for i in resamples(labels, boot, rng)])[1:]
     draws = {"top1": bootstrap_means(gain, boot, rng), "balanced": nan_mean(per_class)}
     if "class_counts" in first:  # else there is no tail
         draws |= {k: nan_mean(per_class[:, ids]) for k, ids in thirds(class_counts).items()}
+    own = [[data.get("class_counts") for data in side] for side in sides]
+    if all(n is not None for n in own[0] + own[1]):
         tested = np.flatnonzero(n_test)
         classes = tested[rng.integers(len(tested), size=(boot, len(tested)))]
         for key, of in (("spearman_acc", lambda p: class_accuracy(labels, p == labels, C)),
                         ("spearman_pred", lambda p: np.bincount(p, minlength=C))):
-            means = [np.mean([rank_correlations(class_counts[classes], of(p)[classes]) for p in side], 0)
-                     for side in predictions]
+            means = [np.mean([rank_correlations(n[classes], of(p)[classes]) for n, p in zip(*side)], 0)
+                     for side in zip(own, predictions)]
             draws[key] = means[1] - means[0]
-    scores = [[score_classes(data | {"class_counts": class_counts}, (100, 20), 0, 10, 0, seed)[0] for data in side]
-              for side in sides]
+    score = lambda data, n: score_classes(data | {"class_counts": n}, (100, 20), 0, 10, 0, seed)[0]  # noqa: E731
+    scores = [[score(data, class_counts) | {k: v for k, v in score(data, data.get("class_counts", class_counts)).items()
+                                            if k.startswith("spearman")} for data in side] for side in sides]
     rows, mcnemar = {}, {}
     for key, draw in draws.items():
         a, b = ([score.get(key, estimate(None))["value"] for score in side] for side in scores)
@@ -837,29 +856,36 @@ def models_of_run(folder: Path, group: str, id_set: str, shifts: list[str], subs
     name = group or str(args.get("data", "runs") if isinstance(args, dict) else "runs")
     metrics, model = read_metrics(folder), {"model": str(folder), "group": name}
     id_path = folder / f"{id_set}.npz"
-    found = sorted(({p.stem for p in folder.glob("*.npz")} | set(metrics)) - {id_set})
+    found, whole = sorted(({p.stem for p in folder.glob("*.npz")} | set(metrics)) - {id_set, "train"}), []
     id_data = read_predictions(id_path, "logits") if id_path.is_file() else None
     for shift in shifts or found:
         path = folder / f"{shift}.npz"
         if id_data is not None and path.is_file():
             model[shift] = accuracy_pair(id_data, read_predictions(path, "logits"), subsets.get(shift, ""))
         elif all("top1" in metrics.get(s, {}) for s in (id_set, shift)):
+            refuse(shift in subsets, f"{folder}: --subset {shift} needs {id_set}.npz and {shift}.npz")
+            whole.append(shift)
             model[shift] = tuple(metrics[s].get(k, math.nan) for s in (id_set, shift) for k in ("top1", "n"))
+    if whole:
+        print(f"{folder}: {id_set} beside {', '.join(whole)} is over all classes (metrics.json)", file=sys.stderr)
     return model
 
 
 def models_of_table(path: str, group: str, id_set: str, shifts: list[str], n_of: dict[str, float]) -> list[dict]:
-    """The same from a table; accuracies are percent if one of the table is above 1."""
+    """The same from a table; a column is in percent if a value is above 1; columns of both kinds are refused."""
     rows, models = read_records(path), []
     columns = list(rows[0]) if rows else []
-    names = shifts or [c for c in columns if c not in ("model", "group", id_set) and "@" not in c]
+    names = shifts or [c for c in columns if c not in ("", "model", "group", id_set) and "@" not in c]
     wanted = [c for c in columns if c.split("@")[0] in (id_set, *names)]
-    if id_set not in columns or not names or not all("model" in row for row in rows):
-        raise SystemExit(f"{path}: found columns {columns}, expected model, {id_set} and shifts; name them by --id and "
-                         "--shifts")
+    refuse(id_set not in columns or not names or not all("model" in row for row in rows),
+           f"{path}: found columns {columns}, expected model, {id_set} and shifts; name them by --id and --shifts")
     values = [{c: number(row[c], f"{path}:{i + 2}, {c}") for c in wanted if row.get(c, "") != ""}
               for i, row in enumerate(rows)]
-    scale = 100 if max((v for row in values for v in row.values()), default=0) > 1 else 1
+    largest = {c: max((row[c] for row in values if c in row), default=0) for c in wanted}
+    percent, fraction = (", ".join(c for c in wanted if a < largest[c] <= b) for a, b in ((1, math.inf), (0, 1)))
+    scale = 100 if percent else 1
+    refuse(percent and fraction, f"{path}: {percent} look like percent, {fraction} like fractions; write all as "
+           "fractions, or name the test sets by --shifts")
     for i, (row, value) in enumerate(zip(rows, values)):
         model = {"model": row["model"], "group": group or row.get("group") or Path(path).stem}
         for shift in (s for s in names if s in value and id_set in value):
@@ -890,23 +916,34 @@ def fit_lines(x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> tuple[np.ndar
         return slope, my[..., 0] - slope * mx[..., 0], np.where(syy > 0, slope * sxy / syy, np.nan)
 
 
+def binomial_draws(p: np.ndarray, n: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """[1 + boot, ...]: accuracies p, then their binomial draws at quantiles u; p again where n is not known (NaN)."""
+    k = binom.ppf(u, np.nan_to_num(n), p)
+    return np.concatenate([p[None], np.where(np.isnan(n), p, k / np.maximum(n, 1))])
+
+
 class Line:
     """A group's fit on the logit scale, in one piece or two; row 0 of all arrays is the fit, the others its resamples'.
 
     x, y: [m] log odds. split: log odds of x that part the pieces; inf is one piece. Each resample of models has at
-    least two distinct x. level: that at which percentiles over m points have the width of a t-interval with m - 2
-    degrees of freedom (expanded percentiles: Hesterberg, arXiv 1411.5279, section 5.3.1).
+    least two distinct x; pieces of fewer than three have no interval. level: that at which percentiles over m points,
+    those of the smallest other piece, have the width of a t-interval with m - 2 degrees of freedom (expanded
+    percentiles: Hesterberg, arXiv 1411.5279, section 5.3.1).
     """
 
     def __init__(self, x: np.ndarray, y: np.ndarray, split: float, boot: int, rng: np.random.Generator):
         self.split, n, index = split, len(x), rng.integers(len(x), size=(boot, len(x)))
-        self.level = 1 - 2 * norm.cdf(-math.sqrt(n / (n - 2)) * student_t.ppf(0.975, n - 2)) if n > 2 else 0.95
+        pieces = [x < split, x >= split] if math.isfinite(split) else [np.ones(n, bool)]
+        self.sizes = [int(piece.sum()) for piece in pieces]
+        m = min((size for size in self.sizes if size > 2), default=0)
+        self.level = 1 - 2 * norm.cdf(-math.sqrt(m / (m - 2)) * student_t.ppf(0.975, m - 2)) if m else 0.95
         while np.ptp(x) > 0 and (constant := np.ptp(x[index], axis=1) == 0).any():
             index[constant] = rng.integers(n, size=(int(constant.sum()), n))
         index = np.concatenate([np.arange(n)[None], index])
-        pieces = [x < split, x >= split] if math.isfinite(split) else [np.ones(n, bool)]
         fits = [fit_lines(x[index], y[index], piece[index].astype(float)) for piece in pieces]
-        self.n, (self.slope, self.intercept, self.r2) = n, (np.stack(v, -1) for v in zip(*fits))  # [1 + boot, pieces]
+        self.slope, self.intercept, self.r2 = (np.stack(v, -1) for v in zip(*fits))  # [1 + boot, pieces]
+        for values in (self.slope, self.intercept, self.r2):  # through two models every resample has the same line
+            values[1:, np.array(self.sizes) < 3] = np.nan
 
     def at(self, x: np.ndarray) -> np.ndarray:
         """Log odds [1 + boot, m] that the lines expect at x, [m] or [1 + boot, m]."""
@@ -915,7 +952,7 @@ class Line:
 
     def estimates(self) -> list[dict]:
         """Slope, intercept and r2 of each piece, with intervals."""
-        return [{"models": self.n} | {name: from_draws(values[:, i], self.level) for name, values in zip(
+        return [{"models": self.sizes[i]} | {name: from_draws(values[:, i], self.level) for name, values in zip(
             ("slope", "intercept", "r2"), (self.slope, self.intercept, self.r2))} for i in range(self.slope.shape[1])]
 
 
@@ -932,12 +969,8 @@ def effective_robustness(models: list[dict], shifts: list[str], baseline: str, b
     rng = np.random.default_rng(seed)
     values = np.array([[m[s] for s in shifts] for m in models], float)  # [models, S, 4]
     acc_id, n_id, acc, n = np.moveaxis(values, -1, 0)  # each [models, S]
-
-    def drawn(p: np.ndarray, n: np.ndarray) -> np.ndarray:
-        k = rng.binomial(np.nan_to_num(n).astype(int), p, size=(boot, *p.shape))
-        return np.concatenate([p[None], np.where(np.isnan(n), p, k / np.maximum(n, 1))])
-
-    acc_id, acc = drawn(acc_id, n_id), drawn(acc, n)  # [1 + boot, models, S]
+    acc_id = binomial_draws(acc_id, n_id, rng.random((boot, len(models), 1)))  # the shifts share the ID images
+    acc = binomial_draws(acc, n, rng.random((boot, *acc.shape)))  # [1 + boot, models, S]
     # The average is one more shift, with the summed images as its n.
     acc_id, acc = (np.concatenate([v, v.mean(-1, keepdims=True)], -1) for v in (acc_id, acc))
     n_id, n = (np.concatenate([v, v.sum(-1, keepdims=True)], -1) for v in (n_id, n))
@@ -956,17 +989,17 @@ def effective_robustness(models: list[dict], shifts: list[str], baseline: str, b
                 fits[f"{shift}, {g}{side}"] = fit
             at, tail = line.at(grid), (1 - line.level) / 2
             curves[shift][g] = {"x": expit(grid), "y": expit(at[0])}
-            known = at[1:][np.isfinite(at[1:, np.isfinite(at[0])]).all(1)]  # a piece of one model has no line
-            if len(known):
+            has = np.isfinite(at[1:]).any(0)  # a piece of two models has no interval, of one no line
+            known = at[1:][np.isfinite(at[1:, has]).all(1)]
+            if has.any() and len(known):
                 low, high = expit(np.quantile(known, [tail, 1 - tail], axis=0))
                 curves[shift][g] |= {"low": low, "high": high}
         line, base = lines[baseline], x[0, groups == baseline, s]
         rhos.append(acc[:, :, s] - expit(line.at(x[:, :, s])))  # [1 + boot, models]
         for i, row in enumerate(rows.values()):
-            n_pair = (n_id[i, s], n[i, s]) if shift != "average" else (np.nan, np.nan)
-            row |= {f"{shift} id": clopper_pearson(acc_id[0, i, s], n_pair[0]),
-                    shift: clopper_pearson(acc[0, i, s], n_pair[1]),
-                    f"{shift} rho": from_draws(rhos[-1][:, i], line.level),
+            for key, a, m in ((f"{shift} id", acc_id[:, i, s], n_id[i, s]), (shift, acc[:, i, s], n[i, s])):
+                row[key] = from_draws(a) if shift == "average" and m > 0 else clopper_pearson(a[0], m)
+            row |= {f"{shift} rho": from_draws(rhos[-1][:, i], line.level),
                     f"{shift} extrapolated": bool(not base.min() <= x[0, i, s] <= base.max())}
     for i, row in enumerate(rows.values()):
         row["mean_rho"] = from_draws(np.mean([rho[:, i] for rho in rhos[:-1]], 0), line.level)
@@ -995,16 +1028,16 @@ def robustness(inputs: list[str], id_set: str, shifts: list[str], baseline: str,
             missing = ", ".join(s for s in shifts if s not in m)
             print(f"left out {m['model']}: no accuracy on {missing}", file=sys.stderr)
     names = [m["model"] for m in kept]
-    if not kept or not shifts or len(set(names)) < len(names):
-        raise SystemExit(f"{len(models)} models, {len(kept)} of them with {id_set} and all of {shifts}; each needs its "
-                         f"own name ({len(set(names))} names); --id and --shifts choose the sets")
+    refuse(not kept or not shifts or len(set(names)) < len(names),
+           f"{len(models)} models, {len(kept)} of them with {id_set} and all of {shifts}; each needs its own name "
+           f"({len(set(names))} names); --id and --shifts choose the sets")
     for flag, values in (("--n", n_of), ("--split", splits), ("--subset", subsets)):
-        unknown = set(values) - {id_set, *shifts, *(f"{id_set}@{s}" for s in shifts)}
-        refuse(unknown, f"{flag}: no set {', '.join(sorted(unknown))}; there are {id_set}, {', '.join(shifts)}")
+        known = [*([id_set, *(f"{id_set}@{s}" for s in shifts)] if flag == "--n" else ()), *shifts]
+        unknown = set(values) - set(known)
+        refuse(unknown, f"{flag}: no set {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     baseline, groups = baseline or kept[0]["group"], [m["group"] for m in kept]
-    if groups.count(baseline) < 2:
-        raise SystemExit(f"--baseline {baseline}: {groups.count(baseline)} models, a line needs 2; groups are "
-                         f"{sorted(set(groups))}")
+    refuse(groups.count(baseline) < 2, f"--baseline {baseline}: {groups.count(baseline)} models, a line needs 2; "
+           f"groups are {sorted(set(groups))}")
     refuse(before and before not in names, f"--before: no model {before}")
     return effective_robustness(kept, shifts, baseline, before, splits, boot, seed)
 
@@ -1141,6 +1174,8 @@ def average_precision(scores: np.ndarray, labels: np.ndarray, weights: np.ndarra
         return np.full(len(weights), np.nan)
     weights, labels = weights[:, order].astype(float), labels[order]
     right, shown = np.cumsum(weights * labels, 1), np.cumsum(weights, 1)
+    last = np.searchsorted(-scores[order], -scores[order], side="right") - 1  # equal scores are shown together
+    right, shown = right[:, last], shown[:, last]
     recall, precision = ratio(right, right[:, -1:]), np.nan_to_num(ratio(right, shown))
     best = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]
     places = [(recall >= t / 10 - 1e-12).argmax(1) for t in range(11)]
@@ -1187,6 +1222,8 @@ def read_tasks(inputs: list[str], sets: list[str], multi_label: bool) -> Iterato
         for part in parts[1:]:
             if part and any(part[k].shape[1:] != parts[0][k].shape[1:] for k in ("features", "labels")):
                 raise SystemExit(f"{part['path']} and {paths[0]} have features or labels of different widths")
+        refuse(parts[1] is not None and np.array_equal(parts[1]["features"], parts[2]["features"]),
+               f"{paths[1]} and {paths[2]} hold the same images: those for validation must not be the test's")
         yield model, name, *parts
 
 
@@ -1252,14 +1289,17 @@ def metric_of(name: str, labels: np.ndarray, metric: str) -> str:
 def transfer(command: str, inputs: list[str], sets: list[str], ks: list[int], protocol: str, C: float, metric: str,
              shots: list[int], n_draws: int, boot: int, seed: int, device: str) -> dict:
     """Table of models x sets, with the mean and the difference to the first model on the same test images."""
-    rows, details, draws = {}, [], {}
+    rows, details, draws, tests = {}, [], {}, {}
     for model, name, train, val, test in read_tasks(inputs, sets, command == "probe"):
-        n_classes, kind = max(train["n_classes"], test["n_classes"]), metric_of(name, test["labels"], metric)
+        check_same_images(tests.setdefault(name, {k: test[k] for k in ("path", "labels", "rows") if k in test}), test)
+        n_classes = max(part["n_classes"] for part in (train, val, test) if part)
+        kind = metric_of(name, test["labels"], metric)
         both = train if val is None else {k: np.concatenate([train[k], val[k]]) for k in ("features", "labels")}
         row, about, outcomes = rows.setdefault(model, {}), {"model": model, "set": name, "metric": kind}, {}
         for k in shots:
             values = [few_shot(both, test, n_classes, k, C, kind, seed + i, device) for i in range(n_draws)]
-            row[f"{name} {k}-shot"] = t_interval(values)
+            column = f"{name} {k}-shot"
+            row[column], draws.setdefault(model, {})[column] = t_interval(values), np.array(values)
             details.append(about | {"shots": k, "draws": values})
         if command == "probe":
             outcomes[name] = probe_scores(train, val, both, test, n_classes, protocol, C, kind, seed, device)
@@ -1275,7 +1315,8 @@ def transfer(command: str, inputs: list[str], sets: list[str], ks: list[int], pr
             columns["mean"] = np.mean(list(columns.values()), 0)
             rows[model]["mean"] = from_draws(columns["mean"])
         if model != base:
-            rows[f"{model} - {base}"] = {c: from_draws(d - draws[base][c]) for c, d in columns.items()}
+            interval = t_interval if command == "fewshot" else from_draws
+            rows[f"{model} - {base}"] = {c: interval(d - draws[base][c]) for c, d in columns.items()}
     return {"rows": rows, "details": details}
 
 
@@ -1371,7 +1412,8 @@ def retrieval(paths: list[str], ks: list[int], boot: int, seed: int, device: str
             hits = np.bincount(owner, t2i < k)
             rows[name] |= {f"i2t_r{k}": from_draws([w @ (i2t < k) / n for w in weights]),
                            f"t2i_r{k}": from_draws([w @ hits / (w @ n_texts) for w in weights])}
-        rows[name] |= {"i2t median rank": float(np.median(i2t) + 1), "t2i median rank": float(np.median(t2i) + 1)}
+        for way, rank, image in (("i2t", i2t, slice(None)), ("t2i", t2i, owner)):
+            rows[name][f"{way} median rank"] = from_draws([np.median(np.repeat(rank, w[image])) + 1 for w in weights])
     return {"rows": rows}
 
 
@@ -1433,8 +1475,8 @@ def calibration(paths: list[str], n_bins: int, fraction: float, boot: int, seed:
     for name, path in zip(short_names(paths), paths):
         data, rng = read_predictions(path, "logits"), np.random.default_rng(seed)
         is_fit = rng.random(len(data["labels"])) < fraction
-        if is_fit.all() or not is_fit.any():
-            raise SystemExit(f"{path}: {len(is_fit)} images do not split into --fraction {fraction} and the rest")
+        refuse(is_fit.all() or not is_fit.any(),
+               f"{path}: {len(is_fit)} images do not split into --fraction {fraction} and the rest")
         temperature = fit_temperature(data["logits"][is_fit], data["labels"][is_fit])
         logits, labels = data["logits"][~is_fit], data["labels"][~is_fit]
         right = predict(data)[0][~is_fit] == labels
@@ -1503,18 +1545,20 @@ def within_variability(features: np.ndarray, labels: np.ndarray, means: np.ndarr
 def cosine_gaps(vectors: np.ndarray, is_centred: bool) -> tuple[np.ndarray, np.ndarray]:
     """NC2 of each class: mean and largest |cosine to another class + 1 / (C - 1)|; 0 is a simplex. [C] each.
 
-    vectors: [C, D], rows of NaN are left out. NaN for a row without direction, and for a single class.
+    vectors: [C, D], rows of NaN are left out, and rows without direction, which have NaN, as has a single class.
     """
     tested = np.isfinite(vectors[:, 0])
-    rows, n = vectors[tested], int(tested.sum())
-    rows = rows - rows.mean(0) if is_centred and n else rows
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    rows = vectors[tested]
+    rows = rows - rows.mean(0) if is_centred and len(rows) else rows
+    norms = np.linalg.norm(rows, axis=1)
+    has = norms > 1e-12 * max(norms.max(initial=0), 1e-300)
+    ids, n = np.flatnonzero(tested)[has], int(has.sum())
     mean, nearest = np.full(len(vectors), np.nan), np.full(len(vectors), np.nan)
     if n > 1:
-        unit = np.where(norms > 1e-12 * max(norms.max(), 1e-300), rows / np.maximum(norms, 1e-300), np.nan)
+        unit = rows[has] / norms[has, None]
         gap = np.abs(unit @ unit.T + 1 / (n - 1))
         np.fill_diagonal(gap, 0)
-        mean[tested], nearest[tested] = gap.sum(1) / (n - 1), gap.max(1)
+        mean[ids], nearest[ids] = gap.sum(1) / (n - 1), gap.max(1)
     return mean, nearest
 
 
@@ -1533,8 +1577,9 @@ def collapse(paths: list[str], counts: str, boot: int, seed: int) -> dict:
                 suffix = "" if is_centred == (letter == "M") else " centred" if is_centred else " uncentred"
                 gaps = cosine_gaps(np.asarray(vectors, np.float64), is_centred)
                 metrics |= {f"NC2_{letter}{suffix}": gaps[0], f"NC2_{letter} nn{suffix}": gaps[1]}
-        right = predict(data)[0] == labels if "logits" in data or "predictions" in data else np.zeros(len(labels), bool)
-        accuracy, frequency = class_accuracy(labels, right, C), data.get("class_counts", np.full(C, np.nan))
+        accuracy, frequency = np.full(C, np.nan), data.get("class_counts", np.full(C, np.nan))
+        if "logits" in data or "predictions" in data:
+            accuracy = class_accuracy(labels, predict(data)[0] == labels, C)
         for metric, values in metrics.items():
             rows[f"{name} {metric}" if len(paths) > 1 else metric] = {
                 "mean": mean_over(values, boot, rng), "rho(freq)": spearman(frequency, values, boot, rng),
@@ -1576,13 +1621,14 @@ def similarity(path_a: str, path_b: str, n_pairs: int, max_images: int, min_pair
 
     Per class a random max_images images of each set; pairs i < j only. The distribution takes the same number of
     pairs of a class from both sets, at most n_pairs, with replacement. Classes with fewer than min_pairs in either are
-    left out. Source: Shirali and Hardt, arXiv 2310.06872; their intervals resample pairs, ours images.
+    left out. Source: Shirali and Hardt, arXiv 2310.06872; their intervals resample pairs, ours images. False
+    discoveries: t-tests, with the draws' standard deviation, as shares of --boot draws do not get small enough.
     """
     rng = np.random.default_rng(seed)
     sides = [read_predictions(path, "features") for path in (path_a, path_b)]
     widths = [side["features"].shape[1] for side in sides]
     refuse(widths[0] != widths[1], f"{path_a} has features of width {widths[0]}, {path_b} of {widths[1]}")
-    classes, means, draws, samples = [], [], [], ([], [])
+    classes, means, draws, samples, free = [], [], [], ([], []), []
     for c in np.intersect1d(*(side["labels"] for side in sides)):
         chosen = [rng.permutation(np.flatnonzero(side["labels"] == c))[:max_images] for side in sides]
         units = [unit_rows(side["features"][rows]) for side, rows in zip(sides, chosen)]
@@ -1597,12 +1643,14 @@ def similarity(path_a: str, path_b: str, n_pairs: int, max_images: int, min_pair
         classes.append(int(c))
         means.append(value)
         draws.append(draw[0] - draw[1])
+        free.append(sum(map(len, chosen)) - 2)
     refuse(not classes, f"{path_a} and {path_b}: no class with {min_pairs} pairs of images in both")
     means, draws = np.array(means), np.array(draws)  # [C, 2], [C, boot]
     difference = means[:, 0] - means[:, 1]
     ends = [estimate(d, draw) for d, draw in zip(difference, draws)]
-    p = np.minimum(1, 2 * (1 + np.minimum((draws <= 0).sum(1), (draws >= 0).sum(1))) / (1 + boot))
-    found = benjamini_hochberg(p) if boot else np.zeros(len(p), bool)
+    spread = np.ma.masked_invalid(draws).std(1).filled(0)
+    spread = np.where(spread > 1e-12, spread, np.inf)  # no draws, or all alike: no evidence
+    found = benjamini_hochberg(2 * student_t.sf(np.abs(difference) / spread, free))
     names, index = short_names([path_a, path_b]), rng.integers(len(classes), size=(boot, len(classes)))
     rows = {"classes": len(classes), f"mean of {names[0]}": mean_over(means[:, 0], boot, rng),
             f"mean of {names[1]}": mean_over(means[:, 1], boot, rng),
@@ -1944,6 +1992,7 @@ def debias(zeroshot: str, finetuned: str, val_zeroshot: str, val_finetuned: str,
     if val_zeroshot:
         held_out = [read_predictions(path, "logits") for path in (val_zeroshot, val_finetuned)]
         check_same_images(*held_out)
+        refuse(np.array_equal(held_out[0]["logits"], zs["logits"]), f"{val_zeroshot} holds the test images")
         refuse(held_out[0]["n_classes"] != C, f"{val_zeroshot} has {held_out[0]['n_classes']} classes, {zeroshot} {C}")
     else:
         order = np.random.default_rng(seed).permutation(len(labels))
@@ -1951,8 +2000,10 @@ def debias(zeroshot: str, finetuned: str, val_zeroshot: str, val_finetuned: str,
         held_out = [with_rows(data, ~test) for data in (zs, ft)]
         refuse(not test.any(), f"{zeroshot}: {len(labels)} images, too few to hold out half")
     counts = read_counts(prior, ft.get("class_names")) if prior not in ("", "uniform") else ft.get("class_counts")
+    counts = np.ones(C) if prior == "uniform" and group_by == "prior" else counts
     if counts is None or len(counts) != C:
-        raise SystemExit(f"{finetuned}: no class_counts of {C} classes: pass --prior FILE or uniform")
+        way = "--group-by prior" if prior == "uniform" else "--prior FILE or uniform"
+        raise SystemExit(f"{finetuned}: no class_counts of {C} classes: pass {way}")
     share = np.ones(C) if prior == "uniform" else np.maximum(counts, 0.5)  # never seen counts as half an image
     val = {"zs": held_out[0]["logits"], "ft": held_out[1]["logits"], "labels": held_out[0]["labels"]}
     val |= {"ft_features": held_out[1]["features"]} if "features" in held_out[1] else {}
@@ -1961,16 +2012,20 @@ def debias(zeroshot: str, finetuned: str, val_zeroshot: str, val_finetuned: str,
     refuse(set(outcome) & set(extra), f"--more: the table has {', '.join(set(outcome) & set(extra))} already")
     predictions = {name: f.argmax(1) for name, f in outcome.items()}
     predictions |= {"zero-shot": predict(cut[0])[0], "fine-tuned": predict(cut[1])[0]}
+    same = {"lambda": ("zero-shot - lambda ln mean", "zero-shot"), "tau": ("logit adjustment", "fine-tuned")}
+    predictions |= {a: predictions[b] for key, (a, b) in same.items() if chosen[key] == 0}  # the model itself, ties too
     predictions |= {name: predict(data)[0][test] for name, data in extra.items()}
     order_by = chosen["q"] if group_by == "prior" else counts
     rows, draws = {}, {}
     for name, predicted in predictions.items():
         n_test, right, n_predicted = resample_images(labels[test], predicted, C, boot, np.random.default_rng(seed))
         per_class = ratio(right, n_test)
-        draws[name] = {"top1": right.sum(1) / test.sum(), "balanced": nan_mean(per_class)} | {
+        hit = (labels[test] == predicted).astype(float)
+        top1 = np.r_[hit.mean(), bootstrap_means(hit, boot, np.random.default_rng(seed))]
+        draws[name] = {"top1": top1, "balanced": nan_mean(per_class)} | {
             k: nan_mean(per_class[:, ids]) for k, ids in thirds(order_by).items()}
         rows[name] = {k: from_draws(d) for k, d in draws[name].items()}
-        rows[name]["spearman_pred"] = rank_correlation(order_by, n_predicted[0])
+        rows[name]["spearman_pred"] = spearman(order_by, n_predicted[0], boot, np.random.default_rng(seed))
     deltas = {f"minus {base}": {name: {k: from_draws(d - draws[base][k]) for k, d in draws[name].items()}
                                 for name in rows if name != base} for base in ("zero-shot", "fine-tuned")}
     return {"rows": rows} | deltas | {"chosen": chosen, "n_test": int(test.sum()), "n_held_out": len(val["labels"])}
@@ -2005,9 +2060,8 @@ def wiseft(paths: list[str], alphas: list[float], out: str) -> dict:
             for c in contents)
     differing = sorted(k for k in a.keys() | b.keys()
                        if k not in a or k not in b or a[k].shape != b[k].shape or a[k].is_complex())
-    if differing or not a:
-        raise SystemExit(f"{paths[0]} and {paths[1]}: {len(differing)} of {len(a)} entries are not in both with the "
-                         f"same shape: {', '.join(differing[:5])}")
+    refuse(differing or not a, f"{paths[0]} and {paths[1]}: {len(differing)} of {len(a)} entries are not in both with "
+           f"the same shape: {', '.join(differing[:5])}")
     # Prototypes were made by one of the towers: they are kept only where both have the same.
     more = {k: v for k, v in contents[1].items() if k not in ("state_dict", "optimizer", "scaler", "rng", "seconds")}
     same = [c.get("prototypes") for c in contents]
@@ -2021,7 +2075,7 @@ def wiseft(paths: list[str], alphas: list[float], out: str) -> dict:
     return {"rows": rows}
 
 
-def wiseft_results(folder: str, id_set: str, shifts: list[str]) -> dict:
+def wiseft_results(folder: str, id_set: str, shifts: list[str], boot: int, seed: int) -> dict:
     """Accuracy in distribution and under shift of FOLDER/alpha_*/, which the training script's --eval-only wrote."""
     rows = {}
     for path in sorted(Path(folder).glob("alpha_*/")):
@@ -2030,11 +2084,13 @@ def wiseft_results(folder: str, id_set: str, shifts: list[str]) -> dict:
         refuse(not names, f"{path}: no {id_set} and shifts in its metrics.json or .npz")
         id_path = path / f"{id_set}.npz"  # over all of its classes; the pairs are over those of a shift
         whole = accuracy_of(read_predictions(id_path, "logits")) if id_path.is_file() else model[names[0]][:2]
-        row = {id_set: clopper_pearson(*whole), "average": estimate(np.mean([model[s][2] for s in names]))}
+        p, n = np.array([model[s][2:] for s in names]).T
+        draws = binomial_draws(p, n, np.random.default_rng(seed).random((boot, len(n)))).mean(1)
+        row = {id_set: clopper_pearson(*whole), "average": estimate(draws[0], draws[1:] if (n > 0).all() else None)}
         row |= {s: clopper_pearson(*model[s][2:]) for s in names}
         rows[f"{number(path.name.removeprefix('alpha_'), str(path)):.2f}"] = row
-        if row.keys() != next(iter(rows.values())).keys():
-            raise SystemExit(f"{path}: has {', '.join(names)}, other alphas have other sets; --shifts chooses")
+        refuse(row.keys() != next(iter(rows.values())).keys(),
+               f"{path}: has {', '.join(names)}, other alphas have other sets; --shifts chooses")
     refuse(not rows, f"{folder}: no alpha_*/ folders; evaluate the checkpoints first")
     return {"rows": rows, "id": id_set}
 
@@ -2095,7 +2151,7 @@ def concept_sets(paths: list[str], counts: str, boot: int, seed: int) -> dict:
     """Correlations of several models on several concept sets: MODEL/SET.npz; means over models (figure 12)."""
     sets, keys, rows = {}, ("top1", "spearman_acc", "spearman_pred"), {}
     for path in paths:
-        data = read_predictions(path, "logits", "class_counts", counts=counts)
+        data = read_predictions(path, "predictions", "class_counts", counts=counts)
         row = score_classes(data, (100, 20), 0, 10, boot, seed)[0]
         sets.setdefault(Path(path).stem, {})[str(Path(path).parent)] = {key: row[key] for key in keys}
     for name, models in sets.items():
@@ -2244,7 +2300,8 @@ def svg_chart(series: dict[str, list[tuple]], title: str, x_title: str, x_names:
     """
     points = [p for ps in series.values() for p in ps]
     values = [p[0] for p in points], [v for p in points for v in p[1:4] if v is not None]
-    (x0, x1), (y0, y1) = ((min(v) - pad, max(v) + pad) for v in values for pad in [0.06 * (max(v) - min(v) or 1)])
+    (x0, x1), (y0, y1) = ((min(v) - pad, max(v) + pad) for v in values
+                            for pad in [0.06 * (max(v) - min(v) if max(v) - min(v) > 1e-6 else 1)])
     bend = (lambda v: float(logit(min(max(v, 1e-3), 0.999)))) if is_logit else (lambda v: v)  # noqa: E731
     (u0, u1), (v0, v1) = map(bend, (x0, x1)), map(bend, (y0, y1))
 
@@ -2357,12 +2414,15 @@ def report_runs(runs: list[str], out: str, markdown: str, boot: int, seed: int) 
         text, more, columns = set_section(test_set, rows, x_names)
         body, lines = [*body, text], lines + more
         tables[test_set] = {name: {c: row.get(c) for c in columns} for name, row in rows.items()}
-    for name, score in scores.items() if len(sets) > 2 else ():
-        others = np.array([value_of(score[s].get("top1")) for s in sets[1:] if s in score])
-        shifted[name] = {"id": score.get(sets[0], {}).get("top1"), "shift": estimate(float(nan_mean(others)))}
+    judged = {name: score for name, score in scores.items() if score.get(sets[0], {}).get("top1")}
+    common = [s for s in sets[1:] if s != "train" and all(score.get(s, {}).get("top1") for score in judged.values())]
+    for name, score in judged.items() if len(sets) > 2 and common else ():
+        mean = float(np.mean([value_of(score[s]["top1"]) for s in common]))
+        shifted[name] = {"id": score[sets[0]]["top1"], "shift": estimate(mean)}
     points = chart_points(shifted, "id", "shift", x_names)
     if points:
-        chart = svg_chart(points, f"mean top-1 of the other sets against {sets[0]}", f"top-1, {sets[0]}", is_logit=True)
+        title = f"mean top-1 of {', '.join(common)} against {sets[0]}"
+        chart = svg_chart(points, title, f"top-1, {sets[0]}", is_logit=True)
         body.append(f'<h2>Under shift</h2><div class="charts">{chart}</div>')
     for name, path in files.items():
         text, more = file_section(name, path)
@@ -2554,7 +2614,7 @@ def main(args: argparse.Namespace) -> None:
         results = debias(args.zeroshot, args.finetuned, args.val_zeroshot, args.val_finetuned, dict(args.more),
                          args.prior, args.group_by, args.calibrate, boot, seed)
     elif args.command == "wiseft":
-        results = wiseft_results(args.results, args.id, args.shifts) if args.results else wiseft(
+        results = wiseft_results(args.results, args.id, args.shifts, boot, seed) if args.results else wiseft(
             args.checkpoints, args.alpha, args.out)
     elif args.command == "concepts" and args.what == "accuracy":
         results = concept_sets(args.files, args.counts, boot, seed)

@@ -164,8 +164,10 @@ TABLE = "model,group,val,v2\na,x,50,40\nb,x,60,50\nc,x,70,62\nd,y,65,61\n"
 @pytest.mark.parametrize(
     "table, flags, text",
     [
-        (TABLE, "--n sketch=5", "no set sketch; there are val, v2"),
+        (TABLE, "--n sketch=5", "no set sketch; there are val, val@v2, v2"),
         (TABLE, "--split sketch=0.5", "no set sketch"),
+        (TABLE, "--split val=0.5", "no set val; there are v2"),
+        ("model,val,v2,epochs\na,.5,.4,32\nb,.6,.5,32\n", "", "epochs look like percent, val, v2 like fractions"),
         ("model,val,v2,v2\na,1,2,3\n", "", "two columns of the same name"),
         ('[{"model": "a", "val": 0.5, "v2": 0.4}, {"val": 0.5, "v2": 0.4}]', "", "expected model"),
         ("[" * 100_000, "", "cannot be read as a table"),
@@ -178,16 +180,20 @@ def test_bad_robustness_tables(folder, monkeypatch, table, flags, text):
 
 
 def test_lines_that_some_resamples_do_not_have(folder, monkeypatch):
-    """Two pieces of two models each, or identical x: bands of the resamples that have a line, and a plot."""
+    """Pieces of one and two models, or identical x: bands of the resamples that have a line, and a plot."""
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(folder)
     (folder / "t.csv").write_text(TABLE)
     (folder / "same.csv").write_text("model,val,v2\na,50,40\nb,50,50\n")
     for line in ("t.csv --split v2=0.65", "same.csv"):
         run_here(evaluate, "robustness", *line.split(), "--boot", 50, "--plot", "o.png", "--json", "o.json")
-    run_here(evaluate, "robustness", "t.csv", "--split", "v2=0.55", "--boot", 200, "--json", "o.json")
-    low = json.loads((folder / "o.json").read_text())["curves"]["v2"]["x"]["low"]
-    assert low[-1] is not None
+    (folder / "t.csv").write_text(TABLE + "e,x,55,46\nf,x,72,60\n")
+    run_here(evaluate, "robustness", "t.csv", "--split", "v2=0.57", "--boot", 200, "--json", "o.json")
+    results = json.loads((folder / "o.json").read_text())
+    low, fits = results["curves"]["v2"]["x"]["low"], results["fits"]
+    assert low[0] is None and low[-1] is not None  # through two models every resample has the same line
+    assert [fits[f"v2, x, {side}"]["models"] for side in ("left", "right")] == [2, 3]
+    assert fits["v2, x, left"]["slope"]["value"] is not None is fits["v2, x, left"]["slope"]["low"]
 
 
 @pytest.mark.parametrize(
@@ -272,7 +278,8 @@ def test_wiseft_curve_is_over_all_classes_of_the_id_set(tmp_path, monkeypatch):
     part = arrays() | {"labels": LABELS % 2}
     for name, data in (("val", arrays()), ("adversarial", part)):
         np.savez(f"alpha_0.50/{name}.npz", labels=data["labels"], logits=data["logits"])
-    row = evaluate.wiseft_results(".", "val", [])["rows"]["0.50"]
+    row = evaluate.wiseft_results(".", "val", [], 200, 0)["rows"]["0.50"]
+    assert row["average"]["low"] < row["average"]["value"] < row["average"]["high"]
     assert row["val"]["value"] == pytest.approx((arrays()["logits"].argmax(1) == LABELS).mean())
     (tmp_path / "alpha_1.00").mkdir()
     (tmp_path / "alpha_1.00" / "metrics.json").write_text('{"val": {"top1": 0.5, "n": 9}, "v2": {"top1": 0.4, "n": 9}}')
@@ -286,7 +293,8 @@ def test_wiseft_curve_is_over_all_classes_of_the_id_set(tmp_path, monkeypatch):
      "fewshot a b --shots 0", "fewshot a b --draws 0", "retrieval a --k 0", "calibration a --bins 0", "calibration a --fraction nan",
      "similarity a b --pairs 0", "prototypes a --eps nan", "prototypes a --eps 0", "prototypes a --samples -1",
      "wiseft a b --alpha nan", "wiseft a b --alpha 0.001 0.002", "robustness a --n v2=-5", "robustness a --n v2=inf", "robustness a --n v2",
-     "robustness a --split v2=0", "debias --zeroshot a --finetuned b --more c"],
+     "robustness a --split v2=0", "debias --zeroshot a --finetuned b --more c",
+     "knn a.npz b.npz --sets c", "concepts agree a b --counts c", "concepts shared a b --counts c"],
 )  # fmt: skip
 def test_flags_out_of_range(line, capsys):
     with pytest.raises(SystemExit) as error:

@@ -44,7 +44,9 @@ def test_nc2_by_hand():
     np.testing.assert_allclose([mean, nearest], 0, atol=1e-12)
     assert evaluate.cosine_gaps(np.eye(3), False)[0] == pytest.approx([0.5] * 3)
     mean, _ = evaluate.cosine_gaps(np.array([[1.0, 0], [-1, 0], [0, 0], [np.nan, 0]]), True)
-    assert np.isnan(mean[2]) and np.isnan(mean[3])
+    assert np.isnan(mean[2]) and np.isnan(mean[3]) and mean[:2] == pytest.approx([0, 0], abs=1e-12)
+    mean, _ = evaluate.cosine_gaps(np.array([[0.0, 0], [1, 0], [0, 1], [-1, 0]]), False)
+    assert np.isnan(mean[0]) and mean[1:] == pytest.approx([0.5, 0.5, 0.5])  # as without the row
     rng = np.random.default_rng(0)
     rows = evaluate.unit_rows(rng.normal(size=(7, 4)))
     gap = [[abs(rows[i] @ rows[j] + 1 / 6) for j in range(7) if j != i] for i in range(7)]
@@ -84,6 +86,19 @@ def test_similarity_of_two_sets(tmp_path):
     assert same["rows"]["difference"]["value"]["value"] == pytest.approx(0, abs=1e-12)
     with pytest.raises(SystemExit, match="no class with 10000 pairs"):
         evaluate.similarity(str(tmp_path / "a.npz"), str(tmp_path / "b.npz"), 50, 20, 10_000, 10, 0)
+
+
+def test_similarity_finds_one_class_among_many(tmp_path):
+    """A single class of 200 that differs: shares of 50 draws are never below 2 / 51, which 200 tests would not let pass."""
+    rng, labels = np.random.default_rng(0), np.repeat(np.arange(200), 8)
+    centers = rng.normal(size=(200, 16))
+    for name in "ab":
+        spread = np.where(labels == 7, 2.0 if name == "a" else 0.1, 0.7)[:, None]
+        features = centers[labels] + spread * rng.normal(size=(1600, 16))
+        np.savez(tmp_path / f"{name}.npz", features=features, labels=labels)
+    rows = evaluate.similarity(str(tmp_path / "a.npz"), str(tmp_path / "b.npz"), 50, 20, 7, 50, 0)["rows"]
+    assert rows["share of classes less alike in A, 5 % false discoveries"]["value"] == 1 / 200
+    assert rows["share of classes more alike in A, 5 % false discoveries"]["value"] == 0
 
 
 def on_circle(*degrees):
@@ -191,6 +206,37 @@ def test_debiasing_helps_and_reports_deltas(tmp_path):
     assert result["minus zero-shot"]["GLA"]["tail"]["value"] == pytest.approx(value)
 
 
+def test_debias_refuses_the_test_images_as_held_out_ones(tmp_path):
+    zs, ft = biased_pair(tmp_path, n=200)
+    with pytest.raises(SystemExit, match="holds the test images"):
+        evaluate.debias(zs, ft, zs, ft, {}, "", "counts", False, 10, 0)
+
+
+def test_debias_by_nothing_is_the_model_itself(tmp_path):
+    """tau or lambda 0 keeps the file's own predictions where rounded logits tie; counts are only asked for if used."""
+    rng, labels = np.random.default_rng(0), np.arange(400) % 4
+    for name in ("zs", "ft"):
+        logits = 5 * np.eye(4)[labels] + rng.integers(2, size=(400, 4))
+        logits[::7] = 0  # all tie
+        np.savez(tmp_path / f"{name}.npz", labels=labels, logits=logits, predictions=np.where(
+            np.arange(400) % 7, logits.argmax(1), rng.integers(4, size=400)))  # fmt: skip
+    files = [str(tmp_path / f"{name}.npz") for name in ("zs", "ft")]
+    result = evaluate.debias(*files, "", "", {}, "uniform", "prior", False, 20, 0)
+    assert result["chosen"]["tau"] == 0
+    assert result["rows"]["logit adjustment"] == result["rows"]["fine-tuned"]
+    assert result["rows"]["GLA"]["spearman_pred"].keys() == {"value", "low", "high"}
+    with pytest.raises(SystemExit, match="no class_counts of 4 classes: pass --group-by prior"):
+        evaluate.debias(*files, "", "", {}, "uniform", "counts", False, 20, 0)
+
+
+def test_collapse_without_logits_has_no_accuracy(tmp_path):
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "a.npz", labels=np.arange(40) % 4, features=rng.normal(size=(40, 6)), class_counts=np.arange(4))
+    result = evaluate.collapse([str(tmp_path / "a.npz")], "", 10, 0)
+    (model,) = result["models"].values()
+    assert np.isnan(model["accuracy"]).all() and result["rows"]["NC1"]["rho(acc)"]["value"] is None
+
+
 def test_nothing_is_chosen_on_test_labels(tmp_path):
     """Other labels of the test images leave every prediction, tau, lambda and q as they are."""
     rng, C = np.random.default_rng(0), 5
@@ -250,7 +296,7 @@ def test_wiseft_curve_reads_metrics(tmp_path):
         (tmp_path / f"alpha_{alpha}").mkdir()
         sets = {s: {"n": 100, "top1": top1 - d} for s, d in (("val", 0), ("v2", 0.1), ("sketch", 0.3))}
         (tmp_path / f"alpha_{alpha}" / "metrics.json").write_text(json.dumps(sets | {"run": {}}))
-    rows = evaluate.wiseft_results(str(tmp_path), "val", [])["rows"]
+    rows = evaluate.wiseft_results(str(tmp_path), "val", [], 50, 0)["rows"]
     assert list(rows) == ["0.00", "1.00"] and rows["1.00"]["average"]["value"] == pytest.approx(0.5)
 
 
@@ -321,6 +367,18 @@ def test_report_of_thirty_runs_is_one_small_page(tmp_path):
     assert (tmp_path / "r.md").read_text().count("\n| <b>series") == 30 * 7
     low = result["sets"]["val"]["<b>series1/1"]["top1"]["low"]
     assert 0 <= low < result["sets"]["val"]["<b>series1/1"]["top1"]["value"]
+
+
+def test_report_under_shift_is_over_the_sets_of_all_runs(tmp_path):
+    """A run without sketch is not compared by an average without it; `train` is no shift; x that differ by rounding."""
+    for name, sets in (("a", {"val": 0.3, "v2": 0.4, "sketch": 0.1, "train": 0.9}), ("pairs", {}),
+                       ("b", {"val": 0.1 + 0.2, "v2": 0.2, "train": 0.8})):  # fmt: skip
+        (tmp_path / name).mkdir()
+        metrics = {s: {"n": 100, "top1": v} for s, v in sets.items()} or {"pairs": {"retrieval": {"i2t_r1": 0.5}}}
+        (tmp_path / name / "metrics.json").write_text(json.dumps(metrics))
+    evaluate.report_runs([str(tmp_path / name) for name in ("a", "b", "pairs")], str(tmp_path / "r.html"), "", 10, 0)
+    text = (tmp_path / "r.html").read_text()
+    assert "mean top-1 of v2 against val" in text and "a: 0.400" in text
 
 
 def test_report_scores_predictions(tmp_path):

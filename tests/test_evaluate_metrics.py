@@ -97,17 +97,44 @@ def test_binned_statistics():
 
 
 def test_interval_of_top1_covers_as_the_binomial_law_says():
-    """Bootstrap standard deviation against sqrt(p (1 - p) / n): 4 % is three standard errors of 3,000 draws."""
+    """Bootstrap standard deviation against sqrt(p (1 - p) / n): 4 % is three standard errors of 3,000 draws. Within
+    classes the p are the classes' own."""
     data = make()
     right = data["logits"].argmax(1) == data["labels"]
-    _, n_right, n_predicted = evaluate.resample_images(
+    n_test, n_right, n_predicted = evaluate.resample_images(
         data["labels"], data["logits"].argmax(1), 30, 3000, np.random.default_rng(0)
     )
-    p = right.mean()
-    assert (n_right.sum(1) / 2000).std() == pytest.approx(np.sqrt(p * (1 - p) / 2000), rel=0.04)
-    assert (n_predicted.sum(1) == 2000).all()
+    p, own = right.mean(), n_right[0] / n_test[0]
+    assert (n_right.sum(1)).std() == pytest.approx(np.sqrt((n_test[0] * own * (1 - own)).sum()), rel=0.04)
+    assert (n_test == n_test[0]).all() and (n_predicted.sum(1) == 2000).all()
     draws = evaluate.bootstrap_means(right.astype(float), 3000, np.random.default_rng(0))
     assert draws.std() == pytest.approx(np.sqrt(p * (1 - p) / 2000), rel=0.04)
+
+
+def test_interval_of_gini_covers_it():
+    """40 classes of 10 images, 8 % of them mistaken for frequent classes: the Gini index of the expected predictions is
+    inside in 85 % or more of 100 simulations (resampled across classes: in 5 %), the sample's own value in all."""
+    rng, q, labels = np.random.default_rng(0), 0.85 ** np.arange(40), np.repeat(np.arange(40), 10)
+    q, inside = q / q.sum(), []
+    truth = float(evaluate.gini(0.92 / 40 + 0.08 * q))
+    for _ in range(100):
+        data = {"labels": labels, "n_classes": 40, "class_counts": np.arange(40)}
+        data["predictions"] = np.where(rng.random(400) < 0.92, labels, rng.choice(40, 400, p=q))
+        entry = evaluate.score_classes(data, (100, 20), 0, 10, 100, 0)[0]["gini_pred"]
+        inside.append([entry["low"] <= v <= entry["high"] for v in (truth, entry["value"])])
+    hits = np.sum(inside, 0)
+    assert hits[0] >= 80 and hits[1] == 100, hits
+
+
+def test_biased_intervals_are_possible_values():
+    """Reflected percentiles would be [-.2, 0] and [1, 1.3]: ends stay in 0..1 and hold the value."""
+    for value, draws, ends in ((0.1, [0.2, 0.4], (0, 0.1)), (1.0, [0.7, 0.9], (1, 1)), (0.5, [0.4, 0.5], (0.5, 0.6))):
+        entry = evaluate.estimate(value, np.repeat(draws, 100), is_biased=True)
+        assert (entry["low"], entry["high"]) == pytest.approx(ends)
+    data = make(n=300)
+    row = evaluate.score_classes(data | {"labels": data["labels"] % 15}, (100, 20), 0, 10, 200, 0)[0]
+    never = row["never right"]  # over classes: images alone can only add such
+    assert never["low"] <= never["value"] <= never["high"]
 
 
 def test_means_over_models(tmp_path):
@@ -162,6 +189,27 @@ def test_compare_seeds_and_classes(tmp_path):
     assert rows["tail"]["B - A"]["low"] > 0
 
 
+def test_compare_takes_the_frequencies_of_each_side(tmp_path):
+    data, paths = make(n=600), []
+    for name, n in (("a", data["class_counts"]), ("b", data["class_counts"][::-1])):
+        paths.append(str(tmp_path / f"{name}.npz"))
+        np.savez(paths[-1], labels=data["labels"], logits=data["logits"], class_counts=n)
+    row = evaluate.compare(paths[:1], paths[1:], "", 200, 0)["rows"]
+    own = [evaluate.score_classes(data | {"class_counts": n}, (100, 20), 0, 10, 0, 0)[0]["spearman_pred"]["value"]
+           for n in (data["class_counts"], data["class_counts"][::-1])]  # fmt: skip
+    assert [row["spearman_pred"][side]["value"] for side in "AB"] == pytest.approx(own)
+    assert row["spearman_pred"]["B - A"]["high"] < 0 == row["head"]["B - A"]["value"]  # the same thirds, A's
+    same = evaluate.compare(paths[:1], paths[1:], str(write_counts(tmp_path)), 20, 0)["rows"]["spearman_pred"]["B - A"]
+    assert same == {"value": 0, "low": 0, "high": 0}
+    with pytest.raises(SystemExit, match="A has 1 seeds, B 2"):
+        evaluate.compare(paths[:1], paths, "", 10, 0)
+
+
+def write_counts(folder):
+    (folder / "counts.txt").write_text("\n".join(map(str, range(30))))
+    return folder / "counts.txt"
+
+
 def models_of(x, y, groups, n=np.nan):
     return [{"model": f"m{i}", "group": g, "s": (a, n, b, n)} for i, (a, b, g) in enumerate(zip(x, y, groups))]
 
@@ -207,6 +255,31 @@ def test_interval_of_the_slope_covers_it():
     assert 930 <= hits <= 970, hits
 
 
+def test_a_line_through_two_models_has_no_interval():
+    x = np.array([0.3, 0.7, 0.6])
+    result = evaluate.effective_robustness(models_of(x, x - 0.1, "bbc", 500), ["s"], "b", "", {}, 50, 0)
+    assert all(result["fits"]["s, b"][key]["low"] is None for key in ("slope", "intercept", "r2"))
+    entry = result["rows"]["m2"]["s rho"]
+    assert entry["value"] is not None is entry["low"] and "low" not in result["curves"]["s"]["b"]
+
+
+def test_shifts_share_the_id_images():
+    """Only the last model's ID accuracy is uncertain, and of the same 400 images for each shift: an average of the shifts
+    is as uncertain as one of them (drawn anew for each of five it would be 0.45 times as wide)."""
+    x, shifts = expit(np.linspace(-0.5, 1.5, 12)), [f"s{k}" for k in range(5)]
+    models = [{"model": f"m{i}", "group": "b" if i < 12 else "c"}
+              | {s: (a, 400, expit(logit(a) - 1), 10**6) if i == 12 else (a, np.nan, expit(logit(a) - 1), np.nan)
+                 for s in shifts} for i, a in enumerate([*x, 0.6])]  # fmt: skip
+    row = evaluate.effective_robustness(models, shifts, "b", "", {}, 400, 0)["rows"]["m12"]
+
+    def width(key):
+        return row[key]["high"] - row[key]["low"]
+
+    assert width("average rho") == pytest.approx(width("s0 rho"), rel=0.1) == width("mean_rho")
+    assert width("average id") == pytest.approx(width("s0 id"), rel=0.1)
+    assert row["average"]["low"] <= row["average"]["value"] <= row["average"]["high"]
+
+
 def test_robustness_from_tables_with_matched_columns(tmp_path):
     x, y = np.array([0.4, 0.5, 0.6, 0.55]), np.array([0.2, 0.3, 0.4, 0.5])
     lines = ["model,group,val,val@r,r"] + [f"m{i},{'clip' if i == 3 else 'sl'},{10},{100 * a},{100 * b}"
@@ -228,7 +301,7 @@ def test_robustness_of_runs_uses_the_classes_of_the_shift(tmp_path):
         folder = tmp_path / f"run{i}"
         folder.mkdir()
         (folder / "args.json").write_text(json.dumps({"args": {"data": "laionet"}}))
-        for name, classes in (("val", 6), ("adversarial", 3)):
+        for name, classes in (("val", 6), ("adversarial", 3), ("train", 6)):  # train is no shift
             labels = rng.integers(classes, size=300)
             logits = rng.normal(size=(300, 6)) + (1 + 0.5 * i) * np.eye(6)[labels]
             np.savez(folder / f"{name}.npz", labels=labels, logits=logits)
@@ -249,4 +322,17 @@ def test_sets_that_an_input_lacks_are_left_out(tmp_path, capsys):
     inputs = [f"x={tmp_path / 't.csv'}", f"y={tmp_path}"]
     result = evaluate.robustness(inputs, "val", [], "x", "", {}, {}, {}, 0, 0)
     assert result["shifts"] == ["v2", "average"] and list(result["rows"]) == ["a", "b", "c", str(tmp_path)]
-    assert "left out sketch: not in all inputs" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "left out sketch: not in all inputs" in error
+    assert f"{tmp_path}: val beside sketch, v2 is over all classes (metrics.json)" in error
+    with pytest.raises(SystemExit, match="--subset v2 needs val.npz and v2.npz"):
+        evaluate.robustness(inputs, "val", [], "x", "", {"v2": "subset.txt"}, {}, {}, 0, 0)
+
+
+def test_columns_of_other_units_are_named_or_left_out(tmp_path):
+    """An extra column would rescale all; accuracies of 0 fit percent and fractions; pandas' index is no test set."""
+    (tmp_path / "t.csv").write_text(",model,val,v2,r,epochs\n0,a,.5,.4,0,32\n1,b,.6,.5,0,90\n")
+    how = ([str(tmp_path / "t.csv")], "val", ["v2"], "", "", {}, {}, {}, 0, 0)
+    assert evaluate.robustness(*how)["rows"]["a"]["v2"]["value"] == 0.4
+    models = evaluate.models_of_table(how[0][0], "", "val", ["v2", "r"], {})
+    assert models[1]["r"][:3:2] == (0.6, 0)

@@ -55,6 +55,7 @@ def run(*flags, cwd=None):
         ({"logits": np.zeros((60, 3))}, "numbers of classes differ"),
         ({"logits": np.zeros((59, 4))}, "60 labels, 59 logits"),
         ({"logits": np.zeros(60)}, "expected numbers"),
+        ({"rows": np.array(3)}, "60 labels, no rows"),
         ({"class_counts": np.array([1, 2, -3, 4])}, "class_counts has -3"),
         ({"class_counts": np.zeros(5, int)}, "numbers of classes differ"),
     ],
@@ -129,6 +130,11 @@ def test_tables_of_all_kinds_read_alike(tmp_path):
     (tmp_path / "bad.tsv").write_text("model\tval\na\n")
     with pytest.raises(SystemExit, match="bad.tsv:2: the row and the header"):
         evaluate.read_records(tmp_path / "bad.tsv")
+    (tmp_path / "index.csv").write_text(",model,val\n0,a,1.5\n")  # as pandas writes it
+    assert evaluate.read_records(tmp_path / "index.csv") == [{"": "0", "model": "a", "val": "1.5"}]
+    (tmp_path / "long.csv").write_text("model,val\na,1.5,2\n")
+    with pytest.raises(SystemExit, match="long.csv:2: the row and the header"):
+        evaluate.read_records(tmp_path / "long.csv")
     (tmp_path / "t.json").write_text("[1, 2]")
     with pytest.raises(SystemExit, match="cannot be read as a table"):
         evaluate.read_records(tmp_path / "t.json")
@@ -146,6 +152,31 @@ def test_counts_by_place_name_and_json(tmp_path):
     (tmp_path / "bad.tsv").write_text("class\tcount\ncat\tmany\n")
     with pytest.raises(SystemExit, match="bad.tsv:2: got 'many'"):
         evaluate.read_counts(tmp_path / "bad.tsv", None)
+
+
+@pytest.mark.parametrize("names", [None, np.array(["ant", "bee", "cat", "dog"])])
+def test_counts_by_id(tmp_path, names):
+    """Whatever the order of the lines; other names than the predictions' are refused, not taken by place."""
+    (tmp_path / "t.json").write_text('{"3": 400, "0": 100, "2": 20, "1": 5}')
+    assert evaluate.read_counts(tmp_path / "t.json", names).tolist() == [100, 5, 20, 400]
+    (tmp_path / "t.tsv").write_text("class\tcount\nDog\t4\nAnt\t3\nCat\t2\nBee\t1\n")
+    if names is not None:
+        with pytest.raises(SystemExit, match=r"its classes \(Dog, Ant, Cat\) are none of ant, bee, cat"):
+            evaluate.read_counts(tmp_path / "t.tsv", names)
+
+
+def test_predictions_in_place_of_logits(tmp_path):
+    """Where nothing needs logits, `predictions` will do, with the same numbers; a subset of classes needs logits."""
+    data = arrays() | {"predictions": arrays()["logits"].argmax(1)}
+    for name, without in (("a", "predictions"), ("b", "logits")):
+        np.savez(tmp_path / f"{name}.npz", **{k: v for k, v in data.items() if k != without})
+    a, b = str(tmp_path / "a.npz"), str(tmp_path / "b.npz")
+    rows = evaluate.imbalance([a, b], "", "", (100, 20), 0, 10, 10, False, 20, 0)["rows"]
+    assert [row["top1"] for row in rows.values()] == 2 * [next(iter(rows.values()))["top1"]]
+    assert evaluate.compare([a], [b], "", 20, 0)["rows"]["top1"]["B - A"] == {"value": 0, "low": 0, "high": 0}
+    (tmp_path / "subset.txt").write_text("c1\nc2\n")
+    with pytest.raises(SystemExit, match="no array logits"):
+        evaluate.imbalance([b], "", str(tmp_path / "subset.txt"), (100, 20), 0, 10, 10, False, 20, 0)
 
 
 def test_subset_max_pools_groups(tmp_path):
@@ -213,7 +244,7 @@ def test_errors_are_one_line_and_status_two(tmp_path):
     with pytest.raises(SystemExit, match="runs are folders"):
         evaluate.report_runs([str(tmp_path / "nowhere")], "x.html", "", 10, 0)
     with pytest.raises(SystemExit, match="no alpha_"):
-        evaluate.wiseft_results(str(tmp_path), "val", [])
+        evaluate.wiseft_results(str(tmp_path), "val", [], 0, 0)
     for flags in (["imbalance", "a.npz", "--plot", "x.pdf"], ["wiseft", "a.pt"], ["knn", "a", "b", "--boot", "-1"]):
         with pytest.raises(SystemExit) as error:
             evaluate.parse_args(flags)

@@ -89,8 +89,28 @@ def test_transfer_table_has_deltas_on_the_same_images(digits, tmp_path):
     shots = evaluate.transfer("fewshot", inputs[:1], ["pets"], [], "", 1.0, "auto", [1, 8], 3, 0, 0, "cpu")
     assert shots["rows"]["base"]["pets 1-shot"]["value"] < shots["rows"]["base"]["pets 8-shot"]["value"]
     assert len(set(shots["details"][0]["draws"])) > 1  # other images with every draw
+    shots = evaluate.transfer("fewshot", inputs, ["pets"], [], "", 1.0, "auto", [8], 3, 0, 0, "cpu")["rows"]
+    delta = shots["noisy - base"]["pets 8-shot"]
+    assert delta["high"] < 0 and delta["value"] == pytest.approx(
+        shots["noisy"]["pets 8-shot"]["value"] - shots["base"]["pets 8-shot"]["value"]
+    )
+    np.savez(tmp_path / "noisy" / "pets_test.npz", features=test["features"], labels=test["labels"][::-1])
+    with pytest.raises(SystemExit, match="not of the same images: their labels differ"):
+        evaluate.transfer("knn", inputs, ["pets"], [5], "", 0, "top1", [], 0, 50, 0, "cpu")
     with pytest.raises(SystemExit, match="no SET_test.npz"):
         evaluate.transfer("knn", [str(tmp_path)], [], [5], "", 0, "top1", [], 0, 50, 0, "cpu")
+
+
+def test_validation_images(tmp_path):
+    """The test's are refused; a class that only they have is one of the classes."""
+    rng = np.random.default_rng(0)
+    for name, C in (("train", 3), ("val", 4), ("test", 3)):
+        np.savez(tmp_path / f"{name}.npz", features=rng.normal(size=(24, 5)), labels=np.arange(24) % C)
+    train, val, test = (str(tmp_path / f"{name}.npz") for name in ("train", "val", "test"))
+    rows = evaluate.transfer("knn", [train, val, test], [], [3], "", 0, "top1", [], 0, 10, 0, "cpu")["rows"]
+    assert 0 <= rows["model"]["test k=3"]["value"] <= 1
+    with pytest.raises(SystemExit, match="hold the same images"):
+        evaluate.transfer("knn", [train, test, test], [], [3], "", 0, "top1", [], 0, 10, 0, "cpu")
 
 
 def test_knn_by_hand_and_by_scikit_learn(digits):
@@ -114,6 +134,8 @@ def test_average_precision_by_hand():
     assert evaluate.average_precision(scores[:2], np.array([0, 1]), one[:, :2])[0] == pytest.approx(0.5)
     assert evaluate.average_precision(scores, np.array([1, -1, 1, 0]), one)[0] == pytest.approx(1)
     assert np.isnan(evaluate.average_precision(scores, np.array([0, 0, 0, 0]), one)[0])
+    tied = [evaluate.average_precision(np.ones(4), np.array(y), one)[0] for y in ([1, 0, 0, 1], [0, 0, 1, 1])]
+    assert tied == pytest.approx([0.5, 0.5])  # whatever their order
     twice = evaluate.average_precision(scores, np.array([1, 0, 1, 0]), np.array([[2, 0, 1, 1]]))[0]
     repeated = evaluate.average_precision(np.array([4.0, 4, 2, 1]), np.array([1, 1, 1, 0]), one)[0]
     assert twice == pytest.approx(repeated)  # a weight is a number of copies
@@ -162,7 +184,8 @@ def test_retrieval_counts_images_that_have_a_text(tmp_path):
         arrays = dict(features=np.eye(3, 2), text_features=np.ones((2, 2)), image_ids=np.array(ids))
         np.savez(tmp_path / f"{name}.npz", **arrays)
     result = evaluate.retrieval([str(tmp_path / "a.npz")], [1], 10, 0, "cpu")
-    assert next(iter(result["rows"].values()))["images"] == 2
+    row = next(iter(result["rows"].values()))
+    assert row["images"] == 2 and row["i2t median rank"]["low"] <= row["i2t median rank"]["value"]
     with pytest.raises(SystemExit, match="row of each text's image"):
         evaluate.retrieval([str(tmp_path / "b.npz")], [1], 10, 0, "cpu")
 

@@ -193,9 +193,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--text-embeddings holds fixed embeddings: it needs --text-head frozen")
     if args.text_init != "auto" and (args.text_head == "scratch" or args.init or args.text_embeddings):
         parser.error("--text-init is read by --text-head frozen and finetune, without --init and --text-embeddings")
-    for path in args.text_embeddings:
-        if not os.path.isfile(path):
-            parser.error(f"--text-embeddings {path}: no such file")
     if args.text_embeddings and (len(args.text_embeddings) > 2 or args.data.count(",") or args.caption != "{caption}"):
         parser.error("--text-embeddings takes TRAIN.npy and perhaps CLASSES.npy, and one --data set with its own "
                      "captions")
@@ -1848,6 +1845,9 @@ def read_lines(path: str) -> list[str]:
 def read_world(args: argparse.Namespace, root: Path) -> World:
     """Classes, test sets and prompts of a root; class counts are still zero."""
     classes = read_classes(root)
+    for path in args.text_embeddings:
+        if not Path(path).is_file():
+            raise SystemExit(f"--text-embeddings {path}: no such file")
     class_embeddings = np.load(args.text_embeddings[1]) if len(args.text_embeddings) > 1 else None
     if class_embeddings is not None and (class_embeddings.ndim != 2 or len(class_embeddings) != len(classes)):
         raise SystemExit(f"{args.text_embeddings[1]} is {class_embeddings.shape}, expected a row for each of "

@@ -26,7 +26,7 @@ files. Written to --out: args.json, log.jsonl, checkpoint.pt, metrics.json and <
 Dimension key: B pairs of this process, N = B * world_size pairs of the step, D embedding width, L tokens, P image
 tokens, C classes, H heads. Features are unit vectors unless called *_embed.
 
-Expected on the default world: val top-1 near 0.76, Spearman(frequency, predictions) near 0.1 (README).
+Expected on the default world: val top-1 near 0.75, Spearman(frequency, predictions) near 0 (README).
 
 Deviations from the paper and its code:
  1. Gathered features carry gradients between processes: encoders get the one-process gradient (theirs: 1 / processes).

@@ -26,7 +26,7 @@ run() {
 }
 clip() { run "$1" clip.py "${@:2}"; }
 sl() { run "$1" sl_vocab_subsample.py "${@:2}"; }
-dino() { run "$1" dino_laionet.py "${@:2}"; }
+dino() { run "$1" dino_laionet.py --transfer auto "${real[@]}" "${@:2}"; }
 score() { printf '%s\t%s\t%s\n' "$1" "$2" "${*:3}" >>"$todo/scores"; }
 wants() { [[ " ${ONLY:-1 2 3 4 5 6 7 8 9 10 11 12} " == *" $1 "* ]]; }
 table() { # NAME COMMAND: a table of the world, made once
@@ -275,7 +275,15 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
     score debias "zeroshot finetuned" "$PYTHON" evaluate.py debias --zeroshot "{}/zeroshot/val.npz" --finetuned "{}/finetuned/val.npz"
   fi
 
-  # --- 9: DINO on balanced and long-tailed images, with sampled and with few prototypes (figure 10, table 1)
+  # --- 9: DINO on balanced and long-tailed images, with sampled and with few prototypes (figure 10, table 1); probed on
+  # real pictures too, where scikit-learn and Debian's tuxpaint-stamps-default are installed
+  real=()
+  if wants 9 || wants 9b; then
+    for set in digits stamps; do
+      [ -e "data/transfer/$set/test.tsv" ] || "$PYTHON" recipes/transfer_sets.py "$set" || continue
+      real+=("data/transfer/$set")
+    done
+  fi
   if wants 9; then
     dino dino_balanced --data balanced
     dino dino_laionet --no-baselines
@@ -285,7 +293,7 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
   fi
 
   # --- 9b, asked for by name only: what the theory says matters, prototypes by images of a batch and the imbalance
-  if [[ " ${ONLY:-} " == *" 9b "* ]]; then
+  if wants 9b; then
     dino dino_many --no-baselines --prototypes 8192
     dino dino_many_sampled --no-baselines --prototypes 8192 --sample-prototypes 2048
     table steep subset "$root/laionet/train.tsv" --profile pareto --imbalance 1000 --seed "$seed"

@@ -883,7 +883,7 @@ def page(folder):
             lines.append(f"| {text} | {cell(values)} | {', '.join(cell([v]) for v in values)} | {answers[-1]} |")
         answers = [a for a, (text, _) in zip(answers, e["contrasts"]) if not text.endswith("**")]
         verdicts.append((e, verdict_of(answers), answers))
-        needed = " ".join(map(str, sorted({e["number"], *NEEDS.get(e["number"], ())})))
+        needed = " ".join(map(str, sorted({e["number"], *NEEDS.get(e["number"], ())}))).replace("9", "9 9b")
         lines += ["", f'**Verdict: {verdicts[-1][1]}.** `ONLY="{needed}" bash recipes/shapes.sh`', ""]
         parts.append("\n".join(lines))
         draw(e, seeds, Path(folder) / f"shapes_{e['number']}.png")

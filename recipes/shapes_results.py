@@ -605,8 +605,8 @@ EXPERIMENTS = [
         "fixed ones do not.",
         differs="32 px, 3,000 steps of 128 images, K = 2,048 (the paper's: 65,536 for 1,024 images). The probe is "
         "fitted on 6,000 balanced images of the same classes, scored on val; the paper's is a mean over twelve sets. "
-        "Steep: laionet cut to a Pareto law, largest class 1,000 times the smallest. Not run yet (-): K = 8,192 and steep "
-        "(`ONLY=9b`), probes of digits and stamps.",
+        "Steep: laionet cut to a Pareto law, largest class 1,000 times the smallest. Not run yet (-): K = 8,192 and "
+        "steep (`ONLY=9b`), probes of digits and stamps.",
         columns=["probe, val", "k-NN, val", *(f"probe, {test}" for test in PROBED[1:]), "distinct prototypes"],
         rows=[
             (

@@ -1004,7 +1004,9 @@ def effective_robustness(models: list[dict], shifts: list[str], baseline: str, b
     for i, row in enumerate(rows.values()):
         row["mean_rho"] = from_draws(np.mean([rho[:, i] for rho in rhos[:-1]], 0), line.level)
         for s, shift in enumerate(names if before else ()):
-            row[f"{shift} tau"] = from_draws(acc[:, i, s] - acc[:, list(rows).index(before), s])
+            b = list(rows).index(before)
+            tau = acc[:, i, s] - acc[:, b, s]
+            row[f"{shift} tau"] = from_draws(tau) if (n[[i, b], s] > 0).all() else estimate(tau[0])  # NaN: not known
     return {"baseline": baseline, "shifts": names, "rows": rows, "fits": fits, "curves": curves}
 
 

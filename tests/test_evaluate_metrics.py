@@ -222,7 +222,9 @@ def test_effective_robustness_by_hand():
     assert result["rows"]["m3"]["s rho"]["value"] == pytest.approx(0.55 - 0.476384, abs=1e-6)
     fit = result["fits"]["s, b"]
     assert (fit["slope"]["value"], fit["intercept"]["value"], fit["r2"]["value"]) == pytest.approx((1, -0.5, 1))
-    assert result["rows"]["m3"]["s tau"]["value"] == pytest.approx(0.55 - y[0])
+    assert result["rows"]["m3"]["s tau"] == {"value": pytest.approx(0.55 - y[0]), "low": None, "high": None}  # no n
+    with_n = evaluate.effective_robustness(models_of(x, y, "bbbc", 500), ["s"], "b", "m0", {}, 50, 0)["rows"]
+    assert with_n["m3"]["s tau"]["low"] < 0.55 - y[0] < with_n["m3"]["s tau"]["high"]
     assert result["rows"]["m3"]["mean_rho"]["value"] == result["rows"]["m3"]["average rho"]["value"]
 
 

@@ -768,6 +768,8 @@ ALIASES = {"image": ("filepath", "path", "file"), "label": ("class", "wnid"), "c
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]  # not EPS: Pillow would run Ghostscript on it
 COUNT_CAPTIONS = 2_000_000  # of larger sets an even sample of the captions is matched with class names
 KEEP_PIXELS = 16 * 2**30  # bytes of .npy images kept on the device; beyond it they are read in the workers
+KEEP_TEXT = 2**30  # bytes of cached caption embeddings kept in memory; beyond it they are mapped from a file
+GAVE_UP = "gave up"  # the reason, where no replacement could be read either
 
 
 class Table:
@@ -1189,22 +1191,24 @@ def read_crops(tables: list[Table], examples: np.ndarray, image_size: int, min_s
     """Read and crop the images of a batch; another example takes the place of one that cannot be read.
 
     examples: [B, 3] (set, row, epoch). min_side: px, see read_image. Crops and replacements are drawn by example.
-    Returns: the examples that were read; [B, 3, S, S] uint8, channels last in memory; (reason, place) of bad images.
+    Returns: the examples that were read; [B, 3, S, S] uint8, channels last in memory; (reason, place) of bad images,
+    (GAVE_UP, message) where a hundred in a row were bad.
     """
     examples, bad = np.array(examples), []
     pixels = np.empty((len(examples), image_size, image_size, 3), np.uint8)
     for first in range(0, len(examples), 16):  # a few decoded images at a time, and their boxes at once
         images = []
         for example in examples[first : first + 16]:
-            for _ in range(100):
+            for attempt in range(100):
                 s, row, epoch = map(int, example)
                 image = read_image(tables[s], row, min_side, max_pixels)
                 if not isinstance(image, str):
                     break
                 bad.append((image, f"{tables[s].path} row {row + 1}: {tables[s].get(row, 'image')}"))
-                example[1] = int(uniform_hash(seed, 3, s, row, epoch) * len(tables[s]))
-            else:
-                raise SystemExit(f"100 unreadable images in a row, the last: {bad[-1]}")
+                example[1] = int(uniform_hash(seed, 3, s, row, epoch, attempt) * len(tables[s]))
+            else:  # a worker process cannot end the run: note_bad_images does
+                bad.append((GAVE_UP, f"100 unreadable images in a row, the last: {': '.join(bad[-1])}"))
+                image = Image.new("RGB", (image_size, image_size))
             images.append(image)
         aspect = np.array([image.width / image.height for image in images])
         boxes = crop_boxes(crop_scale, aspect, seed, 2, *examples[first : first + 16].T)
@@ -1313,7 +1317,8 @@ class Pairs(torch.utils.data.Dataset):
 
     captions: one for each set, with its table. tokenizer: None if text_features stand in the place of tokens.
     Set from outside: pixel_offsets [sets], where the rows of a set start among the images on the device;
-    text_features [n, D] and text_ids [n], the sorted caption ids they belong to (None: a row for each row of the set).
+    text_features [n, D] and text_ids [n], the sorted caption ids they belong to (None: a row for each row of the set),
+    and text_cut [n], whether a caption was truncated.
     """
 
     def __init__(self, captions: list[Captions], tokenizer: Tokenizer | None, image_size: int, crop_scale: float,
@@ -1321,7 +1326,7 @@ class Pairs(torch.utils.data.Dataset):
         self.captions, self.tables, self.tokenizer = captions, [c.table for c in captions], tokenizer
         self.image_size, self.crop_scale, self.word_dropout = image_size, crop_scale, word_dropout
         self.max_pixels, self.seed = max_pixels, seed
-        self.pixel_offsets, self.text_features, self.text_ids = None, None, None
+        self.pixel_offsets, self.text_features, self.text_ids, self.text_cut = None, None, None, None
 
     def caption(self, s: int, row: int, epoch: int) -> str:
         return self.captions[s](row, epoch)
@@ -1347,10 +1352,11 @@ class Pairs(torch.utils.data.Dataset):
                 batch["texts"] = drop_words(batch["texts"], self.tokenizer.ends_word, self.word_dropout,
                                             np.full(len(ids), self.seed + 4), *examples.T)
         else:
-            rows = examples[:, 1]
+            rows, cut = examples[:, 1], ()
             if self.text_ids is not None:
                 rows = np.searchsorted(self.text_ids, batch["caption_ids"].numpy())
-            batch["texts"], cut = torch.from_numpy(np.asarray(self.text_features[rows], np.float32)), ()
+                cut = self.text_cut[rows].tolist()
+            batch["texts"] = torch.from_numpy(np.asarray(self.text_features[rows], np.float32))
         return batch | {"bad": bad, "n_cut": sum(cut)}
 
 
@@ -1640,7 +1646,7 @@ def encode_images(model: nn.Module, table: Table, workers: int, max_pixels: int,
         dataset = EvalImages(table, model.image_size, max_pixels)
         blocks = iter(torch.utils.data.DataLoader(dataset, batch_sampler=blocks,
                                                   num_workers=workers if workers >= 0 else default_workers(),
-                                                  collate_fn=stack_images))
+                                                  collate_fn=stack_images, worker_init_fn=ignore_sigterm))
 
     def encode(start: int, stop: int) -> torch.Tensor:
         if pixels is not None:
@@ -1828,6 +1834,9 @@ def find_test_sets(names: list[str], root: Path) -> dict[str, Table]:
     paths = [Path(file) if file == name and Path(file).is_file() else root / file for name, file in zip(names, files)]
     is_unique = [sum(path.stem == other.stem for other in paths) == 1 for path in paths]
     stems = [path.stem if unique else f"{path.parent.name}-{path.stem}" for path, unique in zip(paths, is_unique)]
+    if len(set(stems)) < len(stems) or "run" in stems:
+        raise SystemExit(f"--eval-sets: {', '.join(map(str, paths))} would be called {', '.join(stems)} in "
+                         "metrics.json: names must differ, and run has another meaning there")
     return {stem: Table(path) for stem, path in zip(stems, paths)}
 
 
@@ -1852,9 +1861,16 @@ def read_world(args: argparse.Namespace, root: Path) -> World:
     if class_embeddings is not None and (class_embeddings.ndim != 2 or len(class_embeddings) != len(classes)):
         raise SystemExit(f"{args.text_embeddings[1]} is {class_embeddings.shape}, expected a row for each of "
                          f"{len(classes)} classes")
+    if class_embeddings is not None and not np.isfinite(class_embeddings).all():
+        raise SystemExit(f"{args.text_embeddings[1]} holds values that are not finite")
     templates = TEMPLATES if args.templates == "auto" else read_lines(args.templates)
-    counts = np.zeros(len(classes), np.int64)
-    return World(root, classes, counts, find_test_sets(args.eval_sets, root), templates, class_embeddings)
+    for template in templates:
+        if "{}" not in template:
+            raise SystemExit(f"--templates {args.templates}: no {{}} for the class name in {template!r}")
+    counts, test_sets = np.zeros(len(classes), np.int64), find_test_sets(args.eval_sets, root)
+    for table in test_sets.values():
+        read_labels(table, [row["name"] for row in classes])  # a wrong one is told before training, not after it
+    return World(root, classes, counts, test_sets, templates, class_embeddings)
 
 
 def read_training_sets(args: argparse.Namespace, world: World) -> tuple[list[Captions], np.ndarray]:
@@ -1924,8 +1940,9 @@ def embed_captions(model: CLIP, pairs: Pairs, n_epochs: list[int], out: Path, de
                    autocast: Callable) -> tuple[np.ndarray, np.ndarray]:
     """Embed each distinct caption of a run once with the frozen text tower, the work shared by all processes.
 
-    n_epochs: per set, epochs for which captions are drawn. Returns: [n] sorted caption ids; [n, D] embeddings, in
-    memory, or beyond 1 GiB mapped from OUT/text_features.npy (float16).
+    n_epochs: per set, epochs for which captions are drawn. Returns: [n] sorted caption ids; [n, D + 1] embeddings
+    and, last, whether the caption was truncated; in memory, or beyond KEEP_TEXT mapped from OUT/text_features.npy
+    (float16).
     """
     ids, examples = [], []
     for s, captions in enumerate(pairs.captions):
@@ -1941,16 +1958,19 @@ def embed_captions(model: CLIP, pairs: Pairs, n_epochs: list[int], out: Path, de
 
     def encode(start: int, stop: int) -> torch.Tensor:
         texts = [pairs.caption(*example) for example in examples[start:stop].tolist()]
+        tokens, cut = zip(*map(pairs.tokenizer.encode, texts))
         with autocast():
-            return model.encode_text(pairs.tokenizer(texts).to(device)).float()
+            embed = model.encode_text(pad_tokens(tokens).to(device)).float()
+        return torch.cat([embed, torch.tensor(cut, device=device)[:, None]], 1)
 
-    if len(ids) * model.embed_dim * 4 <= 2**30:
-        return ids, encode_rows(len(ids), model.embed_dim, encode, device).cpu().numpy()
+    if len(ids) * model.embed_dim * 4 <= KEEP_TEXT:
+        return ids, encode_rows(len(ids), model.embed_dim + 1, encode, device).cpu().numpy()
     path, rank, world_size = out / "text_features.npy", 0, 1
     if dist.is_initialized():
         rank, world_size = dist.get_rank(), dist.get_world_size()
     out.mkdir(parents=True, exist_ok=True)
-    on_one_rank(rank, lambda: np.lib.format.open_memmap(path, "w+", np.float16, (len(ids), model.embed_dim)).flush())
+    shape = (len(ids), model.embed_dim + 1)
+    on_one_rank(rank, lambda: np.lib.format.open_memmap(path, "w+", np.float16, shape).flush())
     features = np.load(path, mmap_mode="r+")
     for start in range(rank * EVAL_BATCH, len(ids), world_size * EVAL_BATCH):
         stop = min(start + EVAL_BATCH, len(ids))
@@ -1984,6 +2004,8 @@ def build_model(
             raise SystemExit(f"{source}: {error}") from None
         if args.text_arch not in ("auto", text["arch"]) or (text_width and text["arch"] != "embeddings"):
             raise SystemExit(f"{source} has a text tower of another kind ({text['arch']}) than the flags ask for")
+        if text["arch"] == "embeddings" and not text_width and not args.eval_only:
+            raise SystemExit(f"{source} was trained with --text-embeddings: it has no text tower for captions")
     elif text_width:
         text = dict(arch="embeddings", width=text_width)
     else:
@@ -2055,6 +2077,8 @@ def check_finite(step: int, parts: dict[str, torch.Tensor], skipped_in_a_row: in
 def note_bad_images(counts: Counter, bad: list[tuple[str, str]]) -> None:
     """Count unreadable images by reason; the first of each reason is printed."""
     for reason, example in bad:
+        if reason == GAVE_UP:
+            raise SystemExit(example)
         if reason not in counts:
             print(f"unreadable image ({reason}), replaced by another example: {example}", flush=True)
         counts[reason] += 1
@@ -2088,7 +2112,10 @@ class RunLog:
 
     def write(self, line: dict) -> None:
         """line: {"step": int, name: number, ...}; nested dicts are kept in the file, flattened elsewhere."""
-        self.file.write(json.dumps(line) + "\n")
+        try:
+            self.file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise SystemExit(f"cannot write {self.file.name}: {error}; a checkpoint written before is kept") from None
         numbers = {k: v for k, v in line.items() if isinstance(v, int | float)}
         for name, metrics in line.items():
             if isinstance(metrics, dict):
@@ -2104,21 +2131,23 @@ class RunLog:
 
 
 def evaluate_checkpoint(args: argparse.Namespace, world: World, rank: int, device: torch.device) -> None:
-    """--eval-only: class counts are those the checkpoint was trained with, else those of --data, if it is there."""
+    """--eval-only: class counts are those the checkpoint was trained with, else those of --data, if it is there.
+
+    A root without classes.tsv has the classes of the checkpoint; one with others is scored zero-shot.
+    """
     model, tokenizer, loaded = build_model(args, world.root, [], 0)
-    if "class_counts" in loaded and world.classes:
+    world.classes = world.classes or [{"name": name} for name in loaded.get("class_names", [])]
+    names = [row["name"] for row in world.classes]
+    if names and names == loaded.get("class_names"):
         world.class_counts = loaded["class_counts"].numpy()
-        if len(world.class_counts) != len(world.classes):
-            raise SystemExit(f"{args.eval_only} was trained with {len(world.class_counts)} classes, "
-                             f"{world.root}/classes.tsv has {len(world.classes)}")
         now = RUN_FLAGS | {"root", "templates", "text_embeddings", "max_pixels"}
         args = argparse.Namespace(**vars(args) | {k: v for k, v in loaded["args"].items() if k not in now})
-    elif world.classes and ((world.root / args.data / "train.tsv").is_file() or args.data.endswith(".tsv")):
+    elif names and ((world.root / args.data / "train.tsv").is_file() or args.data.endswith(".tsv")):
         read_training_sets(args, world)
-    elif world.classes and rank == 0:
-        print(f"frequencies of the classes are not known: the checkpoint has none, and there is no --data {args.data} "
-              f"in {world.root}")
-    world.stored = loaded.get("prototypes")
+    elif names and rank == 0:
+        print(f"frequencies of the classes are not known: {args.eval_only} has none for the {len(names)} classes of "
+              f"{world.root}, and there is no --data {args.data} in it")
+    world.stored = loaded.get("prototypes") if names == loaded.get("class_names") else None
     report(model.to(device), tokenizer, world, args, loaded.get("step", 0), 0.0, rank, device, "fp32")
 
 
@@ -2128,8 +2157,8 @@ def report(model: CLIP, tokenizer: Tokenizer | None, world: World, args: argpars
     out = Path(args.out)
     metrics = evaluate(model, tokenizer, world, args.workers, args.max_pixels, device, out)
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-    run = {"step": step, "seconds": round(seconds, 1), "data": args.data, "seed": args.seed, "precision": precision,
-           "versions": versions}
+    run = {"script": Path(__file__).name, "step": step, "seconds": round(seconds, 1), "data": args.data,
+           "seed": args.seed, "precision": precision, "versions": versions}
     on_one_rank(rank, lambda: write_json(out / "metrics.json", metrics | {"run": run}))
     if args.export:
         export = checkpoint_of(model, tokenizer, world, args, step, class_prototypes(model, tokenizer, world, device))
@@ -2186,6 +2215,9 @@ def main(args: argparse.Namespace) -> None:
         if text_features.shape != (sizes[0], text_width):
             raise SystemExit(f"{args.text_embeddings[0]} is {text_features.shape}, expected ({sizes[0]}, width): a row "
                              f"for each of {tables[0].path}")
+        if world.class_embeddings is not None and world.class_embeddings.shape[1] != text_width:
+            raise SystemExit(f"{args.text_embeddings[1]} is {world.class_embeddings.shape[1]} wide, "
+                             f"{args.text_embeddings[0]} {text_width}")
 
     # --- model
     model, tokenizer, _ = build_model(args, root, captions, text_width)
@@ -2237,7 +2269,8 @@ def main(args: argparse.Namespace) -> None:
         pixels, pairs.pixel_offsets = pixels.to(device), np.cumsum([0, *sizes[:-1]])
     if args.text_head == "frozen" and not args.text_embeddings:
         n_epochs = [math.ceil(steps * args.batch_size * share / size) + 1 for share, size in zip(shares, sizes)]
-        pairs.text_ids, pairs.text_features = embed_captions(model, pairs, n_epochs, out, device, autocast)
+        pairs.text_ids, cache = embed_captions(model, pairs, n_epochs, out, device, autocast)
+        pairs.text_features, pairs.text_cut = cache[:, :-1], cache[:, -1]
     workers = args.workers if args.workers >= 0 else default_workers() if pixels is None else 1
     sampler = Sampler(sizes, shares, args.batch_size, args.seed, start, steps, rank, world_size)
     loader = torch.utils.data.DataLoader(pairs, batch_sampler=sampler, collate_fn=as_it_is, num_workers=workers,
@@ -2247,6 +2280,8 @@ def main(args: argparse.Namespace) -> None:
     log, stop_signals = None, []
     if is_main:
         log = RunLog(out, start, args.tensorboard, args.wandb, vars(args))
+        if args.resume == "off":
+            (out / "checkpoint.pt").unlink(missing_ok=True)  # killed before its first save, a run would go on there
         write_json(out / "args.json",
                    {"args": vars(args), "argv": sys.argv,
                     "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()})
@@ -2284,7 +2319,7 @@ def main(args: argparse.Namespace) -> None:
             check_finite(step, dict(zip(("loss", "image_features", "text_features"), parts)), int(skipped_in_a_row),
                          control)
         scaler.step(optimizer)
-        scaler.update()
+        scaler.update(None if precision == "fp16" else 1.0)  # a step that was left out halves the scale of fp16 only
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))  # CLIP section 2.5

@@ -828,6 +828,7 @@ def load_backbone(model: Network, path: str) -> None:
 ALIASES = {"image": ("filepath", "path", "file"), "label": ("class", "wnid"), "caption": ("text", "title")}
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]  # not EPS: Pillow would run Ghostscript on it
 KEEP_PIXELS = 16 * 2**30  # bytes of .npy images kept on the device; beyond it they are read in the workers
+GAVE_UP = "gave up"  # the reason, where no replacement could be read either
 N_DRAWS = 16  # random numbers of a view, for augment_dino and augment_colour
 
 
@@ -1154,15 +1155,17 @@ class Views(torch.utils.data.Dataset):
 
     def read(self, examples: np.ndarray, i: int, bad: list[tuple[str, str]]) -> Image.Image:
         """The image of examples[i]; another example takes its place, in the array too, if it cannot be read."""
-        for _ in range(100):
+        for attempt in range(100):
             s, row, epoch = map(int, examples[i])
             smallest = max(size / math.sqrt(scale[0] / self.max_ratio) for size, scale in zip(self.sizes, self.scales))
             image = read_image(self.tables[s], row, smallest, self.max_pixels)
             if not isinstance(image, str):
                 return image
             bad.append((image, f"{self.tables[s].path} row {row + 1}: {self.tables[s].get(row, 'image')}"))
-            examples[i, 1] = int(uniform_hash(self.seed, 3, s, row, epoch) * len(self.tables[s]))
-        raise SystemExit(f"100 unreadable images in a row, the last: {bad[-1]}")
+            examples[i, 1] = int(uniform_hash(self.seed, 3, s, row, epoch, attempt) * len(self.tables[s]))
+        # A worker process cannot end the run: note_bad_images does.
+        bad.append((GAVE_UP, f"100 unreadable images in a row, the last: {': '.join(bad[-1])}"))
+        return Image.new("RGB", (self.sizes[0], self.sizes[0]))
 
 
 def grey(x: torch.Tensor) -> torch.Tensor:
@@ -1528,7 +1531,7 @@ def encode_images(model: nn.Module, table: Table, workers: int, max_pixels: int,
         dataset = EvalImages(table, model.image_size, max_pixels)
         blocks = iter(torch.utils.data.DataLoader(dataset, batch_sampler=blocks,
                                                   num_workers=workers if workers >= 0 else default_workers(),
-                                                  collate_fn=stack_images))
+                                                  collate_fn=stack_images, worker_init_fn=ignore_sigterm))
 
     def encode(start: int, stop: int) -> torch.Tensor:
         if pixels is not None:
@@ -1792,6 +1795,9 @@ def find_test_sets(names: list[str], root: Path) -> dict[str, Table]:
     paths = [Path(file) if file == name and Path(file).is_file() else root / file for name, file in zip(names, files)]
     is_unique = [sum(path.stem == other.stem for other in paths) == 1 for path in paths]
     stems = [path.stem if unique else f"{path.parent.name}-{path.stem}" for path, unique in zip(paths, is_unique)]
+    if len(set(stems)) < len(stems) or "run" in stems:
+        raise SystemExit(f"--eval-sets: {', '.join(map(str, paths))} would be called {', '.join(stems)} in "
+                         "metrics.json: names must differ, and run has another meaning there")
     return {stem: Table(path) for stem, path in zip(stems, paths)}
 
 
@@ -1840,6 +1846,8 @@ def check_finite(step: int, parts: dict[str, torch.Tensor], skipped_in_a_row: in
 def note_bad_images(counts: Counter, bad: list[tuple[str, str]]) -> None:
     """Count unreadable images by reason; the first of each reason is printed."""
     for reason, example in bad:
+        if reason == GAVE_UP:
+            raise SystemExit(example)
         if reason not in counts:
             print(f"unreadable image ({reason}), replaced by another example: {example}", flush=True)
         counts[reason] += 1
@@ -1874,7 +1882,10 @@ class RunLog:
 
     def write(self, line: dict) -> None:
         """line: {"step": int, name: number, ...}; nested dicts are kept in the file, flattened elsewhere."""
-        self.file.write(json.dumps(line) + "\n")
+        try:
+            self.file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise SystemExit(f"cannot write {self.file.name}: {error}; a checkpoint written before is kept") from None
         numbers = {k: v for k, v in line.items() if isinstance(v, int | float)}
         for name, metrics in line.items():
             if isinstance(metrics, dict):
@@ -1908,7 +1919,9 @@ def find_worlds(args: argparse.Namespace, root: Path) -> list[tuple[Table, dict[
         if any(name in test_sets for _, test_sets, _, _ in worlds) or name == "run":
             raise SystemExit(f"--transfer {folder}: {name} is taken in metrics.json, rename the folder")
         worlds.append((Table(folder / "train.tsv"), {name: Table(folder / "test.tsv")}, names, True))
-    for bank, _, names, _ in worlds:  # now, not after the training
+    for bank, tests, names, _ in worlds:  # now, not after the training
+        for table in tests.values():
+            read_labels(table, names)
         is_labelled = read_labels(bank, names) >= 0
         if is_labelled.sum() < 2:
             raise SystemExit(f"{bank.path}: {is_labelled.sum()} rows with a label, so no probe can be fitted; pass "
@@ -2091,6 +2104,8 @@ def main(args: argparse.Namespace) -> None:
     log, stop_signals = None, []
     if is_main:
         log = RunLog(out, start, args.tensorboard, args.wandb, vars(args))
+        if args.resume == "off":
+            (out / "checkpoint.pt").unlink(missing_ok=True)  # killed before its first save, a run would go on there
         write_json(out / "args.json",
                    {"args": vars(args), "argv": sys.argv,
                     "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()})
@@ -2142,7 +2157,7 @@ def main(args: argparse.Namespace) -> None:
         if is_log_step or device.type == "cpu":  # Sync
             check_finite(step, {"loss": loss, "teacher_logits": teacher_logits}, int(skipped_in_a_row), control)
         scaler.step(optimizer)
-        scaler.update()
+        scaler.update(None if precision == "fp16" else 1.0)  # a step that was left out halves the scale of fp16 only
         optimizer.zero_grad(set_to_none=True)
         table.store(proto_ids, student.head.prototypes, optimizer)
         with torch.no_grad():

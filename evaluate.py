@@ -35,7 +35,8 @@ can be computed, or nothing was sampled. Fractions are in 0..1. The same seed gi
 Dimension key: N images, C classes, D width, K prototypes, S shifts, boot resamples.
 
 Differences from the paper's notebooks and from the methods' released code:
- 1. Every number has an interval, and empty classes are left out of means of accuracies (theirs: 0/0).
+ 1. Accuracies, correlations, differences and fits have intervals, and empty classes are left out of means of
+    accuracies (theirs: 0/0).
  2. Ties of float16 logits are broken by features @ prototypes, not by the lowest class; their number is reported.
  3. Intra-class similarity has no self-pairs; its interval resamples images, not pairs; curves keep one order.
  4. NC2 of class vectors is given centred too: uncentred it mostly measures their common mean.
@@ -171,6 +172,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--val-zeroshot", default="", help="the same on held-out images; empty holds out half of each class")
     p.add_argument("--val-finetuned", default="", help="goes with --val-zeroshot")
     p.add_argument("--more", nargs="*", type=pair(), default=[], metavar="NAME=FILE", help="more rows: wise=FILE.npz")
+    p.add_argument("--wiseft", nargs="*", default=[], metavar="FILE", help="predictions of interpolated weights on the "
+                   "same images: the best on the held-out half is a row (WiSE-FT)")
     p.add_argument("--prior", default="", help="frequencies the fine-tuned model was trained on: a file, or uniform; "
                                                "empty takes its class_counts")
     p.add_argument("--group-by", default="counts", choices=["counts", "prior"],
@@ -190,6 +193,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = command("report", "one HTML page, and Markdown tables, of runs side by side")
     p.add_argument("runs", nargs="+", help="folders, as NAME=FOLDER, where names like frozen/0.4M make a series along "
                                            "an axis; FILE.json of other commands: tables and plots (matplotlib)")
+    p.add_argument("--id", default="val", help="in-distribution test set, the first of the page; else that of the runs")
     p.add_argument("--out", default="report.html", help="the page: one file, no requests")
     p.add_argument("--markdown", default="", help="also write the tables to this file")
 
@@ -202,6 +206,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--alpha: two values have the same name alpha_0.00, which has two decimals")
     if args.command == "debias" and bool(args.val_zeroshot) != bool(args.val_finetuned):
         parser.error("--val-zeroshot and --val-finetuned go together")
+    if args.command == "debias" and args.val_zeroshot and args.wiseft:
+        parser.error("--wiseft is chosen on the half that is held out: not with --val-zeroshot")
     if getattr(args, "sets", []) and all(path.endswith(".npz") for path in args.inputs):
         parser.error("--sets chooses among the sets of folders, not of .npz files")
     if args.command == "concepts" and args.counts and args.what != "accuracy":
@@ -632,6 +638,20 @@ def resample_images(labels: np.ndarray, predictions: np.ndarray, n_classes: int,
     return n_test, n_right, n_predicted
 
 
+def class_mean(per_class: np.ndarray, n_test: np.ndarray) -> np.ndarray:
+    """[1 + boot]: mean over classes of [1 + boot, C] values of the images, then of resamples of them within classes.
+
+    n_test: [C]; classes without images are left out. A resample of n images varies by (n - 1) / n of what n new images
+    would: deviations are widened by the root of n / (n - 1). A single image does not vary: NaN, no interval, then.
+    """
+    has = n_test > 0
+    if not has.any():
+        return np.full(len(per_class), np.nan)
+    draws, n = per_class[:, has], n_test[has]
+    widening = np.sqrt(np.where(n > 1, n / np.maximum(n - 1, 1), np.nan))
+    return np.r_[draws[0].mean(), (draws[:1] + widening * (draws[1:] - draws[:1])).mean(1)]
+
+
 def nan_mean(values: np.ndarray) -> np.ndarray:
     """Mean over the last axis without NaN, NaN if there is nothing else."""
     n = np.isfinite(values).sum(-1)
@@ -702,9 +722,9 @@ def score_classes(data: dict, cuts: tuple[int, int], tail_classes: int, worst: i
     draws = ratio(right, test)  # [1 + boot, C]
     accuracy, n_predicted = draws[0], predicted[0]
     row = {"n": len(labels), "top1": mean_over((labels == predictions).astype(float), boot, rng),
-           "balanced": from_draws(nan_mean(draws))}
+           "balanced": from_draws(class_mean(draws, test[0]).clip(0, 1))}
     for name, ids in class_groups(counts, cuts, tail_classes).items():
-        row |= {name: from_draws(nan_mean(draws[:, ids]))} if len(ids) else {}
+        row |= {name: from_draws(class_mean(draws[:, ids], test[0][ids]).clip(0, 1))} if len(ids) else {}
     k = min(worst, int(np.isfinite(accuracy).sum()))
     return row | {
         f"worst {k}": from_draws(np.sort(draws, 1)[:, :k].mean(1), is_biased=True),  # NaN sort last
@@ -790,16 +810,15 @@ def compare(paths_a: list[str], paths_b: list[str], counts: str, boot: int, seed
     predictions = [[predict(data)[0] for data in side] for side in sides]
     right = [np.array([p == labels for p in side]) for side in predictions]  # [runs, N] of A and of B
     gain, n_test = right[1].mean(0) - right[0].mean(0), np.bincount(labels, minlength=C)  # [N], [C]
-    per_class = np.array([ratio(np.bincount(labels[i], gain[i], C), n_test) for i in resamples(labels, boot, rng)])[1:]
-    draws = {"top1": bootstrap_means(gain, boot, rng), "balanced": nan_mean(per_class)}
+    per_class = np.array([ratio(np.bincount(labels[i], gain[i], C), n_test) for i in resamples(labels, boot, rng)])
+    draws = {"top1": bootstrap_means(gain, boot, rng), "balanced": class_mean(per_class, n_test)[1:]}
     if "class_counts" in first:  # else there is no tail
-        draws |= {k: nan_mean(per_class[:, ids]) for k, ids in thirds(class_counts).items()}
+        draws |= {k: class_mean(per_class[:, ids], n_test[ids])[1:] for k, ids in thirds(class_counts).items()}
     own = [[data.get("class_counts") for data in side] for side in sides]
     if all(n is not None for n in own[0] + own[1]):
-        tested = np.flatnonzero(n_test)
-        classes = tested[rng.integers(len(tested), size=(boot, len(tested)))]
-        for key, of in (("spearman_acc", lambda p: class_accuracy(labels, p == labels, C)),
-                        ("spearman_pred", lambda p: np.bincount(p, minlength=C))):
+        for key, of, among in (("spearman_acc", lambda p: class_accuracy(labels, p == labels, C), n_test.nonzero()[0]),
+                               ("spearman_pred", lambda p: np.bincount(p, minlength=C), np.arange(C))):
+            classes = among[rng.integers(len(among), size=(boot, len(among)))]
             means = [np.mean([rank_correlations(n[classes], of(p)[classes]) for n, p in zip(*side)], 0)
                      for side in zip(own, predictions)]
             draws[key] = means[1] - means[0]
@@ -838,6 +857,15 @@ def plot_compare(results: dict, path: str) -> None:
 # ------------------------------------------------------------------------------ robustness
 
 
+def has_predictions(path: Path, *arrays: str) -> bool:
+    """Whether an .npz has labels, one an image, and logits or predictions, and these arrays: sets of pairs have not."""
+    with reading(path, " as .npz"), np.load(path, allow_pickle=False) as file:
+        names = set(file.files)
+    labels = read_npz(path, ("labels",)).get("labels", np.zeros(0))
+    return names >= {*arrays} and not names.isdisjoint(("logits", "predictions")) and labels.ndim == 1 and bool(
+        labels.dtype.kind in "iu" and (labels >= 0).any())
+
+
 def accuracy_pair(id_data: dict, data: dict, subset: str) -> tuple[float, int, float, int]:
     """Accuracy and number of images, in distribution and under shift, over the classes of the shift alone."""
     if id_data["n_classes"] != data["n_classes"]:
@@ -860,12 +888,14 @@ def models_of_run(folder: Path, group: str, id_set: str, shifts: list[str], subs
     id_data = read_predictions(id_path, "logits") if id_path.is_file() else None
     for shift in shifts or found:
         path = folder / f"{shift}.npz"
-        if id_data is not None and path.is_file():
+        if id_data is not None and path.is_file() and (shifts or has_predictions(path, "logits")):
             model[shift] = accuracy_pair(id_data, read_predictions(path, "logits"), subsets.get(shift, ""))
         elif all("top1" in metrics.get(s, {}) for s in (id_set, shift)):
             refuse(shift in subsets, f"{folder}: --subset {shift} needs {id_set}.npz and {shift}.npz")
             whole.append(shift)
             model[shift] = tuple(metrics[s].get(k, math.nan) for s in (id_set, shift) for k in ("top1", "n"))
+        elif path.is_file():
+            print(f"{path}: left out, no labels and logits in it, or none in {id_set}.npz", file=sys.stderr)
     if whole:
         print(f"{folder}: {id_set} beside {', '.join(whole)} is over all classes (metrics.json)", file=sys.stderr)
     return model
@@ -875,7 +905,7 @@ def models_of_table(path: str, group: str, id_set: str, shifts: list[str], n_of:
     """The same from a table; a column is in percent if a value is above 1; columns of both kinds are refused."""
     rows, models = read_records(path), []
     columns = list(rows[0]) if rows else []
-    names = shifts or [c for c in columns if c not in ("", "model", "group", id_set) and "@" not in c]
+    names = shifts or [c for c in columns if c not in ("", "model", "group", "average", id_set) and "@" not in c]
     wanted = [c for c in columns if c.split("@")[0] in (id_set, *names)]
     refuse(id_set not in columns or not names or not all("model" in row for row in rows),
            f"{path}: found columns {columns}, expected model, {id_set} and shifts; name them by --id and --shifts")
@@ -1024,6 +1054,7 @@ def robustness(inputs: list[str], id_set: str, shifts: list[str], baseline: str,
     if not shifts and 0 < len(shared) < len(found):
         print(f"left out {', '.join(s for s in found if s not in shared)}: not in all inputs", file=sys.stderr)
     shifts = shifts or shared or found
+    refuse("average" in shifts, "a test set called average: that is the name of the mean over the shifts here")
     kept = [m for m in models if all(s in m for s in shifts)]
     for m in models:
         if m not in kept:
@@ -1199,7 +1230,7 @@ def transfer_metric(scores: np.ndarray, labels: np.ndarray, metric: str, boot: i
     if metric == "top1":
         return np.concatenate([[right.mean()], bootstrap_means(right.astype(np.float32), boot, rng)])
     n_test, n_right, _ = resample_images(labels, np.where(right, labels, C), C + 1, boot, rng)
-    return nan_mean(ratio(n_right, n_test))
+    return class_mean(ratio(n_right, n_test), n_test[0]).clip(0, 1)
 
 
 def read_tasks(inputs: list[str], sets: list[str], multi_label: bool) -> Iterator[tuple]:
@@ -1693,7 +1724,8 @@ def read_state(path: str | Path) -> dict:
         except ImportError:
             raise SystemExit(f"{path}: pip install safetensors") from None
         failures = (safetensors.SafetensorError,)
-    with reading(path, " as a checkpoint of tensors", *failures):
+    with reading(path, " as a checkpoint of tensors", *failures), torch.serialization.safe_globals(
+            [argparse.Namespace]):  # the public DINO keeps its flags so
         content = {"state_dict": safetensors.torch.load_file(path)} if failures else torch.load(
             path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or not isinstance(content.get("state_dict", {}), dict):
@@ -1980,15 +2012,17 @@ def debias_logits(zs: dict, ft: dict, val: dict[str, np.ndarray], log_prior: np.
     return out, chosen | {"q": q}
 
 
-def debias(zeroshot: str, finetuned: str, val_zeroshot: str, val_finetuned: str, more: dict[str, str], prior: str,
-           group_by: str, is_calibrated: bool, boot: int, seed: int) -> dict:
+def debias(zeroshot: str, finetuned: str, val_zeroshot: str, val_finetuned: str, more: dict[str, str],
+           wiseft: list[str], prior: str, group_by: str, is_calibrated: bool, boot: int, seed: int) -> dict:
     """Head, medium and tail accuracy of every debiasing, and the differences to both models on the same images.
 
-    Held-out images: --val-*, else a random half of every class of the files, which then is not scored.
+    Held-out images: --val-*, else a random half of every class of the files, which then is not scored. wiseft: files of
+    which the one with the best balanced accuracy on that half is a row.
     """
     zs, ft = (read_predictions(path, "logits") for path in (zeroshot, finetuned))
     extra = {name: read_predictions(path, "logits") for name, path in more.items()}
-    for data in (ft, *extra.values()):
+    mixed = [read_predictions(path, "logits") for path in wiseft]
+    for data in (ft, *extra.values(), *mixed):
         check_same_images(zs, data)
     labels, C, test = zs["labels"], zs["n_classes"], np.ones(len(zs["labels"]), bool)
     if val_zeroshot:
@@ -2011,6 +2045,9 @@ def debias(zeroshot: str, finetuned: str, val_zeroshot: str, val_finetuned: str,
     val |= {"ft_features": held_out[1]["features"]} if "features" in held_out[1] else {}
     cut = [with_rows(data, test) for data in (zs, ft)]
     outcome, chosen = debias_logits(*cut, val, np.log(share / share.sum()), is_calibrated)
+    if mixed:
+        best = best_of(list(range(len(mixed))), lambda i: mixed[i]["logits"][~test], val["labels"])
+        extra, chosen = extra | {"WiSE-FT": mixed[best]}, chosen | {"WiSE-FT": wiseft[best]}
     refuse(set(outcome) & set(extra), f"--more: the table has {', '.join(set(outcome) & set(extra))} already")
     predictions = {name: f.argmax(1) for name, f in outcome.items()}
     predictions |= {"zero-shot": predict(cut[0])[0], "fine-tuned": predict(cut[1])[0]}
@@ -2024,9 +2061,9 @@ def debias(zeroshot: str, finetuned: str, val_zeroshot: str, val_finetuned: str,
         per_class = ratio(right, n_test)
         hit = (labels[test] == predicted).astype(float)
         top1 = np.r_[hit.mean(), bootstrap_means(hit, boot, np.random.default_rng(seed))]
-        draws[name] = {"top1": top1, "balanced": nan_mean(per_class)} | {
-            k: nan_mean(per_class[:, ids]) for k, ids in thirds(order_by).items()}
-        rows[name] = {k: from_draws(d) for k, d in draws[name].items()}
+        draws[name] = {"top1": top1, "balanced": class_mean(per_class, n_test[0])} | {
+            k: class_mean(per_class[:, ids], n_test[0][ids]) for k, ids in thirds(order_by).items()}
+        rows[name] = {k: from_draws(d.clip(0, 1)) for k, d in draws[name].items()}
         rows[name]["spearman_pred"] = spearman(order_by, n_predicted[0], boot, np.random.default_rng(seed))
     deltas = {f"minus {base}": {name: {k: from_draws(d - draws[base][k]) for k, d in draws[name].items()}
                                 for name in rows if name != base} for base in ("zero-shot", "fine-tuned")}
@@ -2083,7 +2120,8 @@ def wiseft_results(folder: str, id_set: str, shifts: list[str], boot: int, seed:
     for path in sorted(Path(folder).glob("alpha_*/")):
         model = models_of_run(path, "wiseft", id_set, shifts, {})
         names = [k for k in model if k not in ("model", "group")]
-        refuse(not names, f"{path}: no {id_set} and shifts in its metrics.json or .npz")
+        refuse(not names or "average" in names, f"{path}: no {id_set} and shifts in its metrics.json or .npz, or one "
+               "called average, which is their mean here")
         id_path = path / f"{id_set}.npz"  # over all of its classes; the pairs are over those of a shift
         whole = accuracy_of(read_predictions(id_path, "logits")) if id_path.is_file() else model[names[0]][:2]
         p, n = np.array([model[s][2:] for s in names]).T
@@ -2241,10 +2279,8 @@ def score_run(folder: Path, boot: int, seed: int) -> dict[str, dict]:
     metrics, out = read_metrics(folder), {}
     for name in dict.fromkeys([*metrics, *sorted(p.stem for p in folder.glob("*.npz"))]):
         path, known, row = folder / f"{name}.npz", metrics.get(name, {}), {}
-        arrays = read_npz(path, ("class_counts", "labels")) if path.is_file() else {}
-        is_labelled = len(arrays) == 2 and arrays["labels"].dtype.kind in "iu" and (arrays["labels"] >= 0).any()
-        if is_labelled and ("top1" in known or not known):
-            data = read_predictions(path, "logits")
+        if ("top1" in known or not known) and path.is_file() and has_predictions(path, "class_counts"):
+            data = read_predictions(path, "predictions")
             row, accuracy, predicted = score_classes(data, (100, 20), 0, 10, boot, seed)
             bins = binned_statistics(frequency_bins(data["class_counts"], 8, False), data["class_counts"], accuracy,
                                      predicted.astype(float), boot, np.random.default_rng(seed))
@@ -2308,7 +2344,7 @@ def svg_chart(series: dict[str, list[tuple]], title: str, x_title: str, x_names:
     (u0, u1), (v0, v1) = map(bend, (x0, x1)), map(bend, (y0, y1))
 
     def at(x: float, y: float) -> str:
-        return f"{48 + 262 * (bend(x) - u0) / (u1 - u0):.1f} {190 - 170 * (bend(y) - v0) / (v1 - v0):.1f}"
+        return f"{48 + 262 * (bend(x) - u0) / (u1 - u0 or 1):.1f} {190 - 170 * (bend(y) - v0) / (v1 - v0 or 1):.1f}"
 
     legend = "".join(f' <span style="color:var(--c{i % 7})">{"●■◆▲▼✚✕"[i % 7]}</span> {escape(name)}'
                      for i, name in enumerate(series) if len(series) > 1)
@@ -2391,7 +2427,7 @@ def file_section(name: str, path: Path) -> tuple[str, list[str]]:
     return text, lines
 
 
-def report_runs(runs: list[str], out: str, markdown: str, boot: int, seed: int) -> dict:
+def report_runs(runs: list[str], id_set: str, out: str, markdown: str, boot: int, seed: int) -> dict:
     """Write the page and the tables of runs, scored, and of results of other commands.
 
     runs: NAME=FOLDER, where NAME may be SERIES/X, which puts runs on an axis; NAME=FILE.json.
@@ -2404,7 +2440,7 @@ def report_runs(runs: list[str], out: str, markdown: str, boot: int, seed: int) 
     scores = {name: score_run(folder, boot, seed) for name, folder in folders.items()}
     empty = [named[name] for name, score in scores.items() if not score]
     refuse(empty, f"{', '.join(empty)}: neither metrics.json nor <set>.npz that could be scored")
-    sets = list(dict.fromkeys(s for score in scores.values() for s in score))
+    sets = sorted(dict.fromkeys(s for score in scores.values() for s in score), key=lambda s: s != id_set)
     x_names = list(dict.fromkeys(name.rpartition("/")[2] for name in scores))
     body, lines, tables, shifted = [], ["# Runs side by side", ""], {}, {}
     if scores:
@@ -2614,7 +2650,7 @@ def main(args: argparse.Namespace) -> None:
                              boot, seed, args.device)
     elif args.command == "debias":
         results = debias(args.zeroshot, args.finetuned, args.val_zeroshot, args.val_finetuned, dict(args.more),
-                         args.prior, args.group_by, args.calibrate, boot, seed)
+                         args.wiseft, args.prior, args.group_by, args.calibrate, boot, seed)
     elif args.command == "wiseft":
         results = wiseft_results(args.results, args.id, args.shifts, boot, seed) if args.results else wiseft(
             args.checkpoints, args.alpha, args.out)
@@ -2623,7 +2659,7 @@ def main(args: argparse.Namespace) -> None:
     elif args.command == "concepts":
         results = (agreement if args.what == "agree" else shared_tail)(args.files, boot, seed)
     elif args.command == "report":
-        results = report_runs(args.runs, args.out, args.markdown, boot, seed)
+        results = report_runs(args.runs, args.id, args.out, args.markdown, boot, seed)
 
     show(results["rows"], args.command, args.command in TURNED or "counts" in results)
     for name in EXTRA_TABLES:
@@ -2640,7 +2676,7 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         main(ARGS)
-    except MemoryError:
+    except (MemoryError, torch.OutOfMemoryError):
         print("evaluate.py: not enough memory: fewer images, classes or --boot", file=sys.stderr)
         sys.exit(2)
     except SystemExit as error:

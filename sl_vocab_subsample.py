@@ -126,7 +126,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--init", default="",
                        help="checkpoint to start from: in clip.py the whole model, elsewhere the image tower")
     model.add_argument("--freeze-backbone", action=argparse.BooleanOptionalAction, default=False,
-                       help="train the head and the scale only")
+                       help="train the head and the scale only (and the layer before the head where --init has none)")
 
     method = parser.add_argument_group("method")
     method.add_argument("--vocab", type=int, default=0,
@@ -327,9 +327,8 @@ def adjustment_of(loss: str, tau: float, class_counts: torch.Tensor) -> torch.Te
     balanced: Ren et al., arXiv 2007.10740, equation 4. logit-adjusted: Menon et al., arXiv 2007.07314, equation 10, the
     same at tau 1. Predictions are made without it.
     """
-    if loss not in ("balanced", "logit-adjusted"):
-        return None
-    return (tau if loss == "logit-adjusted" else 1.0) * (class_counts.double() / class_counts.sum()).log().float()
+    tau = {"balanced": 1.0, "logit-adjusted": tau}.get(loss, 0.0)
+    return tau * (class_counts.double() / class_counts.sum()).log().float() if tau else None
 
 
 # Copied from clip.py
@@ -705,22 +704,25 @@ def load_weights(path: str) -> dict:
     return checkpoint | {"state_dict": names}
 
 
-def load_tower(model: Classifier, path: str) -> None:
+def load_tower(model: Classifier, path: str) -> str:
     """Load the image tower of a checkpoint: keys visual.* (clip.py, this script, dino_laionet.py) or without.
 
-    torchvision's classification layer (fc) is another one than ours, and DINO's resnet50 has none: ours keeps its
-    random start.
+    Returns: the layer between tower and head that the file has not trained, or "". torchvision's classification layer
+    (fc) is another one than ours, DINO has none for resnet50 and does not use tiny's: ours keeps its random start.
     """
     loaded, own = load_weights(path), model.visual.state_dict()
     weights = loaded["state_dict"]
-    if model.arch.startswith("ViT") and loaded.get("activation") == "quick_gelu":
-        raise SystemExit(f"--init {path} was trained with quick_gelu, the ViT of this script has gelu")
+    activation = loaded.get("activation", "gelu" if "arch" in loaded else "one it does not name")
+    if model.arch.startswith("ViT") and activation != "gelu":
+        raise SystemExit(f"--init {path} was trained with {activation}, the ViT of this script has gelu; clip.py with "
+                         "--eval-only, --activation gelu and --export writes a file that names it")
     is_ours = any(name.startswith("visual.") for name in weights)
     if is_ours:
         weights = {name[len("visual.") :]: value for name, value in weights.items() if name.startswith("visual.")}
+    fresh = "proj" if model.arch == "tiny" and "dino_prototypes" in loaded else ""
     if model.arch == "resnet50" and not (is_ours and "fc.weight" in weights):
-        weights = {name: value for name, value in weights.items() if not name.startswith("fc.")}
-        weights |= {name: value for name, value in own.items() if name.startswith("fc.")}
+        fresh = "fc"
+    weights |= {name: value for name, value in own.items() if fresh and name.startswith(f"{fresh}.")}
     missing, unexpected = sorted(own.keys() - weights), sorted(weights.keys() - own)
     shapes = [f"{k} {tuple(weights[k].shape)} for {tuple(own[k].shape)}" for k in own.keys() & weights.keys()
               if own[k].shape != weights[k].shape]
@@ -728,6 +730,7 @@ def load_tower(model: Classifier, path: str) -> None:
         raise SystemExit(f"--init {path} does not fit --arch {model.arch}: missing {missing[:5]}, unexpected "
                          f"{unexpected[:5]}, shapes {shapes[:5]}")
     model.visual.load_state_dict(weights)
+    return fresh
 
 
 def read_prototypes(path: str, class_names: list[str]) -> torch.Tensor:
@@ -752,7 +755,10 @@ def read_prototypes(path: str, class_names: list[str]) -> torch.Tensor:
     if not isinstance(prototypes, torch.Tensor) or prototypes.ndim != 2:
         found = "no prototypes" if prototypes is None else f"{tuple(getattr(prototypes, 'shape', ()))}"
         raise SystemExit(f"--head-init {path} holds {found}, expected an array (classes, width)")
-    if names:
+    if names and (len(names) != len(prototypes) or names != class_names and len(set(names)) < len(names)):
+        raise SystemExit(f"--head-init {path}: {len(names)} class names, {len(set(names))} of them different, for "
+                         f"{len(prototypes)} rows: they cannot be matched by name")
+    if names and names != class_names:
         rows = {name: row for row, name in enumerate(names)}
         missing = [name for name in class_names if name not in rows]
         if missing:
@@ -772,6 +778,7 @@ def read_prototypes(path: str, class_names: list[str]) -> torch.Tensor:
 ALIASES = {"image": ("filepath", "path", "file"), "label": ("class", "wnid"), "caption": ("text", "title")}
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]  # not EPS: Pillow would run Ghostscript on it
 KEEP_PIXELS = 16 * 2**30  # bytes of .npy images kept on the device; beyond it they are read in the workers
+GAVE_UP = "gave up"  # the reason, where no replacement could be read either
 
 
 # Copied from clip.py
@@ -998,22 +1005,24 @@ def read_crops(tables: list[Table], examples: np.ndarray, image_size: int, min_s
     """Read and crop the images of a batch; another example takes the place of one that cannot be read.
 
     examples: [B, 3] (set, row, epoch). min_side: px, see read_image. Crops and replacements are drawn by example.
-    Returns: the examples that were read; [B, 3, S, S] uint8, channels last in memory; (reason, place) of bad images.
+    Returns: the examples that were read; [B, 3, S, S] uint8, channels last in memory; (reason, place) of bad images,
+    (GAVE_UP, message) where a hundred in a row were bad.
     """
     examples, bad = np.array(examples), []
     pixels = np.empty((len(examples), image_size, image_size, 3), np.uint8)
     for first in range(0, len(examples), 16):  # a few decoded images at a time, and their boxes at once
         images = []
         for example in examples[first : first + 16]:
-            for _ in range(100):
+            for attempt in range(100):
                 s, row, epoch = map(int, example)
                 image = read_image(tables[s], row, min_side, max_pixels)
                 if not isinstance(image, str):
                     break
                 bad.append((image, f"{tables[s].path} row {row + 1}: {tables[s].get(row, 'image')}"))
-                example[1] = int(uniform_hash(seed, 3, s, row, epoch) * len(tables[s]))
-            else:
-                raise SystemExit(f"100 unreadable images in a row, the last: {bad[-1]}")
+                example[1] = int(uniform_hash(seed, 3, s, row, epoch, attempt) * len(tables[s]))
+            else:  # a worker process cannot end the run: note_bad_images does
+                bad.append((GAVE_UP, f"100 unreadable images in a row, the last: {': '.join(bad[-1])}"))
+                image = Image.new("RGB", (image_size, image_size))
             images.append(image)
         aspect = np.array([image.width / image.height for image in images])
         boxes = crop_boxes(crop_scale, aspect, seed, 2, *examples[first : first + 16].T)
@@ -1454,7 +1463,7 @@ def encode_images(model: nn.Module, table: Table, workers: int, max_pixels: int,
         dataset = EvalImages(table, model.image_size, max_pixels)
         blocks = iter(torch.utils.data.DataLoader(dataset, batch_sampler=blocks,
                                                   num_workers=workers if workers >= 0 else default_workers(),
-                                                  collate_fn=stack_images))
+                                                  collate_fn=stack_images, worker_init_fn=ignore_sigterm))
 
     def encode(start: int, stop: int) -> torch.Tensor:
         if pixels is not None:
@@ -1568,9 +1577,11 @@ def evaluate_classifier(model: Classifier, class_names: list[str], class_counts:
         if labelled.any():
             result |= imbalance_metrics(predictions, labels[labelled], class_counts)
         if len(trimmed):
-            of_trimmed, is_right = np.isin(labels[labelled], trimmed), predictions == labels[labelled]
-            for key, part in ("trimmed", of_trimmed), ("untrimmed", ~of_trimmed):
-                result[key] = float(is_right[part].mean()) if part.any() else None
+            C, y = len(class_names), labels[labelled]
+            n, n_right = np.bincount(y, minlength=C), np.bincount(y, predictions == y, minlength=C)
+            is_trimmed = np.isin(np.arange(C), trimmed)
+            for key, part in ("trimmed", is_trimmed & (n > 0)), ("untrimmed", ~is_trimmed & (n > 0)):
+                result[key] = float((n_right[part] / n[part]).mean()) if part.any() else None
         metrics[name] = result
         if npz_folder is not None and (not dist.is_initialized() or dist.get_rank() == 0):
             arrays = {"logits": logits.numpy().astype(np.float16), "predictions": logits.argmax(1).numpy(),
@@ -1616,6 +1627,9 @@ def find_test_sets(names: list[str], root: Path) -> dict[str, Table]:
     paths = [Path(file) if file == name and Path(file).is_file() else root / file for name, file in zip(names, files)]
     is_unique = [sum(path.stem == other.stem for other in paths) == 1 for path in paths]
     stems = [path.stem if unique else f"{path.parent.name}-{path.stem}" for path, unique in zip(paths, is_unique)]
+    if len(set(stems)) < len(stems) or "run" in stems:
+        raise SystemExit(f"--eval-sets: {', '.join(map(str, paths))} would be called {', '.join(stems)} in "
+                         "metrics.json: names must differ, and run has another meaning there")
     return {stem: Table(path) for stem, path in zip(stems, paths)}
 
 
@@ -1664,6 +1678,8 @@ def check_finite(step: int, parts: dict[str, torch.Tensor], skipped_in_a_row: in
 def note_bad_images(counts: Counter, bad: list[tuple[str, str]]) -> None:
     """Count unreadable images by reason; the first of each reason is printed."""
     for reason, example in bad:
+        if reason == GAVE_UP:
+            raise SystemExit(example)
         if reason not in counts:
             print(f"unreadable image ({reason}), replaced by another example: {example}", flush=True)
         counts[reason] += 1
@@ -1698,7 +1714,10 @@ class RunLog:
 
     def write(self, line: dict) -> None:
         """line: {"step": int, name: number, ...}; nested dicts are kept in the file, flattened elsewhere."""
-        self.file.write(json.dumps(line) + "\n")
+        try:
+            self.file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise SystemExit(f"cannot write {self.file.name}: {error}; a checkpoint written before is kept") from None
         numbers = {k: v for k, v in line.items() if isinstance(v, int | float)}
         for name, metrics in line.items():
             if isinstance(metrics, dict):
@@ -1837,6 +1856,8 @@ def main(args: argparse.Namespace) -> None:
         on_one_rank(rank, lambda: ensure_clip_pt(root, args.device, "--head frozen and finetune"))
     class_names, test_sets = [row["name"] for row in read_classes(root)], find_test_sets(args.eval_sets, root)
     tables, label_sets, shares, class_counts, trimmed, left_out = read_labelled_sets(args, root, class_names)
+    for table in test_sets.values():
+        read_labels(table, class_names)  # a wrong one is told before training, not after it
     C, sizes, counts = len(class_names), [len(table) for table in tables], torch.from_numpy(class_counts)
     has_vocab = 0 < args.vocab < C
     if is_main:
@@ -1851,12 +1872,13 @@ def main(args: argparse.Namespace) -> None:
     # --- model
     prototypes = None if args.head == "learned" else read_prototypes(head_init, class_names)
     model = Classifier(args.arch, C, prototypes, args.head == "frozen")
-    if args.init:
-        load_tower(model, args.init)
+    fresh = load_tower(model, args.init) if args.init else ""
     model.to(device)
     if args.arch in ("tiny", "RN50", "resnet50"):
         model.visual.to(memory_format=torch.channels_last)
     model.visual.requires_grad_(not args.freeze_backbone)
+    if fresh:
+        getattr(model.visual, fresh).requires_grad_()  # a part of the head: random if it were frozen
     for module in model.modules():
         if isinstance(module, BatchNorm2d):
             module.sync = args.bn == "sync"
@@ -1914,6 +1936,8 @@ def main(args: argparse.Namespace) -> None:
     log, stop_signals = None, []
     if is_main:
         log = RunLog(out, start, args.tensorboard, args.wandb, vars(args))
+        if args.resume == "off":
+            (out / "checkpoint.pt").unlink(missing_ok=True)  # killed before its first save, a run would go on there
         write_json(out / "args.json",
                    {"args": vars(args), "argv": sys.argv,
                     "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()})
@@ -1967,7 +1991,7 @@ def main(args: argparse.Namespace) -> None:
         if is_log_step or device.type == "cpu":  # Sync
             check_finite(step, {"loss": loss, "image_features": features}, int(skipped_in_a_row), control)
         scaler.step(optimizer)
-        scaler.update()
+        scaler.update(None if precision == "fp16" else 1.0)  # a step that was left out halves the scale of fp16 only
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))  # CLIP section 2.5

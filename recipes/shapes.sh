@@ -263,6 +263,7 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
     sl finetuned "${tuned[@]}" --steps 400 --lr 3e-4
     wise="$PYTHON evaluate.py wiseft {}/zeroshot/checkpoint.pt {}/finetuned/checkpoint.pt --alpha 0 0.25 0.5 0.75 1 --out {}/wise"
     wise+=" && for a in 0.00 0.25 0.50 0.75 1.00; do $PYTHON sl_vocab_subsample.py --root $root --eval-only {}/wise/alpha_\$a.pt --out {}/wise/alpha_\$a; done"
+    wise="{ flock 9 && { [ -e {}/wise/alpha_1.00/val.npz ] || { $wise; }; }; } 9>{}/wise.lock" # of two scores, one makes them
     score wiseft "zeroshot finetuned" "$wise && $PYTHON evaluate.py wiseft --results {}/wise"
     cut -f 1 "$root/classes.tsv" >"$cuts/names.tsv"
     count=(frequency "$root/laionet/train.tsv" --lemmas none)
@@ -272,7 +273,8 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
     table freq_judged "${count[@]}" --classes "$root/classes.tsv" --relevance "$cuts/judged.tsv" --seed "$seed"
     awk -F'\t' 'NR == 1 { for (i = 1; i <= NF && $i != "estimate"; i++); print "name\tcount"; next } { print $1 "\t" $i }' "$cuts/freq_judged.tsv" >"$cuts/freq_relevant.tsv"
     score frequencies none "$PYTHON" evaluate.py concepts agree "$cuts/freq_names.tsv" "$cuts/freq_relevant.tsv" --boot 0
-    score debias "zeroshot finetuned" "$PYTHON" evaluate.py debias --zeroshot "{}/zeroshot/val.npz" --finetuned "{}/finetuned/val.npz"
+    debias="$PYTHON evaluate.py debias --zeroshot {}/zeroshot/val.npz --finetuned {}/finetuned/val.npz"
+    score debias "zeroshot finetuned" "$wise && $debias --wiseft {}/wise/alpha_*/val.npz"
   fi
 
   # --- 9: DINO on balanced and long-tailed images, with sampled and with few prototypes (figure 10, table 1); probed on

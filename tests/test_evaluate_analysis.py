@@ -1,5 +1,6 @@
 """evaluate.py: collapse, similarity, prototypes, debiasing, WiSE-FT, concepts, report."""
 
+import argparse
 import base64
 import json
 import re
@@ -120,7 +121,8 @@ def test_prototypes_of_a_checkpoint_are_the_table_of_all(tmp_path):
     torch.save({"state_dict": state, "student": state, "dino_prototypes": torch.zeros(8, 3)}, tmp_path / "a.pt")
     assert evaluate.read_array(tmp_path / "a.pt", "")[0].shape == (8, 3)
     torch.save({"student": {"head.last_layer.weight": torch.ones(2, 3)},
-                "teacher": {"head.last_layer.weight": torch.ones(4, 3)}}, tmp_path / "b.pt")  # the public DINO's
+                "teacher": {"head.last_layer.weight": torch.ones(4, 3)},
+                "args": argparse.Namespace(arch="vit_small")}, tmp_path / "b.pt")  # the public DINO's
     assert evaluate.read_array(tmp_path / "b.pt", "")[0].shape == (4, 3)
 
 
@@ -195,7 +197,7 @@ def biased_pair(tmp_path, seed=0, n=6000, C=12):
 
 def test_debiasing_helps_and_reports_deltas(tmp_path):
     zs, ft = biased_pair(tmp_path)
-    result = evaluate.debias(zs, ft, "", "", {"more": ft}, "", "counts", False, 200, 0)
+    result = evaluate.debias(zs, ft, "", "", {"more": ft}, [], "", "counts", False, 200, 0)
     balanced = {name: row["balanced"]["value"] for name, row in result["rows"].items()}
     assert balanced["GLA"] == max(balanced.values())
     assert result["minus zero-shot"]["GLA"]["balanced"]["low"] > 0 < result["minus fine-tuned"]["GLA"]["tail"]["low"]
@@ -206,10 +208,28 @@ def test_debiasing_helps_and_reports_deltas(tmp_path):
     assert result["minus zero-shot"]["GLA"]["tail"]["value"] == pytest.approx(value)
 
 
+def test_wise_ft_is_chosen_on_held_out_images(tmp_path):
+    """Of sums of both models' logits, the one that is best on the half that is not scored, found by hand."""
+    zs, ft = biased_pair(tmp_path, n=1200)
+    with np.load(zs) as a, np.load(ft) as b:
+        labels, mixed = a["labels"], [a["logits"] * (1 - t) + b["logits"] * t for t in (0.1, 0.5, 0.9)]
+    paths = [str(tmp_path / f"alpha{i}.npz") for i in range(3)]
+    for path, logits in zip(paths, mixed):
+        np.savez(path, labels=labels, logits=logits)
+    result = evaluate.debias(zs, ft, "", "", {}, paths, "", "counts", False, 10, 0)
+    test, order = np.ones(1200, bool), np.random.default_rng(0).permutation(1200)
+    test[order[np.argsort(labels[order], kind="stable")][::2]] = False
+    held = [np.mean([(x[~test].argmax(1) == c)[labels[~test] == c].mean() for c in range(12)]) for x in mixed]
+    best = int(np.argmax(held))
+    assert result["chosen"]["WiSE-FT"] == paths[best] and np.ptp(held) > 0
+    expected = (mixed[best].argmax(1) == labels)[test].mean()
+    assert result["rows"]["WiSE-FT"]["top1"]["value"] == pytest.approx(expected)
+
+
 def test_debias_refuses_the_test_images_as_held_out_ones(tmp_path):
     zs, ft = biased_pair(tmp_path, n=200)
     with pytest.raises(SystemExit, match="holds the test images"):
-        evaluate.debias(zs, ft, zs, ft, {}, "", "counts", False, 10, 0)
+        evaluate.debias(zs, ft, zs, ft, {}, [], "", "counts", False, 10, 0)
 
 
 def test_debias_by_nothing_is_the_model_itself(tmp_path):
@@ -221,12 +241,12 @@ def test_debias_by_nothing_is_the_model_itself(tmp_path):
         np.savez(tmp_path / f"{name}.npz", labels=labels, logits=logits, predictions=np.where(
             np.arange(400) % 7, logits.argmax(1), rng.integers(4, size=400)))  # fmt: skip
     files = [str(tmp_path / f"{name}.npz") for name in ("zs", "ft")]
-    result = evaluate.debias(*files, "", "", {}, "uniform", "prior", False, 20, 0)
+    result = evaluate.debias(*files, "", "", {}, [], "uniform", "prior", False, 20, 0)
     assert result["chosen"]["tau"] == 0
     assert result["rows"]["logit adjustment"] == result["rows"]["fine-tuned"]
     assert result["rows"]["GLA"]["spearman_pred"].keys() == {"value", "low", "high"}
     with pytest.raises(SystemExit, match="no class_counts of 4 classes: pass --group-by prior"):
-        evaluate.debias(*files, "", "", {}, "uniform", "counts", False, 20, 0)
+        evaluate.debias(*files, "", "", {}, [], "uniform", "counts", False, 20, 0)
 
 
 def test_collapse_without_logits_has_no_accuracy(tmp_path):
@@ -357,7 +377,7 @@ def test_report_of_thirty_runs_is_one_small_page(tmp_path):
         metrics["pairs"] = {"n": 9, "top1": None, "retrieval": {"i2t_r1": 0.25}}
         (folder / "metrics.json").write_text(json.dumps(metrics | {"run": {"step": 1}}))
         runs.append(f"<b>series{i % 3}/{i}={folder}")
-    result = evaluate.report_runs(runs, str(tmp_path / "r.html"), str(tmp_path / "r.md"), 20, 0)
+    result = evaluate.report_runs(runs, "val", str(tmp_path / "r.html"), str(tmp_path / "r.md"), 20, 0)
     text = (tmp_path / "r.html").read_text()
     page = Page()
     page.feed(text)
@@ -376,9 +396,26 @@ def test_report_under_shift_is_over_the_sets_of_all_runs(tmp_path):
         (tmp_path / name).mkdir()
         metrics = {s: {"n": 100, "top1": v} for s, v in sets.items()} or {"pairs": {"retrieval": {"i2t_r1": 0.5}}}
         (tmp_path / name / "metrics.json").write_text(json.dumps(metrics))
-    evaluate.report_runs([str(tmp_path / name) for name in ("a", "b", "pairs")], str(tmp_path / "r.html"), "", 10, 0)
+    evaluate.report_runs([str(tmp_path / name) for name in ("a", "b", "pairs")], "val", str(tmp_path / "r.html"), "", 10, 0)
     text = (tmp_path / "r.html").read_text()
     assert "mean top-1 of v2 against val" in text and "a: 0.400" in text
+
+
+def test_report_begins_with_the_in_distribution_set(tmp_path):
+    """Files alone, by name adversarial first; features or retrieval arrays beside them; accuracies beyond the axis."""
+    rng, labels = np.random.default_rng(0), np.arange(2000) % 10
+    for run, noise in (("a", 0.0), ("b", 0.02)):
+        (tmp_path / run).mkdir()
+        for name in "adversarial", "v2", "val":
+            predictions = np.where(rng.random(2000) < noise * (name != "val"), 9 - labels, labels)
+            predictions[: 1 if run == "b" else 0] = 5
+            np.savez(tmp_path / run / f"{name}.npz", labels=labels, predictions=predictions, class_counts=np.arange(10))
+        np.savez(tmp_path / run / "bank.npz", labels=labels, features=np.ones((2000, 2)), class_counts=np.arange(10))
+        np.savez(tmp_path / run / "pairs.npz", labels=np.full(5, -1), features=np.ones((5, 2)))
+    result = evaluate.report_runs([str(tmp_path / run) for run in "ab"], "val", str(tmp_path / "r.html"), "", 10, 0)
+    assert list(result["sets"]) == ["val", "adversarial", "v2"]
+    assert "mean top-1 of adversarial, v2 against val" in (tmp_path / "r.html").read_text()
+    assert result["rows"]["a"]["top1"]["value"] == 1
 
 
 def test_report_scores_predictions(tmp_path):
@@ -391,7 +428,7 @@ def test_report_scores_predictions(tmp_path):
         logits=rng.normal(size=(300, 10)) + np.eye(10)[labels],
         class_counts=np.arange(10),
     )
-    row = evaluate.report_runs([str(tmp_path / "run")], str(tmp_path / "r.html"), "", 50, 0)["rows"]["run"]
+    row = evaluate.report_runs([str(tmp_path / "run")], "val", str(tmp_path / "r.html"), "", 50, 0)["rows"]["run"]
     assert row["spearman_acc"]["low"] < row["spearman_acc"]["value"] < row["spearman_acc"]["high"]
     assert "accuracy of frequency bins" in (tmp_path / "r.html").read_text()
 
@@ -457,7 +494,7 @@ def test_every_plot_is_drawn(tmp_path, kind):
         (evaluate.plot_collapse, evaluate.collapse([full], "", 10, 0)),
         (evaluate.plot_similarity, evaluate.similarity(full, full, 10, 20, 3, 10, 0)),
         (evaluate.plot_prototypes, evaluate.prototypes(full, "", "", [0.1, 0.2], 3, True, 9, 10, 0, "cpu")),
-        (evaluate.plot_debias, evaluate.debias(zs, ft, "", "", {}, "", "prior", True, 10, 0)),
+        (evaluate.plot_debias, evaluate.debias(zs, ft, "", "", {}, [], "", "prior", True, 10, 0)),
         (evaluate.plot_calibration, evaluate.calibration([zs], 10, 0.5, 10, 0)),
         (evaluate.plot_compare, evaluate.compare([zs], [ft], "", 10, 0)),
         (evaluate.plot_retrieval, evaluate.retrieval([pairs], [1, 5], 10, 0, "cpu")),

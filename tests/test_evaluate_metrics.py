@@ -111,6 +111,25 @@ def test_interval_of_top1_covers_as_the_binomial_law_says():
     assert draws.std() == pytest.approx(np.sqrt(p * (1 - p) / 2000), rel=0.04)
 
 
+@pytest.mark.parametrize("n", [2, 3, 10])
+def test_interval_of_a_class_mean_has_the_width_of_new_images(n):
+    """60 classes of n images, right with p = .6: the variance of the mean is p (1 - p) / (60 n), which resampling within
+    classes alone understates n / (n - 1) times; 6 % is three standard errors of 40 simulations."""
+    rng, variances = np.random.default_rng(0), []
+    for _ in range(40):
+        labels = np.repeat(np.arange(60), n)
+        predictions = np.where(rng.random(60 * n) < 0.6, labels, 60)
+        n_test, n_right, _ = evaluate.resample_images(labels, predictions, 61, 400, rng)
+        variances.append(evaluate.class_mean(evaluate.ratio(n_right, n_test), n_test[0])[1:].var())
+    assert np.mean(variances) == pytest.approx(0.24 / (60 * n), rel=0.06)
+
+
+def test_a_class_of_one_image_has_no_interval():
+    data = {"labels": np.array([0, 0, 1]), "predictions": np.array([0, 1, 1]), "n_classes": 2, "class_counts": np.ones(2)}
+    row = evaluate.score_classes(data, (100, 20), 0, 1, 50, 0)[0]
+    assert row["balanced"] == {"value": 0.75, "low": None, "high": None}
+
+
 def test_interval_of_gini_covers_it():
     """40 classes of 10 images, 8 % of them mistaken for frequent classes: the Gini index of the expected predictions is
     inside in 85 % or more of 100 simulations (resampled across classes: in 5 %), the sample's own value in all."""
@@ -203,6 +222,16 @@ def test_compare_takes_the_frequencies_of_each_side(tmp_path):
     assert same == {"value": 0, "low": 0, "high": 0}
     with pytest.raises(SystemExit, match="A has 1 seeds, B 2"):
         evaluate.compare(paths[:1], paths, "", 10, 0)
+
+
+def test_compare_counts_predictions_of_all_classes(tmp_path):
+    """Images of two classes of six; predictions go to all: value and interval are over the same six classes."""
+    rng, counts, paths = np.random.default_rng(0), np.array([60, 50, 40, 30, 20, 10]), []
+    for name, share in (("a", counts / counts.sum()), ("b", counts[::-1] / counts.sum())):
+        paths.append(str(tmp_path / f"{name}.npz"))
+        np.savez(paths[-1], labels=np.arange(300) % 2, predictions=rng.choice(6, 300, p=share), class_counts=counts)
+    entry = evaluate.compare(paths[:1], paths[1:], "", 200, 0)["rows"]["spearman_pred"]["B - A"]
+    assert entry["value"] == pytest.approx(-2, abs=0.2) and entry["low"] <= entry["value"] <= entry["high"]
 
 
 def write_counts(folder):
@@ -314,6 +343,24 @@ def test_robustness_of_runs_uses_the_classes_of_the_shift(tmp_path):
         expected = (file["logits"][keep][:, :3].argmax(1) == file["labels"][keep]).mean()
     row = result["rows"][str(tmp_path / "run1")]
     assert row["adversarial id"]["value"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_pairs_in_a_runs_folder_are_no_shift(tmp_path, capsys):
+    """clip.py writes sets without labels beside the others, for retrieval; a column of averages is none either."""
+    rng, runs = np.random.default_rng(0), []
+    for i in range(2):
+        (tmp_path / f"run{i}").mkdir()
+        runs.append(str(tmp_path / f"run{i}"))
+        for name in "val", "v2":
+            labels = np.arange(60) % 3
+            np.savez(f"{runs[i]}/{name}.npz", labels=labels, logits=rng.normal(size=(60, 3)) + (1 + i) * np.eye(3)[labels])
+        np.savez(f"{runs[i]}/odd.npz", labels=np.full(5, -1), features=np.ones((5, 2)))
+    result = evaluate.robustness(runs, "val", [], "", "", {}, {}, {}, 10, 0)
+    assert result["shifts"] == ["v2", "average"] and "odd.npz: left out" in capsys.readouterr().err
+    (tmp_path / "t.csv").write_text("model,val,v2,average\na,50,40,40\nb,60,50,50\n")
+    assert evaluate.robustness([str(tmp_path / "t.csv")], "val", [], "", "", {}, {}, {}, 0, 0)["shifts"] == ["v2", "average"]
+    with pytest.raises(SystemExit, match="called average"):
+        evaluate.robustness([str(tmp_path / "t.csv")], "val", ["average"], "", "", {}, {}, {}, 0, 0)
 
 
 def test_sets_that_an_input_lacks_are_left_out(tmp_path, capsys):

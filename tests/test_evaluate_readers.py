@@ -242,7 +242,7 @@ def test_errors_are_one_line_and_status_two(tmp_path):
         other = save(tmp_path / "b.npz", labels=(arrays()["labels"] + 1) % 4)
         evaluate.compare([str(tmp_path / "a.npz")], [str(other)], "", 10, 0)
     with pytest.raises(SystemExit, match="runs are folders"):
-        evaluate.report_runs([str(tmp_path / "nowhere")], "x.html", "", 10, 0)
+        evaluate.report_runs([str(tmp_path / "nowhere")], "val", "x.html", "", 10, 0)
     with pytest.raises(SystemExit, match="no alpha_"):
         evaluate.wiseft_results(str(tmp_path), "val", [], 0, 0)
     for flags in (["imbalance", "a.npz", "--plot", "x.pdf"], ["wiseft", "a.pt"], ["knn", "a", "b", "--boot", "-1"]):

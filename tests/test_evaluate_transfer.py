@@ -8,6 +8,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 import clip
+import dino_laionet as dino
 import evaluate
 
 
@@ -124,6 +125,10 @@ def test_knn_by_hand_and_by_scikit_learn(digits):
     theirs = KNeighborsClassifier(20, weights=lambda d: np.exp((1 - d**2 / 2) / 0.07)).fit(unit[0], train["labels"])
     ours = evaluate.knn_scores(train, test, 10, 20, "cpu").argmax(1)
     assert (ours == theirs.predict(unit[1])).mean() > 0.998
+    bank, queries = (torch.from_numpy(u).float() for u in unit)
+    votes = dino.knn_votes(bank, torch.from_numpy(train["labels"]), queries, 10).numpy()  # the training script's
+    scores = evaluate.knn_scores(train, test, 10, 20, "cpu")
+    np.testing.assert_allclose(votes / votes.sum(1, keepdims=True), scores / scores.sum(1, keepdims=True), atol=1e-4)
 
 
 def test_average_precision_by_hand():

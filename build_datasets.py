@@ -101,6 +101,7 @@ import tempfile
 import threading
 import time
 import unicodedata
+import zipfile
 import zlib
 from array import array
 from collections import Counter, defaultdict, deque
@@ -122,7 +123,11 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Build data sets for the training scripts.", **style)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    shapes = commands.add_parser("shapes", help="render the built-in world of shapes", **style)
+    shapes = commands.add_parser(
+        "shapes", help="render the built-in world of shapes", **style,
+        description="In: nothing. Out: a folder with classes.tsv, bpe.txt, test sets as SET.tsv and SET.npy, and "
+        "training sets as SET/train.tsv and train.npy, a long-tailed world of 120 classes at 32 px.",
+        epilog="example: python build_datasets.py shapes --size 0.02 --out data/small")
     shapes.add_argument("--out", default="data/shapes", help="folder to write; must not exist, or hold this very world")
     shapes.add_argument("--seed", type=int, default=0, help="redraws class frequencies, images and captions")
     shapes.add_argument("--size", type=float, default=1.0, help="factor on the rows of every set; 0.02 for a test")
@@ -130,7 +135,12 @@ def parse_args(argv=None):
                         help="'striped star', or one invented word per class (then synonyms and definitions matter)")
     shapes.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; the bytes do not depend on it")
 
-    index = commands.add_parser("index", help="table of the images in tars, class folders or a flat folder", **style)
+    index = commands.add_parser(
+        "index", help="table of the images in tars, class folders or a flat folder", **style,
+        description="In: tars as img2dataset and webdataset write them, folders of them, class folders, or a flat "
+        "folder of pictures with .txt and .json of the same names. Out: a table of image, label, caption and the keys "
+        "of the .json; images stay where they are.",
+        epilog="example: python build_datasets.py index shards/ --holdout 0.1 --out data/web/train.tsv")
     index.add_argument("sources", nargs="+", metavar="SOURCE", help="tars, or folders (of tars, of classes, or flat)")
     index.add_argument("--out", required=True, help="table to write, ending in .tsv; val.tsv and OUT.json go beside it")
     index.add_argument("--holdout", type=float, default=0.0, help="fraction of rows that go to val.tsv; 0: none")
@@ -353,6 +363,9 @@ def parse_args(argv=None):
     command = commands.choices[args.command]
     if args.command not in ("shapes", "prune") and not args.out.endswith(".tsv"):
         command.error(f"--out: got {args.out}, expected a file name that ends in .tsv")
+    for name, value in vars(args).items():
+        if any(v != v for v in (value if isinstance(value, list) else [value])):
+            command.error(f"--{name.replace('_', '-')}: got NaN, expected a number")
     for name, least in dict(workers=1, sample=0, keep=0, rows=0, trim_tail=0, max_entries=0, min_count=0).items():
         if (given := getattr(args, name, least)) < least:
             command.error(f"--{name.replace('_', '-')}: got {given}, expected {least} or more")
@@ -438,6 +451,9 @@ def write_tsv(path, columns, rows):
             for n, row in enumerate(rows, 1):  # noqa: B007 (n is the number of rows)
                 f.write("\t".join([tsv_field(row.get(c)) for c in columns]) + "\n")
         os.replace(partial, path)
+    except OSError as error:
+        error.filename = error.filename or path  # write() does not say which file found the disk full
+        raise
     finally:
         if os.path.exists(partial):  # bad input or a full disk
             os.remove(partial)
@@ -1978,8 +1994,8 @@ def json_objects(path, bad):
                 note_bad(bad, path, number, f"a JSON {type(row).__name__}, expected an object")
 
 
-def parquet_rows(path, wanted):
-    """Columns of a parquet file, and its rows as lists. wanted: names to read, or None for all."""
+def parquet_rows(path, wanted, bad=None):
+    """Columns of a parquet file, and its rows as lists. wanted: names to read, or None for all; bad: as text_lines."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -1997,7 +2013,12 @@ def parquet_rows(path, wanted):
             for batch in file.iter_batches(batch_size=16384, columns=columns):
                 for values in zip(*(column.to_pylist() for column in batch.columns)):
                     number += 1
-                    yield number, [v if type(v) is str else tsv_field(v) for v in values]
+                    fields = [v if type(v) is str else tsv_field(v) for v in values]
+                    if sum(map(len, fields)) > MAX_LINE // 4:  # characters have up to 4 bytes
+                        if sum(len(field.encode("utf-8", "replace")) for field in fields) > MAX_LINE - 2**16:
+                            note_bad(bad, path, number, f"a row of more than {MAX_LINE // 2**20} MiB")
+                            continue
+                    yield number, fields
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise SystemExit(f"{path}:{number + 1}: damaged parquet ({str(error).splitlines()[0]})") from None
 
@@ -2027,7 +2048,7 @@ def read_table(path, needed=(), bad=None, is_all=True):
     """
     kind, lines = os.path.splitext(path.removesuffix(".gz"))[1], None
     if kind == ".parquet":
-        found, header, rows = parquet_rows(path, None)
+        found, header, rows = parquet_rows(path, None, bad)
     elif kind == ".jsonl":  # rows may differ in their keys: one more pass finds all of them
         header = list(dict.fromkeys(key for _, row in json_objects(path, Counter()) for key in row))
         rows = ((n, [tsv_field(row.get(key)) for key in header]) for n, row in json_objects(path, bad))
@@ -2039,6 +2060,8 @@ def read_table(path, needed=(), bad=None, is_all=True):
         raise SystemExit(f"{path}:1: an empty file; expected a header and rows")
     names = our_names(header, path)
     missing = [name for name in needed if name not in names]
+    if "image" in missing and {"key", "status", "error_message"} <= set(names):
+        raise SystemExit(f"{path}:1: no column image: img2dataset's own table; run `index` on its folder first")
     if missing:
         found = (name if name == ours else f"{name} (read as {ours})" for name, ours in zip(header, names))
         raise SystemExit(f"{path}:1: no column {', '.join(missing)}; found {', '.join(found)}")
@@ -2055,7 +2078,7 @@ def read_table(path, needed=(), bad=None, is_all=True):
         return names, rows
     places = [names.index(name) for name in needed]
     if kind == ".parquet":
-        _, read, rows = parquet_rows(path, {header[place] for place in places})
+        _, read, rows = parquet_rows(path, {header[place] for place in places}, bad)
         places = [read.index(header[place]) for place in places]
     return list(needed), ((line, [fields[place] for place in places]) for line, fields in rows)
 
@@ -2626,15 +2649,28 @@ def in_chunks(rows, size=4096):
         yield chunk
 
 
+def downloaded(columns, rows, counts):
+    """Rows without those that img2dataset did not get: its parquet files list them too, with a status."""
+    if not {"key", "status", "error_message"} <= set(columns):
+        yield from rows
+        return
+    for row in rows:
+        if row["status"] == "success":
+            yield row
+        else:
+            counts["rows"] += 1
+            counts["bad: not downloaded by img2dataset"] += 1
+
+
 def matched_rows(path, settings, counts):
     """(row as a dict, text, classes) of the rows of one table, images named relative to the table to be written.
 
     settings: those of matcher_of and columns (joined to the text), out, skip_bad; counts: Counter that is added to.
     """
     bad = Counter() if settings["skip_bad"] else None
-    _, rows = open_tables([path], settings["columns"], bad, settings["out"])
+    columns, rows = open_tables([path], settings["columns"], bad, settings["out"])
     matcher = matcher_for(settings)
-    for chunk in in_chunks(rows):
+    for chunk in in_chunks(downloaded(columns, rows, counts)):
         texts = [" ".join(filter(None, [row[column] for column in settings["columns"]])) for row in chunk]
         counts["rows"] += len(chunk)
         yield from zip(chunk, texts, matcher.match(texts))
@@ -2891,6 +2927,7 @@ def build_incaps(path, images, classes, out, seed, keep_repeats):
     if os.path.isfile(images):
         rows = open_tables([images], ["image"], out=out)[1]
         places = {os.path.basename(row["image"]): row["image"] for row in rows}
+    folder = os.path.relpath(os.path.realpath(images), os.path.realpath(os.path.dirname(out) or "."))
     counts, kept = {"records": len(records), "unknown wnid": 0, "no such image": 0, "repeated file name": 0}, {}
     for number, record in enumerate(records):
         name, wnid = record["filename"], record["wnid"]
@@ -2898,7 +2935,7 @@ def build_incaps(path, images, classes, out, seed, keep_repeats):
             counts["unknown wnid"] -= 1
             continue
         file = os.path.join(images, wnid, name)
-        image = os.path.relpath(file, os.path.dirname(os.path.abspath(out))) if places is None else places.get(name)
+        image = os.path.join(folder, wnid, name) if places is None else places.get(name)
         if image is None or places is None and not os.path.isfile(file):
             counts["no such image"] -= 1
             continue
@@ -3172,10 +3209,14 @@ def draw(ids, lengths, keys, entry_keys, probability):
     hashes of the rows; entry_keys, probability: [E]. Returns: [R] bool. A function of hashes alone, so neither order
     nor shards matter, and a larger cap keeps a superset.
     """
-    if not len(lengths):
-        return np.zeros(0, bool)
-    u = splitmix64(np.repeat(keys, lengths) ^ entry_keys[ids]) / 2.0**64
-    return np.logical_or.reduceat(u < probability[ids], np.concatenate([[0], np.cumsum(lengths)[:-1]]))
+    is_kept, ends = np.zeros(len(lengths), bool), np.cumsum(lengths)
+    for first in range(0, len(lengths), 2**18):  # memory does not grow with the rows
+        rows = slice(first, first + 2**18)
+        starts = ends[rows] - lengths[rows]
+        part = ids[starts[0] : ends[rows][-1]]
+        u = splitmix64(np.repeat(keys[rows], lengths[rows]) ^ entry_keys[part]) / 2.0**64
+        is_kept[rows] = np.logical_or.reduceat(u < probability[part], starts - starts[0])
+    return is_kept
 
 
 def keep_file(path, part, settings):
@@ -3185,9 +3226,10 @@ def keep_file(path, part, settings):
         arrays = {name: first[name] for name in ("ids", "lengths", "keys", "numbers")}
         is_kept = draw(arrays["ids"], arrays["lengths"], arrays["keys"], draws["keys"], draws["probability"])
         kept = np.bincount(arrays["ids"][np.repeat(is_kept, arrays["lengths"])], minlength=len(draws["keys"]))
-    numbers = set(arrays["numbers"][is_kept].tolist())
+    mask = np.zeros(1 + max(arrays["numbers"], default=-1), bool)  # what follows the last kept row is not read
+    mask[arrays["numbers"][is_kept]] = True
     columns, rows = open_tables([path], bad=Counter() if settings["skip_bad"] else None, out=settings["out"])
-    write_tsv(f"{part}.tsv", columns, (row for number, row in enumerate(rows) if number in numbers))
+    write_tsv(f"{part}.tsv", columns, compress(downloaded(columns, rows, Counter()), mask.tobytes()))
     save_part(part, {}, counts=kept)
 
 
@@ -3239,7 +3281,8 @@ def build_curate(paths, out, metadata, cap, share, seed, settings, run):
              "matches": matches, "matches of entries above the cap": int(total_counts[is_head].sum())}  # fmt: skip
     head = [(entries[i], int(total_counts[i]), int(kept[i])) for i in order[:20]]
     balanced = counts["rows"] - counts["no entry"] - sum(v for k, v in counts.items() if k.startswith("bad: ")) - n
-    finish(out, paths, dict(metadata=metadata, metadata_sha256=settings["entries_sha256"], cap=cap, seed=seed,
+    finish(out, paths, dict(metadata=metadata, metadata_sha256=settings["entries_sha256"], cap=cap, tail_share=share,
+                            seed=seed,
                             columns=settings["columns"]),
            {"rows": counts["rows"], **bad_rows(counts), "no entry": -counts["no entry"], "balancing": -balanced,
             f"rows in {out}": n}, **facts, head=head)  # fmt: skip
@@ -3312,10 +3355,12 @@ def frequency_file(path, part, settings):
     n_sample, seed, n_classes = (settings.pop(key) for key in ("n_sample", "seed", "n_classes"))
     settings["out"] = path  # as in entry_file
     class_counts, samples = np.zeros(n_classes, np.int64), defaultdict(list)
-    if n_sample:
+    if n_sample or path.endswith(".parquet") and "status" in read_table(path)[0]:
         for row, text, classes in matched_rows(path, settings, counts):
             for label in classes:
                 class_counts[label] += 1
+                if not n_sample:
+                    continue
                 drawn = (-hash64(str(seed), str(label), key_of(row)), key_of(row), text)
                 (heapq.heappush if len(samples[label]) < n_sample else heapq.heappushpop)(samples[label], drawn)
     else:  # only the captions are read
@@ -3328,7 +3373,7 @@ def frequency_file(path, part, settings):
         counts.update({f"bad: {reason}": n for reason, n in (bad or {}).items()})
         counts["rows"] += (bad or Counter()).total()
     drawn = [[label, -h, key, text] for label in sorted(samples) for h, key, text in samples[label]]
-    save_part(part, counts, counts=class_counts, sample=np.array(json.dumps(drawn)))
+    save_part(part, counts, counts=class_counts, sample=np.frombuffer(json.dumps(drawn).encode(), np.uint8))
 
 
 def read_relevance(path, names):
@@ -3363,14 +3408,15 @@ def build_frequency(paths, out, classes, synonyms, relevance, settings, run):
     for part in parts:
         with np.load(part) as arrays:
             class_counts += arrays["counts"]
-            for label, *drawn in json.loads(str(arrays["sample"])):
+            for label, *drawn in json.loads(bytes(arrays["sample"])):
                 samples[label].append(drawn)
+        samples = defaultdict(list, {k: heapq.nsmallest(n_sample, v) for k, v in samples.items()})  # memory stays flat
     if n_sample:
         columns = ("name", "label", "definition", "key", "caption", "relevant")
         write_tsv(f"{out.removesuffix('.tsv')}.sample.tsv", columns,
                   (dict(name=row["name"], label=label, definition=row.get("definition"), key=key, caption=text)
                    for label, row in enumerate(rows)
-                   for _, key, text in sorted(samples[label])[:n_sample]))  # fmt: skip
+                   for _, key, text in samples[label]))  # fmt: skip
     table = []
     for label, (row, n) in enumerate(zip(rows, class_counts.tolist())):
         line = dict(name=row["name"], count=n)
@@ -3641,7 +3687,7 @@ def check_tables(tables, out, sample, max_bad, classes, max_pixels, workers, see
                 shown.append((path, line, row, result))
     for path, line, row, (width, height) in shown:
         print(f"{path}:{line}: {row['image']}, {width} x {height}, label {row.get('label', '') or 'none'}"
-              f"\n    {row.get('caption', '')[:200]}")  # fmt: skip
+              f"\n    {row.get('caption', '')[:200].encode('utf-8', 'replace').decode()}")  # fmt: skip
     scan.bad.sort(key=lambda row: row[:2])
     write_tsv(out, ("file", "line", "image", "reason"),
               (dict(zip(("file", "line", "image", "reason"), row)) for row in scan.bad))  # fmt: skip
@@ -3830,7 +3876,7 @@ def load_features(paths, like=()):
         try:
             array = np.load(path, mmap_mode="r")
             array = array["features"] if isinstance(array, np.lib.npyio.NpzFile) else array
-        except (ValueError, KeyError, EOFError) as error:
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise SystemExit(f"{path}: not readable as embeddings, .npy or .npz with `features` ({error})") from None
         size = [*like, *arrays, array][0].shape[1:]
         if array.ndim < 2 or array.dtype.kind not in "fu" or array.shape[1:] != size:
@@ -4085,8 +4131,8 @@ def prune_table(tables, out, embeddings, small, tests, keep, verify, device, see
         print(f"{name}: mean cosine to the nearest row: {gaps[name]['small']} of the small set, "
               f"{gaps[name]['pruned']} of the rows left")  # fmt: skip
     n_blank = int(np.isnan(next(iter(found.values()))[1]).sum())
-    columns, rows = open_tables(paths)
-    leaks = write_leaks(rows, out.replace("{set}", "leaks"), found, limits)
+    target = out.replace("{set}", "leaks")
+    leaks = write_leaks(open_tables(paths, out=target)[1], target, found, limits)
     for name, drop in drops.items():
         target = out.replace("{set}", name)
         columns, rows = open_tables(paths, out=target)
@@ -4151,7 +4197,7 @@ def scan_rows(paths, key, seed, classes=([], {}), column=None):
             label = label_number(row.get("label", ""), classes[1], len(classes[0]))
             if label is None:
                 raise SystemExit(f"{path}:{line}: label {row['label']!r} is not one of {len(classes[0])} classes")
-            hashes.append(unit_hash(seed, row[key]))
+            hashes.append(unit_hash(seed, row[key] or key_of(row)))
             labels.append(label)
             if column is not None:
                 try:
@@ -4249,8 +4295,10 @@ def table_counts(table, classes, n_classes=0):
     return counts
 
 
-def rows_per_class(hashes, labels, mask, is_fill, counts, match, profile, imbalance, rows, shots, trim_tail, seed):
-    """The steps of subset that set numbers per class. counts: [C], of mask; match: [C], or None.
+def rows_per_class(hashes, labels, mask, is_fill, wanted, counts, match, profile, imbalance, rows, shots, trim_tail,
+                   seed):  # fmt: skip
+    """The steps of subset that set numbers per class. counts: [C], of mask; match: [C], or None; wanted: classes of
+    --class-list, or empty: the tail is among them.
 
     Returns: (mask, [C] rows that were wanted and are not there).
     """
@@ -4264,7 +4312,11 @@ def rows_per_class(hashes, labels, mask, is_fill, counts, match, profile, imbala
         mask = bottom_per_class(hashes, labels, mask, quota)
         deficit = quota - class_counts(labels[mask], len(counts))
     if shots >= 0:
-        tail = np.argsort(counts, kind="stable")[: trim_tail or len(counts)]
+        order = np.argsort(counts, kind="stable")
+        tail = (order[np.isin(order, wanted)] if wanted else order)[: trim_tail or len(counts)]
+        if trim_tail and not counts[tail].all():
+            print(f"warning: {(counts[tail] == 0).sum()} of the {trim_tail} rarest classes have no rows to trim",
+                  file=sys.stderr)
         quota = np.full(len(counts), len(labels))
         quota[tail] = shots
         mask = bottom_per_class(hashes, labels, mask, quota) | mask & (labels < 0) & bool(trim_tail)
@@ -4291,10 +4343,14 @@ def subset_tables(tables, out, threshold, class_list, match_frequency, fill, sho
         counts[what] = int(mask.sum() - was.sum())
 
     if class_list:
-        with open(class_list, encoding="utf-8-sig") as f:
-            wanted = [label_number(line, known[1], n_classes) for line in f.read().splitlines()]
-        if not wanted or None in wanted or -1 in wanted or len(set(wanted)) < len(wanted):
-            raise SystemExit(f"{class_list}: expected classes, one a line, none empty, unknown or twice; got {wanted}")
+        for number, line in text_lines(class_list):
+            label = label_number(line, known[1], n_classes)
+            if label is None or label < 0 or label in wanted:
+                what = "is there twice" if label in wanted else "is no class"
+                raise SystemExit(f"{class_list}:{number}: {line!r} {what}; expected a number or name a line")
+            wanted.append(label)
+        if not wanted:
+            raise SystemExit(f"{class_list}:1: an empty file; expected classes, one a line")
         was, mask = mask, mask & np.isin(labels, wanted)
         match = match if match is None else np.where(np.isin(np.arange(n_classes), wanted), match, 0)
         count("not in --class-list", was)
@@ -4303,8 +4359,8 @@ def subset_tables(tables, out, threshold, class_list, match_frequency, fill, sho
         was, mask = mask, mask & (np.concatenate([values, np.zeros(len(more[0]))]) >= float(least))
         count(f"{column} below {least}", was)
     was = mask
-    mask, deficit = rows_per_class(hashes, labels, mask, is_fill, class_counts(labels[mask], n_classes), match, profile,
-                                   imbalance, rows, shots, trim_tail, seed)  # fmt: skip
+    mask, deficit = rows_per_class(hashes, labels, mask, is_fill, wanted, class_counts(labels[mask], n_classes), match,
+                                   profile, imbalance, rows, shots, trim_tail, seed)  # fmt: skip
     gone = (class_counts(labels[was], n_classes) > 0) & (class_counts(labels[mask], n_classes) == 0)
     pool = pool & ~np.isin(labels, np.flatnonzero(gone))  # what these steps empty is not rescued
     counts["not among the rows wanted of a class"] = int((mask & ~is_fill).sum() - was.sum())
@@ -4394,7 +4450,7 @@ def mix_tables(tables, out, rows, weights, is_spill, key, seed):
     hashes = [scan_rows(source, key, seed)[0] for source in sources]
     of = np.repeat(np.arange(len(sources)), list(map(len, hashes)))
     hashes = np.concatenate(hashes)
-    keys = np.fromiter((text_hash(row[key]) for row in open_tables(paths, out=out)[1]), np.uint64)
+    keys = np.fromiter((text_hash(row[key] or key_of(row)) for row in open_tables(paths, out=out)[1]), np.uint64)
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
     is_own = of == of[first[inverse]]
     available = np.bincount(of[is_own], minlength=len(sources))
@@ -4489,7 +4545,25 @@ def plot_counts(names, counts, path):
 # ------------------------------------------------------------------------------ main
 
 
+def check_out(args):
+    """SystemExit if a table to be written is one to be read: a second call would read what the first has written."""
+    stem = args.out.removesuffix(".tsv")
+    written = {os.path.realpath(path): path for path in (args.out, *(
+        f"{stem}.{kind}.tsv" for kind in ("all", "pairs", "entries", "sample", "classes")))}
+    given = getattr(args, "inputs", None) or getattr(args, "tables", [])
+    files = [file for path in given for file in find_tables([path])]
+    for name in ("list", "json", "classes", "extra", "metadata", "synonyms", "relevance", "match_frequency", "fill",
+                 "against", "class_list"):
+        given = getattr(args, name, None) or []
+        files += [given] if isinstance(given, str) else given
+    for path in files:
+        if os.path.realpath(path) in written:
+            raise SystemExit(f"--out {args.out}: {written[os.path.realpath(path)]} is also an input")
+
+
 def main(args):
+    if args.command not in ("shapes", "index"):
+        check_out(args)
     if args.command != "shapes" and not getattr(args, "dry_run", False):
         os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)  # now, not after all the work
     if args.command == "shapes":

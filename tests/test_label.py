@@ -437,3 +437,48 @@ def test_laionet_holds_some_rows_at_a_time(folder, monkeypatch):
     assert asked == [3, 5, 5, 3]
     found = {row["image"]: float(row["similarity"]) for row in read(folder / "o.tsv")}
     assert found == {f"{i}.jpg": pytest.approx(1 / np.sqrt(1 + i * i), abs=2e-6) for i in range(20) if i % 3}
+
+
+def test_img2dataset_tables_count_what_was_downloaded(folder, capsys):
+    """A shard's parquet lists the rows that failed too: they are counted as lost, and in no class."""
+    n = len(CAPTIONS)
+    status = ["success" if i % 2 else "failed_to_download" for i in range(n)]
+    columns = dict(caption=CAPTIONS, key=[str(i) for i in range(n)], status=status, error_message=[None] * n)
+    pq.write_table(pa.table(columns), folder / "00000.parquet")
+    write_captions(folder / "got.tsv", CAPTIONS[1::2])
+    (folder / "entries.tsv").write_text("entry\nlion\ncrane\n")
+    rule = ["--classes", folder / "classes.tsv", "--match", "word"]
+    for command, flags in (("frequency", rule), ("frequency", [*rule, "--sample", 2]), ("label", rule),
+                           ("curate", ["--metadata", folder / "entries.tsv", "--cap", 1])):  # fmt: skip
+        for source in "00000.parquet", "got.tsv":
+            run(command, folder / source, *flags, "--workers", 1, "--out", folder / f"{source}.tsv")
+        all_of, got = (read(folder / f"{source}.tsv") for source in ("00000.parquet", "got.tsv"))
+        assert [row.get("count", row.get("caption")) for row in all_of] == [
+            row.get("count", row.get("caption")) for row in got] or command == "curate"  # fmt: skip
+        assert {row["status"] for row in all_of if "status" in row} <= {"success"}
+        funnel = report(folder / "00000.parquet.tsv")["funnel"]
+        assert funnel["rows"] == n and funnel["bad: not downloaded by img2dataset"] == -(n + 1) // 2
+    with pytest.raises(SystemExit, match="run `index` on its folder first"):
+        run("dedup", folder / "00000.parquet", "--by", "caption", "--out", folder / "d.tsv")
+
+
+def test_a_parquet_row_that_no_table_can_hold(folder):
+    pq.write_table(pa.table({"caption": ["a lion", "lion " * 3_000_000, "crane"]}), folder / "a.parquet")
+    flags = [folder / "a.parquet", "--classes", folder / "classes.tsv", "--workers", 1, "--out", folder / "o.tsv"]
+    with pytest.raises(SystemExit, match="a.parquet:2: a row of more than 10 MiB"):
+        run("label", *flags)
+    run("label", *flags, "--skip-bad")
+    assert [row["label"] for row in read(folder / "o.tsv")] == ["1", "2"]
+
+
+def test_sample_is_cut_file_by_file(folder):
+    """The smallest hashes of many files, however they are parted."""
+    captions = [f"lion {i}" for i in range(60)]
+    for i in range(6):
+        write_captions(folder / f"p{i}.tsv", captions[10 * i : 10 * i + 10], url=[f"u{10 * i + k}" for k in range(10)])
+    write_captions(folder / "whole.tsv", captions, url=[f"u{i}" for i in range(60)])
+    flags = ["--classes", folder / "classes.tsv", "--match", "word", "--sample", 7, "--workers", 1]
+    run("frequency", *(folder / f"p{i}.tsv" for i in range(6)), *flags, "--out", folder / "a.tsv")
+    run("frequency", folder / "whole.tsv", *flags, "--out", folder / "b.tsv")
+    assert (folder / "a.sample.tsv").read_bytes() == (folder / "b.sample.tsv").read_bytes()
+    assert len(read(folder / "a.sample.tsv")) == 7

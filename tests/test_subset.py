@@ -149,7 +149,7 @@ def test_dry_run_and_bad_input(tmp_path):
     for flags, message in (
         (["--threshold", "similarity=1"], "a.tsv:7: similarity is 'x', expected a number"),
         (["--rows", 99], "99 rows wanted, 13 there"),
-        (["--class-list", tmp_path / "list"], "none empty, unknown or twice"),
+        (["--class-list", tmp_path / "list"], "list:2: '' is no class"),
         (["--key", "url"], "no column url"),
         (["--trim-tail", 3], "--trim-tail needs --shots"),
         (["--profile", "balanced"], "--profile: no row has a label"),
@@ -212,3 +212,38 @@ def test_reports_name_the_classes_that_were_found(tmp_path):
     for flags in (["subset"], ["stats"], ["check", "--max-bad", 1]):
         assert run(flags[0], path, *flags[1:], "--out", tmp_path / "o.tsv").returncode == 0
         assert json.loads((tmp_path / "o.tsv.json").read_text())["flags"]["classes"] == str(classes)
+
+
+def test_tail_is_among_the_listed_classes(tmp_path):
+    """Classes that --class-list took out have no rows, and are not the rarest ones to be trimmed."""
+    data = table(tmp_path / "t.tsv", {0: 9, 1: 8, 2: 2, 3: 1, 4: 5, 5: 3})
+    (tmp_path / "list.txt").write_text("0\n1\n4\n5\n")
+    flags = ["--class-list", tmp_path / "list.txt", "--trim-tail", 2, "--shots", 1]
+    assert run("subset", data, *flags, "--out", tmp_path / "o.tsv").returncode == 0
+    assert counts_of(tmp_path / "o.tsv") == {0: 9, 1: 8, 4: 1, 5: 1}
+    result = run("subset", data, "--trim-tail", 2, "--shots", 0, "--threshold", "label=4", "--out", tmp_path / "p.tsv")
+    assert result.returncode == 0 and "2 of the 2 rarest classes have no rows to trim" in result.stderr
+    (tmp_path / "list.txt").write_text("0\n\n1\n0\n")
+    assert f"{tmp_path}/list.txt:2: '' is no class" in run("subset", data, *flags, "--out", tmp_path / "q.tsv").stderr
+    (tmp_path / "list.txt").write_text("0\n1\n0\n")
+    assert f"{tmp_path}/list.txt:3: '0' is there twice" in run("subset", data, *flags, "--out", tmp_path / "q.tsv").stderr
+
+
+def test_out_is_no_input(tmp_path):
+    data = table(tmp_path / "t.tsv", {0: 3, 1: 2})
+    before = data.read_bytes()
+    for command in ("subset", "stats", "check", "mix"):
+        result = run(command, data, "--out", data)
+        assert result.returncode == 2 and "is also an input" in result.stderr, command
+    result = run("frequency", tmp_path, "--classes", data, "--out", tmp_path / "t.sample.tsv")
+    assert "is also an input" not in result.stderr
+    (tmp_path / "link.tsv").symlink_to(data)
+    assert "is also an input" in run("stats", tmp_path / "link.tsv", "--out", data).stderr
+    assert data.read_bytes() == before
+
+
+def test_rows_without_a_key_are_no_copies_of_each_other(tmp_path):
+    a = table(tmp_path / "a.tsv", {0: 3}, url=lambda i: f"u{i}" if i else "")
+    b = table(tmp_path / "b.tsv", {1: 3}, url=lambda i: "" if i else "u1")
+    assert run("mix", a, b, "--key", "url", "--out", tmp_path / "m.tsv").returncode == 0
+    assert counts_of(tmp_path / "m.tsv") == {0: 3, 1: 2}  # u1 alone is in both

@@ -166,8 +166,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     run = parser.add_argument_group("run")
     run.add_argument("--out", default="runs/clip", help="folder for log, checkpoint, metrics and predictions")
     run.add_argument("--resume", default="auto",
-                     help="auto continues OUT/checkpoint.pt if there is one, off starts over and replaces it, or a "
-                          "checkpoint to continue")
+                     help="auto continues OUT/checkpoint.pt if there is one, off starts over (that one becomes "
+                          "checkpoint.old.pt), or a checkpoint to continue")
     run.add_argument("--export", default="",
                      help="also write the final model, without optimiser state, to this file; with the class "
                           "prototypes of clip.py it serves as ROOT/clip.pt")
@@ -2280,8 +2280,8 @@ def main(args: argparse.Namespace) -> None:
     log, stop_signals = None, []
     if is_main:
         log = RunLog(out, start, args.tensorboard, args.wandb, vars(args))
-        if args.resume == "off":
-            (out / "checkpoint.pt").unlink(missing_ok=True)  # killed before its first save, a run would go on there
+        if args.resume == "off" and (out / "checkpoint.pt").is_file():  # if killed before its first save, a run
+            os.replace(out / "checkpoint.pt", out / "checkpoint.old.pt")  # would be continued there
         write_json(out / "args.json",
                    {"args": vars(args), "argv": sys.argv,
                     "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()})

@@ -177,8 +177,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                      help="also write the final model, without optimiser state, to this file; with the class "
                           "prototypes of clip.py it serves as ROOT/clip.pt")
     run.add_argument("--resume", default="auto",
-                     help="auto continues OUT/checkpoint.pt if there is one, off starts over and replaces it, or a "
-                          "checkpoint to continue")
+                     help="auto continues OUT/checkpoint.pt if there is one, off starts over (that one becomes "
+                          "checkpoint.old.pt), or a checkpoint to continue")
     run.add_argument("--eval-only", default="", help="evaluate this checkpoint on --eval-sets and end")
     run.add_argument("--baselines", action=argparse.BooleanOptionalAction, default=True,
                      help="at the end also probe a random network and raw pixels")
@@ -2104,8 +2104,8 @@ def main(args: argparse.Namespace) -> None:
     log, stop_signals = None, []
     if is_main:
         log = RunLog(out, start, args.tensorboard, args.wandb, vars(args))
-        if args.resume == "off":
-            (out / "checkpoint.pt").unlink(missing_ok=True)  # killed before its first save, a run would go on there
+        if args.resume == "off" and (out / "checkpoint.pt").is_file():  # if killed before its first save, a run
+            os.replace(out / "checkpoint.pt", out / "checkpoint.old.pt")  # would be continued there
         write_json(out / "args.json",
                    {"args": vars(args), "argv": sys.argv,
                     "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()})

@@ -2,7 +2,8 @@
 
 Forward and backward of cosine head and cross-entropy on given features, fp32, CPU; counts are Zipf's. Sides alternate;
 printed are medians, the time of drawing alone, and the peak of memory beyond what stands before the step (weights and
-their gradient buffer), from the kernel's high-water mark in a process of its own.
+their gradient buffer), from the kernel's high-water mark in a process of its own. Then drawing for 16 groups as a share
+of such a step, and the two routes of vocab_of_batch, the union's rows copied or all rows masked, by the union's size.
 """
 
 import argparse
@@ -80,10 +81,30 @@ def main(args):
     print(f"C {C:,}, D {D}, batch {B}, M {M}, groups of {group}: full {full:.0f} ms, sampled {sampled:.0f} ms")
     print(f"{ratio:.1f} times as fast; drawing {1e3 * statistics.median(draws):.1f} ms of it")
     print(f"peak extra memory: full {peaks[0]:.0f} MiB, sampled {peaks[1]:.0f} MiB ({peaks[1] / peaks[0]:.2f})")
-    labels, counts = torch.randint(0, 10**6, (1024, 1)), (1e6 / torch.arange(1, 10**6 + 1)).ceil().long()
-    start = time.perf_counter()
-    sl.vocab_of_batch(labels, 0, 1024, 64, counts, 1000, 1.0, 0, 0)
-    print(f"drawing 16 vocabularies of 1,000 from 1,000,000 classes: {time.perf_counter() - start:.2f} s")
+    for shape in (C, D), (10**6, 128):
+        given, times, draws = make(*shape, 1024), [], []
+        for number in range(4):
+            start = time.perf_counter()
+            draws.append(step(*given, M, 64, number))
+            times.append(time.perf_counter() - start)
+        drawn, whole = statistics.median(draws[1:]), statistics.median(times[1:])
+        print(f"16 groups of 64, C {shape[0]:,}, D {shape[1]}, M {M}: drawing {1e3 * drawn:.0f} of {1e3 * whole:.0f} ms")
+    features, weights, _, _ = make(C, D, B)
+    for share in 0.25, 0.4, 0.5, 0.6, 0.75:
+        ids = torch.randperm(C)[: int(share * C)].sort().values
+        own, groups = torch.randint(len(ids), (B, 1)), torch.zeros(B, dtype=torch.long)
+        inside = torch.zeros(1, C, dtype=torch.bool)
+        inside[0, ids] = True
+        union = sl.Vocab(ids, torch.ones(1, len(ids)).bool(), torch.zeros(1, len(ids)), groups)
+        routes = {"union": (union, own), "masked": (sl.Vocab(None, inside, torch.zeros(1, C), groups), ids[own])}
+        times = {name: [] for name in routes}
+        for number in range(4):
+            for name, (vocab, target) in routes.items():
+                features.grad, start = None, time.perf_counter()
+                sl.cross_entropy(sl.vocab_logits(features, weights, torch.tensor(14.3), vocab), target).backward()
+                times[name] += [time.perf_counter() - start] if number else []
+        a, b = (1e3 * statistics.median(times[name]) for name in routes)
+        print(f"union of {share:.0%} of the classes: its rows {a:.0f} ms, all rows masked {b:.0f} ms")
 
 
 if __name__ == "__main__":

@@ -44,6 +44,17 @@ def descendants(pid):
     return [int(child) for child in children] + [x for child in children for x in descendants(child)]
 
 
+def ranks_of(pid):
+    """Processes of the ranks of a torchrun, in their order, without the loaders' workers."""
+    rank_of = {}
+    for child in descendants(pid):
+        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        ranks = [int(v[5:]) for v in variables if v.startswith(b"RANK=")]
+        if ranks:
+            rank_of.setdefault(ranks[0], child)  # a loader's worker stands behind its parent
+    return [rank_of[rank] for rank in sorted(rank_of)]
+
+
 def kill_after(n_lines, out, script, *flags, processes=1):
     """Start a script and kill -9 it, with all its children, when its log has n_lines."""
     command = [*launcher(processes), ROOT / script, *map(str, flags), "--out", str(out)]

@@ -320,12 +320,31 @@ def test_sigterm_saves_and_exits_0(is_group, world, tmp_path):
     assert evaluated[0] == evaluated[1] == [12, 24]
 
 
-def test_other_flags_are_refused_on_resume(world, tmp_path):
+def test_sigterm_of_one_rank_stops_both(world, tmp_path):
+    """Slurm signals each task: whichever process hears it first, all save the same step and end with 0."""
+    flags = ["--root", world, "--steps", "60", "--save-every", "0", "--eval-sets", "val", *FLAGS, "--out", tmp_path]
+    command = [*programs.launcher(2), ROOT / "clip.py", *map(str, flags)]
+    process = subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=-3, text=True, start_new_session=True)
+    for line in process.stdout:
+        if line.startswith("step      3"):
+            os.kill([int(p) for p in programs.ranks_of(process.pid)][1], signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 0 and "SIGTERM: saved at step" in rest
+    assert 3 < torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] < 60
+
+
+def test_other_flags_are_refused_on_resume(world, tmp_path, monkeypatch):
     flags = ["--root", world, "--steps", "2", "--out", tmp_path, "--eval-sets", "val", *FLAGS]
     run_here(*flags)
     with pytest.raises(SystemExit, match="--lr 0.*, now 0.5"):
         run_here(*flags, "--lr", "0.5")
     run_here(*flags, "--lr", "0.5", "--resume", "off")
+    monkeypatch.setattr(clip, "backward_in_chunks", None)  # ends in the first step
+    with pytest.raises(TypeError):
+        run_here(*flags, "--resume", "off")
+    monkeypatch.undo()
+    assert "continued" not in run_here(*flags)  # not from the run that --resume off was to leave behind
 
 
 @pytest.fixture(scope="session")
@@ -470,6 +489,13 @@ def test_text_embeddings(world, tmp_path):
     np.save(tmp_path / "train.npy", np.zeros((n - 1, 96), np.float32))
     with pytest.raises(SystemExit, match=re.escape(f"expected ({n}, width)")):
         run_here(*flags, "--resume", "off", "--text-embeddings", tmp_path / "train.npy")
+    np.save(tmp_path / "train.npy", np.zeros((n, 96), np.float32))
+    for classes, message in ((np.zeros((120, 95)), "is 95 wide"), (np.full((120, 96), np.nan), "not finite")):
+        np.save(tmp_path / "classes.npy", classes.astype(np.float32))
+        with pytest.raises(SystemExit, match=message):
+            run_here(*flags, "--text-embeddings", tmp_path / "train.npy", tmp_path / "classes.npy")
+    with pytest.raises(SystemExit, match="was trained with --text-embeddings"):
+        run_here("--root", world, "--init", tmp_path / "run/checkpoint.pt", "--steps", "1", "--out", tmp_path / "x")
 
 
 def limit_file_size(n):
@@ -484,7 +510,7 @@ def test_full_disk_keeps_the_last_checkpoint(world, tmp_path):
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
     result = run(*flags, "--steps", "4", "--resume", "off", check=False, preexec_fn=lambda: limit_file_size(100_000))
     assert result.returncode == 2 and "cannot write" in result.stdout and "Traceback" not in result.stdout
-    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+    assert (tmp_path / "run" / "checkpoint.old.pt").read_bytes() == before  # --resume off started over
     assert not list((tmp_path / "run").glob("*.part"))
     (tmp_path / "file").write_text("")
     result = run(
@@ -624,6 +650,48 @@ def test_broken_images_are_replaced_and_counted(photos):
     assert result.returncode == 2 and "more than --max-bad 0.001" in result.stdout
 
 
+def test_replacements_never_run_in_circles(photos, monkeypatch):
+    """A tenth of the images is bad: over 3,000 epochs of 40 rows each is replaced by one that can be read."""
+    monkeypatch.setattr(clip, "read_image", lambda table, row, *_: "bad" if row % 10 == 3 else Image.new("RGB", (8, 8)))
+    table = clip.Table(photos / "train.tsv")
+    examples = np.stack([np.zeros(3000, int), np.full(3000, 3), np.arange(3000)], 1)
+    read, _, bad = clip.read_crops([table], examples, 8, 1.0, 1.0, 10**6, 0)
+    assert (read[:, 1] % 10 != 3).all() and {reason for reason, _ in bad} == {"bad"} and len(bad) > 3000
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_set_without_any_image_ends_in_one_line(photos, workers):
+    for path in photos.glob("*.jpg"):
+        path.unlink()
+    result = run("--data", photos / "train.tsv", "--out", photos / "run", *OWN, "--workers", workers, check=False)
+    assert result.returncode == 2 and "Traceback" not in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("100 unreadable images in a row, the last: missing file: ")
+
+
+def test_evaluation_with_other_classes(world, photos, tmp_path):
+    """Zero-shot on the classes of another root, without frequencies; without classes.tsv on those of the checkpoint."""
+    run_here("--root", world, "--steps", "2", "--eval-sets", "val", "--out", tmp_path / "run", *FLAGS)
+    other, bare = tmp_path / "other", tmp_path / "bare"
+    for root in other, bare:
+        root.mkdir()
+        shutil.copy(world / "val.npy", root)
+        shutil.copy(world / "val.tsv", root)
+    names = [row["name"] for row in clip.read_classes(world)]
+    (other / "classes.tsv").write_text("name\n" + "\n".join(reversed(names)) + "\n")
+    flags = ["--eval-only", tmp_path / "run/checkpoint.pt", "--eval-sets", "val", *FLAGS[-4:]]
+    printed = run_here(*flags, "--root", other, "--out", tmp_path / "a")
+    assert "frequencies of the classes are not known" in printed
+    run_here(*flags, "--root", bare, "--out", tmp_path / "b")
+    first, a, b = (json.loads((tmp_path / x / "metrics.json").read_text())["val"] for x in ("run", "a", "b"))
+    assert b == first and a["spearman_pred"] is None and a["top1"] is not None
+    with np.load(tmp_path / "a" / "val.npz") as file, np.load(tmp_path / "run" / "val.npz") as own:
+        assert np.array_equal(file["logits"][:, ::-1], own["logits"]) and not file["class_counts"].any()
+    run_here("--data", photos / "train.tsv", "--out", photos / "run", *OWN)  # has no classes: zero-shot all the same
+    run_here("--root", world, "--eval-only", photos / "run/checkpoint.pt", "--eval-sets", "val", *OWN[-4:],
+             "--out", tmp_path / "c")  # fmt: skip
+    assert json.loads((tmp_path / "c" / "metrics.json").read_text())["val"]["top1"] is not None
+
+
 def test_init_decides_the_architecture(world, tmp_path):
     """Learning rate and dropout follow the tower that was loaded, not the default of --arch; a kind of text must fit."""
     torch.manual_seed(0)
@@ -658,6 +726,8 @@ def test_copied_alone(photos, tmp_path):
 
 def test_messages(world, photos, tmp_path, capsys):
     """What users get wrong ends with one line that names it, and status 1 or 2."""
+    (photos / "t.txt").write_text("a photo of a {class}\n")
+    (photos / "wrong.tsv").write_text("image\tlabel\n0.jpg\t999\n")
     cases = {
         "no file": ["--root", world, "--data", "laion"],
         "sets in": ["--root", world, "--data", "nothing"],
@@ -672,6 +742,10 @@ def test_messages(world, photos, tmp_path, capsys):
         "is read by --text-head frozen": ["--root", world, "--text-init", "some.pt"],
         "nope.npy: no such file": ["--root", world, "--text-head", "frozen", "--text-embeddings", "nope.npy"],
         "--seed must not be negative": ["--root", world, "--seed", "-1"],
+        "would be called laionet-train, laionet-train": [
+            "--root", world, "--eval-sets", world / "laionet/train.tsv", f"{world}/../shapes/laionet/train.tsv"],
+        "no {} for the class name in 'a photo of a {class}'": ["--root", world, "--templates", photos / "t.txt"],
+        "row 1 has label '999'": ["--root", world, "--eval-sets", photos / "wrong.tsv"],
         "choose one": ["--root", world, "--word-dropout", "0.5", "--text-head", "frozen"],
     }
     for message, wrong in cases.items():

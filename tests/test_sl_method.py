@@ -151,6 +151,13 @@ def test_losses_by_hand():
     assert math.isclose(sl.cross_entropy(logits, label), math.log(5), rel_tol=1e-6)
 
 
+def test_logit_adjustment_by_nothing_is_plain_softmax():
+    """tau 0, also where a class has no image (0 times ln 0)."""
+    counts = torch.tensor([5, 0, 2])
+    assert sl.adjustment_of("logit-adjusted", 0.0, counts) is None is sl.adjustment_of("softmax", 1.0, counts)
+    assert sl.adjustment_of("logit-adjusted", 1.0, counts).tolist() == sl.adjustment_of("balanced", 3.0, counts).tolist()
+
+
 def test_balanced_softmax_by_hand():
     """Counts (3, 1), equal logits: ln 4 for the rare class, ln(4/3) for the frequent one; tau scales the logarithm."""
     adjustment = sl.adjustment_of("balanced", 9.0, torch.tensor([3, 1]))
@@ -235,8 +242,13 @@ def test_prototypes_are_matched_by_name(tmp_path):
     np.save(tmp_path / "flat.npy", np.ones(2))
     np.save(tmp_path / "object.npy", np.array([{}], object), allow_pickle=True)
     (tmp_path / "broken.pt").write_bytes(b"PK no archive")
+    torch.save({"prototypes": vectors, "class_names": ["a", "b", "a"]}, tmp_path / "twice.pt")
+    assert torch.equal(sl.read_prototypes(str(tmp_path / "twice.pt"), ["a", "b", "a"]), vectors)  # ImageNet has two maillots
+    torch.save({"prototypes": vectors, "class_names": ["a", "b"]}, tmp_path / "short.pt")
     for name, names, message in (
         ("clip.pt", ["a", "zebra", "okapi"], "no vector for 2 of 3 classes: zebra, okapi"),
+        ("twice.pt", ["a", "b"], "3 class names, 2 of them different, for 3 rows"),
+        ("short.pt", ["a", "b"], "2 class names, 2 of them different, for 3 rows"),
         ("w.npy", ["x", "y", "z"], "2 rows for 3 classes"),
         ("nan.npy", ["x", "y"], "not finite"),
         ("flat.npy", ["x", "y"], "expected an array"),
@@ -287,9 +299,11 @@ def save(state_dict, path, **more):
 def test_activation_is_compared(tmp_path):
     """QuickGELU weights in a GELU tower would give wrong features silently."""
     source = sl.Classifier("ViT-S-16", 4, None, False)
-    for activation in "gelu", "quick_gelu":
-        path = save(source.state_dict(), tmp_path / "vit.pt", activation=activation)
-        with pytest.raises(SystemExit, match="quick_gelu") if activation == "quick_gelu" else nullcontext():
+    wrong = {"quick_gelu": "quick_gelu", None: "one it does not name"}
+    for more in {"activation": "gelu"}, {"arch": "ViT-S-16"}, {"activation": "quick_gelu"}, {}:
+        path, activation = save(source.state_dict(), tmp_path / "vit.pt", **more), more.get("activation")
+        is_wrong = "arch" not in more and activation in wrong
+        with pytest.raises(SystemExit, match=wrong[activation]) if is_wrong else nullcontext():
             sl.load_tower(source, path)
 
 

@@ -140,6 +140,34 @@ def write_set(world, name, edit):
     return path
 
 
+def test_one_step_of_two_processes_is_that_of_one(world, tmp_path):
+    """SGD without momentum's past, batch 128, groups of 64: the difference of the weights is the gradient, of every
+    parameter, head and scale included; batch norm is synchronised."""
+    flags = ["--root", world, "--vocab", "60", "--vocab-group", "64", "--batch-size", "128", "--optimizer", "sgd"]
+    flags += ["--weight-decay", "0", "--warmup-steps", "0", "--lr", "100", "--steps", "1", *FLAGS[2:4], *FLAGS[6:-2]]
+    for processes in 1, 2:
+        run(*flags, "--eval-sets", "val", "--out", tmp_path / str(processes), processes=processes)
+    torch.manual_seed(0)
+    start = {k: v.double() for k, v in sl.Classifier("tiny", 120, None, False).state_dict().items()}
+    one, two = ({k: v.double() - start[k] for k, v in weights_of(tmp_path / str(n)).items()} for n in (1, 2))
+    learned = [name for name, value in one.items() if "running" not in name and "num_batches" not in name]
+    assert all(one[name].norm() > 0 for name in ("prototypes", "logit_scale", "visual.conv1.weight"))
+    for name in learned:
+        assert (one[name] - two[name]).norm() <= 1e-5 * one[name].norm() + 1e-6, name
+
+
+def test_frozen_backbone_through_precision_and_evaluation(world, tmp_path):
+    """bf16, and evaluations on the way: neither weights nor statistics of a frozen tower move."""
+    flags = ["--root", world, *FLAGS[:4], "--device", "cpu", "--eval-sets", "val"]
+    run_here(*flags, "--steps", "2", "--out", tmp_path / "a")
+    more = ["--freeze-backbone", "--init", tmp_path / "a" / "checkpoint.pt", "--precision", "bf16", "--eval-every", "2"]
+    run_here(*flags, *more, "--steps", "5", "--out", tmp_path / "b")
+    a, b = weights_of(tmp_path / "a"), weights_of(tmp_path / "b")
+    assert all(torch.equal(a[name], b[name]) for name in a if name.startswith("visual."))
+    assert b["prototypes"].dtype == torch.float32 and not torch.equal(a["prototypes"], b["prototypes"])
+    assert [line["step"] for line in log_of(tmp_path / "b") if "val" in line] == [2, 4]
+
+
 def test_rows_without_and_with_several_labels(world, tmp_path):
     path = write_set(
         world, "several.tsv", lambda i, x: "" if i % 10 == 0 else f"{x}|{(int(x) + 1) % 120}" if i % 3 else x
@@ -171,6 +199,15 @@ def test_zero_shot_tail_is_reported_apart(world, tmp_path):
     metrics = json.loads((tmp_path / "0" / "metrics.json").read_text())["val"]
     mixed = (90 * metrics["trimmed"] + 30 * metrics["untrimmed"]) / 120  # val is balanced
     assert abs(mixed - metrics["top1"]) < 1e-9
+    flags = ["--root", world, "--eval-only", tmp_path / "0" / "checkpoint.pt", *FLAGS[:-2]]
+    run_here(*flags, "--eval-sets", world / "laionet" / "train.tsv", "--out", tmp_path / "long")  # classes weigh equally
+    with np.load(tmp_path / "long" / "train.npz") as file:
+        right, labels = file["predictions"] == file["labels"], file["labels"]
+    of_class = {c: right[labels == c].mean() for c in np.unique(labels)}
+    metrics = json.loads((tmp_path / "long" / "metrics.json").read_text())["train"]
+    for key, is_trimmed in ("trimmed", True), ("untrimmed", False):
+        wanted = [a for c, a in of_class.items() if (c in trimmed.tolist()) == is_trimmed]
+        assert metrics[key] == pytest.approx(np.mean(wanted))
 
 
 def test_vocabulary_below_what_the_batch_holds_is_named(world, tmp_path):
@@ -255,6 +292,7 @@ def test_bad_input(world, clip_pt, tmp_path):
     shutil.copy(world / "laionet" / "train.tsv", empty / "train.tsv")
     cases = [
         (["--data", wrong], "row 4 has label '999'"),
+        (["--eval-sets", wrong], "row 4 has label '999'"),  # told before training
         (["--data", unlabelled], "no row with a label is left"),
         (["--data", empty / "train.tsv", "--root", empty, "--eval-sets"], "has no classes"),
         (["--head", "frozen", "--head-init", tmp_path / "narrow.npy"], "expected an array (classes, width)"),

@@ -88,7 +88,8 @@ def main(args):
             draws.append(step(*given, M, 64, number))
             times.append(time.perf_counter() - start)
         drawn, whole = statistics.median(draws[1:]), statistics.median(times[1:])
-        print(f"16 groups of 64, C {shape[0]:,}, D {shape[1]}, M {M}: drawing {1e3 * drawn:.0f} of {1e3 * whole:.0f} ms")
+        text = f"16 groups of 64, C {shape[0]:,}, D {shape[1]}, M {M}"
+        print(f"{text}: drawing {1e3 * drawn:.0f} of {1e3 * whole:.0f} ms")
     features, weights, _, _ = make(C, D, B)
     for share in 0.25, 0.4, 0.5, 0.6, 0.75:
         ids = torch.randperm(C)[: int(share * C)].sort().values

@@ -686,8 +686,8 @@ def test_evaluation_with_other_classes(world, photos, tmp_path):
     assert b == first and a["spearman_pred"] is None and a["top1"] is not None
     with np.load(tmp_path / "a" / "val.npz") as file, np.load(tmp_path / "run" / "val.npz") as own:
         assert np.array_equal(file["logits"][:, ::-1], own["logits"]) and not file["class_counts"].any()
-    run_here("--data", photos / "train.tsv", "--out", photos / "run", *OWN)  # has no classes: zero-shot all the same
-    run_here("--root", world, "--eval-only", photos / "run/checkpoint.pt", "--eval-sets", "val", *OWN[-4:],
+    run_here("--data", photos / "train.tsv", "--out", photos / "own", *OWN)  # has no classes: zero-shot all the same
+    run_here("--root", world, "--eval-only", photos / "own/checkpoint.pt", "--eval-sets", "val", *OWN[-4:],
              "--out", tmp_path / "c")  # fmt: skip
     assert json.loads((tmp_path / "c" / "metrics.json").read_text())["val"]["top1"] is not None
 

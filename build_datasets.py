@@ -1862,7 +1862,8 @@ def write_index_report(out, folder, kind, jobs, results, counts, warnings, stats
         size = dict(bytes=os.path.getsize(job["path"])) if job["kind"] == "tar" else {}
         inputs.append(dict(name=job["name"], **size, samples=c["samples"], rows=c["rows"] + c["rows in val.tsv"]))
     content = dict(
-        **flags, kind=kind, rows=counts["rows"], rows_in_val=counts["rows in val.tsv"],
+        script=file_hash(os.path.abspath(__file__)), **flags, kind=kind, rows=counts["rows"],
+        rows_in_val=counts["rows in val.tsv"],
         counts={k: n for k, n in sorted(counts.items()) if n}, img2dataset=stats, inputs=inputs,
         warnings=warnings, date=time.strftime("%Y-%m-%d %H:%M:%S"))  # fmt: skip
     with open(f"{out}.json.partial", "w", encoding="utf-8", errors="replace") as f:

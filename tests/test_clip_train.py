@@ -406,6 +406,20 @@ def test_frozen_text_tower(world, clip_pt, tmp_path):
     assert math.isclose(log_of(tmp_path / "1")[0]["loss"], log_of(tmp_path / "finetune")[0]["loss"], rel_tol=1e-4)
 
 
+def test_cached_captions_say_what_was_truncated_and_fit_on_disk(world, clip_pt, tmp_path, monkeypatch):
+    """Captions of twenty captions are cut, the others are not; a cache too large for memory gives the same losses."""
+    flags = ["--root", world, "--text-head", "frozen", "--text-init", clip_pt, "--steps", "2", "--eval-sets", *FLAGS]
+    (tmp_path / "long.txt").write_text(" ".join(["{caption}"] * 20) + "\na {class}\n")
+    run_here(*flags, "--caption", f"@{tmp_path / 'long.txt'}", "--out", tmp_path / "a")
+    assert all(0.2 < line["truncated"] < 0.8 for line in log_of(tmp_path / "a"))
+    run_here(*flags, "--out", tmp_path / "b")
+    monkeypatch.setattr(clip, "KEEP_TEXT", 0)
+    run_here(*flags, "--out", tmp_path / "c")
+    assert (tmp_path / "c" / "text_features.npy").is_file() and not (tmp_path / "b" / "text_features.npy").exists()
+    b, c = ([(line["loss"], line["truncated"]) for line in log_of(tmp_path / name)] for name in "bc")
+    assert np.allclose(b, c, rtol=1e-3) and b[0][1] == 0
+
+
 def test_frozen_with_drawn_captions(world, clip_pt, tmp_path):
     """Templates drawn per epoch are all embedded before training: none is looked up in vain."""
     (tmp_path / "templates.txt").write_text("a {class}\na photo of the {synonym}\n{title} {tags}\n")

@@ -4,6 +4,8 @@ import csv
 import gzip
 import json
 import os
+import re
+import shlex
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -180,3 +182,21 @@ def test_report_and_half_written_tables(tmp_path):
     assert report["inputs"] == [{"path": str(source), "bytes": source.stat().st_size, "sha256": digest}]
     assert list(report)[-1] == "date" and report["funnel"] == {"rows in": 3, "lost": -1, "rows out": 2}
     assert report["extra"] == [1] and len(report["script"]) == 64
+
+
+COMMANDS = "shapes index classes incaps label laionet metadata curate frequency status check dedup prune subset mix stats"
+
+
+@pytest.mark.parametrize("command", COMMANDS.split())
+def test_help_says_what_goes_in_and_has_an_example_that_parses(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "4000")
+    with pytest.raises(SystemExit) as error:
+        bd.parse_args([command, "--help"])
+    text = capsys.readouterr().out
+    example = re.search(rf"^example: python build_datasets.py ({command} .*)$", text, re.MULTILINE)
+    assert error.value.code == 0 and example and len(text.splitlines()[2]) > 20
+    assert bd.parse_args(shlex.split(example[1])).command == command
+    for option in "--threshold=nan", "--max-bad=nan", "--cosine=nan":
+        if option.split("=")[0] in text:
+            with pytest.raises(SystemExit):
+                bd.parse_args([*shlex.split(example[1]), option])

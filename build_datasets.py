@@ -78,6 +78,7 @@ Deviations from the paper's and the data sets' own builders:
 
 import argparse
 import csv
+import errno
 import fcntl
 import functools
 import glob
@@ -452,7 +453,8 @@ def write_tsv(path, columns, rows):
                 f.write("\t".join([tsv_field(row.get(c)) for c in columns]) + "\n")
         os.replace(partial, path)
     except OSError as error:
-        error.filename = error.filename or path  # write() does not say which file found the disk full
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            error.filename = path  # write() does not say which file found the disk full
         raise
     finally:
         if os.path.exists(partial):  # bad input or a full disk
@@ -1995,8 +1997,11 @@ def json_objects(path, bad):
                 note_bad(bad, path, number, f"a JSON {type(row).__name__}, expected an object")
 
 
-def parquet_rows(path, wanted, bad=None):
-    """Columns of a parquet file, and its rows as lists. wanted: names to read, or None for all; bad: as text_lines."""
+def parquet_rows(path, wanted, bad=None, has_failed=False):
+    """Columns of a parquet file, and its rows as lists. wanted: names to read, or None for all; bad: as text_lines.
+
+    img2dataset's files list rows that it did not get too, with a status; without has_failed these are left out.
+    """
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -2007,14 +2012,21 @@ def parquet_rows(path, wanted, bad=None):
     except (pa.ArrowException, OSError) as error:
         raise SystemExit(f"{path}:1: not readable as parquet ({str(error).splitlines()[0]})") from None
     columns = [name for name in file.schema_arrow.names if wanted is None or name in wanted]
+    is_shard = {"key", "status", "error_message"} <= set(file.schema_arrow.names) and not has_failed
+    status = columns.index("status") if "status" in columns else -1
 
     def rows():
         number = 0
         try:
-            for batch in file.iter_batches(batch_size=16384, columns=columns):
+            read = columns + ["status"] * (is_shard and status < 0)
+            for batch in file.iter_batches(batch_size=16384, columns=read):
+                batch = batch.select(read)  # in this order
                 for values in zip(*(column.to_pylist() for column in batch.columns)):
                     number += 1
                     fields = [v if type(v) is str else tsv_field(v) for v in values]
+                    if is_shard and fields[status] not in ("", "success"):
+                        continue
+                    fields = fields[: len(columns)]
                     if sum(map(len, fields)) > MAX_LINE // 4:  # characters have up to 4 bytes
                         if sum(len(field.encode("utf-8", "replace")) for field in fields) > MAX_LINE - 2**16:
                             note_bad(bad, path, number, f"a row of more than {MAX_LINE // 2**20} MiB")
@@ -2650,17 +2662,12 @@ def in_chunks(rows, size=4096):
         yield chunk
 
 
-def downloaded(columns, rows, counts):
-    """Rows without those that img2dataset did not get: its parquet files list them too, with a status."""
-    if not {"key", "status", "error_message"} <= set(columns):
-        yield from rows
-        return
-    for row in rows:
-        if row["status"] == "success":
-            yield row
-        else:
-            counts["rows"] += 1
-            counts["bad: not downloaded by img2dataset"] += 1
+def failed_downloads(path):
+    """Rows that read_table left out of a table of img2dataset's: it had not got their images."""
+    if not path.endswith(".parquet"):
+        return 0
+    names, _, rows = parquet_rows(path, {"status"}, None, True)
+    return sum(fields[0] not in ("", "success") for _, fields in rows) if {"key", "error_message"} <= set(names) else 0
 
 
 def matched_rows(path, settings, counts):
@@ -2669,13 +2676,13 @@ def matched_rows(path, settings, counts):
     settings: those of matcher_of and columns (joined to the text), out, skip_bad; counts: Counter that is added to.
     """
     bad = Counter() if settings["skip_bad"] else None
-    columns, rows = open_tables([path], settings["columns"], bad, settings["out"])
+    _, rows = open_tables([path], settings["columns"], bad, settings["out"])
     matcher = matcher_for(settings)
-    for chunk in in_chunks(downloaded(columns, rows, counts)):
+    for chunk in in_chunks(rows):
         texts = [" ".join(filter(None, [row[column] for column in settings["columns"]])) for row in chunk]
         counts["rows"] += len(chunk)
         yield from zip(chunk, texts, matcher.match(texts))
-    for reason, n in (bad or {}).items():
+    for reason, n in {**(bad or {}), "not downloaded by img2dataset": failed_downloads(path)}.items():
         counts[f"bad: {reason}"] += n
         counts["rows"] += n
 
@@ -2747,7 +2754,7 @@ def merge_counts(parts):
 
 def bad_rows(counts):
     """The losses of the readers, as entries of a funnel."""
-    return {reason: -n for reason, n in sorted(counts.items()) if reason.startswith("bad: ")}
+    return {reason: -n for reason, n in sorted(counts.items()) if reason.startswith("bad: ") and n}
 
 
 def finish(out, paths, flags, funnel_counts, **more):
@@ -3230,7 +3237,7 @@ def keep_file(path, part, settings):
     mask = np.zeros(1 + max(arrays["numbers"], default=-1), bool)  # what follows the last kept row is not read
     mask[arrays["numbers"][is_kept]] = True
     columns, rows = open_tables([path], bad=Counter() if settings["skip_bad"] else None, out=settings["out"])
-    write_tsv(f"{part}.tsv", columns, compress(downloaded(columns, rows, Counter()), mask.tobytes()))
+    write_tsv(f"{part}.tsv", columns, compress(rows, mask.tobytes()))
     save_part(part, {}, counts=kept)
 
 
@@ -3356,12 +3363,10 @@ def frequency_file(path, part, settings):
     n_sample, seed, n_classes = (settings.pop(key) for key in ("n_sample", "seed", "n_classes"))
     settings["out"] = path  # as in entry_file
     class_counts, samples = np.zeros(n_classes, np.int64), defaultdict(list)
-    if n_sample or path.endswith(".parquet") and "status" in read_table(path)[0]:
+    if n_sample:
         for row, text, classes in matched_rows(path, settings, counts):
             for label in classes:
                 class_counts[label] += 1
-                if not n_sample:
-                    continue
                 drawn = (-hash64(str(seed), str(label), key_of(row)), key_of(row), text)
                 (heapq.heappush if len(samples[label]) < n_sample else heapq.heappushpop)(samples[label], drawn)
     else:  # only the captions are read
@@ -3371,8 +3376,9 @@ def frequency_file(path, part, settings):
             counts["rows"] += len(chunk)
             _, labels = matcher.pairs([" ".join(filter(None, fields)) for _, fields in chunk])
             class_counts += np.bincount(labels, minlength=n_classes)
-        counts.update({f"bad: {reason}": n for reason, n in (bad or {}).items()})
-        counts["rows"] += (bad or Counter()).total()
+        lost = {**(bad or {}), "not downloaded by img2dataset": failed_downloads(path)}
+        counts.update({f"bad: {reason}": n for reason, n in lost.items()})
+        counts["rows"] += sum(lost.values())
     drawn = [[label, -h, key, text] for label in sorted(samples) for h, key, text in samples[label]]
     save_part(part, counts, counts=class_counts, sample=np.frombuffer(json.dumps(drawn).encode(), np.uint8))
 
@@ -3452,8 +3458,10 @@ def build_status(folder, out, classes):
     def failures():
         for shard in shards:
             path, seen = os.path.join(folder, f"{shard}.parquet"), Counter()
-            columns, rows = open_tables([path], ["status"])
-            for row in rows:
+            columns, _, rows = parquet_rows(path, None, None, True)
+            if "status" not in columns:
+                raise SystemExit(f"{path}:1: no column status; found {', '.join(columns)}")
+            for row in (dict(zip(our_names(columns, path), fields)) for _, fields in rows):
                 seen[row["status"]] += 1
                 label = row.get("label") or "none"
                 before[label] += 1
@@ -4548,22 +4556,23 @@ def plot_counts(names, counts, path):
 
 def check_out(args):
     """SystemExit if a table to be written is one to be read: a second call would read what the first has written."""
-    stem = args.out.removesuffix(".tsv")
-    written = {os.path.realpath(path): path for path in (args.out, *(
-        f"{stem}.{kind}.tsv" for kind in ("all", "pairs", "entries", "sample", "classes")))}
-    given = getattr(args, "inputs", None) or getattr(args, "tables", [])
-    files = [file for path in given for file in find_tables([path])]
-    for name in ("list", "json", "classes", "extra", "metadata", "synonyms", "relevance", "match_frequency", "fill",
-                 "against", "class_list"):
+    beside = dict(laionet="all", dedup="pairs", curate="entries", status="classes")
+    beside["frequency"] = "sample" if getattr(args, "sample", 0) else ""
+    names = [args.out, *(f"{args.out.removesuffix('.tsv')}.{kind}.tsv" for kind in [beside.get(args.command)] if kind)]
+    written = {os.path.realpath(path) for path in names}
+    files = []
+    for name in ("inputs", "tables", "against", "fill", "match_frequency"):
         given = getattr(args, name, None) or []
-        files += [given] if isinstance(given, str) else given
+        files += [file for path in ([given] if isinstance(given, str) else given) for file in find_tables([path])]
+    for name in ("list", "json", "classes", "extra", "metadata", "synonyms", "relevance", "class_list"):
+        files += [getattr(args, name)] if getattr(args, name, None) else []
     for path in files:
         if os.path.realpath(path) in written:
-            raise SystemExit(f"--out {args.out}: {written[os.path.realpath(path)]} is also an input")
+            raise SystemExit(f"--out {args.out}: {path}, which it would replace, is an input")
 
 
 def main(args):
-    if args.command not in ("shapes", "index"):
+    if args.command not in ("shapes", "index") and not getattr(args, "dry_run", False):
         check_out(args)
     if args.command != "shapes" and not getattr(args, "dry_run", False):
         os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)  # now, not after all the work

@@ -1868,7 +1868,7 @@ def read_world(args: argparse.Namespace, root: Path) -> World:
         if "{}" not in template:
             raise SystemExit(f"--templates {args.templates}: no {{}} for the class name in {template!r}")
     counts, test_sets = np.zeros(len(classes), np.int64), find_test_sets(args.eval_sets, root)
-    for table in test_sets.values():
+    for table in test_sets.values() if not args.eval_only else ():
         read_labels(table, [row["name"] for row in classes])  # a wrong one is told before training, not after it
     return World(root, classes, counts, test_sets, templates, class_embeddings)
 
@@ -2144,6 +2144,8 @@ def evaluate_checkpoint(args: argparse.Namespace, world: World, rank: int, devic
         args = argparse.Namespace(**vars(args) | {k: v for k, v in loaded["args"].items() if k not in now})
     elif names and ((world.root / args.data / "train.tsv").is_file() or args.data.endswith(".tsv")):
         read_training_sets(args, world)
+        if rank == 0:
+            print(f"frequencies of the classes: those of --data {args.data}, not of the training of {args.eval_only}")
     elif names and rank == 0:
         print(f"frequencies of the classes are not known: {args.eval_only} has none for the {len(names)} classes of "
               f"{world.root}, and there is no --data {args.data} in it")

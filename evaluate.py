@@ -642,14 +642,19 @@ def class_mean(per_class: np.ndarray, n_test: np.ndarray) -> np.ndarray:
     """[1 + boot]: mean over classes of [1 + boot, C] values of the images, then of resamples of them within classes.
 
     n_test: [C]; classes without images are left out. A resample of n images varies by (n - 1) / n of what n new images
-    would: deviations are widened by the root of n / (n - 1). A single image does not vary: NaN, no interval, then.
+    would: deviations are widened by the root of n / (n - 1). A class of a single image does not vary at all: it is
+    given the mean variance of an image of the others; NaN, no interval, if all classes are so.
     """
     has = n_test > 0
     if not has.any():
         return np.full(len(per_class), np.nan)
-    draws, n = per_class[:, has], n_test[has]
-    widening = np.sqrt(np.where(n > 1, n / np.maximum(n - 1, 1), np.nan))
-    return np.r_[draws[0].mean(), (draws[:1] + widening * (draws[1:] - draws[:1])).mean(1)]
+    draws, n, several = per_class[:, has], n_test[has], n_test[has] > 1
+    deviation = (draws[1:] - draws[:1])[:, several] * np.sqrt(n[several] / (n[several] - 1))
+    total = deviation.sum(1) if several.any() else np.full(len(deviation), np.nan)
+    if len(deviation) and not several.all() and deviation.any():
+        variance = deviation.var(0)
+        total *= math.sqrt(1 + (~several).sum() * (variance @ n[several]) / several.sum() / variance.sum())
+    return np.r_[draws[0].mean(), draws[0].mean() + total / len(n)]
 
 
 def nan_mean(values: np.ndarray) -> np.ndarray:
@@ -1230,7 +1235,7 @@ def transfer_metric(scores: np.ndarray, labels: np.ndarray, metric: str, boot: i
     if metric == "top1":
         return np.concatenate([[right.mean()], bootstrap_means(right.astype(np.float32), boot, rng)])
     n_test, n_right, _ = resample_images(labels, np.where(right, labels, C), C + 1, boot, rng)
-    return class_mean(ratio(n_right, n_test), n_test[0]).clip(0, 1)
+    return class_mean(ratio(n_right, n_test), n_test[0])
 
 
 def read_tasks(inputs: list[str], sets: list[str], multi_label: bool) -> Iterator[tuple]:
@@ -1340,13 +1345,13 @@ def transfer(command: str, inputs: list[str], sets: list[str], ks: list[int], pr
             outcomes[f"{name} k={k}"] = knn_scores(both, test, n_classes, k, device), {"k": k}
         for column, (scores, detail) in outcomes.items():
             draw = transfer_metric(scores, test["labels"], kind, boot, seed)
-            row[column], draws.setdefault(model, {})[column] = from_draws(draw), draw
+            row[column], draws.setdefault(model, {})[column] = from_draws(draw.clip(0, 1)), draw
             details.append(about | {"value": float(draw[0])} | detail)
     for model, columns in draws.items():
         base = next(iter(draws))
         if len(columns) > 1 and command == "probe":
             columns["mean"] = np.mean(list(columns.values()), 0)
-            rows[model]["mean"] = from_draws(columns["mean"])
+            rows[model]["mean"] = from_draws(columns["mean"].clip(0, 1))
         if model != base:
             interval = t_interval if command == "fewshot" else from_draws
             rows[f"{model} - {base}"] = {c: interval(d - draws[base][c]) for c, d in columns.items()}
@@ -2045,6 +2050,7 @@ def debias(zeroshot: str, finetuned: str, val_zeroshot: str, val_finetuned: str,
     val |= {"ft_features": held_out[1]["features"]} if "features" in held_out[1] else {}
     cut = [with_rows(data, test) for data in (zs, ft)]
     outcome, chosen = debias_logits(*cut, val, np.log(share / share.sum()), is_calibrated)
+    refuse(mixed and "WiSE-FT" in extra, "--more: --wiseft makes the row WiSE-FT")
     if mixed:
         best = best_of(list(range(len(mixed))), lambda i: mixed[i]["logits"][~test], val["labels"])
         extra, chosen = extra | {"WiSE-FT": mixed[best]}, chosen | {"WiSE-FT": wiseft[best]}

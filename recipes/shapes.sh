@@ -263,7 +263,7 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
     sl finetuned "${tuned[@]}" --steps 400 --lr 3e-4
     wise="$PYTHON evaluate.py wiseft {}/zeroshot/checkpoint.pt {}/finetuned/checkpoint.pt --alpha 0 0.25 0.5 0.75 1 --out {}/wise"
     wise+=" && for a in 0.00 0.25 0.50 0.75 1.00; do $PYTHON sl_vocab_subsample.py --root $root --eval-only {}/wise/alpha_\$a.pt --out {}/wise/alpha_\$a; done"
-    wise="{ flock 9 && { [ -e {}/wise/alpha_1.00/val.npz ] || { $wise; }; }; } 9>{}/wise.lock" # of two scores, one makes them
+    wise="{ flock 9 && { [ {}/wise/alpha_1.00/val.npz -nt {}/finetuned/metrics.json ] || { $wise; }; }; } 9>{}/wise.lock" # of two scores, one makes them
     score wiseft "zeroshot finetuned" "$wise && $PYTHON evaluate.py wiseft --results {}/wise"
     cut -f 1 "$root/classes.tsv" >"$cuts/names.tsv"
     count=(frequency "$root/laionet/train.tsv" --lemmas none)

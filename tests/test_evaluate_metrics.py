@@ -124,10 +124,21 @@ def test_interval_of_a_class_mean_has_the_width_of_new_images(n):
     assert np.mean(variances) == pytest.approx(0.24 / (60 * n), rel=0.06)
 
 
-def test_a_class_of_one_image_has_no_interval():
-    data = {"labels": np.array([0, 0, 1]), "predictions": np.array([0, 1, 1]), "n_classes": 2, "class_counts": np.ones(2)}
+def test_single_images_vary_as_the_others_do():
+    """20 classes of one image among 40 of three, all right with p = .6: variance (20 + 40 / 3) p (1 - p) / 60^2."""
+    rng, variances, n = np.random.default_rng(0), [], np.repeat([3, 1], [40, 20])
+    for _ in range(60):
+        labels = np.repeat(np.arange(60), n)
+        predictions = np.where(rng.random(len(labels)) < 0.6, labels, 60)
+        n_test, n_right, _ = evaluate.resample_images(labels, predictions, 61, 400, rng)
+        variances.append(evaluate.class_mean(evaluate.ratio(n_right, n_test), n_test[0])[1:].var())
+    assert np.mean(variances) == pytest.approx((20 + 40 / 3) * 0.24 / 60**2, rel=0.06)
+
+
+def test_classes_of_one_image_have_no_interval():
+    data = {"labels": np.array([0, 1]), "predictions": np.array([0, 0]), "n_classes": 2, "class_counts": np.ones(2)}
     row = evaluate.score_classes(data, (100, 20), 0, 1, 50, 0)[0]
-    assert row["balanced"] == {"value": 0.75, "low": None, "high": None}
+    assert row["balanced"] == {"value": 0.5, "low": None, "high": None}
 
 
 def test_interval_of_gini_covers_it():

@@ -2297,6 +2297,7 @@ def main(args: argparse.Namespace) -> None:
     model.train()
     bad, n_cut, n_seen, n_logged, logged_at = Counter(), 0, 0, 0, time.time()
     loss_sum, skipped_in_a_row = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device)
+    running = [buffer for name, buffer in model.named_buffers() if "running_" in name]
     progress = tqdm(total=steps, initial=start, disable=not (is_main and sys.stderr.isatty()), unit="step")
     for step, batch in enumerate(loader, start):
         lr = lr_at(step, peak_lr, args.warmup_steps, steps)
@@ -2311,12 +2312,15 @@ def main(args: argparse.Namespace) -> None:
             images = crop_pixels(pixels[batch["pixel_rows"]], batch["boxes"], model.image_size)
         loss_of = functools.partial(info_nce, caption_ids=batch["caption_ids"], dup_captions=args.dup_captions,
                                     directions=args.directions)
+        kept = [buffer.clone() for buffer in running]
         parts = backward_in_chunks(net, images, batch["texts"], loss_of, args.accumulate, autocast, scaler.scale)
 
         is_log_step = (step + 1) % args.log_every == 0 or step + 1 == steps
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(params, args.clip_grad or math.inf)
         skipped_in_a_row = torch.where(grad_norm.isfinite(), 0, skipped_in_a_row + 1)  # equal on all ranks
+        for buffer, before in zip(running, kept):  # a step that is left out leaves no trace in batch norm either
+            torch.where(grad_norm.isfinite(), buffer, before, out=buffer)
         if is_log_step or device.type == "cpu":  # Sync
             check_finite(step, dict(zip(("loss", "image_features", "text_features"), parts)), int(skipped_in_a_row),
                          control)

@@ -409,8 +409,9 @@ def diagnostics(loss: torch.Tensor, teacher_logits: torch.Tensor, targets: torch
                 temperature: float) -> dict:
     """Signs of a collapse, as 0-d tensors; of this process's rows.
 
-    teacher_entropy: mean over rows of H(targets) / ln M; near 1, the targets say nothing. teacher_kl: mean
-    KL(targets || student), the loss less H(targets), nats; at 0 there is nothing to learn. spread_entropy: H of the
+    teacher_entropy: mean over rows of H(targets) / ln M; near 1, the targets say nothing; kl_uniform: ln M less
+    H(targets), nats. teacher_kl: mean KL(targets || student), the loss less H(targets), nats; at 0 there is nothing to
+    learn. spread_entropy: H of the
     mean of the raw softmax / ln M; near 0, one prototype takes all (Sinkhorn hides it). feature_std: sqrt(d) * mean std
     of a feature's dimensions, unit features: 1 is spread evenly, 0 a point.
     """
@@ -421,7 +422,7 @@ def diagnostics(loss: torch.Tensor, teacher_logits: torch.Tensor, targets: torch
     of_rows = entropy(targets).mean()
     raw = (teacher_logits / temperature).softmax(1).mean(0)
     unit = F.normalize(embed.float(), dim=1)
-    return {"teacher_entropy": of_rows / largest, "teacher_kl": loss - of_rows,
+    return {"teacher_entropy": of_rows / largest, "kl_uniform": largest - of_rows, "teacher_kl": loss - of_rows,
             "spread_entropy": entropy(raw) / largest, "feature_std": unit.std(0).mean() * unit.shape[1] ** 0.5}
 
 
@@ -1655,17 +1656,23 @@ def labelled_features(model: Network | RawPixels, table: Table, class_names: lis
 
 @torch.no_grad()
 def probe_features(model: Network | RawPixels, bank: Table, test_sets: dict[str, Table], class_names: list[str],
-                   args: argparse.Namespace, device: torch.device) -> dict[str, dict]:
+                   args: argparse.Namespace, device: torch.device, is_whole: bool) -> dict[str, dict]:
     """k-NN and linear probe, fitted on a labelled set, of each test set. All ranks.
 
+    is_whole: encode all of the bank, though the probe is fitted on --probe-images.
     Returns: {set: {knn, probe: [n, C] scores, weights [C, d] of raw features, features, labels, rows, bad, bank: its
     features and labels}}.
     """
-    bank = copy.copy(bank)
+    bank, keep = copy.copy(bank), np.arange(len(bank))
     if len(bank) > args.probe_images:
         keep = np.sort(np.random.default_rng([0, 10]).choice(len(bank), args.probe_images, replace=False))
+    if not is_whole:
         bank.starts = bank.starts[torch.from_numpy(keep)]
-    embed, labels, _, _ = labelled_features(model, bank, class_names, args, device)
+    embed, labels, rows, _ = labelled_features(model, bank, class_names, args, device)
+    whole = embed, labels
+    if is_whole:
+        chosen = np.isin(rows, keep)
+        embed, labels = embed[torch.from_numpy(chosen).to(device)], labels[chosen]
     if len(labels) < 2:
         raise SystemExit(f"{bank.path}: {len(labels)} images can be read, so no probe can be fitted")
     labels, C = torch.from_numpy(labels).to(device), len(class_names)
@@ -1683,7 +1690,7 @@ def probe_features(model: Network | RawPixels, bank: Table, test_sets: dict[str,
             knn = knn_votes(F.normalize(embed, dim=1), labels, F.normalize(x, dim=1), C)
             found[name] = {"knn": knn, "probe": standard(x) @ weights, "weights": (weights[:-1] / std[:, None]).T,
                            "features": x, "labels": test_labels, "rows": rows, "bad": bad, "decay": decay,
-                           "bank": (embed, labels)}
+                           "bank": whole}
     return found
 
 
@@ -1693,6 +1700,7 @@ def evaluate_dino(model: Network, worlds: list[tuple[Table, dict[str, Table], li
     """Metrics of each test set of each world: top1, balanced, ... are the linear probe's. All ranks.
 
     worlds: (labelled set, test sets, class names, whether it is a --transfer folder); class_counts [C] are the root's.
+    Without a labelled set (None) the features of the test sets are all there is.
     npz_folder: where the first process writes <set>.npz, of a --transfer folder transfer/<set>_train.npz, _test.npz;
     with it, and --baselines, a random network and raw pixels too.
     """
@@ -1700,26 +1708,37 @@ def evaluate_dino(model: Network, worlds: list[tuple[Table, dict[str, Table], li
         for buffer in model.buffers():  # with --bn local each process has its own statistics
             dist.broadcast(buffer, 0)  # All ranks
     model.eval()
-    models = {"": model}
-    if npz_folder is not None and args.baselines and worlds:
-        models |= {"random_": random_network(args, worlds[0][0], device), "pixels_": RawPixels()}
+    models, banks = {"": model}, [bank for bank, _, _, _ in worlds if bank is not None]
+    if npz_folder is not None and args.baselines and banks:
+        models |= {"random_": random_network(args, banks[0], device), "pixels_": RawPixels()}
+    keys = ("n", "top1", "balanced", "head", "medium", "tail", "spearman_acc", "spearman_pred", "chance", "retrieval")
     metrics, is_main = {}, not dist.is_initialized() or dist.get_rank() == 0
     for bank, test_sets, class_names, is_transfer in worlds:
+        for name, table in test_sets.items() if bank is None else ():
+            x, labels, rows, bad = labelled_features(model, table, class_names, args, device)
+            metrics[name] = dict.fromkeys((*keys, "knn", "probe")) | {"n": len(rows), "bad_images": dict(bad)}
+            if npz_folder is not None and is_main:
+                arrays = {"features": x.cpu().numpy().astype(np.float16), "labels": labels, "rows": rows}
+                write_atomically(npz_folder / f"{name}.npz", lambda file, arrays=arrays: np.savez(file, **arrays))
+        if bank is None:
+            continue
         counts = np.zeros(len(class_names), np.int64) if is_transfer else class_counts
         for kind, probed in models.items():
-            for name, found in probe_features(probed, bank, test_sets, class_names, args, device).items():
+            for name, found in probe_features(probed, bank, test_sets, class_names, args, device,
+                                              is_transfer and not kind).items():
                 labels, labelled = found["labels"], found["labels"] >= 0
                 guesses = {key: found[key].argmax(1).cpu().numpy() for key in ("knn", "probe")}
                 right = {kind + key: float((guess[labelled] == labels[labelled]).mean()) if labelled.any() else None
                          for key, guess in guesses.items()}
                 if kind:
-                    metrics[name] |= right
+                    metrics[name] |= right | {f"{kind}probe_decay": found["decay"]}
                     continue
-                metrics[name] = dict.fromkeys(("n", "top1", "balanced", "head", "medium", "tail", "spearman_acc",
-                                               "spearman_pred", "chance", "retrieval"))
-                metrics[name] |= {"n": len(labels), "bad_images": dict(found["bad"]), "probe_decay": found["decay"]}
+                metrics[name] = dict.fromkeys(keys) | {"n": len(labels), "bad_images": dict(found["bad"]),
+                                                       "probe_decay": found["decay"]}
                 if labelled.any():
                     metrics[name] |= imbalance_metrics(guesses["probe"][labelled], labels[labelled], counts)
+                    if is_transfer:  # no class is rare there
+                        metrics[name] |= dict.fromkeys(("head", "medium", "tail"))
                 metrics[name] |= right
                 if npz_folder is not None and is_main:
                     half = {"logits": found["probe"], "features": found["features"], "prototypes": found["weights"]}
@@ -1728,9 +1747,8 @@ def evaluate_dino(model: Network, worlds: list[tuple[Table, dict[str, Table], li
                                "class_counts": counts, "class_names": np.array(class_names, str)}
                     files = {f"transfer/{name}_test.npz" if is_transfer else f"{name}.npz": arrays}
                     if is_transfer:  # evaluate.py probe has the paper's protocol, over many runs
-                        bank_features, bank_labels = (x.cpu().numpy() for x in found["bank"])
-                        files[f"transfer/{name}_train.npz"] = {"features": bank_features.astype(np.float16),
-                                                               "labels": bank_labels}
+                        files[f"transfer/{name}_train.npz"] = {
+                            "features": found["bank"][0].cpu().numpy().astype(np.float16), "labels": found["bank"][1]}
                     for path, arrays in files.items():
                         write_atomically(npz_folder / path, lambda file, arrays=arrays: np.savez(file, **arrays))
     model.train()
@@ -1744,6 +1762,7 @@ def random_network(args: argparse.Namespace, table: Table, device: torch.device)
     for module in model.modules():
         if isinstance(module, BatchNorm2d):
             module.sync, module.momentum = False, None  # the mean over all batches; equal on all processes
+            nn.init.ones_(module.weight)  # the gains of residual branches start at 0: without them it is no network
     table = copy.copy(table)
     table.starts = table.starts[torch.linspace(0, len(table) - 1, min(len(table), 2560)).long()]
     dataset = EvalImages(table, model.image_size, args.max_pixels)
@@ -1910,6 +1929,8 @@ def find_worlds(args: argparse.Namespace, root: Path) -> list[tuple[Table, dict[
             name = "imagenet" if (root / "imagenet" / "train.tsv").is_file() else str(find_sets(args.data, root)[0][0])
         bank = Table(name if name.endswith(".tsv") else root / name / "train.tsv")
         worlds.append((bank, test_sets, class_names, False))
+    elif test_sets:
+        worlds.append((None, test_sets, [], False))
     in_root = [path.parent for path in sorted(root.glob("*/classes.tsv"))
                if (path.parent / "train.tsv").is_file() and (path.parent / "test.tsv").is_file()]
     for folder in [f for name in args.transfer for f in (in_root if name == "auto" else [Path(name)])]:
@@ -1922,6 +1943,8 @@ def find_worlds(args: argparse.Namespace, root: Path) -> list[tuple[Table, dict[
     for bank, tests, names, _ in worlds:  # now, not after the training
         for table in tests.values():
             read_labels(table, names)
+        if bank is None:
+            continue
         is_labelled = read_labels(bank, names) >= 0
         if is_labelled.sum() < 2:
             raise SystemExit(f"{bank.path}: {is_labelled.sum()} rows with a label, so no probe can be fitted; pass "
@@ -1952,9 +1975,8 @@ def report_dino(teacher: Network, prototypes: torch.Tensor, worlds: list, class_
     on_one_rank(rank, lambda: write_json(out / "metrics.json", metrics | {"run": run}))
     if rank:
         return
-    if metrics:
-        print_probes(metrics)
-    else:
+    print_probes({name: m for name, m in metrics.items() if m["knn"] is not None})
+    if all(m["knn"] is None for m in metrics.values()):
         print("nothing to probe: no classes.tsv with test sets in the root, and no --transfer")
     print(f"unique prototypes at cosine distance 0.025: {run['unique_prototypes']} of {len(prototypes)}")
     print(f"metrics: {out / 'metrics.json'}", flush=True)
@@ -1992,6 +2014,13 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)  # the same on all processes, so they start from the same weights
 
     # --- data
+    if args.eval_only:  # probed as the run was, where no flag says otherwise
+        made_with = load_weights(args.eval_only).get("args", {})
+        if args.data == parse_args([]).data:
+            args.data = made_with.get("data", args.data)
+            args.root = made_with.get("root", "auto") if args.root == "auto" else args.root
+        if args.probe_set == "auto":
+            args.probe_set = made_with.get("probe_set", "auto")
     files = [part for part in args.data.split(",") if re.sub(r":[\d.]+$", "", part).endswith(".tsv")]
     root = Path(args.root) if args.root != "auto" else Path(files[0]).parent if files else Path(SHAPES_ROOT)
     on_one_rank(rank, lambda: ensure_shapes(root))
@@ -2026,6 +2055,10 @@ def main(args: argparse.Namespace) -> None:
                          f"{pixels.shape[1]}: lower --global-size or --local-size")
     if args.arch == "ViT-S-16" and any(size % 16 for size in view_sizes):
         raise SystemExit("ViT-S-16 needs --global-size and --local-size that are multiples of its patches of 16 px")
+    if args.arch == "RN50" and min(view_sizes) < 32:
+        raise SystemExit("RN50 halves an image five times: it needs --global-size and --local-size of at least 32")
+    if args.augment == "dino" and min(view_sizes) < 7:
+        raise SystemExit("--augment dino blurs 6 px to each side: --global-size and --local-size must be at least 7")
     if args.augment == "colour" and max(view_sizes) > 128:
         raise SystemExit("--augment colour is for crops up to 128 px: use --augment dino")
 
@@ -2119,6 +2152,7 @@ def main(args: argparse.Namespace) -> None:
     teacher.train()  # as published: the teacher normalises by its own batches
     bad, n_seen, n_logged, logged_at, has_warned = Counter(), 0, 0, time.time(), False
     loss_sum, skipped_in_a_row = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device)
+    running = [b for m in (student, teacher) for name, b in m.named_buffers() if "running_" in name]
     progress = tqdm(total=steps, initial=start, disable=not (is_main and sys.stderr.isatty()), unit="step")
     for step, batch in enumerate(loader, start):
         lr = lr_at(step, peak_lr, args.warmup_steps, steps)
@@ -2136,7 +2170,7 @@ def main(args: argparse.Namespace) -> None:
             teacher.head.prototypes.copy_(teacher_prototypes[proto_ids])
 
         crops = make_crops(batch, pixels, view_sizes, args.augment, device)
-        n_global = 2 * len(batch["draws"][0])
+        n_global, kept = 2 * len(batch["draws"][0]), [buffer.clone() for buffer in running]
         with autocast():
             with torch.no_grad():
                 teacher_logits, teacher_embed = teacher([crops[0][:n_global]])
@@ -2154,6 +2188,8 @@ def main(args: argparse.Namespace) -> None:
             student.head.prototypes.grad = None
         grad_norm = clip_gradients(params, args.clip_grad, args.clip_of == "tensor")
         skipped_in_a_row = torch.where(grad_norm.isfinite(), 0, skipped_in_a_row + 1)  # equal on all ranks
+        for buffer, before in zip(running, kept):  # a step that is left out leaves no trace in batch norm either
+            torch.where(grad_norm.isfinite(), buffer, before, out=buffer)
         if is_log_step or device.type == "cpu":  # Sync
             check_finite(step, {"loss": loss, "teacher_logits": teacher_logits}, int(skipped_in_a_row), control)
         scaler.step(optimizer)
@@ -2165,6 +2201,7 @@ def main(args: argparse.Namespace) -> None:
             teacher_prototypes.lerp_(table.weight, 1 - momentum)
             winners = proto_ids[targets.argmax(1)]
             won = torch.zeros_like(usage).index_add_(0, winners, torch.ones_like(winners))
+            won *= grad_norm.isfinite()  # targets of NaN name none
             if world_size > 1:
                 dist.all_reduce(won)  # All ranks
             usage += won
@@ -2203,7 +2240,7 @@ def main(args: argparse.Namespace) -> None:
         if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < steps:
             metrics = evaluate_dino(teacher, worlds, class_counts, args, device)
             if is_main:
-                log.write({"step": step + 1, **metrics})
+                log.write({"step": step + 1, "unique_prototypes": unique_prototypes(teacher_prototypes), **metrics})
                 print_probes(metrics)
             logged_at = time.time()
         is_stopped = any_rank(bool(stop_signals), control)

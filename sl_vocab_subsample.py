@@ -1954,6 +1954,7 @@ def main(args: argparse.Namespace) -> None:
     B, group_size = args.batch_size // world_size, args.vocab_group or args.batch_size
     bad, n_seen, n_logged, logged_at, vocab_sizes = Counter(), 0, 0, time.time(), np.zeros(3)
     loss_sum, skipped_in_a_row = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device)
+    running = [buffer for name, buffer in model.named_buffers() if "running_" in name]
     progress = tqdm(total=steps, initial=start, disable=not (is_main and sys.stderr.isatty()), unit="step")
     for step, batch in enumerate(loader, start):
         lr = lr_at(step, peak_lr, args.warmup_steps, steps)
@@ -1978,6 +1979,7 @@ def main(args: argparse.Namespace) -> None:
         else:
             rows, boxes = (batch[name].to(device, non_blocking=True) for name in ("pixel_rows", "boxes"))
             images = crop_pixels(pixels[rows], boxes, model.image_size)
+        kept = [buffer.clone() for buffer in running]
         with autocast():
             features, class_vectors, scale = net(images)
         logits = vocab_logits(features, class_vectors, scale, vocab, adjustment, args.loss == "log-q")
@@ -1988,6 +1990,8 @@ def main(args: argparse.Namespace) -> None:
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(params, args.clip_grad or math.inf)
         skipped_in_a_row = torch.where(grad_norm.isfinite(), 0, skipped_in_a_row + 1)  # equal on all ranks
+        for buffer, before in zip(running, kept):  # a step that is left out leaves no trace in batch norm either
+            torch.where(grad_norm.isfinite(), buffer, before, out=buffer)
         if is_log_step or device.type == "cpu":  # Sync
             check_finite(step, {"loss": loss, "image_features": features}, int(skipped_in_a_row), control)
         scaler.step(optimizer)

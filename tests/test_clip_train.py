@@ -576,6 +576,16 @@ def test_non_finite_steps_are_left_out(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(clip.CLIP, "encode_image", overflows_backward)
     with pytest.raises(SystemExit, match="ten steps in a row"):
         train_here(world, tmp_path / "d", "--steps", "20")
+    calls.clear()
+
+    def overflows_forward(self, images):
+        calls.append(1)
+        return encode_image(self, images.float() * (torch.inf if len(calls) == 3 else 1.0))
+
+    monkeypatch.setattr(clip.CLIP, "encode_image", overflows_forward)
+    train_here(world, tmp_path / "e", "--steps", "4", "--lr", "1e-3")  # its evaluation would find NaN in batch norm
+    state = torch.load(tmp_path / "e" / "checkpoint.pt", weights_only=True)["state_dict"]
+    assert all(value.isfinite().all() for value in state.values())
 
 
 def test_precisions_and_switches_run(world, tmp_path):

@@ -99,6 +99,27 @@ def test_eval_only_gives_the_metrics_of_the_run(world, trained, tmp_path):
     assert again["run"]["unique_prototypes"] == first["run"]["unique_prototypes"]
 
 
+def test_probes_are_the_same_for_one_and_two_ranks(world, trained, tmp_path):
+    """k-NN, probe, transfer and baselines, over a number of images that 2 does not divide."""
+    lines = (world / "val.tsv").read_text().splitlines(keepends=True)
+    (world / "odd.tsv").write_text("".join(lines[:102]))
+    flags = ["--root", world, "--eval-only", trained[0] / "checkpoint.pt", "--eval-sets", "odd", "--device", "cpu"]
+    for processes in 1, 2:
+        run(*flags, "--out", tmp_path / str(processes), processes=processes)
+    one, two = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in "12")
+    assert one.pop("run") and two.pop("run") and one == two
+    assert one["odd"]["n"] == 101 and one["odd"]["pixels_knn"] is not None and "unseen" in one
+
+
+def test_the_random_network_uses_all_of_its_layers(world):
+    """Residual gains start at 0, which would leave stem and shortcuts; statistics are those of the images."""
+    args = dino.parse_args(["--head-hidden", "8", "--prototype-dim", "8"])
+    model = dino.random_network(args, dino.Table(world / "val.tsv"), torch.device("cpu"))
+    gains = [m.weight for m in model.modules() if isinstance(m, dino.BatchNorm2d)]
+    assert len(gains) > 5 and all(bool((gain == 1).all()) for gain in gains)
+    assert all(bool((m.running_var != 1).all()) for m in model.visual.modules() if isinstance(m, dino.BatchNorm2d))
+
+
 def test_export_starts_a_classifier(world, trained, tmp_path):
     exported = torch.load(world / "backbone.pt", weights_only=True)
     assert "optimizer" not in exported
@@ -191,6 +212,13 @@ def test_pictures_without_labels(world, tmp_path):
     (tmp_path / "train.tsv").write_text("image\n" + "".join(f"{i}.png\n" for i in range(40)))
     flags = ["--data", tmp_path / "train.tsv", "--steps", "2", "--workers", "0", *FLAGS[:-6], "--prototypes", "64"]
     assert "nothing to probe" in run_here(*flags, "--out", tmp_path / "plain")
+    (tmp_path / "own.tsv").write_text("image\tlabel\n0.png\t7\n1.png\t\n2.png\t3\n")
+    again = ["--eval-only", tmp_path / "plain" / "checkpoint.pt", "--device", "cpu", "--eval-sets", tmp_path / "own.tsv"]
+    assert "nothing to probe" in run_here(*again, "--out", tmp_path / "features")  # root and data are the run's
+    with np.load(tmp_path / "features" / "own.npz") as file:
+        assert file["features"].shape == (3, 256) and file["labels"].tolist() == [7, -1, 3]
+    metrics = json.loads((tmp_path / "features" / "metrics.json").read_text())
+    assert metrics["own"]["n"] == 3 and metrics["own"]["probe"] is None and "train.tsv" in metrics["run"]["data"]
     other = tmp_path / "other"
     other.mkdir()
     (other / "classes.tsv").write_text("name\ncat\ndog\ncow\n")
@@ -200,7 +228,10 @@ def test_pictures_without_labels(world, tmp_path):
     run_here(*flags, "--transfer", other, "--out", tmp_path / "plain")
     metrics = json.loads((tmp_path / "plain" / "metrics.json").read_text())["other"]
     assert metrics["n"] == 40 and metrics["knn"] > 1 / 3 and metrics["pixels_probe"] > 0.9  # it has seen them
-    assert metrics["spearman_acc"] is None
+    assert metrics["spearman_acc"] is None is metrics["tail"] and metrics["pixels_probe_decay"] > 0
+    run_here(*flags, "--transfer", other, "--probe-images", "12", "--resume", "auto", "--out", tmp_path / "plain")
+    with np.load(tmp_path / "plain" / "transfer" / "other_train.npz") as file:
+        assert len(file["labels"]) == 40  # the probe here saw 12 of them, evaluate.py's will see all
     (other / "train.tsv").write_text("image\n../0.png\n../1.png\n")
     with pytest.raises(SystemExit, match="0 rows with a label, so no probe can be fitted"):
         run_here(*flags, "--transfer", other, "--out", tmp_path / "plain")
@@ -275,6 +306,8 @@ def test_bad_input(world, trained, tmp_path, capsys):
         (["--global-scale", "0.9", "0.2"], "--global-scale must be 0 < LO <= HI <= 1"),
         (["--init", world / "backbone.pt", "--arch", "ViT-S-16", "--global-size", "16"], "does not fit --arch ViT"),
         (["--arch", "ViT-S-16"], "multiples of its patches of 16 px"),
+        (["--arch", "RN50"], "at least 32"),
+        (["--augment", "dino", "--local-crops", "1", "--local-size", "6"], "at least 7"),
         (["--init", tmp_path / "none.pt"], "no such checkpoint"),
         (["--batch-size", "100000"], "larger than the"),
     ]

@@ -264,8 +264,8 @@ def vocab_of_batch(labels: torch.Tensor, first: int, B: int, group_size: int, cl
 
     labels: [N, J] int64 of all processes, -1 pads. group_size: images of a group, cut from the global batch in order.
     Returns: the vocabularies; summed over these groups, their sizes and the number of drawn classes.
-    The union's rows alone are multiplied when they are at most half of the classes: beyond that copying rows costs more
-    than it saves (benchmarks/vocab.py).
+    The union's rows alone are multiplied when they are at most three quarters of the classes: beyond that copying rows
+    costs about what it saves (benchmarks/vocab.py).
     """
     C, ids = len(class_counts), range(first // group_size, (first + B - 1) // group_size + 1)
     present = torch.zeros(len(ids), C + 1, dtype=torch.bool)  # column C takes the padding
@@ -278,7 +278,7 @@ def vocab_of_batch(labels: torch.Tensor, first: int, B: int, group_size: int, cl
     groups = torch.arange(first, first + B) // group_size - ids[0]
     size = int(vocab.count_nonzero())
     n_drawn = size - int(present.count_nonzero())
-    if 2 * len(union) > C:
+    if 4 * len(union) > 3 * C:
         return Vocab(None, vocab, log_q, groups), size, n_drawn
     return Vocab(union, vocab[:, union], log_q[:, union], groups), size, n_drawn
 

@@ -3218,7 +3218,7 @@ def draw(ids, lengths, keys, entry_keys, probability):
     nor shards matter, and a larger cap keeps a superset.
     """
     is_kept, ends = np.zeros(len(lengths), bool), np.cumsum(lengths)
-    for first in range(0, len(lengths), 2**18):  # memory does not grow with the rows
+    for first in range(0, len(lengths), 2**18):  # the draws of a block at a time: ten times the ids' memory
         rows = slice(first, first + 2**18)
         starts = ends[rows] - lengths[rows]
         part = ids[starts[0] : ends[rows][-1]]

@@ -30,7 +30,9 @@ out   a table on the terminal, `--json FILE` with all numbers, `--plot FILE.png|
 
 Every estimate is {"value", "low", "high"}: 95 % percentile intervals of --boot resamples, over images for accuracies
 (within classes where classes weigh equally), over classes for correlations, over models for fits; null where nothing
-can be computed, or nothing was sampled. Fractions are in 0..1. The same seed gives the same bytes.
+can be computed, or nothing was sampled. Arrays of classes have theirs beside them (accuracy_interval [C, 2]). Counts,
+and what is chosen or computed from no sample, are plain numbers. Fractions are in 0..1. The same seed gives the same
+bytes.
 
 Dimension key: N images, C classes, D width, K prototypes, S shifts, boot resamples.
 
@@ -231,7 +233,7 @@ import torch  # noqa: E402
 from scipy.sparse import coo_matrix, csr_matrix  # noqa: E402
 from scipy.sparse.csgraph import connected_components  # noqa: E402
 from scipy.special import expit, log_softmax, logit, logsumexp, softmax  # noqa: E402
-from scipy.stats import beta, binom, binomtest, false_discovery_control, norm, rankdata, spearmanr  # noqa: E402
+from scipy.stats import beta, binom, binomtest, chi2, false_discovery_control, norm, rankdata, spearmanr  # noqa: E402
 from scipy.stats import t as student_t  # noqa: E402
 
 # ------------------------------------------------------------------------------ readers
@@ -382,6 +384,12 @@ def with_rows(data: dict, rows: np.ndarray) -> dict:
     return {key: value[rows] if key in ROW_KEYS else value for key, value in data.items()}
 
 
+def share_rows(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether half of the distinct rows of a, in any order, are rows of b too: the same images under another name."""
+    a, b = ({hash(row.tobytes()) for row in side} for side in (a, b))
+    return 2 * len(a & b) >= len(a) > 1
+
+
 def accuracy_of(data: dict) -> tuple[float, int]:
     """Top-1 accuracy and the number of images."""
     return float((predict(data)[0] == data["labels"]).mean()), len(data["labels"])
@@ -529,11 +537,12 @@ def read_metrics(folder: Path) -> dict[str, dict]:
 
 
 def estimate(value: float | None, draws: np.ndarray | None = None, level: float = 0.95,
-             is_biased: bool = False) -> dict[str, float | None]:
+             biased_up_to: float | None = None) -> dict[str, float | None]:
     """{"value", "low", "high"}: percentile interval of the draws; draws that are not finite are left out.
 
-    is_biased: of a share that resampling itself raises or lowers (Gini, ECE, mean of the worst k): the basic bootstrap
-    interval, percentiles reflected at the value, which takes that bias off; it holds the value and stays in 0..1.
+    biased_up_to: the largest value of a number from 0 on that resampling itself raises or lowers (Gini, ECE, mean of
+    the worst k, standard deviation): the basic bootstrap interval, percentiles reflected at the value, which takes that
+    bias off; it holds the value and stays in the range.
     """
     value = None if value is None or not math.isfinite(value) else float(value)
     draws = np.asarray([] if draws is None else draws, float)
@@ -541,14 +550,14 @@ def estimate(value: float | None, draws: np.ndarray | None = None, level: float 
     if value is None or not len(draws):
         return {"value": value, "low": None, "high": None}
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    if is_biased:
-        low, high = max(0.0, min(2 * value - high, value)), min(1.0, max(2 * value - low, value))
+    if biased_up_to is not None:
+        low, high = max(0.0, min(2 * value - high, value)), min(biased_up_to, max(2 * value - low, value))
     return {"value": value, "low": float(low), "high": float(high)}
 
 
-def from_draws(draws: np.ndarray, level: float = 0.95, is_biased: bool = False) -> dict[str, float | None]:
+def from_draws(draws: np.ndarray, level: float = 0.95, biased_up_to: float | None = None) -> dict[str, float | None]:
     """Estimate from [1 + boot] values: the first is the sample's, the others are its resamples'."""
-    return estimate(draws[0], draws[1:], level, is_biased)
+    return estimate(draws[0], draws[1:], level, biased_up_to)
 
 
 def t_interval(values: list[float]) -> dict[str, float | None]:
@@ -560,27 +569,63 @@ def t_interval(values: list[float]) -> dict[str, float | None]:
     return {"value": float(values.mean()), "low": float(values.mean() - half), "high": float(values.mean() + half)}
 
 
+def normal_std(values: list[float]) -> dict[str, float | None]:
+    """Standard deviation over two or more runs, with the 95 % interval it has if they are normal."""
+    std, n = float(np.std(values, ddof=1)), len(values) - 1
+    return {"value": std} | {end: std * math.sqrt(n / chi2.ppf(q, n)) for end, q in (("low", 0.975), ("high", 0.025))}
+
+
+def binomial_interval(k: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """[..., 2] exact 95 % interval (Clopper and Pearson) of a fraction that was k of n; NaN where n is 0."""
+    low = np.where(np.asarray(k) > 0, beta.ppf(0.025, k, n - k + 1), 0)
+    high = np.where(np.asarray(k) < n, beta.ppf(0.975, k + 1, n - k), 1)
+    return np.where(np.asarray(n)[..., None] > 0, np.stack([low, high], axis=-1), np.nan)
+
+
 def clopper_pearson(accuracy: float, n: float) -> dict[str, float | None]:
     """Exact 95 % interval of a fraction of n images; None for the ends when n is not known (NaN)."""
     if not math.isfinite(n) or n < 1:
         return estimate(accuracy)
-    k = round(accuracy * n)
-    low = float(beta.ppf(0.025, k, n - k + 1)) if k else 0.0
-    high = float(beta.ppf(0.975, k + 1, n - k)) if k < n else 1.0
-    return {"value": float(accuracy), "low": low, "high": high}
+    low, high = binomial_interval(round(accuracy * n), n)
+    return {"value": float(accuracy), "low": float(low), "high": float(high)}
 
 
-def bootstrap_means(values: np.ndarray, boot: int, rng: np.random.Generator) -> np.ndarray:
-    """[boot] means of resampled values; in blocks, so memory does not grow with boot."""
-    step, n = max(1, 2**24 // max(1, len(values))), len(values)
-    blocks = [values[rng.integers(n, size=(min(step, boot - i), n))].mean(1) for i in range(0, boot, step)]
-    return np.concatenate([np.zeros(0), *blocks])
+def bootstrap(values: np.ndarray, boot: int, rng: np.random.Generator,
+              of: Callable = lambda resampled: resampled.mean(1)) -> np.ndarray:
+    """[boot, ...] of([block, n, ...] resampled values), their mean; in blocks, so memory does not grow with boot."""
+    step, n = max(1, 2**24 // max(1, values.size)), len(values)
+    blocks = [of(values[rng.integers(n, size=(min(step, boot - i), n))]) for i in range(0, boot, step)]
+    return np.concatenate(blocks or [np.zeros((0, *values.shape[1:]))])
+
+
+def mean_of(cells: list[dict]) -> dict[str, float | None]:
+    """Mean of independent estimates; distances to their ends add up in squares (Zou and Donner, 2008)."""
+    value, low, high = (np.array([c[key] for c in cells], float) for key in ("value", "low", "high"))
+    ends = value.mean() + np.array([-1, 1]) * np.linalg.norm([low - value, high - value], axis=1) / len(cells)
+    return estimate(value.mean()) if np.isnan(ends).any() else {
+        "value": float(value.mean()), "low": float(ends[0]), "high": float(ends[1])}
 
 
 def mean_over(values: np.ndarray, boot: int, rng: np.random.Generator) -> dict[str, float | None]:
     """Mean of the finite values, with the interval of resampling them."""
     values = values[np.isfinite(values)]
-    return estimate(values.mean(), bootstrap_means(values, boot, rng)) if len(values) else estimate(None)
+    return estimate(values.mean(), bootstrap(values, boot, rng)) if len(values) else estimate(None)
+
+
+def std_over(values: np.ndarray, boot: int, rng: np.random.Generator) -> dict[str, float | None]:
+    """Standard deviation of the finite values, with the interval of resampling them."""
+    values = values[np.isfinite(values)]
+    draws = bootstrap(values, boot, rng, lambda v: v.std(1)) if len(values) else None
+    return estimate(values.std() if len(values) else None, draws, biased_up_to=math.inf)
+
+
+def jackknife(rows: np.ndarray, statistic: Callable[[np.ndarray], float], rng: np.random.Generator) -> dict:
+    """A number of rows [n, D] that copies of a row would bend (a rank, a length), with the 95 % normal interval of the
+    delete-a-group jackknife: at most 100 random groups of rows, each left out once."""
+    groups = np.array_split(rng.permutation(len(rows)), min(100, len(rows)))
+    draws = np.array([statistic(np.delete(rows, group, 0)) for group in groups])
+    value, half = statistic(rows), 1.96 * math.sqrt(len(groups) - 1) * draws.std()
+    return {"value": value, "low": max(0.0, value - half), "high": value + half}
 
 
 # Copied from clip.py
@@ -713,14 +758,14 @@ def binned_statistics(bins: np.ndarray, class_counts: np.ndarray, accuracy: np.n
         inside = bins == i
         out.append({"bin": int(i), "n_classes": int(inside.sum()), "count": float(class_counts[inside].mean())})
         for key, values in (("accuracy", accuracy[inside]), ("predictions", share[inside])):
-            out[-1] |= {key: mean_over(values, boot, rng),
-                        f"{key}_std": float(np.sqrt(nan_mean((values - nan_mean(values)) ** 2)))}
+            out[-1] |= {key: mean_over(values, boot, rng), f"{key}_std": std_over(values, boot, rng)}
     return out
 
 
 def score_classes(data: dict, cuts: tuple[int, int], tail_classes: int, worst: int, boot: int,
-                  seed: int) -> tuple[dict, np.ndarray, np.ndarray]:
-    """All imbalance numbers of one model, {name: estimate}; accuracy [C] (NaN: no test image); predictions [C]."""
+                  seed: int) -> tuple[dict, dict[str, np.ndarray]]:
+    """All imbalance numbers of one model, {name: estimate}; of each class its accuracy (NaN: no test image) and number
+    of predictions [C], and the 95 % intervals of both, [C, 2]."""
     rng, labels, counts = np.random.default_rng(seed), data["labels"], data["class_counts"]
     predictions, n_ties = predict(data)
     test, right, predicted = resample_images(labels, predictions, data["n_classes"], boot, rng)
@@ -732,14 +777,16 @@ def score_classes(data: dict, cuts: tuple[int, int], tail_classes: int, worst: i
         row |= {name: from_draws(class_mean(draws[:, ids], test[0][ids]).clip(0, 1))} if len(ids) else {}
     k = min(worst, int(np.isfinite(accuracy).sum()))
     return row | {
-        f"worst {k}": from_draws(np.sort(draws, 1)[:, :k].mean(1), is_biased=True),  # NaN sort last
+        f"worst {k}": from_draws(np.sort(draws, 1)[:, :k].mean(1), biased_up_to=1),  # NaN sort last
         "never right": mean_over(np.where(test[0] > 0, right[0] == 0, np.nan), boot, rng),
         "spearman_acc": spearman(counts, accuracy, boot, rng),
         "spearman_pred": spearman(counts, n_predicted, boot, rng),
         "spearman_acc_pred": spearman(accuracy, n_predicted.astype(float), boot, rng),
-        "gini_counts": estimate(float(gini(counts))), "gini_pred": from_draws(gini(predicted), is_biased=True),
+        "gini_counts": estimate(float(gini(counts)), bootstrap(counts, boot, rng, gini), biased_up_to=1),
+        "gini_pred": from_draws(gini(predicted), biased_up_to=1),
         "chance": 1 / data["n_classes"], "classes without test images": int((test[0] == 0).sum()), "ties": n_ties,
-    }, accuracy, n_predicted
+    }, {"accuracy": accuracy, "accuracy_interval": binomial_interval(right[0], test[0]), "predictions": n_predicted,
+        "predictions_interval": np.quantile(predicted[min(boot, 1):], [0.025, 0.975], axis=0).T}
 
 
 def imbalance(paths: list[str], counts: str, subset: str, cuts: tuple[int, int], tail_classes: int, worst: int,
@@ -750,22 +797,23 @@ def imbalance(paths: list[str], counts: str, subset: str, cuts: tuple[int, int],
         data = read_predictions(path, "logits" if subset else "predictions", "class_counts", counts=counts)
         if subset:
             data = restrict(data, *read_subset(subset, data.get("class_names"), data["n_classes"]))
-        rows[name], accuracy, predicted = score_classes(data, cuts, tail_classes, worst, boot, seed)
+        rows[name], classes = score_classes(data, cuts, tail_classes, worst, boot, seed)
         class_counts, n_test = data["class_counts"], np.bincount(data["labels"], minlength=data["n_classes"])
-        share = np.where(n_test > 0, ratio(predicted, n_test), np.nan)
+        share = np.where(n_test > 0, ratio(classes["predictions"], n_test), np.nan)
         bins = frequency_bins(class_counts, n_bins, is_equal_count)
         models[name] = {"class_names": data.get("class_names", np.arange(data["n_classes"]).astype(str)),
-                        "class_counts": class_counts, "accuracy": accuracy, "predictions": predicted,
-                        "predictions_per_image": share,
+                        "class_counts": class_counts, "predictions_per_image": share,
                         "rarest": np.argsort(class_counts, kind="stable")[:tail_classes],
-                        "bins": binned_statistics(bins, class_counts, accuracy, share, boot,
-                                                  np.random.default_rng(seed))}
+                        "bins": binned_statistics(bins, class_counts, classes["accuracy"], share, boot,
+                                                  np.random.default_rng(seed))} | classes
     over = []
     if len(models) > 1 and len({tuple(m["class_counts"]) for m in models.values()}) == 1:
         for same in zip(*(m["bins"] for m in models.values())):
-            over.append({"count": same[0]["count"]} | {
-                key + end: float(f([value_of(b[key]) for b in same])) for key in ("accuracy", "predictions")
-                for end, f in (("", np.mean), ("_std", lambda v: np.std(v, ddof=1)))})
+            over.append({"count": same[0]["count"]})
+            for key in ("accuracy", "predictions"):
+                values = [b[key]["value"] for b in same]  # nothing where a model has no test image
+                over[-1] |= {key: t_interval(values), f"{key}_std": normal_std(values)} if None not in values else {
+                    key: estimate(None), f"{key}_std": estimate(None)}
     return {"rows": rows, "models": models, "bins_over_models": over}
 
 
@@ -816,7 +864,7 @@ def compare(paths_a: list[str], paths_b: list[str], counts: str, boot: int, seed
     right = [np.array([p == labels for p in side]) for side in predictions]  # [runs, N] of A and of B
     gain, n_test = right[1].mean(0) - right[0].mean(0), np.bincount(labels, minlength=C)  # [N], [C]
     per_class = np.array([ratio(np.bincount(labels[i], gain[i], C), n_test) for i in resamples(labels, boot, rng)])
-    draws = {"top1": bootstrap_means(gain, boot, rng), "balanced": class_mean(per_class, n_test)[1:]}
+    draws = {"top1": bootstrap(gain, boot, rng), "balanced": class_mean(per_class, n_test)[1:]}
     if "class_counts" in first:  # else there is no tail
         draws |= {k: class_mean(per_class[:, ids], n_test[ids])[1:] for k, ids in thirds(class_counts).items()}
     own = [[data.get("class_counts") for data in side] for side in sides]
@@ -1233,7 +1281,7 @@ def transfer_metric(scores: np.ndarray, labels: np.ndarray, metric: str, boot: i
         return np.concatenate(draws)
     right, C = scores.argmax(1) == labels, scores.shape[1]
     if metric == "top1":
-        return np.concatenate([[right.mean()], bootstrap_means(right.astype(np.float32), boot, rng)])
+        return np.concatenate([[right.mean()], bootstrap(right.astype(np.float32), boot, rng)])
     n_test, n_right, _ = resample_images(labels, np.where(right, labels, C), C + 1, boot, rng)
     return class_mean(ratio(n_right, n_test), n_test[0])
 
@@ -1260,7 +1308,7 @@ def read_tasks(inputs: list[str], sets: list[str], multi_label: bool) -> Iterato
         for part in parts[1:]:
             if part and any(part[k].shape[1:] != parts[0][k].shape[1:] for k in ("features", "labels")):
                 raise SystemExit(f"{part['path']} and {paths[0]} have features or labels of different widths")
-        refuse(parts[1] is not None and np.array_equal(parts[1]["features"], parts[2]["features"]),
+        refuse(parts[1] is not None and share_rows(parts[1]["features"], parts[2]["features"]),
                f"{paths[1]} and {paths[2]} hold the same images: those for validation must not be the test's")
         yield model, name, *parts
 
@@ -1470,15 +1518,15 @@ def plot_retrieval(results: dict, path: str) -> None:
 # ------------------------------------------------------------------------------ calibration
 
 
-def confidence_of(logits: np.ndarray, labels: np.ndarray, temperature: float) -> tuple[np.ndarray, float]:
-    """Top probability [N] at a temperature, and the mean negative log-likelihood in nats."""
-    top, nll = np.empty(len(labels)), 0.0
+def confidence_of(logits: np.ndarray, labels: np.ndarray, temperature: float) -> tuple[np.ndarray, np.ndarray]:
+    """Top probability and negative log-likelihood in nats of each image, [N] each, at a temperature."""
+    top, nll = np.empty(len(labels)), np.empty(len(labels))
     for start in range(0, len(labels), 4096):
-        scaled = logits[start : start + 4096].astype(np.float64) / temperature
+        part = slice(start, start + 4096)
+        scaled = logits[part].astype(np.float64) / temperature
         total = logsumexp(scaled, axis=1)
-        top[start : start + 4096] = np.exp(scaled.max(1) - total)
-        nll += float((total - scaled[np.arange(len(scaled)), labels[start : start + 4096]]).sum())
-    return top, nll / len(labels)
+        top[part], nll[part] = np.exp(scaled.max(1) - total), total - scaled[np.arange(len(scaled)), labels[part]]
+    return top, nll
 
 
 def calibration_bins(confidence: np.ndarray, n_bins: int, is_equal_mass: bool) -> np.ndarray:
@@ -1496,15 +1544,30 @@ def calibration_error(bins: np.ndarray, confidence: np.ndarray, right: np.ndarra
     for b in range(boot):
         index = rng.integers(len(gap), size=len(gap))
         draws[b] = np.abs(np.bincount(bins[index], gap[index])).sum() / len(gap)
-    return estimate(np.abs(np.bincount(bins, gap)).sum() / len(gap), draws, is_biased=True)
+    return estimate(np.abs(np.bincount(bins, gap)).sum() / len(gap), draws, biased_up_to=1)
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """T in [0.01, 100] of the least negative log-likelihood of softmax(logits / T)."""
-    found = scipy.optimize.minimize_scalar(lambda t: confidence_of(logits, labels, math.exp(t))[1],
+    found = scipy.optimize.minimize_scalar(lambda t: confidence_of(logits, labels, math.exp(t))[1].mean(),
                                            bounds=(math.log(0.01), math.log(100)), method="bounded",
                                            options={"xatol": 1e-6})
     return math.exp(found.x)
+
+
+def temperature_draws(logits: np.ndarray, labels: np.ndarray, temperature: float, boot: int,
+                      rng: np.random.Generator) -> np.ndarray:
+    """[boot] temperatures of resampled images: one Newton step each in 1 / T, from the fitted one, in which the
+    likelihood is convex; its slope is E_p[logit] - logit of the label, its curvature Var_p[logit]."""
+    slope = np.empty((len(labels), 2))
+    for start in range(0, len(labels), 4096):
+        z = logits[start : start + 4096].astype(np.float64)
+        p = softmax(z / temperature, axis=1)
+        mean = (p * z).sum(1)
+        slope[start : start + 4096, 0] = mean - z[np.arange(len(z)), labels[start : start + 4096]]
+        slope[start : start + 4096, 1] = (p * (z - mean[:, None]) ** 2).sum(1)
+    draws = bootstrap(slope, boot, rng)
+    return 1 / np.clip(1 / temperature - ratio(draws[:, 0], draws[:, 1]), 0.01, 100)
 
 
 def calibration(paths: list[str], n_bins: int, fraction: float, boot: int, seed: int) -> dict:
@@ -1515,10 +1578,12 @@ def calibration(paths: list[str], n_bins: int, fraction: float, boot: int, seed:
         is_fit = rng.random(len(data["labels"])) < fraction
         refuse(is_fit.all() or not is_fit.any(),
                f"{path}: {len(is_fit)} images do not split into --fraction {fraction} and the rest")
-        temperature = fit_temperature(data["logits"][is_fit], data["labels"][is_fit])
+        held_out = data["logits"][is_fit], data["labels"][is_fit]
+        temperature = fit_temperature(*held_out)
         logits, labels = data["logits"][~is_fit], data["labels"][~is_fit]
         right = predict(data)[0][~is_fit] == labels
-        rows[name] = {"n": len(labels), "top1": mean_over(right.astype(float), boot, rng), "temperature": temperature}
+        rows[name] = {"n": len(labels), "top1": mean_over(right.astype(float), boot, rng), "temperature": estimate(
+            temperature, temperature_draws(*held_out, temperature, boot, rng))}
         for label, t in (("", 1.0), (" at T", temperature)):
             confidence, nll = confidence_of(logits, labels, t)
             bins = calibration_bins(confidence, n_bins, False)
@@ -1526,9 +1591,10 @@ def calibration(paths: list[str], n_bins: int, fraction: float, boot: int, seed:
                            f"ece{label}": calibration_error(bins, confidence, right, boot, rng),
                            f"ece, equal mass{label}": calibration_error(calibration_bins(confidence, n_bins, True),
                                                                         confidence, right, boot, rng),
-                           f"nll{label}": nll}
-            curves[name + label] = [{"confidence": float(confidence[bins == b].mean()), "n": int((bins == b).sum())}
-                                    | {"accuracy": clopper_pearson(right[bins == b].mean(), (bins == b).sum())}
+                           f"nll{label}": mean_over(nll, boot, rng)}
+            curves[name + label] = [{"confidence": mean_over(confidence[bins == b], boot, rng),
+                                     "n": int((bins == b).sum()),
+                                     "accuracy": clopper_pearson(right[bins == b].mean(), (bins == b).sum())}
                                     for b in np.unique(bins)]
     return {"rows": rows, "curves": curves}
 
@@ -1537,7 +1603,7 @@ def plot_calibration(results: dict, path: str) -> None:
     """Reliability: accuracy against confidence in each bin, and how many images it has."""
     figure, axes = new_figure(2)
     for i, (name, curve) in enumerate(results["curves"].items()):
-        x, cells = [b["confidence"] for b in curve], [b["accuracy"] for b in curve]
+        x, cells = [value_of(b["confidence"]) for b in curve], [b["accuracy"] for b in curve]
         axes[0].errorbar(x, [value_of(c) for c in cells], error_bars(cells), label=name, **line_style(i))
         axes[1].errorbar(x, [b["n"] for b in curve], **line_style(i))
     axes[0].plot([0, 1], [0, 1], **GUIDE)
@@ -1696,7 +1762,7 @@ def similarity(path_a: str, path_b: str, n_pairs: int, max_images: int, min_pair
     lows, highs = (np.array([e[end] for e in ends], float) for end in ("low", "high"))
     for label, holds in (("classes less alike in A", highs < 0), ("classes more alike in A", lows > 0)):
         rows[f"share of {label}"] = mean_over(holds.astype(float), boot, rng)
-        rows[f"share of {label}, 5 % false discoveries"] = float(np.mean(found & holds))
+        rows[f"share of {label}, 5 % false discoveries"] = mean_over((found & holds).astype(float), boot, rng)
     return {"rows": {name: {"value": v} for name, v in rows.items()}, "names": names, "classes": classes,
             "class_means": means, "differences": ends, "pairs": [np.concatenate(s) for s in samples]}
 
@@ -1836,7 +1902,8 @@ def effective_rank(rows: np.ndarray) -> float:
 def affinity(vectors: np.ndarray, head: np.ndarray, tail: np.ndarray, boot: int, rng: np.random.Generator) -> dict:
     """Mean cosines inside and between head and tail rows, what they say of collapse, and effective ranks.
 
-    Intervals resample classes; a class and its own copy make no pair. Source: Wen et al., figure 9a.
+    Intervals resample classes; a class and its own copy make no pair. Those of lengths and ranks leave classes out.
+    Source: Wen et al., figure 9a.
     """
     sides = [unit_rows(vectors[ids]) for ids in (head, tail)]
     (hh, hh_draws), (tt, tt_draws) = (pair_means(side @ side.T, boot, rng) for side in sides)
@@ -1847,9 +1914,10 @@ def affinity(vectors: np.ndarray, head: np.ndarray, tail: np.ndarray, boot: int,
             "tail-tail cosine": estimate(tt, tt_draws),
             "tail collapse (tail-tail - head-head)": estimate(tt - hh, tt_draws - hh_draws)}
     for name, side in zip(("head", "tail"), sides):
-        rows |= {f"{name} resultant length": float(np.linalg.norm(side.mean(0))),
-                 f"{name} effective rank": effective_rank(side),
-                 f"{name} effective rank, centred": effective_rank(side - side.mean(0))}
+        for label, statistic in (("resultant length", lambda rows: float(np.linalg.norm(rows.mean(0)))),
+                                 ("effective rank", effective_rank),
+                                 ("effective rank, centred", lambda rows: effective_rank(rows - rows.mean(0)))):
+            rows[f"{name} {label}"] = jackknife(side, statistic, rng) if boot else estimate(statistic(side))
     return rows
 
 
@@ -2033,7 +2101,7 @@ def debias(zeroshot: str, finetuned: str, val_zeroshot: str, val_finetuned: str,
     if val_zeroshot:
         held_out = [read_predictions(path, "logits") for path in (val_zeroshot, val_finetuned)]
         check_same_images(*held_out)
-        refuse(np.array_equal(held_out[0]["logits"], zs["logits"]), f"{val_zeroshot} holds the test images")
+        refuse(share_rows(held_out[0]["logits"], zs["logits"]), f"{val_zeroshot} holds the test images")
         refuse(held_out[0]["n_classes"] != C, f"{val_zeroshot} has {held_out[0]['n_classes']} classes, {zeroshot} {C}")
     else:
         order = np.random.default_rng(seed).permutation(len(labels))
@@ -2066,7 +2134,7 @@ def debias(zeroshot: str, finetuned: str, val_zeroshot: str, val_finetuned: str,
         n_test, right, n_predicted = resample_images(labels[test], predicted, C, boot, np.random.default_rng(seed))
         per_class = ratio(right, n_test)
         hit = (labels[test] == predicted).astype(float)
-        top1 = np.r_[hit.mean(), bootstrap_means(hit, boot, np.random.default_rng(seed))]
+        top1 = np.r_[hit.mean(), bootstrap(hit, boot, np.random.default_rng(seed))]
         draws[name] = {"top1": top1, "balanced": class_mean(per_class, n_test[0])} | {
             k: class_mean(per_class[:, ids], n_test[0][ids]) for k, ids in thirds(order_by).items()}
         rows[name] = {k: from_draws(d.clip(0, 1)) for k, d in draws[name].items()}
@@ -2156,6 +2224,12 @@ def plot_wiseft(results: dict, path: str) -> None:
 # ------------------------------------------------------------------------------ concepts
 
 
+def top_share(counts: np.ndarray) -> np.ndarray:
+    """Share of the most frequent tenth of the classes over the last axis, NaN if all are 0."""
+    counts = np.sort(counts, axis=-1)
+    return ratio(counts[..., -max(1, counts.shape[-1] // 10):].sum(-1), counts.sum(-1))
+
+
 def shared_tail(paths: list[str], boot: int, seed: int) -> dict:
     """Frequencies of the same classes in several data sets: shape of each tail, and rank agreement (figure 1a)."""
     tables, rng, rows = [read_named_counts(path) for path in paths], np.random.default_rng(seed), {}
@@ -2164,12 +2238,12 @@ def shared_tail(paths: list[str], boot: int, seed: int) -> dict:
            f"{', '.join(list(tables[0])[:3])}, of the last {', '.join(list(tables[-1])[:3])}")
     counts = dict(zip(short_names(paths), np.array([[t[c] for c in common] for t in tables])))
     for name, n in counts.items():
-        top = np.sort(n)[::-1][: max(1, len(n) // 10)]
-        resampled = n[rng.integers(len(n), size=(boot, len(n)))]
-        rows[name] = {"classes": len(n), "total": n.sum(), "max": n.max(), "median": float(np.median(n)),
-                      "min": n.min(), "never seen": int((n == 0).sum()),
-                      "gini": estimate(float(gini(n)), gini(resampled), is_biased=True),
-                      "share of the top 10 %": float(top.sum() / n.sum()) if n.sum() else None}
+        rows[name] = {"classes": len(n), "total": n.sum(), "max": n.max(), "min": n.min(),
+                      "never seen": int((n == 0).sum()),
+                      "median": estimate(np.median(n), bootstrap(n, boot, rng, lambda v: np.median(v, 1))),
+                      "gini": estimate(gini(n), bootstrap(n, boot, rng, gini), biased_up_to=1),
+                      "share of the top 10 %": estimate(top_share(n), bootstrap(n, boot, rng, top_share),
+                                                        biased_up_to=1)}
         rows[name] |= {f"rho with {other}": spearman(n, m, boot, rng) for other, m in counts.items() if other != name}
     return {"rows": rows, "classes": common, "counts": counts}
 
@@ -2281,24 +2355,28 @@ for (const button of document.querySelectorAll("th button")) button.addEventList
 
 
 def score_run(folder: Path, boot: int, seed: int) -> dict[str, dict]:
-    """{test set: {metric: estimate}} of a run: from its <set>.npz, else metrics.json (top-1 alone has an interval)."""
+    """{test set: {metric: estimate}} of a run: from its <set>.npz, else metrics.json, where only top-1, k-NN and probe
+    have an interval."""
     metrics, out = read_metrics(folder), {}
     for name in dict.fromkeys([*metrics, *sorted(p.stem for p in folder.glob("*.npz"))]):
         path, known, row = folder / f"{name}.npz", metrics.get(name, {}), {}
         if ("top1" in known or not known) and path.is_file() and has_predictions(path, "class_counts"):
             data = read_predictions(path, "predictions")
-            row, accuracy, predicted = score_classes(data, (100, 20), 0, 10, boot, seed)
-            bins = binned_statistics(frequency_bins(data["class_counts"], 8, False), data["class_counts"], accuracy,
-                                     predicted.astype(float), boot, np.random.default_rng(seed))
+            row, classes = score_classes(data, (100, 20), 0, 10, boot, seed)
+            bins = binned_statistics(frequency_bins(data["class_counts"], 8, False), data["class_counts"],
+                                     classes["accuracy"], classes["predictions"].astype(float), boot,
+                                     np.random.default_rng(seed))
             row["bins"] = [(math.log10(max(b["count"], 0.5)), *b["accuracy"].values(), f"{b['n_classes']} classes")
                            for b in bins if b["accuracy"]["value"] is not None]
         elif known:
             row = {"n": known.get("n")} | ({k: estimate(known.get(k)) for k in REPORT_KEYS} | {
                 "top1": clopper_pearson(known["top1"], known.get("n", math.nan))} if "top1" in known else {})
-        for key in ("retrieval", "knn", "probe"):
-            values = known.get(key, {})
-            row |= {f"{key} {k}": estimate(v) for k, v in values.items()} if isinstance(values, dict) else {
-                key: estimate(values)}
+        row |= {k: clopper_pearson(known[k], known["n"]) for k in ("knn", "probe") if known.get(k) is not None}
+        recalls = {k: estimate(v) for k, v in (known.get("retrieval") or {}).items()}
+        if recalls and path.is_file() and "text_features" in read_npz(path, ("text_features",)):
+            ks = sorted({int(k.rpartition("_r")[2]) for k in recalls})
+            recalls = next(iter(retrieval([str(path)], ks, boot, seed, "cpu")["rows"].values()))
+        row |= {f"retrieval {k}": v for k, v in recalls.items() if "_r" in k}
         if row.keys() - {"n"}:
             out[name] = row
     return out
@@ -2461,8 +2539,7 @@ def report_runs(runs: list[str], id_set: str, out: str, markdown: str, boot: int
     judged = {name: score for name, score in scores.items() if score.get(sets[0], {}).get("top1")}
     common = [s for s in sets[1:] if s != "train" and all(score.get(s, {}).get("top1") for score in judged.values())]
     for name, score in judged.items() if len(sets) > 2 and common else ():
-        mean = float(np.mean([value_of(score[s]["top1"]) for s in common]))
-        shifted[name] = {"id": score[sets[0]]["top1"], "shift": estimate(mean)}
+        shifted[name] = {"id": score[sets[0]]["top1"], "shift": mean_of([score[s]["top1"] for s in common])}
     points = chart_points(shifted, "id", "shift", x_names)
     if points:
         title = f"mean top-1 of {', '.join(common)} against {sets[0]}"

@@ -115,7 +115,7 @@ def test_degenerate_models_beside_others(folder, monkeypatch):
     monkeypatch.chdir(folder)
     np.savez("one.npz", **(arrays() | {"labels": np.zeros(60, int)}))
     run_here(evaluate, "imbalance", "ok.npz", "one.npz", "--boot", 10, "--plot", "o.svg", "--json", "o.json")
-    means = [b["accuracy"] for b in json.loads((folder / "o.json").read_text())["bins_over_models"]]
+    means = [b["accuracy"]["value"] for b in json.loads((folder / "o.json").read_text())["bins_over_models"]]
     assert None in means and not all(m is None for m in means)
     np.savez("single.npz", **{k: v[:1] if len(v) == 60 else v for k, v in arrays().items()})
     assert "too few to hold out half" in error_of(

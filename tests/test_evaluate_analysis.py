@@ -4,6 +4,7 @@ import argparse
 import base64
 import json
 import re
+from pathlib import Path
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -98,8 +99,8 @@ def test_similarity_finds_one_class_among_many(tmp_path):
         features = centers[labels] + spread * rng.normal(size=(1600, 16))
         np.savez(tmp_path / f"{name}.npz", features=features, labels=labels)
     rows = evaluate.similarity(str(tmp_path / "a.npz"), str(tmp_path / "b.npz"), 50, 20, 7, 50, 0)["rows"]
-    assert rows["share of classes less alike in A, 5 % false discoveries"]["value"] == 1 / 200
-    assert rows["share of classes more alike in A, 5 % false discoveries"]["value"] == 0
+    assert rows["share of classes less alike in A, 5 % false discoveries"]["value"]["value"] == 1 / 200
+    assert rows["share of classes more alike in A, 5 % false discoveries"]["value"]["value"] == 0
 
 
 def on_circle(*degrees):
@@ -153,7 +154,7 @@ def test_effective_rank_and_affinity_by_hand(tmp_path):
     head, tail = np.eye(6)[:3], np.tile(np.eye(6)[5], (3, 1))
     rows = evaluate.affinity(np.concatenate([head, tail]), np.arange(3), np.arange(3, 6), 50, np.random.default_rng(0))
     assert rows["tail collapse (tail-tail - head-head)"]["value"] == pytest.approx(1)
-    assert rows["tail resultant length"] == pytest.approx(1) and rows["head-tail cosine"]["value"] == 0
+    assert rows["tail resultant length"]["value"] == pytest.approx(1) and rows["head-tail cosine"]["value"] == 0
     torch.save(
         {
             "student": {"head.last_layer.weight": torch.eye(4)},
@@ -230,6 +231,14 @@ def test_debias_refuses_the_test_images_as_held_out_ones(tmp_path):
     zs, ft = biased_pair(tmp_path, n=200)
     with pytest.raises(SystemExit, match="holds the test images"):
         evaluate.debias(zs, ft, zs, ft, {}, [], "", "counts", False, 10, 0)
+    rows, mixed = np.random.default_rng(0).permutation(200)[:150], []
+    for path in (zs, ft):  # some of them, in another order
+        with np.load(path) as file:
+            arrays = {k: file[k][rows] if k != "class_counts" else file[k] for k in file.files}
+        mixed.append(str(tmp_path / f"mixed_{Path(path).name}"))
+        np.savez(mixed[-1], **arrays)
+    with pytest.raises(SystemExit, match="mixed_zs.npz holds the test images"):
+        evaluate.debias(zs, ft, *mixed, {}, [], "", "counts", False, 10, 0)
 
 
 def test_debias_by_nothing_is_the_model_itself(tmp_path):
@@ -334,7 +343,7 @@ def test_concepts(tmp_path):
     )
     shared = evaluate.shared_tail(paths, 50, 0)["rows"]
     assert shared["tmp/a" if "tmp/a" in shared else list(shared)[0]]["max"] == 512
-    assert list(shared.values())[1]["share of the top 10 %"] == pytest.approx(512 / 1023)
+    assert list(shared.values())[1]["share of the top 10 %"]["value"] == pytest.approx(512 / 1023)
     with pytest.raises(SystemExit, match="pairs of files"):
         evaluate.agreement(paths[:1], 50, 0)
 
@@ -387,6 +396,31 @@ def test_report_of_thirty_runs_is_one_small_page(tmp_path):
     assert (tmp_path / "r.md").read_text().count("\n| <b>series") == 30 * 7
     low = result["sets"]["val"]["<b>series1/1"]["top1"]["low"]
     assert 0 <= low < result["sets"]["val"]["<b>series1/1"]["top1"]["value"]
+
+
+def test_report_of_one_run_has_every_interval(tmp_path):
+    """Of a clip.py run (classes, pairs) and of k-NN and probe in metrics.json; the mean under shift has one too."""
+    rng, labels, names = np.random.default_rng(0), np.arange(60) % 6, ("val", "v2", "sketch")
+    metrics = {name: {"n": 60, "top1": 0.5, "knn": 0.25, "probe": 0.75} for name in names}
+    for name in names:
+        np.savez(tmp_path / f"{name}.npz", labels=labels, class_counts=np.arange(6) + 1,
+                 predictions=np.where(rng.random(60) < 0.5, labels, 0))  # fmt: skip
+    metrics["pairs"] = {"n": 40, "top1": None, "retrieval": {f"{w}_r{k}": 0.5 for w in ("i2t", "t2i") for k in (1, 5)}}
+    images = rng.normal(size=(40, 8))
+    np.savez(tmp_path / "pairs.npz", features=images, text_features=images + rng.normal(size=(40, 8)),
+             image_ids=np.arange(40), labels=np.full(40, -1), class_counts=np.arange(6))  # fmt: skip
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    result = evaluate.report_runs([str(tmp_path)], "val", str(tmp_path / "r.html"), "", 50, 0)
+    for test_set, rows in result["sets"].items():
+        for key, entry in next(iter(rows.values())).items():
+            assert key == "n" or entry["low"] <= entry["value"] <= entry["high"], (test_set, key, entry)
+            assert key == "n" or entry["low"] < entry["high"], (test_set, key, entry)
+    assert {"knn", "probe", "top1"} < set(result["sets"]["val"][tmp_path.name])
+    found = result["sets"]["pairs"][tmp_path.name]
+    expected = next(iter(evaluate.retrieval([str(tmp_path / "pairs.npz")], [1, 5], 50, 0, "cpu")["rows"].values()))
+    assert found["retrieval t2i_r5"] == expected["t2i_r5"] and len(found) == 5
+    (tip,) = re.findall(r"<h2>Under shift.*?<title>(.*?)</title>", (tmp_path / "r.html").read_text(), re.S)
+    assert re.search(r" 0\.\d+ \[0\.\d+, 0\.\d+\]$", tip), tip
 
 
 def test_report_under_shift_is_over_the_sets_of_all_runs(tmp_path):

@@ -112,6 +112,10 @@ def test_validation_images(tmp_path):
     assert 0 <= rows["model"]["test k=3"]["value"] <= 1
     with pytest.raises(SystemExit, match="hold the same images"):
         evaluate.transfer("knn", [train, test, test], [], [3], "", 0, "top1", [], 0, 10, 0, "cpu")
+    with np.load(test) as file:  # some of them, in another order, are the same images
+        np.savez(val, features=file["features"][20:3:-1], labels=file["labels"][20:3:-1])
+    with pytest.raises(SystemExit, match="hold the same images"):
+        evaluate.transfer("knn", [train, val, test], [], [3], "", 0, "top1", [], 0, 10, 0, "cpu")
 
 
 def test_knn_by_hand_and_by_scikit_learn(digits):
@@ -216,5 +220,19 @@ def test_temperature_by_hand(tmp_path):
     logits = 3 * (rng.normal(size=(4000, 5)) + 1.5 * np.eye(5)[labels])
     np.savez(tmp_path / "a.npz", labels=labels, logits=logits)
     row = next(iter(evaluate.calibration([str(tmp_path / "a.npz")], 15, 0.5, 100, 0)["rows"].values()))
-    assert row["temperature"] == pytest.approx(2, rel=0.1)  # the true log odds are 1.5 times the logits before the 3
-    assert row["ece at T"]["value"] < 0.03 < row["ece"]["low"] and row["nll at T"] < row["nll"]
+    found = row["temperature"]  # the true log odds are 1.5 times the logits before the 3
+    assert found["low"] < 2 < found["high"] and found["value"] == pytest.approx(2, rel=0.1)
+    assert row["ece at T"]["value"] < 0.03 < row["ece"]["low"] and row["nll at T"]["high"] < row["nll"]["low"]
+
+
+def test_temperatures_of_resamples_are_refitted_ones():
+    """One Newton step from the fit against a fit of every resample: the same spread and ends, to 5 %."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(5, size=800)
+    logits = 3 * (rng.normal(size=(800, 5)) + 1.5 * np.eye(5)[labels])
+    fitted = evaluate.fit_temperature(logits, labels)
+    draws = evaluate.temperature_draws(logits, labels, fitted, 200, np.random.default_rng(1))
+    same = np.random.default_rng(1).integers(800, size=(200, 800))
+    refitted = np.array([evaluate.fit_temperature(logits[i], labels[i]) for i in same])
+    np.testing.assert_allclose(draws, refitted, rtol=0.05)
+    assert draws.std() == pytest.approx(refitted.std(), rel=0.05)

@@ -4,8 +4,8 @@ import argparse
 import base64
 import json
 import re
-from pathlib import Path
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np

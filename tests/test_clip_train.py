@@ -533,6 +533,16 @@ def test_full_disk_keeps_the_last_checkpoint(world, tmp_path):
     assert result.returncode == 2 and "cannot write" in result.stdout and "Traceback" not in result.stdout
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a disk that is always full")
+def test_log_on_a_full_disk_is_one_line(tmp_path):
+    log = clip.RunLog(tmp_path, 0, False, "", {})
+    log.write({"step": 1})
+    log.file = open("/dev/full", "a", buffering=1)
+    with pytest.raises(SystemExit, match="cannot write .*No space left.*a checkpoint written before is kept"):
+        log.write({"step": 2})
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n'
+
+
 def train_here(world, out, *flags):
     """main() in this process, so that a test can put something in its way."""
     torch.set_num_threads(1)
@@ -557,7 +567,9 @@ def test_non_finite_steps_are_left_out(world, tmp_path, monkeypatch, capsys):
     bad_calls = set()
     train_here(world, tmp_path / "b", "--steps", "4", "--lr", "1e-3")
     good = torch.load(tmp_path / "b" / "checkpoint.pt", weights_only=True)["state_dict"]
-    skipped = torch.load(tmp_path / "a" / "checkpoint.pt", weights_only=True)["state_dict"]
+    left = torch.load(tmp_path / "a" / "checkpoint.pt", weights_only=True)
+    skipped = left["state_dict"]
+    assert left["scaler"]["scale"] == 1  # only fp16 is scaled, so nothing is to be halved
     assert all(value.isfinite().all() for value in skipped.values())
     assert not torch.equal(good["visual.conv1.weight"], skipped["visual.conv1.weight"])
     calls.clear()
@@ -681,6 +693,24 @@ def test_replacements_never_run_in_circles(photos, monkeypatch):
     examples = np.stack([np.zeros(3000, int), np.full(3000, 3), np.arange(3000)], 1)
     read, _, bad = clip.read_crops([table], examples, 8, 1.0, 1.0, 10**6, 0)
     assert (read[:, 1] % 10 != 3).all() and {reason for reason, _ in bad} == {"bad"} and len(bad) > 3000
+
+
+def test_evaluation_workers_leave_sigterm_to_the_training_process(photos, monkeypatch):
+    """A signal to the group while a test set is read: the workers go on, so that the process in charge can end well."""
+    monkeypatch.setattr(clip, "EVAL_BATCH", 2)
+
+    class Model(torch.nn.Module):
+        image_size, embed_dim = 8, 3
+
+        def encode_image(self, images):
+            for worker in torch.multiprocessing.active_children():
+                os.kill(worker.pid, signal.SIGTERM)
+                killed.add(worker.pid)
+            return images.float().mean((2, 3))
+
+    killed = set()
+    embed, readable, _ = clip.encode_images(Model(), clip.Table(photos / "val.tsv"), 2, 10**6, torch.device("cpu"))
+    assert len(killed) == 2 and readable.all() and (embed > 0).any(1).all()
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])

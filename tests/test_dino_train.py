@@ -248,6 +248,46 @@ def test_local_batch_norm_evaluates_as_the_checkpoint(world, tmp_path):
     np.testing.assert_allclose(two.astype(np.float32), again.astype(np.float32), rtol=0.01, atol=0.01)
 
 
+def test_schedules(world, tmp_path):
+    """Five steps: temperature 0.1 to 0.02 over four, EMA and weight decay by half a cosine, prototypes held for two."""
+    flags = ["--root", world, *QUICK, "--eval-sets", "--steps", "5"]
+    more = ["--warmup-teacher-temp", "0.1", "--warmup-teacher-temp-steps", "4", "--ema", "0.9", "--lr", "0.1"]
+    more += ["--weight-decay", "0.1", "--weight-decay-end", "0.3", "--optimizer", "sgd"]
+    run_here(*flags, *more, "--freeze-prototypes", "2", "--save-every", "1", "--out", tmp_path / "run")
+    lines = log_of(tmp_path / "run")
+    assert [line["temperature"] for line in lines] == pytest.approx([0.1, 0.08, 0.06, 0.04, 0.02])
+    cosines = (1 + np.cos(np.pi * np.arange(5) / 5)) / 2
+    assert [line["ema"] for line in lines] == pytest.approx(1 - 0.1 * cosines)
+    assert [line["lr"] for line in lines] == pytest.approx(
+        [0.05, 0.1, *(0.1 * (1 + np.cos(np.pi * np.arange(3) / 3)) / 2)])  # fmt: skip
+    groups = state_of(tmp_path / "run")["optimizer"]["param_groups"]
+    assert groups[0]["weight_decay"] == pytest.approx(0.3 - 0.2 * cosines[4]) and groups[1]["weight_decay"] == 0
+    start = run_start(world, tmp_path, flags[:-2])
+    for steps, is_held in ((2, True), (3, False)):
+        run_here(*flags[:-2], *more, "--freeze-prototypes", "2", "--steps", steps, "--out", tmp_path / f"held{steps}")
+        assert torch.equal(state_of(tmp_path / f"held{steps}")["student_prototypes"], start) == is_held
+
+
+@pytest.mark.parametrize("precision, tolerance", [("bf16", 0.02), ("fp16", 0.005)])
+def test_precisions_and_the_other_clipping(world, tmp_path, precision, tolerance):
+    """Autocast on the CPU: the first loss is fp32's but for rounding; with --clip-of all no step is longer than asked."""
+    flags = ["--root", world, *SMALL, *QUICK, "--eval-sets", "--steps", "3", "--clip-of", "all", "--clip-grad", "0.01"]
+    losses = {}
+    for kind in ("fp32", precision):
+        run_here(*flags, "--precision", kind, "--optimizer", "sgd", "--lr", "1", "--weight-decay", "0", "--out",
+                 tmp_path / kind)  # fmt: skip
+        losses[kind] = [line["loss"] for line in log_of(tmp_path / kind)]
+        found = state_of(tmp_path / kind)
+        moves = [s["momentum_buffer"] for s in found["optimizer"]["state"].values()]
+        moves += [found["prototype_state"]["momentum_buffer"]]
+        # three gradients of norm 0.01 at most, with momentum 0.9
+        assert float(torch.stack([x.norm() for x in moves]).norm()) <= 0.01 * (1 + 0.9 + 0.81) * 1.01
+    assert losses[precision][0] == pytest.approx(losses["fp32"][0], rel=tolerance)
+    assert losses[precision][0] != losses["fp32"][0] and np.isfinite(losses[precision]).all()
+    scale = state_of(tmp_path / precision)["scaler"]["scale"]
+    assert scale == (1 if precision == "bf16" else 2**16), scale
+
+
 def test_collapse_is_named_once(world, tmp_path):
     flags = ["--root", world, "--steps", "6", *QUICK, "--eval-sets"]
     printed = run_here(*flags, "--teacher-temp", "10", "--out", tmp_path / "flat")

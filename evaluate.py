@@ -624,7 +624,7 @@ def jackknife(rows: np.ndarray, statistic: Callable[[np.ndarray], float], rng: n
     delete-a-group jackknife: at most 100 random groups of rows, each left out once."""
     groups = np.array_split(rng.permutation(len(rows)), min(100, len(rows)))
     draws = np.array([statistic(np.delete(rows, group, 0)) for group in groups])
-    value, half = statistic(rows), 1.96 * math.sqrt(len(groups) - 1) * draws.std()
+    value, half = statistic(rows), 1.96 * math.sqrt(len(groups) - 1) * float(draws.std())
     return {"value": value, "low": max(0.0, value - half), "high": value + half}
 
 

@@ -1526,20 +1526,27 @@ def set_rng_state(state: dict, device: torch.device) -> None:
 def write_atomically(path: Path, write: Callable) -> None:
     """Write a file under a temporary name, then put it in its place: a reader never sees half of it.
 
-    write: called with the open binary file. Raises: SystemExit if the disk is full or the folder cannot be written;
-    what was there before is kept.
+    write: called with the open binary file. A link stays one; a device or a pipe is written to, not replaced.
+    Raises: SystemExit if the disk is full or the folder cannot be written; what was there before is kept.
     """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            with open(path, "wb") as file:
+                write(file)
+            return
+        place = path.resolve()
+        part = place.with_name(f"{place.name}.{os.getpid()}.part")
+        part.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        os.replace(part, place)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+        if part is not None:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
         raise SystemExit(f"cannot write {path}: {str(error)[:200]}; a checkpoint written before is kept") from None
 
 

@@ -270,18 +270,23 @@ def check_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: str | 
             raise SystemExit(f"{path}: {member.filename} says {shape} {dtype} and has {member.file_size} bytes")
 
 
+def memory_size() -> int:
+    """Bytes of memory that the machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def read_npz(path: str | Path, keys: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
     """Arrays of an .npz: those named, else all. Nothing is unpacked before names, types and sizes were looked at.
 
     Raises: SystemExit for a file that is none, holds Python objects, or unpacks to more than the memory of the machine
         or than 200 times its size.
     """
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    refuse(Path(path).exists() and not Path(path).is_file(), f"{path}: not a file")  # a device may have no end
     with reading(path, " as .npz"):
         with zipfile.ZipFile(path) as archive:
             members = [m for m in archive.infolist() if not keys or m.filename.removesuffix(".npy") in keys]
             n_bytes, n_packed = sum(m.file_size for m in members), sum(m.compress_size for m in members)
-            refuse(n_bytes > min(memory, max(2**28, 200 * n_packed)),
+            refuse(n_bytes > min(memory_size(), max(2**28, 200 * n_packed)),
                    f"{path}: {n_packed} bytes announce {n_bytes} unpacked; save it without compression or in parts")
             for member in members:
                 check_member(archive, member, path)
@@ -385,8 +390,9 @@ def with_rows(data: dict, rows: np.ndarray) -> dict:
 
 
 def share_rows(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether half of the distinct rows of a, in any order, are rows of b too: the same images under another name."""
-    a, b = ({hash(row.tobytes()) for row in side} for side in (a, b))
+    """Whether half of the distinct rows of a, in any order and as float16, are rows of b too: the same images."""
+    with np.errstate(over="ignore"):
+        a, b = ({hash(row.astype(np.float16).tobytes()) for row in side} for side in (a, b))
     return 2 * len(a & b) >= len(a) > 1
 
 
@@ -555,18 +561,31 @@ def estimate(value: float | None, draws: np.ndarray | None = None, level: float 
     return {"value": value, "low": float(low), "high": float(high)}
 
 
-def from_draws(draws: np.ndarray, level: float = 0.95, biased_up_to: float | None = None) -> dict[str, float | None]:
-    """Estimate from [1 + boot] values: the first is the sample's, the others are its resamples'."""
+def from_draws(draws: np.ndarray, level: float = 0.95, biased_up_to: float | None = None,
+               n_images: int = 0) -> dict[str, float | None]:
+    """Estimate from [1 + boot] values: the first is the sample's, the others are its resamples'.
+
+    n_images: of a share of so many that is 0 or 1, which no resample changes, the exact interval is taken.
+    """
+    if n_images and len(draws) > 1 and draws[0] in (0, 1) and np.ptp(draws) == 0:
+        return clopper_pearson(draws[0], n_images)
     return estimate(draws[0], draws[1:], level, biased_up_to)
 
 
-def t_interval(values: list[float]) -> dict[str, float | None]:
-    """Mean over runs with its 95 % t-interval; None for the ends of a single run."""
+def t_interval(values: list[float], least: float = -math.inf, most: float = math.inf) -> dict[str, float | None]:
+    """Mean over runs with its 95 % t-interval, cut to possible values; None for the ends of a single run."""
     values = np.asarray([v for v in values if v is not None], float)
     if len(values) < 2:
         return estimate(values[0] if len(values) else None)
     half = student_t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return {"value": float(values.mean()), "low": float(values.mean() - half), "high": float(values.mean() + half)}
+    low, high = max(least, values.mean() - half), min(most, values.mean() + half)
+    return {"value": float(values.mean()), "low": float(low), "high": float(high)}
+
+
+def over_runs(cells: list[dict], metric: str) -> dict[str, float | None]:
+    """Of several runs the mean with its t-interval, of a single one its own estimate."""
+    least = -1 if metric.startswith("spearman") else 0
+    return cells[0] if len(cells) == 1 else t_interval([cell["value"] for cell in cells], least, 1)
 
 
 def normal_std(values: list[float]) -> dict[str, float | None]:
@@ -607,9 +626,12 @@ def mean_of(cells: list[dict]) -> dict[str, float | None]:
 
 
 def mean_over(values: np.ndarray, boot: int, rng: np.random.Generator) -> dict[str, float | None]:
-    """Mean of the finite values, with the interval of resampling them."""
+    """Mean of the finite values, with the interval of resampling them; booleans may be all alike."""
     values = values[np.isfinite(values)]
-    return estimate(values.mean(), bootstrap(values, boot, rng)) if len(values) else estimate(None)
+    if not len(values):
+        return estimate(None)
+    return from_draws(np.r_[values.mean(), bootstrap(values, boot, rng)],
+                      n_images=len(values) if values.dtype == bool else 0)
 
 
 def std_over(values: np.ndarray, boot: int, rng: np.random.Generator) -> dict[str, float | None]:
@@ -771,10 +793,11 @@ def score_classes(data: dict, cuts: tuple[int, int], tail_classes: int, worst: i
     test, right, predicted = resample_images(labels, predictions, data["n_classes"], boot, rng)
     draws = ratio(right, test)  # [1 + boot, C]
     accuracy, n_predicted = draws[0], predicted[0]
-    row = {"n": len(labels), "top1": mean_over((labels == predictions).astype(float), boot, rng),
-           "balanced": from_draws(class_mean(draws, test[0]).clip(0, 1))}
+    row = {"n": len(labels), "top1": mean_over(labels == predictions, boot, rng),
+           "balanced": from_draws(class_mean(draws, test[0]).clip(0, 1), n_images=len(labels))}
     for name, ids in class_groups(counts, cuts, tail_classes).items():
-        row |= {name: from_draws(class_mean(draws[:, ids], test[0][ids]).clip(0, 1))} if len(ids) else {}
+        n = test[0][ids]
+        row |= {name: from_draws(class_mean(draws[:, ids], n).clip(0, 1), n_images=n.sum())} if len(ids) else {}
     k = min(worst, int(np.isfinite(accuracy).sum()))
     return row | {
         f"worst {k}": from_draws(np.sort(draws, 1)[:, :k].mean(1), biased_up_to=1),  # NaN sort last
@@ -812,7 +835,7 @@ def imbalance(paths: list[str], counts: str, subset: str, cuts: tuple[int, int],
             over.append({"count": same[0]["count"]})
             for key in ("accuracy", "predictions"):
                 values = [b[key]["value"] for b in same]  # nothing where a model has no test image
-                over[-1] |= {key: t_interval(values), f"{key}_std": normal_std(values)} if None not in values else {
+                over[-1] |= {key: t_interval(values, 0), f"{key}_std": normal_std(values)} if None not in values else {
                     key: estimate(None), f"{key}_std": estimate(None)}
     return {"rows": rows, "models": models, "bins_over_models": over}
 
@@ -832,13 +855,16 @@ def plot_imbalance(results: dict, path: str) -> None:
             mean, std = ([value_of(b[key + end]) for b in bins] for end in ("", "_std"))
             axis.errorbar(x, mean, std, label=name if len(models) > 1 else "bin: mean, std of classes", **line_style(i))
         for axis, key in zip(axes[2:], ("accuracy", "predictions")):
-            axis.bar(np.arange(len(model["rarest"])) + i * width, [value_of(model[key][c]) for c in model["rarest"]],
-                     width, color=COLORS[i % len(COLORS)])
+            cells = [dict(zip(("value", "low", "high"), (model[key][c], *model[f"{key}_interval"][c])))
+                     for c in model["rarest"]]
+            axis.bar(np.arange(len(cells)) + i * width, [value_of(c) for c in cells], width, yerr=error_bars(cells),
+                     color=COLORS[i % len(COLORS)], hatch=("", "///", "...", "xx")[i % 4], edgecolor="white",
+                     label=name, error_kw={"elinewidth": 0.6, "ecolor": "0.4"})
             axis.set(xlabel="rarest classes, rarest first", ylabel=key, xticks=[])
     for axis, title in zip(axes, ("accuracy", "predictions / test images")):
         axis.set(xscale="log", xlabel="training images of the class (0.5: none)", ylabel=title, ylim=(0, None))
     axes[1].axhline(1, **GUIDE)
-    save_figure(figure, path, axes[0])
+    save_figure(figure, path, axes[0], *axes[2:3])
 
 
 # ------------------------------------------------------------------------------ compare
@@ -875,14 +901,15 @@ def compare(paths_a: list[str], paths_b: list[str], counts: str, boot: int, seed
             means = [np.mean([rank_correlations(n[classes], of(p)[classes]) for n, p in zip(*side)], 0)
                      for side in zip(own, predictions)]
             draws[key] = means[1] - means[0]
-    score = lambda data, n: score_classes(data | {"class_counts": n}, (100, 20), 0, 10, 0, seed)[0]  # noqa: E731
+    score = lambda data, n: score_classes(data | {"class_counts": n}, (100, 20), 0, 10, boot, seed)[0]  # noqa: E731
     scores = [[score(data, class_counts) | {k: v for k, v in score(data, data.get("class_counts", class_counts)).items()
                                             if k.startswith("spearman")} for data in side] for side in sides]
     rows, mcnemar = {}, {}
     for key, draw in draws.items():
-        a, b = ([score.get(key, estimate(None))["value"] for score in side] for side in scores)
+        cells = [[score.get(key, estimate(None)) for score in side] for side in scores]
+        a, b = ([c["value"] for c in side] for side in cells)
         is_known = None not in a + b
-        rows[key] = {"A": t_interval(a), "B": t_interval(b),
+        rows[key] = {"A": over_runs(cells[0], key), "B": over_runs(cells[1], key),
                      "B - A": estimate(np.mean(b) - np.mean(a) if is_known else None, draw),
                      "seeds": t_interval([y - x for x, y in zip(a, b)] if is_known else [])}
     for i, (x, y) in enumerate(zip(*right)):
@@ -903,7 +930,7 @@ def plot_compare(results: dict, path: str) -> None:
     """B - A of every metric, with its interval."""
     cells = {name: row["B - A"] for name, row in results["rows"].items() if row["B - A"]["value"] is not None}
     figure, (axis,) = new_figure(1)
-    interval_panel(axis, list(cells), {"B - A": list(cells.values())}, "B - A")
+    interval_panel(axis, list(cells), {"B - A": list(cells.values())}, "B - A (fractions, correlations)")
     save_figure(figure, path)
 
 
@@ -1351,7 +1378,7 @@ def probe_scores(train: dict, val: dict | None, whole: dict, test: dict, n_class
 
 
 def knn_scores(train: dict, test: dict, n_classes: int, k: int, device: str) -> np.ndarray:
-    """Votes [N, C]: the k nearest training images by cosine, each with weight exp(cosine / 0.07).
+    """Votes [N, C]: the k nearest training images by cosine, each with weight exp(cosine / 0.07), for all its labels.
 
     Source: DINO, arXiv 2104.14294, section 4.1. Test images go in chunks, so memory is O(2^26 + N C).
     """
@@ -1360,8 +1387,13 @@ def knn_scores(train: dict, test: dict, n_classes: int, k: int, device: str) -> 
     for part in queries.split(max(1, 2**26 // len(y))):
         with exact_matmul():
             cosine, index = (part.to(device) @ x.T).topk(min(k, len(x)), 1)
-        weights = (cosine / 0.07).exp()
-        votes.append(torch.zeros(len(part), n_classes, device=device).scatter_add_(1, y[index], weights).cpu())
+        weights, found = (cosine / 0.07).exp(), torch.zeros(len(part), n_classes, device=device)
+        if y.ndim == 1:
+            found.scatter_add_(1, y[index], weights)
+        else:
+            for i in range(index.shape[1]):
+                found += weights[:, i, None] * (y[index[:, i]] == 1)
+        votes.append(found.cpu())
     return torch.cat(votes).numpy()
 
 
@@ -1376,7 +1408,7 @@ def transfer(command: str, inputs: list[str], sets: list[str], ks: list[int], pr
              shots: list[int], n_draws: int, boot: int, seed: int, device: str) -> dict:
     """Table of models x sets, with the mean and the difference to the first model on the same test images."""
     rows, details, draws, tests = {}, [], {}, {}
-    for model, name, train, val, test in read_tasks(inputs, sets, command == "probe"):
+    for model, name, train, val, test in read_tasks(inputs, sets, command != "fewshot"):
         check_same_images(tests.setdefault(name, {k: test[k] for k in ("path", "labels", "rows") if k in test}), test)
         n_classes = max(part["n_classes"] for part in (train, val, test) if part)
         kind = metric_of(name, test["labels"], metric)
@@ -1385,7 +1417,7 @@ def transfer(command: str, inputs: list[str], sets: list[str], ks: list[int], pr
         for k in shots:
             values = [few_shot(both, test, n_classes, k, C, kind, seed + i, device) for i in range(n_draws)]
             column = f"{name} {k}-shot"
-            row[column], draws.setdefault(model, {})[column] = t_interval(values), np.array(values)
+            row[column], draws.setdefault(model, {})[column] = t_interval(values, 0, 1), np.array(values)
             details.append(about | {"shots": k, "draws": values})
         if command == "probe":
             outcomes[name] = probe_scores(train, val, both, test, n_classes, protocol, C, kind, seed, device)
@@ -1393,7 +1425,8 @@ def transfer(command: str, inputs: list[str], sets: list[str], ks: list[int], pr
             outcomes[f"{name} k={k}"] = knn_scores(both, test, n_classes, k, device), {"k": k}
         for column, (scores, detail) in outcomes.items():
             draw = transfer_metric(scores, test["labels"], kind, boot, seed)
-            row[column], draws.setdefault(model, {})[column] = from_draws(draw.clip(0, 1)), draw
+            n = 0 if kind == "map" else len(test["labels"])
+            row[column], draws.setdefault(model, {})[column] = from_draws(draw.clip(0, 1), n_images=n), draw
             details.append(about | {"value": float(draw[0])} | detail)
     for model, columns in draws.items():
         base = next(iter(draws))
@@ -1424,8 +1457,9 @@ def plot_transfer(results: dict, path: str) -> None:
     rows = {k: v for k, v in results["rows"].items() if " - " in k} or results["rows"]
     columns = list(next(iter(rows.values())))
     figure, (axis,) = new_figure(1, max(4.2, 0.3 * len(columns) * len(rows) + 1.5))
+    unit = "points" if any(" - " in name for name in rows) else "%"
     interval_panel(axis, columns, {name: [row[c] for c in columns] for name, row in rows.items()},
-                   "points" if any(" - " in name for name in rows) else "%", 100)
+                   unit if len(rows) > 1 else f"{next(iter(rows))} ({unit})", 100)
     save_figure(figure, path, axis)
 
 
@@ -1582,7 +1616,7 @@ def calibration(paths: list[str], n_bins: int, fraction: float, boot: int, seed:
         temperature = fit_temperature(*held_out)
         logits, labels = data["logits"][~is_fit], data["labels"][~is_fit]
         right = predict(data)[0][~is_fit] == labels
-        rows[name] = {"n": len(labels), "top1": mean_over(right.astype(float), boot, rng), "temperature": estimate(
+        rows[name] = {"n": len(labels), "top1": mean_over(right, boot, rng), "temperature": estimate(
             temperature, temperature_draws(*held_out, temperature, boot, rng))}
         for label, t in (("", 1.0), (" at T", temperature)):
             confidence, nll = confidence_of(logits, labels, t)
@@ -1688,7 +1722,9 @@ def collapse(paths: list[str], counts: str, boot: int, seed: int) -> dict:
             rows[f"{name} {metric}" if len(paths) > 1 else metric] = {
                 "mean": mean_over(values, boot, rng), "rho(freq)": spearman(frequency, values, boot, rng),
                 "rho(acc)": spearman(accuracy, values, boot, rng)}
-        models[name] = {"rank of S_b": rank, "accuracy": accuracy} | metrics
+        n_test = np.bincount(labels, minlength=C)
+        models[name] = {"rank of S_b": rank, "accuracy": accuracy,
+                        "accuracy_interval": binomial_interval(accuracy * n_test, n_test)} | metrics
     return {"rows": rows, "models": models}
 
 
@@ -1732,7 +1768,7 @@ def similarity(path_a: str, path_b: str, n_pairs: int, max_images: int, min_pair
     sides = [read_predictions(path, "features") for path in (path_a, path_b)]
     widths = [side["features"].shape[1] for side in sides]
     refuse(widths[0] != widths[1], f"{path_a} has features of width {widths[0]}, {path_b} of {widths[1]}")
-    classes, means, draws, samples, free = [], [], [], ([], []), []
+    classes, means, draws, own, samples, free = [], [], [], [], ([], []), []
     for c in np.intersect1d(*(side["labels"] for side in sides)):
         chosen = [rng.permutation(np.flatnonzero(side["labels"] == c))[:max_images] for side in sides]
         units = [unit_rows(side["features"][rows]) for side, rows in zip(sides, chosen)]
@@ -1747,6 +1783,7 @@ def similarity(path_a: str, path_b: str, n_pairs: int, max_images: int, min_pair
         classes.append(int(c))
         means.append(value)
         draws.append(draw[0] - draw[1])
+        own.append([estimate(*side) for side in zip(value, draw)])
         free.append(sum(map(len, chosen)) - 2)
     refuse(not classes, f"{path_a} and {path_b}: no class with {min_pairs} pairs of images in both")
     means, draws = np.array(means), np.array(draws)  # [C, 2], [C, boot]
@@ -1761,10 +1798,10 @@ def similarity(path_a: str, path_b: str, n_pairs: int, max_images: int, min_pair
             "difference": estimate(difference.mean(), difference[index].mean(1))}
     lows, highs = (np.array([e[end] for e in ends], float) for end in ("low", "high"))
     for label, holds in (("classes less alike in A", highs < 0), ("classes more alike in A", lows > 0)):
-        rows[f"share of {label}"] = mean_over(holds.astype(float), boot, rng)
-        rows[f"share of {label}, 5 % false discoveries"] = mean_over((found & holds).astype(float), boot, rng)
+        rows[f"share of {label}"] = mean_over(holds, boot, rng)
+        rows[f"share of {label}, 5 % false discoveries"] = mean_over(found & holds, boot, rng)
     return {"rows": {name: {"value": v} for name, v in rows.items()}, "names": names, "classes": classes,
-            "class_means": means, "differences": ends, "pairs": [np.concatenate(s) for s in samples]}
+            "class_means": own, "differences": ends, "pairs": [np.concatenate(s) for s in samples]}
 
 
 def plot_similarity(results: dict, path: str) -> None:
@@ -1804,13 +1841,16 @@ def read_state(path: str | Path) -> dict:
     return content
 
 
-def flat_tensors(content: dict, prefix: str = "") -> dict[str, torch.Tensor]:
-    """All tensors of nested dicts, by dotted names."""
+def flat_tensors(content: dict, path: str, prefix: str = "") -> dict[str, torch.Tensor]:
+    """All tensors of nested dicts, by dotted names: of plain real numbers, as many as the file at path holds."""
     found = {}
     for name, value in content.items():
         if isinstance(value, dict):
-            found |= flat_tensors(value, f"{prefix}{name}.")
+            found |= flat_tensors(value, path, f"{prefix}{name}.")
         elif isinstance(value, torch.Tensor):
+            is_plain = value.layout == torch.strided and not value.is_quantized and not value.is_complex()
+            refuse(not is_plain or value.nbytes > value.untyped_storage().nbytes(),
+                   f"{path}: {prefix}{name} is sparse, quantized, complex or one number many times; save plain tensors")
             found[f"{prefix}{name}"] = value
     return found
 
@@ -1822,11 +1862,12 @@ def read_array(path: str, key: str) -> tuple[np.ndarray, dict]:
     if suffix == ".npy":
         with reading(path, " as .npy"):
             array = np.load(path, allow_pickle=False, mmap_mode="r")
+            refuse(array.nbytes > memory_size(), f"{path}: {array.nbytes} bytes are more than this machine's memory")
     elif suffix == ".npz":
         more = read_npz(path, (name, "class_counts", "class_names"))
         array = more.get(name)
     else:
-        tensors = flat_tensors(read_state(path))
+        tensors = flat_tensors(read_state(path), path)
         pattern = r"(.*\.)?(last_layer|(dino_)?prototypes)(\.(weight(_v)?|parametrizations\.weight\.original1))?"
         names = [key] if key else sorted((n for n in tensors if re.fullmatch(pattern, n) and tensors[n].ndim == 2),
                                          key=lambda n: (n != "dino_prototypes", "teacher" not in n, n))
@@ -2003,6 +2044,8 @@ def plot_prototypes(results: dict, path: str) -> None:
         axis = next(more)
         image = axis.imshow(results["affinity"], cmap="viridis", vmin=-0.15, vmax=1)
         figure.colorbar(image, ax=axis, label="cosine")
+        for line in (axis.axhline, axis.axvline):
+            line(len(results["affinity"]) / 2 - 0.5, color="white", linewidth=1)
         axis.set(xlabel="random head classes | tail classes", xticks=[], yticks=[])
     if "tsne" in results:
         axis, counts = next(more), results.get("class_counts", [1] * len(results["tsne"]))
@@ -2101,7 +2144,8 @@ def debias(zeroshot: str, finetuned: str, val_zeroshot: str, val_finetuned: str,
     if val_zeroshot:
         held_out = [read_predictions(path, "logits") for path in (val_zeroshot, val_finetuned)]
         check_same_images(*held_out)
-        refuse(share_rows(held_out[0]["logits"], zs["logits"]), f"{val_zeroshot} holds the test images")
+        for data, tested in zip(held_out, (zs, ft)):
+            refuse(share_rows(data["logits"], tested["logits"]), f"{data['path']} holds the test images")
         refuse(held_out[0]["n_classes"] != C, f"{val_zeroshot} has {held_out[0]['n_classes']} classes, {zeroshot} {C}")
     else:
         order = np.random.default_rng(seed).permutation(len(labels))
@@ -2137,7 +2181,8 @@ def debias(zeroshot: str, finetuned: str, val_zeroshot: str, val_finetuned: str,
         top1 = np.r_[hit.mean(), bootstrap(hit, boot, np.random.default_rng(seed))]
         draws[name] = {"top1": top1, "balanced": class_mean(per_class, n_test[0])} | {
             k: class_mean(per_class[:, ids], n_test[0][ids]) for k, ids in thirds(order_by).items()}
-        rows[name] = {k: from_draws(d.clip(0, 1)) for k, d in draws[name].items()}
+        n = {"top1": len(hit), "balanced": len(hit)} | {k: n_test[0][ids].sum() for k, ids in thirds(order_by).items()}
+        rows[name] = {k: from_draws(d.clip(0, 1), n_images=n[k]) for k, d in draws[name].items()}
         rows[name]["spearman_pred"] = spearman(order_by, n_predicted[0], boot, np.random.default_rng(seed))
     deltas = {f"minus {base}": {name: {k: from_draws(d - draws[base][k]) for k, d in draws[name].items()}
                                 for name in rows if name != base} for base in ("zero-shot", "fine-tuned")}
@@ -2169,10 +2214,12 @@ def interpolate(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], alpha: f
 def wiseft(paths: list[str], alphas: list[float], out: str) -> dict:
     """Write OUT/alpha_0.50.pt and so on: what the second checkpoint holds, with interpolated weights."""
     contents, rows = [read_state(path) for path in paths], {}
-    a, b = ({re.sub(r"^(module|_orig_mod)\.", "", k): v for k, v in flat_tensors(c.get("state_dict", c)).items()}
-            for c in contents)
-    differing = sorted(k for k in a.keys() | b.keys()
-                       if k not in a or k not in b or a[k].shape != b[k].shape or a[k].is_complex())
+    a, b = ({re.sub(r"^(module|_orig_mod)\.", "", k): v for k, v in flat_tensors(c.get("state_dict", c), path).items()}
+            for c, path in zip(contents, paths))
+    for path, state in zip(paths, (a, b)):
+        broken = [k for k, v in state.items() if not v.isfinite().all()]
+        refuse(broken, f"{path}: {', '.join(broken[:5])} {'are' if len(broken) > 1 else 'is'} not finite")
+    differing = sorted(k for k in a.keys() | b.keys() if k not in a or k not in b or a[k].shape != b[k].shape)
     refuse(differing or not a, f"{paths[0]} and {paths[1]}: {len(differing)} of {len(a)} entries are not in both with "
            f"the same shape: {', '.join(differing[:5])}")
     # Prototypes were made by one of the towers: they are kept only where both have the same.
@@ -2275,9 +2322,7 @@ def concept_sets(paths: list[str], counts: str, boot: int, seed: int) -> dict:
         row = score_classes(data, (100, 20), 0, 10, boot, seed)[0]
         sets.setdefault(Path(path).stem, {})[str(Path(path).parent)] = {key: row[key] for key in keys}
     for name, models in sets.items():
-        one = next(iter(models.values()))  # of a single model: its own interval, over classes; else over models
-        rows[name] = {"models": len(models)} | (one if len(models) == 1 else {
-            key: t_interval([m[key]["value"] for m in models.values()]) for key in keys})
+        rows[name] = {"models": len(models)} | {key: over_runs([m[key] for m in models.values()], key) for key in keys}
     return {"rows": rows, "models": sets}
 
 
@@ -2368,6 +2413,10 @@ def score_run(folder: Path, boot: int, seed: int) -> dict[str, dict]:
                                      np.random.default_rng(seed))
             row["bins"] = [(math.log10(max(b["count"], 0.5)), *b["accuracy"].values(), f"{b['n_classes']} classes")
                            for b in bins if b["accuracy"]["value"] is not None]
+        elif not known and path.is_file() and has_predictions(path):  # frequencies are not known
+            data = read_predictions(path, "predictions")
+            scored = score_classes(data | {"class_counts": np.zeros(data["n_classes"])}, (100, 20), 0, 10, boot, seed)
+            row = {key: scored[0][key] for key in ("n", "top1", "balanced")}
         elif known:
             row = {"n": known.get("n")} | ({k: estimate(known.get(k)) for k in REPORT_KEYS} | {
                 "top1": clopper_pearson(known["top1"], known.get("n", math.nan))} if "top1" in known else {})
@@ -2402,6 +2451,7 @@ def both_tables(title: str, rows: dict[str, dict], columns: dict[str, str]) -> t
                      for name, row in rows.items())
     lines = [["run", *columns.values()], ["---"] * (len(columns) + 1)]
     lines += [[name, *(cell(row.get(c)) for c in columns)] for name, row in rows.items()]
+    lines = [[text.replace("|", "\\|") for text in line] for line in lines]
     return (f'<h2>{escape(title)}</h2><div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody>'
             "</table></div>", [f"## {title}", "", *(f"| {' | '.join(line)} |" for line in lines), ""])
 
@@ -2530,7 +2580,8 @@ def report_runs(runs: list[str], id_set: str, out: str, markdown: str, boot: int
     if scores:
         body = [f"<h1>{len(scores)} runs on {len(sets)} test sets</h1>",
                 "<p>Intervals are 95 %: images resampled for accuracies, "
-                f"classes for correlations, {boot} times. A click on a column's name sorts.</p>"]
+                f"classes for correlations, {boot} times; what metrics.json alone tells has none but for top-1, k-NN "
+                "and probe. A click on a column's name sorts.</p>"]
     for test_set in sets:
         rows = {name: score[test_set] for name, score in scores.items() if test_set in score}
         text, more, columns = set_section(test_set, rows, x_names)
@@ -2635,20 +2686,27 @@ def save_figure(figure, path: str, *legends) -> None:
 def write_atomically(path: Path, write: Callable) -> None:
     """Write a file under a temporary name, then put it in its place: a reader never sees half of it.
 
-    write: called with the open binary file. Raises: SystemExit if the disk is full or the folder cannot be written;
-    what was there before is kept.
+    write: called with the open binary file. A link stays one; a device or a pipe is written to, not replaced.
+    Raises: SystemExit if the disk is full or the folder cannot be written; what was there before is kept.
     """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            with open(path, "wb") as file:
+                write(file)
+            return
+        place = path.resolve()
+        part = place.with_name(f"{place.name}.{os.getpid()}.part")
+        part.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        os.replace(part, place)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+        if part is not None:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
         raise SystemExit(f"cannot write {path}: {str(error)[:200]}; a checkpoint written before is kept") from None
 
 
@@ -2744,14 +2802,18 @@ def main(args: argparse.Namespace) -> None:
     elif args.command == "report":
         results = report_runs(args.runs, args.id, args.out, args.markdown, boot, seed)
 
-    show(results["rows"], args.command, args.command in TURNED or "counts" in results)
-    for name in EXTRA_TABLES:
-        if results.get(name):
-            show(results[name], name)
     if args.json:
         versions = {"numpy": np.__version__, "scipy": scipy.__version__, "torch": torch.__version__}
         head = {"command": args.command, "args": vars(args), "versions": versions}
         write_json(Path(args.json), plain(head | results))
+    try:
+        show(results["rows"], args.command, args.command in TURNED or "counts" in results)
+        for name in EXTRA_TABLES:
+            if results.get(name):
+                show(results[name], name)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if args.plot:
         PLOTS[args.command](plain(results), args.plot)
 

@@ -1,6 +1,7 @@
 """evaluate.py, every subcommand on bad files and flags: one line and status 2, never a traceback or a warning."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -311,3 +312,76 @@ def test_status_two_of_the_program(folder):
     command = [sys.executable, ROOT / "evaluate.py", "imbalance", folder / "none.npz"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and not result.stdout
+
+
+def test_output_to_a_pipe_a_link_and_a_reader_that_stops(folder, tmp_path):
+    """A pipe is written to and stays one, a link too; `| head -1` loses neither the numbers nor the status."""
+    pipe, link = tmp_path / "pipe", tmp_path / "link.json"
+    os.mkfifo(pipe)
+    link.symlink_to(tmp_path / "there.json")
+    command = f"{sys.executable} {ROOT / 'evaluate.py'} imbalance {folder / 'ok.npz'} --boot 5 --json"
+    reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE)
+    subprocess.run(f"{command} {pipe}", shell=True, check=True, stdout=subprocess.DEVNULL)
+    assert json.loads(reader.communicate(timeout=60)[0])["command"] == "imbalance" and pipe.is_fifo()
+    script = f"set -o pipefail; {command} {link} | head -1"
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0 and result.stderr == "" and result.stdout.startswith("imbalance")
+    assert link.is_symlink() and json.loads((tmp_path / "there.json").read_text())["rows"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_that_are_not_plain_numbers(folder, monkeypatch, tmp_path):
+    plain = {"state_dict": {"a": torch.ones(3, 4), "prototypes": torch.ones(3, 4)}}
+    torch.save(plain, tmp_path / "ok.pt")
+    odd = {
+        "sparse": torch.eye(4).to_sparse(), "complex": torch.ones(3, 4, dtype=torch.complex64),
+        "quantized": torch.quantize_per_tensor(torch.ones(3, 4), 0.1, 0, torch.qint8),
+        "huge": torch.zeros(1).expand(10**7, 10**5),
+    }  # fmt: skip
+    for name, tensor in odd.items():
+        torch.save({"state_dict": {"a": torch.ones(3, 4), "prototypes": tensor}}, tmp_path / f"{name}.pt")
+        for line in (f"prototypes {tmp_path}/{name}.pt", f"wiseft {tmp_path}/{name}.pt {tmp_path}/ok.pt --out w"):
+            assert "prototypes is sparse, quantized, complex or one" in error_of(line, folder, monkeypatch)
+    torch.save({"state_dict": {"a": torch.full((3, 4), torch.nan), "prototypes": torch.ones(3, 4)}}, tmp_path / "n.pt")
+    line = error_of(f"wiseft {tmp_path}/ok.pt {tmp_path}/n.pt --out w", folder, monkeypatch)
+    assert "n.pt: a is not finite" in line
+    with open(tmp_path / "huge.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (10**9, 100)})
+        file.truncate(file.tell() + 4 * 10**11)  # sparse on the disk
+    assert "more than this machine's memory" in error_of(f"prototypes {tmp_path}/huge.npy", folder, monkeypatch)
+    assert "/dev/zero: not a file" in error_of("imbalance /dev/zero", folder, monkeypatch)
+
+
+def test_models_that_are_always_right_have_an_interval(folder, monkeypatch):
+    """60 of 60: [.9404, 1] by Clopper and Pearson; 15 of a class [.7820, 1]; a difference of such has none."""
+    monkeypatch.chdir(folder)
+    np.savez("right.npz", **(arrays() | {"logits": 9.0 * np.eye(4)[LABELS]}))
+    row = evaluate.imbalance(["right.npz"], "", "", (100, 20), 0, 10, 2, False, 20, 0)["rows"]
+    (row,) = row.values()
+    for key in ("top1", "balanced"):
+        assert row[key]["low"] == pytest.approx(0.025 ** (1 / 60)) and row[key]["high"] == 1
+    n = int(np.isin(LABELS, np.argsort(-arrays()["class_counts"], kind="stable")[:1]).sum())
+    assert row["head"]["low"] == pytest.approx(0.025 ** (1 / n))
+    rows = evaluate.compare(["ok.npz"], ["right.npz"], "", 20, 0)["rows"]
+    assert rows["balanced"]["B"]["low"] == pytest.approx(0.025 ** (1 / 60))
+    assert rows["top1"]["A"]["low"] < rows["top1"]["A"]["value"] < rows["top1"]["A"]["high"]
+
+
+def test_intervals_over_runs_are_possible_values():
+    cells = [evaluate.estimate(v) for v in (0.2, 0.9)]
+    assert evaluate.over_runs(cells, "top1") == {"value": pytest.approx(0.55), "low": 0, "high": 1}
+    found = evaluate.over_runs(cells, "spearman_acc")
+    assert found["low"] == -1 and found["high"] == 1 and evaluate.over_runs(cells[:1], "top1") is cells[0]
+
+
+def test_report_of_arrays_without_frequencies(folder, tmp_path):
+    """Any model can be scored by one file: top-1 and balanced accuracy; a | in a name leaves the table whole."""
+    kept = {k: v for k, v in arrays().items() if k in ("labels", "logits")}
+    (tmp_path / "a").mkdir()
+    np.savez(tmp_path / "a" / "val.npz", **kept)
+    out = str(tmp_path / "r.html"), str(tmp_path / "r.md")
+    result = evaluate.report_runs([f"x|y={tmp_path / 'a'}"], "val", *out, 10, 0)
+    row = result["sets"]["val"]["x|y"]
+    assert row["n"] == 60 and row["balanced"]["low"] < row["top1"]["high"] and set(row) == {"n", "top1", "balanced"}
+    lines = (tmp_path / "r.md").read_text().splitlines()
+    assert [line.replace("\\|", "").count("|") for line in lines if line.startswith("|")] == [5, 5, 5]

@@ -102,6 +102,32 @@ def test_transfer_table_has_deltas_on_the_same_images(digits, tmp_path):
         evaluate.transfer("knn", [str(tmp_path)], [], [5], "", 0, "top1", [], 0, 50, 0, "cpu")
 
 
+def test_knn_of_several_labels(tmp_path):
+    """A neighbour votes for each of its labels, not for difficult ones (-1): the mean of 11-point APs is 1."""
+    x = np.eye(4).repeat(3, 0) + 0.01
+    labels = np.array([[1, 0, 1], [0, 1, 0], [1, 1, -1], [0, 0, 1]]).repeat(3, 0)
+    np.savez(tmp_path / "a.npz", features=x, labels=labels)
+    rows = evaluate.transfer("knn", [str(tmp_path / "a.npz")] * 2, [], [3], "", 0, "top1", [], 0, 5, 0, "cpu")["rows"]
+    assert rows["model"]["a k=3"]["value"] == 1
+    part = {"features": x, "labels": labels}
+    votes = evaluate.knn_scores(part, {"features": x[:1], "labels": labels[:1]}, 3, 3, "cpu")[0]
+    assert votes[1] == 0 and votes[0] == votes[2] > 0
+
+
+def test_dinos_probe_is_this_one():
+    """The same features and strength: dino_laionet.py's weights give the scores of `probe`; its decay is 1 / (C n)."""
+    digits = load_digits()
+    x, y = torch.from_numpy(digits.data[:600]).float(), digits.target[:600]
+    x = torch.cat([(x - x.mean(0)) / x.std(0).clamp_min(1e-6), torch.ones(600, 1)], 1)
+    theirs = x @ dino.fit_logistic(x, torch.from_numpy(y), 10, 1e-2, None)
+    model = evaluate.Logistic(x[:, :-1].numpy(), y, 10, "cpu")
+    model.fit(1 / (1e-2 * 600))
+    ours = torch.from_numpy(model.scores(x[:, :-1].numpy()))
+    centred = [s - s.mean(1, keepdim=True) for s in (theirs, ours)]
+    assert (centred[0] - centred[1]).abs().max() < 0.02 * centred[1].abs().max()
+    assert (theirs.argmax(1) == ours.argmax(1)).all()
+
+
 def test_validation_images(tmp_path):
     """The test's are refused; a class that only they have is one of the classes."""
     rng = np.random.default_rng(0)
@@ -112,8 +138,8 @@ def test_validation_images(tmp_path):
     assert 0 <= rows["model"]["test k=3"]["value"] <= 1
     with pytest.raises(SystemExit, match="hold the same images"):
         evaluate.transfer("knn", [train, test, test], [], [3], "", 0, "top1", [], 0, 10, 0, "cpu")
-    with np.load(test) as file:  # some of them, in another order, are the same images
-        np.savez(val, features=file["features"][20:3:-1], labels=file["labels"][20:3:-1])
+    with np.load(test) as file:  # some of them, in another order and precision, are the same images
+        np.savez(val, features=file["features"][20:3:-1].astype(np.float16), labels=file["labels"][20:3:-1])
     with pytest.raises(SystemExit, match="hold the same images"):
         evaluate.transfer("knn", [train, val, test], [], [3], "", 0, "top1", [], 0, 10, 0, "cpu")
 

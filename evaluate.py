@@ -859,8 +859,8 @@ def plot_imbalance(results: dict, path: str) -> None:
                      for c in model["rarest"]]
             axis.bar(np.arange(len(cells)) + i * width, [value_of(c) for c in cells], width, yerr=error_bars(cells),
                      color=COLORS[i % len(COLORS)], hatch=("", "///", "...", "xx")[i % 4], edgecolor="white",
-                     label=name, error_kw={"elinewidth": 0.6, "ecolor": "0.4"})
-            axis.set(xlabel="rarest classes, rarest first", ylabel=key, xticks=[])
+                     label=name, error_kw={"elinewidth": 0.6, "ecolor": "0.55"})
+            axis.set(xlabel="rarest classes, rarest first", ylabel=key, xticks=[], ymargin=0.25)  # room for a legend
     for axis, title in zip(axes, ("accuracy", "predictions / test images")):
         axis.set(xscale="log", xlabel="training images of the class (0.5: none)", ylabel=title, ylim=(0, None))
     axes[1].axhline(1, **GUIDE)

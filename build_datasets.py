@@ -1965,22 +1965,29 @@ def csv_rows(lines, n_fields, path, bad):
     A quote that is never closed takes all lines behind it; each counts as bad.
     """
     csv.field_size_limit(MAX_LINE)
-    reader = csv.reader((line + "\n" for _, line in lines), strict=True)
+    taken = []  # numbers of a row's lines: reader.line_num does not count lines that are left out
+
+    def texts():
+        for number, line in lines:
+            taken.append(number)
+            yield line + "\n"
+
+    reader = csv.reader(texts(), strict=True)
     while True:
-        before = reader.line_num
+        taken.clear()
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            for number in range(before + 1, reader.line_num + 1):
+            for number in taken:
                 note_bad(bad, path, number, f"not CSV ({error})")
             continue
         if fields is None:
             return
         n_fields = n_fields or len(fields)
         if len(fields) == n_fields:
-            yield reader.line_num, fields
+            yield taken[-1], fields
         elif fields:
-            note_bad(bad, path, reader.line_num, f"{len(fields)} fields, but the header has {n_fields}")
+            note_bad(bad, path, taken[-1], f"{len(fields)} fields, but the header has {n_fields}")
 
 
 def json_objects(path, bad):
@@ -2124,6 +2131,12 @@ def open_tables(paths, needed=(), bad=None, out=None):
                 yield row
 
     return columns, rows()
+
+
+def numbered_rows(path, needed=()):
+    """(line, row as a dict) of one table."""
+    names, rows = read_table(path, needed)
+    return ((line, dict(zip(names, fields))) for line, fields in rows)
 
 
 def file_hash(path):
@@ -2591,15 +2604,15 @@ class Matcher:
 
 def class_rows(path):
     """Rows of a classes.tsv as dicts, in label order. Raises: SystemExit for empty or double names."""
-    rows = list(open_tables([path], ["name"])[1])
-    seen = {}
-    for line, row in enumerate(rows, 2):
+    rows, seen = [], {}
+    for line, row in numbered_rows(path, ["name"]):
         if not row["name"].strip():
             raise SystemExit(f"{path}:{line}: an empty name")
         key = row.get("wnid") or row["name"]
         if key in seen:
             raise SystemExit(f"{path}:{line}: {key} stands in line {seen[key]} too")
         seen[key] = line
+        rows.append(row)
     if not rows:
         raise SystemExit(f"{path}:2: no classes below the header")
     return rows
@@ -2873,15 +2886,14 @@ def build_classes(path, out, wordnet, extra):
         raise SystemExit(f"{path}:1: an empty file; expected a wnid or a name a line")
     columns = ["name", "synonyms", "definition", "wnid", "negative", "match", "query"]
     if extra:
-        names, table = open_tables([extra])
         keys = Counter(key for row in rows for key in {row["name"], row["wnid"]})
         by_key = {key: row for row in rows for key in (row["name"], row["wnid"]) if key and keys[key] == 1}
-        for line, more in enumerate(table, 2):
+        for line, more in numbered_rows(extra):
             key = more.pop("wnid", "") or more.get("name", "")
             if key not in by_key:
                 raise SystemExit(f"{extra}:{line}: {key!r} is not name or wnid of just one class of {path}")
             by_key[key].update({k: v for k, v in more.items() if v})
-        columns += [name for name in names if name not in columns]
+        columns += [name for name in read_table(extra)[0] if name not in columns]
     wnids = [row["wnid"] for row in rows]
     if all(wnids) and wnids != sorted(wnids):
         print(f"warning: {path} is not in sorted order, which is the order of ImageNet's labels", file=sys.stderr)
@@ -3073,11 +3085,12 @@ def cosine(a, b):
     return (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
 
 
-def own_similarity(row, path, line):
-    """The number in a row's column similarity. Raises: SystemExit if there is none."""
+def own_similarity(row, path, number):
+    """The number in a row's column similarity. Raises: SystemExit if there is none. number: of the row, from 0."""
     try:
         return float(row.get("similarity", ""))
     except ValueError:
+        line, _ = next(islice(read_table(path, bad=Counter())[1], number, None))
         what = f"similarity is {row.get('similarity', '')!r}; pass --clip or --embeddings"
         raise SystemExit(f"{path}:{line}: {what}") from None
 
@@ -3118,7 +3131,7 @@ def laionet_file(path, part, settings):
             elif embeddings:
                 similarity = cosine(captions[numbers], definitions[labels])
             else:
-                similarity = [own_similarity(row, path, number + 2) for number, row in zip(numbers, kept)]
+                similarity = [own_similarity(row, path, number) for number, row in zip(numbers, kept)]
             yield from (row | {"similarity": f"{s:.6f}"} for row, s in zip(kept, similarity))
 
     columns = read_table(path)[0]
@@ -3391,7 +3404,7 @@ def read_relevance(path, names):
     judged, labels = defaultdict(lambda: [0, 0]), defaultdict(list)
     for label, name in enumerate(names):
         labels[name].append(label)
-    for line, row in enumerate(open_tables([path], ["name", "relevant"])[1], 2):
+    for line, row in numbered_rows(path, ["name", "relevant"]):
         answer, given = row["relevant"].strip().lower().rstrip("."), row.get("label", "")
         if answer not in ("", "yes", "no", "1", "0"):
             raise SystemExit(f"{path}:{line}: relevant is {row['relevant']!r}, expected yes or no")

@@ -381,8 +381,8 @@ def test_two_classes_of_one_name(folder):
 @pytest.mark.parametrize(
     "row, embeddings, message",
     [
-        (dict(similarity="abc"), None, "in.jsonl:2: similarity is 'abc'"),
-        (dict(), None, "in.jsonl:2: similarity is ''"),
+        (dict(similarity="abc"), None, "in.jsonl:1: similarity is 'abc'"),
+        (dict(), None, "in.jsonl:1: similarity is ''"),
         (dict(), b"", "--embeddings: .*in.jsonl.npy: "),
         (dict(), np.eye(4)[:1], "4 numbers a row, classes 3"),
     ],
@@ -482,3 +482,20 @@ def test_sample_is_cut_file_by_file(folder):
     run("frequency", folder / "whole.tsv", *flags, "--out", folder / "b.tsv")
     assert (folder / "a.sample.tsv").read_bytes() == (folder / "b.sample.tsv").read_bytes()
     assert len(read(folder / "a.sample.tsv")) == 7
+
+
+def test_messages_name_the_line_behind_blank_lines_and_quoted_breaks(folder):
+    """Line 2 is blank and the row behind it takes lines 3 and 4: what is wrong stands in line 5."""
+    source = write_captions(folder / "in.tsv", ["crane"])
+    table = '{}\n\n{}\n{}\n'
+    common = ["--classes", folder / "classes.tsv", "--workers", 1, "--out", folder / "o.tsv"]
+    (folder / "list").write_text("crane\nlion\n")
+    for name, header, good, wrong, command in (
+        ("c.csv", "name,definition", 'crane,"a\nbird"', "crane,x", ["label", source, *common, "--classes", folder / "c.csv"]),
+        ("e.csv", "name,query", 'crane,"a\nbird"', "owl,x", ["classes", folder / "list", *common[4:], "--extra", folder / "e.csv"]),
+        ("r.csv", "name,relevant,caption", 'crane,yes,"a\nb"', "crane,perhaps,x", ["frequency", source, *common, "--match", "word", "--relevance", folder / "r.csv"]),
+        ("s.csv", "image,caption,similarity", 'a.jpg,"a\ncrane",1', "b.jpg,crane,high", ["laionet", folder / "s.csv", *common]),
+    ):  # fmt: skip
+        (folder / name).write_text(table.format(header, good, wrong))
+        with pytest.raises(SystemExit, match=f"^{folder / name}:5: "):
+            run(*command)

@@ -113,6 +113,13 @@ def test_lines_behind_an_open_quote_are_all_bad(tmp_path):
     assert [line for _, line, _ in lines] == list(range(3, 13))
 
 
+def test_lines_behind_one_that_is_left_out_keep_their_numbers(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b'image,caption\n\na,"b\n\nc"\nd,\xff\ne,f,g\nh,"i\n')
+    bad = []
+    rows = list(bd.read_table(str(tmp_path / "a.csv"), bad=bad)[1])
+    assert [line for line, _ in rows] == [5] and [line for _, line, _ in bad] == [6, 7, 8]
+
+
 def test_crlf_bom_and_quoted_line_breaks(tmp_path):
     (tmp_path / "a.tsv").write_bytes(b"\xef\xbb\xbfimage\tcaption\r\n\r\na\tb\r\n")
     (tmp_path / "b.csv").write_bytes(b'\xef\xbb\xbfimage,caption\r\na,"b\r\nc"\r\n')

@@ -1881,6 +1881,17 @@ TABLE_SUFFIXES = tuple(kind + end for kind in (".tsv", ".csv", ".jsonl") for end
 MAX_LINE = 10 * 2**20  # bytes; a longer line is a wrong file or a missing line break, not a row
 
 
+def matches_of(pattern):
+    """What a pattern fits. glob.glob passes over folders that it cannot read; here they raise an OSError."""
+    parts = pattern.split(os.sep)
+    for n in range(1, len(parts)):
+        if glob.has_magic(os.sep.join(parts[: n + 1])):
+            for folder in glob.glob(os.sep.join(parts[:n]) or os.sep, recursive=True):
+                if os.path.isdir(folder):
+                    os.scandir(os.path.join(folder, ".")).close()  # the dot: the right to enter is needed too
+    return glob.glob(pattern, recursive=True)
+
+
 def find_tables(paths):
     """The table files that paths, globs and folders name, in sorted order. Raises: SystemExit if there are none."""
     found = []
@@ -1897,7 +1908,7 @@ def find_tables(paths):
                 raise SystemExit(f"{path}: expected a name that ends in one of {', '.join(TABLE_SUFFIXES)}")
             found.append(path)
         else:
-            matches = glob.glob(path, recursive=True)
+            matches = matches_of(path)
             if not matches:
                 raise SystemExit(f"{path}: no such file or folder, and as a pattern it fits none")
             found += find_tables(matches)

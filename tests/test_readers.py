@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import subprocess
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -145,6 +146,32 @@ def test_files_are_found(tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(SystemExit, match="no table"):
         bd.find_tables([str(tmp_path / "none")])
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o400, 0o100])
+@pytest.mark.parametrize("pattern", ["*/train.tsv", "**/*.tsv", "[ab]/*.tsv"])
+def test_a_pattern_does_not_pass_over_folders_that_cannot_be_read(pattern, mode):
+    """Root may read everything, so a child process without rights looks, in a folder that it could see."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        for name in "ab":
+            (Path(folder) / name).mkdir()
+            (Path(folder) / name / "train.tsv").write_bytes(GOOD)
+        os.chmod(f"{folder}/b", mode)
+        reader, writer = os.pipe()
+        child = os.fork()
+        if not child:
+            try:
+                if os.geteuid() == 0:
+                    os.setuid(65534)
+                found = str(bd.find_tables([f"{folder}/{pattern}"]))
+            except OSError as error:
+                found = f"{error.filename}: {error.strerror}"
+            os.write(writer, found.encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+        os.chmod(f"{folder}/b", 0o755)
+        assert os.read(reader, 9999).decode() == f"{folder}/b/.: Permission denied"
 
 
 def test_several_files_join_and_images_move(tmp_path):

@@ -2679,10 +2679,19 @@ def matcher_for(settings):
     return matcher_of(json.dumps({k: v for k, v in settings.items() if k not in ("columns", "out", "skip_bad")}))
 
 
-def in_chunks(rows, size=4096):
-    """Lists of so many rows, the last perhaps shorter."""
-    rows = iter(rows)
-    while chunk := list(islice(rows, size)):
+def in_chunks(rows, texts, size=4096):
+    """Lists of at most so many rows, and of about MAX_LINE characters: rows of that length must not add up.
+
+    texts: function from a row to its strings. They are measured size // 256 rows at a time, which hardly costs time.
+    """
+    rows, chunk, n = iter(rows), [], 0
+    while group := list(islice(rows, max(1, size // 256))):
+        chunk += group
+        n += sum(map(len, itertools.chain.from_iterable(map(texts, group))))
+        if len(chunk) >= size or n >= MAX_LINE:
+            yield chunk
+            chunk, n = [], 0
+    if chunk:
         yield chunk
 
 
@@ -2702,7 +2711,7 @@ def matched_rows(path, settings, counts):
     bad = Counter() if settings["skip_bad"] else None
     _, rows = open_tables([path], settings["columns"], bad, settings["out"])
     matcher = matcher_for(settings)
-    for chunk in in_chunks(rows):
+    for chunk in in_chunks(rows, dict.values):
         texts = [" ".join(filter(None, [row[column] for column in settings["columns"]])) for row in chunk]
         counts["rows"] += len(chunk)
         yield from zip(chunk, texts, matcher.match(texts))
@@ -3133,7 +3142,7 @@ def laionet_file(path, part, settings):
             yield number, row | {"label": classes[0]}, text
 
     def rows():
-        for chunk in in_chunks(named()):  # a file's matches need not fit in memory
+        for chunk in in_chunks(named(), lambda found: map(str, found[1].values())):  # all need not fit in memory
             numbers, kept, texts = map(list, zip(*chunk))
             labels = [row["label"] for row in kept]
             if clip:
@@ -3328,8 +3337,8 @@ def build_metadata(paths, out, wordnet, min_count, min_pmi, max_entries, columns
 
     def captions():
         for path in paths:
-            for chunk in in_chunks(fields for _, fields in read_table(path, columns, is_all=False)[1]):
-                texts = "\0".join([" ".join(fields).replace("\0", " ") for fields in chunk])
+            for chunk in in_chunks(read_table(path, columns, is_all=False)[1], lambda row: row[1]):
+                texts = "\0".join([" ".join(fields).replace("\0", " ") for _, fields in chunk])
                 yield from (text.split() for text in with_spaced_marks(texts).split("\0"))
 
     for tokens in captions():
@@ -3396,7 +3405,7 @@ def frequency_file(path, part, settings):
     else:  # only the captions are read
         bad = Counter() if settings["skip_bad"] else None
         matcher = matcher_for(settings)
-        for chunk in in_chunks(read_table(path, settings["columns"], bad, is_all=False)[1]):
+        for chunk in in_chunks(read_table(path, settings["columns"], bad, is_all=False)[1], lambda row: row[1]):
             counts["rows"] += len(chunk)
             _, labels = matcher.pairs([" ".join(filter(None, fields)) for _, fields in chunk])
             class_counts += np.bincount(labels, minlength=n_classes)
@@ -3706,7 +3715,7 @@ def check_tables(tables, out, sample, max_bad, classes, max_pixels, workers, see
 
     def jobs():
         for path, group in itertools.groupby(rows, key=lambda row: row[0]):
-            for chunk in in_chunks(group, ROWS_PER_JOB):
+            for chunk in in_chunks(group, lambda row: row[2].values(), ROWS_PER_JOB):
                 waiting.append(chunk)
                 yield os.path.dirname(os.path.abspath(path)), [row["image"] for _, _, row in chunk], max_pixels
 
@@ -3835,7 +3844,7 @@ def hash_tables(paths, by, max_pixels, workers):
         for path in paths:
             needed = ["image", *columns]
             _, rows = read_table(path, needed, is_all=False)
-            for chunk in in_chunks(rows, ROWS_PER_JOB):
+            for chunk in in_chunks(rows, lambda row: row[1], ROWS_PER_JOB):
                 texts = [(fields[0], dict(zip(columns, fields[1:]))) for _, fields in chunk]
                 for _, text in texts:
                     if "caption" in text:

@@ -428,7 +428,7 @@ def test_laionet_holds_some_rows_at_a_time(folder, monkeypatch):
     """Chunks of matched rows are measured with their own captions, and queries once."""
     write_captions(folder / "in.tsv", [f"crane {i}" if i % 3 else "nothing" for i in range(20)])
     asked, in_chunks = [], bd.in_chunks
-    monkeypatch.setattr(bd, "in_chunks", lambda rows, size=4096: in_chunks(rows, 5))
+    monkeypatch.setattr(bd, "in_chunks", lambda rows, texts: in_chunks(rows, texts, 5))
     monkeypatch.setattr(bd, "text_features", lambda _, texts: asked.append(len(texts)) or np.array(
         [[1, int(text.split()[-1]) if text[-1].isdigit() else 0] for text in texts]))  # fmt: skip
     (folder / "clip.pt").write_bytes(b"")

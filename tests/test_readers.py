@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -234,3 +235,26 @@ def test_help_says_what_goes_in_and_has_an_example_that_parses(command, capsys, 
         if option.split("=")[0] in text:
             with pytest.raises(SystemExit):
                 bd.parse_args([*shlex.split(example[1]), option])
+
+
+def test_rows_of_ten_megabytes_do_not_add_up(tmp_path):
+    """24 rows of 8 MiB take less memory than 12 of them would, beside what a command takes anyway."""
+    peaks = []
+    for n_chars in 8, 2**23:
+        with gzip.open(tmp_path / "a.tsv.gz", "wt", compresslevel=1) as f:
+            f.write("image\tnote\n")
+            f.writelines(f"{i}.jpg\t{i}{'x' * n_chars}\n" for i in range(24))
+        code = "import build_datasets as b; b.main(b.parse_args())\n"
+        code += "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"  # of this program alone
+        command = [sys.executable, "-c", code, "dedup", tmp_path / "a.tsv.gz", "--by", "note", "--out", tmp_path / "o.tsv"]
+        done = subprocess.run([*map(str, command)], cwd=SCRIPT.parent, capture_output=True, text=True)
+        assert done.returncode == 0 and "24  rows left" in done.stdout, done.stderr
+        peaks.append(int(done.stdout.split()[-1]) / 1024)
+    assert peaks[1] - peaks[0] < 12 * 8, peaks
+
+
+def test_chunks_end_by_rows_and_by_characters():
+    rows = [(i, ["x" * (2**20 if i % 3 else 5)]) for i in range(40)]
+    chunks = list(bd.in_chunks(rows, lambda row: row[1], 256))
+    assert sum(chunks, []) == rows and {len(chunk) for chunk in chunks[:-1]} == {15}  # 10 of 1 MiB and 5 others
+    assert [len(chunk) for chunk in bd.in_chunks(rows[::3], lambda row: row[1], 5)] == [5, 5, 4]

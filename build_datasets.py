@@ -48,8 +48,10 @@ order of the sources, sorted, and inside them of the tar or of the file names, w
 
 classes, incaps, label, laionet, metadata, curate, frequency and status build tables from texts; each --help says what
 goes in and has an example. Inputs are TSV, CSV, JSONL (each perhaps .gz) and parquet, files, folders and globs; beside
-OUT.tsv comes OUT.tsv.json with inputs, hashes, flags and what was lost at each step. Input files are the unit of work:
-each leaves a part in OUT.tsv.parts, so a killed run goes on where it was, and shards of it merge to the same bytes.
+OUT.tsv comes OUT.tsv.json with inputs, hashes, flags and what was lost at each step. Hashed are all files that were
+read, class lists, embeddings and WordNet's too; of a tar, which is not read whole, time, first and last MiB. Input files
+are the unit of work: each leaves a part in OUT.tsv.parts, named by what it was made from, so a killed run goes on where
+it was unless an input has changed, and shards of it merge to the same bytes.
 
     python build_datasets.py label data/shapes/yfcc/train.tsv --classes data/shapes/classes.tsv --out yfcc_cls.tsv
     python build_datasets.py metadata data/shapes/web/train.tsv --min-pmi 3 --out entries.tsv
@@ -1547,7 +1549,7 @@ def index_source(job):
     """
     counts, warnings, columns = Counter(), [], {"image": 0, "label": 1, "caption": 2}
     result = dict(path=job["path"], columns=columns, counts=counts, warnings=warnings, stats=None, error="")
-    result["no_pyarrow"] = False
+    result["no_pyarrow"], names, n_image_bytes = False, hashlib.sha256(), 0
     row_of, extra, reader = {}, {}, None
     try:
         if job["kind"] == "tar":
@@ -1559,6 +1561,8 @@ def index_source(job):
         with open(job["rows"] + ".train", "wb") as train, open(job["rows"] + ".val", "wb") as val:
             for key, image, n_bytes, texts in samples:
                 counts["samples"] += 1
+                n_image_bytes += n_bytes
+                names.update(b"\0".join([os.fsencode(key), str(n_bytes).encode(), *texts.values(), b""]))
                 label, caption, fields = sample_fields(texts, job["label"], *job["classes"], counts)
                 if image is None:
                     counts["without an image"] += 1
@@ -1583,6 +1587,7 @@ def index_source(job):
     finally:
         if reader:
             reader.file.close()
+    result["folder"] = dict(path=job["path"], image_bytes=n_image_bytes, sha256_of_names_sizes_texts=names.hexdigest())
     if reader:
         check_tar(reader.problem, result)
         counts["members that are no plain files"] = reader.n_other
@@ -1861,8 +1866,10 @@ def write_index_report(out, folder, kind, jobs, results, counts, warnings, stats
     inputs = []
     for job, result in zip(jobs, results, strict=True):
         c = result["counts"]
-        size = dict(bytes=os.path.getsize(job["path"])) if job["kind"] == "tar" else {}
-        inputs.append(dict(name=job["name"], **size, samples=c["samples"], rows=c["rows"] + c["rows in val.tsv"]))
+        own = dict(name=job["name"], samples=c["samples"], rows=c["rows"] + c["rows in val.tsv"])
+        files = list(map(facts_of, with_beside([job["path"]]))) if job["kind"] == "tar" else [result["folder"]]
+        inputs += [own | files[0], *files[1:]]
+    inputs += map(facts_of, with_beside([flags["classes"]]))
     content = dict(
         script=file_hash(os.path.abspath(__file__)), **flags, kind=kind, rows=counts["rows"],
         rows_in_val=counts["rows in val.tsv"],
@@ -2151,7 +2158,13 @@ def numbered_rows(path, needed=()):
 
 
 def file_hash(path):
-    """sha256 of a file's bytes, hexadecimal."""
+    """sha256 of a file's bytes, hexadecimal; read once, as one file may be an input of several reports and parts."""
+    stat = os.stat(path)
+    return hash_of_version(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+@functools.lru_cache(2**16)
+def hash_of_version(path, *_):
     with open(path, "rb") as f:
         state = hashlib.sha256()
         while block := f.read(2**20):
@@ -2159,15 +2172,37 @@ def file_hash(path):
     return state.hexdigest()
 
 
+def with_beside(paths):
+    """Files that are given (not None), each once, and behind each tar those of img2dataset's that are read with it."""
+    for path in dict.fromkeys(filter(None, paths)):
+        yield path
+        if path.endswith(".tar"):
+            yield from filter(os.path.isfile, (path[:-4] + end for end in (".parquet", "_stats.json")))
+
+
+def facts_of(path):
+    """What OUT.json tells of an input. Of a tar only headers and texts are read, so neither is it hashed as a whole."""
+    stat = os.stat(path)
+    facts = dict(path=path, bytes=stat.st_size)
+    if not path.endswith(".tar"):
+        return facts | dict(sha256=file_hash(path))
+    with open(path, "rb") as f:
+        ends = f.read(2**20)
+        f.seek(max(0, stat.st_size - 2**20))
+        ends += f.read()
+    return facts | dict(mtime_ns=stat.st_mtime_ns, sha256_of_first_and_last_mib=hashlib.sha256(ends).hexdigest())
+
+
 def write_report(out, inputs, flags, counts, **more):
     """Write OUT.json, what a table was made from and how: equal for equal inputs and flags but for the date at its end.
 
-    inputs: files; flags: dict of those that change the result, seed included; counts: the funnel, an ordered dict from
-    what came in over what was lost, and why, to what came out; more: further facts, as histograms.
+    inputs: all files that were read, None for those not given; flags: dict of those that change the result, seed
+    included; counts: the funnel, an ordered dict from what came in over what was lost, and why, to what came out; more:
+    further facts, as histograms.
     """
     content = dict(
         script=file_hash(os.path.abspath(__file__)), flags=flags, funnel=counts, **more,
-        inputs=[dict(path=path, bytes=os.path.getsize(path), sha256=file_hash(path)) for path in inputs],
+        inputs=list(map(facts_of, with_beside(inputs))),
         outputs=[dict(path=out, bytes=os.path.getsize(out), sha256=file_hash(out))],
         date=time.strftime("%Y-%m-%d %H:%M:%S"))  # fmt: skip
     with open(f"{out}.json.partial", "w", encoding="utf-8", errors="replace") as f:
@@ -2189,11 +2224,18 @@ DETACHMENTS = (("s", ""), ("ses", "s"), ("xes", "x"), ("zes", "z"), ("ches", "ch
 NLTK_DETACHMENTS = (*DETACHMENTS[:2], ("ves", "f"), *DETACHMENTS[2:])
 
 
+def wordnet_paths(folder, *names):
+    """Paths of WordNet's files, none without its folder. Raises: SystemExit if one is not there."""
+    paths = [os.path.join(folder, name) for name in names if folder]
+    for path in paths:
+        if not os.path.isfile(path):
+            raise SystemExit(f"{path}: no such file; --wordnet is the folder of WordNet 3.0's data.noun, noun.exc, ...")
+    return paths
+
+
 def wordnet_file(folder, name):
-    """The lines of one of WordNet's files, without the licence on top. Raises: SystemExit if it is not there."""
-    path = os.path.join(folder, name)
-    if not os.path.isfile(path):
-        raise SystemExit(f"{path}: no such file; --wordnet is the folder of WordNet 3.0's data.noun, noun.exc, ...")
+    """The lines of one of WordNet's files, without the licence on top."""
+    (path,) = wordnet_paths(folder, name)
     return [line for _, line in text_lines(path) if not line.startswith("  ")]
 
 
@@ -2664,12 +2706,17 @@ def matcher_of(settings):
     return Matcher(names, settings["rule"], negatives, *others)
 
 
-def match_settings(rows, rule, is_sensitive=False, lemmas="none", wordnet="", more_names=None):
-    """The settings of matcher_of for classes. more_names: {name of a class: further names}."""
+def match_settings(rows, rule, is_sensitive=False, lemmas="none", wordnet="", more_names=None, files=()):
+    """The settings of matcher_of for classes. more_names: {name of a class: further names}; files: those read for all.
+
+    The hashes of these, inputs, are among the settings: what was made from other contents is not taken up.
+    """
     unknown = sorted(set(more_names or {}) - {row["name"] for row in rows})
     if unknown:
         raise SystemExit(f"--synonyms: {len(unknown)} names are not in classes.tsv: {', '.join(unknown[:10])}")
+    nouns = wordnet_paths(wordnet, "index.noun", "noun.exc") if rule == "bag" and lemmas != "none" else []
     return dict(rule=rule, is_sensitive=is_sensitive, lemmas=lemmas, wordnet=wordnet,
+                inputs={path: file_hash(path) for path in [*files, *nouns] if path},
                 names=[names_of(row) + (more_names or {}).get(row["name"], []) for row in rows],
                 negatives=[split_names(row.get("negative", "")) for row in rows])  # fmt: skip
 
@@ -2728,9 +2775,9 @@ def save_part(part, funnel_counts, **arrays):
 
 
 def part_of(path, out, settings):
-    """Where the result of an input file lies: named by the file's path, size and time and by the settings."""
-    stat = os.stat(path)
-    facts = [os.path.abspath(path), stat.st_size, stat.st_mtime_ns, settings, file_hash(os.path.abspath(__file__))]
+    """Where the result of an input file lies: named by the file's path, size and time, and the settings."""
+    stats = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, with_beside([path]))]
+    facts = [os.path.abspath(path), stats, settings, file_hash(os.path.abspath(__file__))]
     return os.path.join(f"{out}.parts", f"{hash64(json.dumps(facts)):016x}.npz")
 
 
@@ -2852,8 +2899,8 @@ def build_labels(paths, out, classes, settings, run):
                      "several classes": -counts["several classes"]}  # fmt: skip
     extra = n - sum(funnel_counts.values())
     funnel_counts |= ({"further labels of rows with several": extra} if extra > 0 else {}) | {f"rows in {out}": n}
-    flags = {k: v for k, v in settings.items() if k not in ("names", "negatives")}
-    finish(out, paths, dict(classes=classes, classes_sha256=file_hash(classes), **flags), funnel_counts,
+    flags = {k: v for k, v in settings.items() if k not in ("names", "negatives", "inputs")}
+    finish(out, [*paths, *settings["inputs"]], dict(classes=classes, **flags), funnel_counts,
            labels_per_row={k: counts[k] for k in sorted(counts) if k.startswith("rows that name")},
            class_counts=histogram, empty_classes=histogram.count(0), shared_names=shared)  # fmt: skip
     print(f"{histogram.count(0):>12,}  of {len(rows):,} classes are empty")
@@ -2919,9 +2966,7 @@ def build_classes(path, out, wordnet, extra):
         print(f"warning: {path} is not in sorted order, which is the order of ImageNet's labels", file=sys.stderr)
     shared = shared_names(rows)
     write_tsv(out, columns, rows)
-    write_report(out, [path] + ([extra] if extra else []),
-                 dict(wordnet={n: file_hash(os.path.join(wordnet, n)) for n in ("data.noun", "index.noun", "noun.exc")}
-                      if wordnet else None),
+    write_report(out, [path, extra, *wordnet_paths(wordnet, "data.noun", "index.noun", "noun.exc")], {},
                  {"lines": len(lines), f"classes in {out}": len(rows)}, shared_names=shared,
                  without_definition=[row["name"] for row in rows if not row["definition"]])  # fmt: skip
     print_funnel({"classes": len(rows), "names": sum(len(names_of(row)) for row in rows),
@@ -2994,7 +3039,8 @@ def build_incaps(path, images, classes, out, seed, keep_repeats):
     usable = {"+".join(v): sum(any(row[part] for part in v) for row in rows) for v in variants}
     class_counts = np.bincount([row["label"] for row in rows], minlength=len(label_of)).tolist()
     counts[f"rows in {out}"] = len(rows)
-    write_report(out, [path, classes], dict(images=images, seed=seed, keep_repeats=keep_repeats), counts,
+    write_report(out, [path, classes, None if places is None else images],
+                 dict(images=images, seed=seed, keep_repeats=keep_repeats), counts,
                  rows_with_text=usable, class_counts=class_counts)  # fmt: skip
     print_funnel(counts | {f"rows with {k}": n for k, n in usable.items()})
 
@@ -3118,7 +3164,7 @@ def own_similarity(row, path, number):
 def laionet_file(path, part, settings):
     """Rows of one table that name just one class, with label and similarity of caption and definition, as PART.tsv."""
     settings, counts = dict(settings), Counter()
-    clip, embeddings, queries, _ = (settings.pop(key) for key in ("clip", "embeddings", "queries", "models"))
+    clip, embeddings, queries = (settings.pop(key) for key in ("clip", "embeddings", "queries"))
     if clip:
         definitions = text_features(clip, queries)
     elif embeddings:
@@ -3169,14 +3215,13 @@ def build_laionet(paths, out, classes, threshold, settings, run):
             owners[name].add(label)
     names = [[name for name in names_of(row) if len(owners[name]) == 1] for row in rows]
     queries = [f"{(row.get('query') or row['name']).lower()} which is {row.get('definition', '')}" for row in rows]
-    settings = settings | dict(match_settings([], "laionet"), names=names, negatives=[], queries=queries)
     models = [settings["clip"]] if settings["clip"] else []
     if settings["embeddings"] and not models:
         files = list(map(os.path.basename, paths))
         if len(set(files)) < len(files):
             raise SystemExit("--embeddings: several tables have one file name, so whose rows TABLE.npy has is unclear")
         models = [os.path.join(settings["embeddings"], f"{name}.npy") for name in ("classes", *files)]
-    settings["models"] = list(map(file_hash, models))  # parts of other weights or embeddings are not taken up
+    settings |= match_settings([], "laionet", files=[classes, *models]) | dict(names=names, queries=queries)
     parts = run_files(laionet_file, paths, out, settings, run)
     if parts is None:
         return
@@ -3194,8 +3239,8 @@ def build_laionet(paths, out, classes, threshold, settings, run):
     n = write_tsv(out, columns, above())
     losses = {loss: -counts[loss] for loss in ("no class", "several classes", "NSFW tag")}
     histogram = [class_counts[label] for label in range(len(rows))]
-    finish(out, paths, dict(classes=classes, classes_sha256=file_hash(classes), threshold=threshold,
-                            **{k: settings[k] for k in ("clip", "embeddings", "models", "columns")}),
+    finish(out, [*paths, *settings["inputs"]],
+           dict(classes=classes, threshold=threshold, **{k: settings[k] for k in ("clip", "embeddings", "columns")}),
            {"rows": counts["rows"], **bad_rows(counts), **losses, f"rows in {every}": n_all,
             "less similar": n - n_all, f"rows in {out}": n},
            class_counts=histogram, empty_classes=histogram.count(0),
@@ -3290,7 +3335,7 @@ def build_curate(paths, out, metadata, cap, share, seed, settings, run):
     entries = [row["entry"] for row in open_tables([metadata], ["entry"])[1]]
     if len(set(entries)) != len(entries) or "" in entries:
         raise SystemExit(f"{metadata}: empty or double entries; build it with the subcommand metadata")
-    settings |= dict(entries=metadata, entries_sha256=file_hash(metadata), n_entries=len(entries), seed=seed)
+    settings |= dict(entries=metadata, inputs={metadata: file_hash(metadata)}, n_entries=len(entries), seed=seed)
     parts = run_files(entry_file, paths, out, settings, run)
     if parts is None:
         return
@@ -3322,9 +3367,8 @@ def build_curate(paths, out, metadata, cap, share, seed, settings, run):
              "matches": matches, "matches of entries above the cap": int(total_counts[is_head].sum())}  # fmt: skip
     head = [(entries[i], int(total_counts[i]), int(kept[i])) for i in order[:20]]
     balanced = counts["rows"] - counts["no entry"] - sum(v for k, v in counts.items() if k.startswith("bad: ")) - n
-    finish(out, paths, dict(metadata=metadata, metadata_sha256=settings["entries_sha256"], cap=cap, tail_share=share,
-                            seed=seed,
-                            columns=settings["columns"]),
+    finish(out, [*paths, metadata],
+           dict(metadata=metadata, cap=cap, tail_share=share, seed=seed, columns=settings["columns"]),
            {"rows": counts["rows"], **bad_rows(counts), "no entry": -counts["no entry"], "balancing": -balanced,
             f"rows in {out}": n}, **facts, head=head)  # fmt: skip
     for what, value in facts.items():
@@ -3358,7 +3402,8 @@ def build_metadata(paths, out, wordnet, min_count, min_pmi, max_entries, columns
 
     for number in range(100):
         take(str(number), "number", "")
-    for part in ("noun", "verb", "adj", "adv") if wordnet else ():
+    parts = ("noun", "verb", "adj", "adv") if wordnet else ()
+    for part in parts:
         for synonyms, _ in read_synsets(wordnet, part).values():
             take(synonyms[0], "wordnet", "")
     for word, count in sorted(words.items(), key=lambda item: (-item[1], item[0])):
@@ -3370,8 +3415,9 @@ def build_metadata(paths, out, wordnet, min_count, min_pmi, max_entries, columns
     write_tsv(out, ("entry", "source", "count"), found.values())
     counts = {"captions": n_rows, "words": n, **{f"entries: {k}": v for k, v in sources.items()}}
     counts[f"entries in {out}"] = len(found)
-    write_report(out, paths, dict(min_count=min_count, min_pmi=min_pmi, max_entries=max_entries, wordnet=bool(wordnet),
-                                  columns=columns), counts)  # fmt: skip
+    files = wordnet_paths(wordnet, *(f"data.{part}" for part in parts))
+    write_report(out, paths + files, dict(min_count=min_count, min_pmi=min_pmi, max_entries=max_entries,
+                                          wordnet=bool(wordnet), columns=columns), counts)  # fmt: skip
     print_funnel(counts)
 
 
@@ -3468,9 +3514,9 @@ def build_frequency(paths, out, classes, synonyms, relevance, settings, run):
         table.append(line)
     write_tsv(out, list(table[0]), table)
     order = np.argsort(-class_counts, kind="stable")
-    files = dict(classes=classes, synonyms=synonyms, relevance=relevance)
-    finish(out, paths, dict(**files, **{f"{name}_sha256": file_hash(path) for name, path in files.items() if path},
-                            **{k: v for k, v in settings.items() if k not in ("names", "negatives")}),
+    finish(out, [*paths, *settings["inputs"], relevance],
+           dict(classes=classes, synonyms=synonyms, relevance=relevance,
+                **{k: v for k, v in settings.items() if k not in ("names", "negatives", "inputs")}),
            {"rows": counts["rows"], **bad_rows(counts)}, matches=int(class_counts.sum()),
            empty_classes=int((class_counts == 0).sum()))  # fmt: skip
     print(f"{class_counts.sum():>12,}  matches; {(class_counts == 0).sum()} of {len(rows)} classes in no caption")
@@ -3516,7 +3562,7 @@ def build_status(folder, out, classes):
                for label in order))  # fmt: skip
     counts = {"rows": n, **{cause: -k for cause, k in causes.most_common()}, "images": n - n_failed}
     inputs = [os.path.join(folder, f"{shard}.parquet") for shard in shards]
-    write_report(out, inputs, dict(folder=folder, classes=classes), counts, warnings=warnings,
+    write_report(out, [*inputs, classes], dict(folder=folder, classes=classes), counts, warnings=warnings,
                  lost_classes=[label for label in order if not after[label]])  # fmt: skip
     print_funnel(dict(list(counts.items())[:12] + [("images", n - n_failed)]))
     for warning in warnings[:20]:
@@ -3739,7 +3785,7 @@ def check_tables(tables, out, sample, max_bad, classes, max_pixels, workers, see
     counts = {"rows": scan.n_rows, "decoded": n_decoded, **{r: -n for r, n in sorted(reasons.items())}}
     print_funnel(counts)
     print(f"{len(scan.bad):>12,}  bad rows, in {out}")
-    write_report(out, paths, dict(sample=sample, seed=seed, max_pixels=max_pixels, classes=classes), counts,
+    write_report(out, [*paths, classes], dict(sample=sample, seed=seed, max_pixels=max_pixels, classes=classes), counts,
                  repeated_captions=copies)  # fmt: skip
     # Text is checked in all rows, pixels perhaps in a sample.
     n_rows = max(scan.n_rows, 1)
@@ -4098,7 +4144,8 @@ def report_dedup(out, paths, tests, n, n_kept, found, hashed, sizes, best, names
     for root in np.argsort(-sizes, kind="stable")[:3]:
         if sizes[root] > 1:
             print(f"{sizes[root]:>12,}    rows with {names[best[root]]}")
-    write_report(out, paths + tests, flags, counts, component_sizes=histogram, not_compared=unknown)
+    embeddings = [*flags["embeddings"], *flags["against_embeddings"]]
+    write_report(out, [*paths, *tests, *embeddings], flags, counts, component_sizes=histogram, not_compared=unknown)
 
 
 # ------------------------------------------------------------------------------ prune
@@ -4183,7 +4230,8 @@ def prune_table(tables, out, embeddings, small, tests, keep, verify, device, see
         counts = {"rows": n, "zero or not finite embedding": -n_blank, why: n_left - n + n_blank, "rows left": n_left}
         print(target)
         print_funnel(counts)
-        write_report(target, paths, flags, counts, gap=gaps.get(name), leaks=leaks)
+        inputs = [*paths, *embeddings, *small, *(test.partition("=")[2] for test in tests)]
+        write_report(target, inputs, flags, counts, gap=gaps.get(name), leaks=leaks)
 
 
 def least_similar(paths, similarity, keep, seed):
@@ -4432,8 +4480,9 @@ def subset_tables(tables, out, threshold, class_list, match_frequency, fill, sho
     flags = dict(threshold=threshold, class_list=class_list, match_frequency=match_frequency, fill=fill, shots=shots,
                  trim_tail=trim_tail, profile=profile, imbalance=imbalance, fraction=fraction, rows=rows,
                  rescue=is_rescue, key=key, classes=known[2], seed=seed)  # fmt: skip
-    write_report(out, paths + fill_paths, flags, counts, classes_before=before.tolist(),
-                 classes_after=written.tolist(), deficit=deficit.tolist())  # fmt: skip
+    frequency = find_tables([match_frequency]) if match_frequency else []
+    write_report(out, [*paths, *fill_paths, *frequency, class_list, known[2]], flags, counts,
+                 classes_before=before.tolist(), classes_after=written.tolist(), deficit=deficit.tolist())  # fmt: skip
 
 
 def gini_of(counts):
@@ -4559,7 +4608,7 @@ def compare_tables(tables, out, classes, plot):
     for column in shown[0]:
         print(f"{column:>26}" + "".join(f"  {row[column]:>14}" for row in shown))
     write_tsv(out, list(rows[0]), rows)
-    write_report(out, [p for table in tables for p in find_tables([table])], dict(classes=known[2]), {},
+    write_report(out, [*(p for table in tables for p in find_tables([table])), known[2]], dict(classes=known[2]), {},
                  class_counts={name: c.tolist() for name, c in zip(names, counts)})  # fmt: skip
     if plot:
         plot_counts(names, counts, plot)
@@ -4627,7 +4676,8 @@ def main(args):
         settings = dict(columns=args.columns, out=args.out, skip_bad=args.skip_bad)
         if args.command == "label":
             is_sensitive = args.case == "sensitive" or args.case == "auto" and args.match == "substring"
-            names = match_settings(class_rows(args.classes), args.match, is_sensitive, args.lemmas, args.wordnet)
+            names = match_settings(class_rows(args.classes), args.match, is_sensitive, args.lemmas, args.wordnet,
+                                   files=[args.classes])  # fmt: skip
             build_labels(paths, args.out, args.classes, settings | names | dict(multi=args.multi), run)
         elif args.command == "laionet":
             settings |= dict(clip=args.clip, embeddings=args.embeddings)
@@ -4638,7 +4688,8 @@ def main(args):
             more = defaultdict(list)
             for row in open_tables([args.synonyms], ["name", "synonyms"])[1] if args.synonyms else ():
                 more[row["name"]] += split_names(row["synonyms"])
-            names = match_settings(class_rows(args.classes), args.match, False, args.lemmas, args.wordnet, more)
+            names = match_settings(class_rows(args.classes), args.match, False, args.lemmas, args.wordnet, more,
+                                   [args.classes, args.synonyms])  # fmt: skip
             settings |= names | dict(n_sample=args.sample, seed=args.seed)
             build_frequency(paths, args.out, args.classes, args.synonyms, args.relevance, settings, run)
     elif args.command == "check":

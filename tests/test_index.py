@@ -431,6 +431,29 @@ def test_a_failed_run_leaves_the_old_table(tmp_path):
     assert out.read_bytes() == before and sorted(os.listdir(out.parent)) == ["train.tsv", "train.tsv.json"]
 
 
+def test_the_report_tells_what_was_read(tmp_path):
+    """Of a tar size, time and ends, since only its headers and texts are read; of small files the hash."""
+    shards = make_shards(tmp_path / "shards", 1, 3)
+    write(shards / "00000_stats.json", b'{"successes": 3}')
+    write(tmp_path / "classes.tsv", b"name\ncat\n")
+    index(shards, "--classes", tmp_path / "classes.tsv", out=tmp_path / "train.tsv")
+    tar, stats, classes = report(tmp_path / "train.tsv")["inputs"]
+    data = (shards / "00000.tar").read_bytes()
+    ends = hashlib.sha256(data[: 2**20] + data[max(0, len(data) - 2**20) :]).hexdigest()
+    assert tar["rows"] == 3 and tar["bytes"] == len(data) and tar["sha256_of_first_and_last_mib"] == ends
+    assert tar["mtime_ns"] == (shards / "00000.tar").stat().st_mtime_ns
+    for entry, path in ((stats, shards / "00000_stats.json"), (classes, tmp_path / "classes.tsv")):
+        assert entry == dict(path=str(path), bytes=path.stat().st_size, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    found = []
+    for name, payload in (("cat", b"x"), ("cat", b"xy"), ("dog", b"xy")):  # a folder: of names, sizes and texts
+        write(tmp_path / "photos" / f"{name}.jpg", payload)
+        write(tmp_path / "photos" / f"{name}.txt", b"a cat")
+        index(tmp_path / "photos", out=tmp_path / "photos.tsv")
+        found.append(report(tmp_path / "photos.tsv")["inputs"][0])
+    assert len({entry["sha256_of_names_sizes_texts"] for entry in found}) == 3
+    assert [entry["image_bytes"] for entry in found] == [1, 2, 4]
+
+
 # ------------------------------------------------------------------------------ messages
 
 

@@ -33,6 +33,13 @@ def report(path):
     return json.loads(Path(f"{path}.json").read_text("utf-8"))
 
 
+def hashes(path):
+    """{input: its sha256} as a table's report tells them; of each the size is told too."""
+    found = report(path)["inputs"]
+    assert all(entry["bytes"] == os.path.getsize(entry["path"]) for entry in found)
+    return {entry["path"]: entry["sha256"] for entry in found}
+
+
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "classes.tsv").write_text(CLASSES)
@@ -275,11 +282,11 @@ def test_frequency_counts_samples_and_relevance(folder):
     assert Counter(row["name"] for row in sample) == {"sea lion": 8, "lion": 8, "crane": 8}
     run("frequency", *common, "--out", folder / "n.tsv", "--synonyms", folder / "more.tsv")
     assert [row["count"] for row in read(folder / "n.tsv")] == ["30", "90", "90"]
-    assert report(folder / "n.tsv")["flags"]["synonyms_sha256"] == bd.file_hash(folder / "more.tsv")
+    assert hashes(folder / "n.tsv")[str(folder / "more.tsv")] == bd.file_hash(folder / "more.tsv")
     judged = [row | {"relevant": "yes" if i % 4 else "No."} for i, row in enumerate(sample)]
     bd.write_tsv(folder / "judged.tsv", list(judged[0]), judged)
     run("frequency", *common, "--out", folder / "r.tsv", "--relevance", folder / "judged.tsv")
-    assert report(folder / "r.tsv")["flags"]["relevance_sha256"] == bd.file_hash(folder / "judged.tsv")
+    assert hashes(folder / "r.tsv")[str(folder / "judged.tsv")] == bd.file_hash(folder / "judged.tsv")
     row = read(folder / "r.tsv")[1]
     n = 8 * 89 / 82  # as many of endlessly many tell as much as 8 of 90
     low, high = (0.75 + 1.92 / n + np.array([-1, 1]) * 1.96 * np.sqrt(0.1875 / n + 0.9604 / n**2)) / (1 + 3.8416 / n)
@@ -341,7 +348,8 @@ def test_laionet_takes_the_embeddings_that_are_there_now(folder):
     run("laionet", folder / "in.tsv", *common, "--shard", "0/1")
     np.save(folder / "in.tsv.npy", np.eye(3)[1:])
     run("laionet", folder / "in.tsv", *common)
-    assert [row["label"] for row in read(folder / "o.tsv")] == ["1", "2"] and len(report(folder / "o.tsv")["flags"]["models"]) == 2
+    assert [row["label"] for row in read(folder / "o.tsv")] == ["1", "2"]
+    assert {str(folder / name) for name in ("in.tsv.npy", "classes.npy")} < hashes(folder / "o.tsv").keys()
     with pytest.raises(SystemExit, match="several tables have one file name"):
         run("laionet", folder / "in.tsv", folder / "deep" / "in.tsv", *common)
 
@@ -499,3 +507,41 @@ def test_messages_name_the_line_behind_blank_lines_and_quoted_breaks(folder):
         (folder / name).write_text(table.format(header, good, wrong))
         with pytest.raises(SystemExit, match=f"^{folder / name}:5: "):
             run(*command)
+
+
+SIDE_INPUTS = {
+    "label": {"classes.tsv": "--classes"},
+    "label --match bag --multi drop": {"classes.tsv": "--classes", "noun.exc": "", "index.noun": ""},
+    "frequency --match bag": {"classes.tsv": "--classes", "more.tsv": "--synonyms", "noun.exc": "", "index.noun": ""},
+    "laionet": {"classes.tsv": "--classes", "in.tsv.npy": "", "classes.npy": ""},
+    "curate": {"entries.tsv": "--metadata"},
+}
+
+
+@pytest.mark.parametrize("command", SIDE_INPUTS)
+def test_a_changed_side_input_makes_all_parts_anew(folder, command):
+    """Even one of the same size and time: its contents name the parts, and the report tells the hash of each."""
+    write_captions(folder / "in.tsv", ["crane", "lion"])
+    (folder / "more.tsv").write_text("name\tsynonyms\ncrane\tderrick\n")
+    (folder / "entries.tsv").write_text("entry\nlion\ncrane\n")
+    (folder / "noun.exc").write_text("lice louse\n")
+    (folder / "index.noun").write_text("lion n 1 0 1 0 00000001  \nlouse n 1 0 1 0 00000002  \n")
+    np.save(folder / "in.tsv.npy", np.eye(3)[:2])
+    np.save(folder / "classes.npy", np.eye(3))
+    flags = [x for name, flag in SIDE_INPUTS[command].items() if flag for x in (flag, folder / name)]
+    flags += {"laionet": ["--embeddings", folder, "--threshold", -1], "curate": []}.get(command, ["--wordnet", folder])
+    name, *rule = command.split()
+    flags = [name, folder / "in.tsv", *rule, *flags, "--workers", 1, "--out", folder / "o.tsv"]
+    for side in SIDE_INPUTS[command]:
+        bd.read_nouns.cache_clear()
+        run(*flags, "--shard", "0/1")
+        path, time_ns = folder / side, (folder / side).stat().st_mtime_ns
+        data = path.read_bytes()
+        last = max(i for i, byte in enumerate(data) if chr(byte).isalnum())
+        path.write_bytes(data[:last] + bytes([data[last] ^ 1]) + data[last + 1 :])
+        os.utime(path, ns=(time_ns, time_ns))
+        with pytest.raises(SystemExit, match="--merge: no result yet of 1 of 1 files"):
+            run(*flags, "--merge")
+        path.write_bytes(data)
+        run(*flags, "--merge")
+    assert set(hashes(folder / "o.tsv")) == {str(folder / name) for name in ("in.tsv", *SIDE_INPUTS[command])}

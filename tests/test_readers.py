@@ -1,5 +1,6 @@
 """build_datasets.py, readers: every kind of table gives the same rows; bad input ends with file, line and reason."""
 
+import contextlib
 import csv
 import gzip
 import json
@@ -12,11 +13,13 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from programs import run_here
 
 import build_datasets as bd
 
@@ -258,3 +261,32 @@ def test_chunks_end_by_rows_and_by_characters():
     chunks = list(bd.in_chunks(rows, lambda row: row[1], 256))
     assert sum(chunks, []) == rows and {len(chunk) for chunk in chunks[:-1]} == {15}  # 10 of 1 MiB and 5 others
     assert [len(chunk) for chunk in bd.in_chunks(rows[::3], lambda row: row[1], 5)] == [5, 5, 4]
+
+
+def test_reports_name_all_that_was_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("p.npy", np.arange(3 * 192, dtype=np.uint8).reshape(3, 8, 8, 3))
+    for name in ("e", "small", "test"):
+        np.save(f"{name}.npy", np.eye(3, dtype=np.float32))
+    bd.write_tsv("t.tsv", ("image", "label", "caption"), [dict(image=f"p.npy:{i}", label=i, caption=f"c{i}") for i in range(3)])
+    bd.write_tsv("a.tsv", ("image",), [dict(image="p.npy:0")])
+    bd.write_tsv("classes.tsv", ("name",), [dict(name=name) for name in "xyz"])
+    bd.write_tsv("counts.tsv", ("name", "count"), [dict(name=name, count=1) for name in "xyz"])
+    Path("list").write_text("x\nz\n")
+    for read, command in (
+        ("t classes", "check t.tsv --workers 1"),
+        ("t e.npy a test.npy", "dedup t.tsv --by embedding --embeddings e.npy --against a.tsv --against-embeddings test.npy"),
+        ("t e.npy small.npy test.npy", "prune t.tsv --embeddings e.npy --small small.npy --tests val=test.npy"),
+        ("t counts list classes", "subset t.tsv --match-frequency counts.tsv --class-list list"),
+        ("t a classes", "stats t.tsv a.tsv"),
+        ("t", "mix t.tsv"),
+        ("list", "classes list"),
+    ):
+        if command.startswith("dedup"):
+            np.save("test.npy", np.eye(3, dtype=np.float32)[:1])
+        out = "o-{set}.tsv" if command.startswith("prune") else "o-val.tsv"
+        with contextlib.suppress(SystemExit):  # check always exits
+            run_here(bd, *command.split(), "--out", out)
+        found = {os.path.relpath(entry["path"]): entry["sha256"] for entry in json.loads(Path("o-val.tsv.json").read_text())["inputs"]}
+        names = [name if "." in name or name == "list" else f"{name}.tsv" for name in read.split()]
+        assert found == {name: bd.file_hash(name) for name in names}, command

@@ -49,7 +49,7 @@ order of the sources, sorted, and inside them of the tar or of the file names, w
 classes, incaps, label, laionet, metadata, curate, frequency and status build tables from texts; each --help says what
 goes in and has an example. Inputs are TSV, CSV, JSONL (each perhaps .gz) and parquet, files, folders and globs; beside
 OUT.tsv comes OUT.tsv.json with inputs, hashes, flags and what was lost at each step. Hashed are all files that were
-read, class lists, embeddings and WordNet's too; of a tar, which is not read whole, time, first and last MiB. Input files
+read, class lists, embeddings and WordNet's too; of a tar, which is not read whole, its first and last MiB. Input files
 are the unit of work: each leaves a part in OUT.tsv.parts, named by what it was made from, so a killed run goes on where
 it was unless an input has changed, and shards of it merge to the same bytes.
 
@@ -462,6 +462,12 @@ def write_tsv(path, columns, rows):
         if os.path.exists(partial):  # bad input or a full disk
             os.remove(partial)
     return n
+
+
+def write_json(path, content):
+    with open(f"{path}.partial", "w", encoding="utf-8", errors="replace") as f:
+        f.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    os.replace(f"{path}.partial", path)
 
 
 def die_with_parent():
@@ -1875,9 +1881,7 @@ def write_index_report(out, folder, kind, jobs, results, counts, warnings, stats
         rows_in_val=counts["rows in val.tsv"],
         counts={k: n for k, n in sorted(counts.items()) if n}, img2dataset=stats, inputs=inputs,
         warnings=warnings, date=time.strftime("%Y-%m-%d %H:%M:%S"))  # fmt: skip
-    with open(f"{out}.json.partial", "w", encoding="utf-8", errors="replace") as f:
-        f.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    os.replace(f"{out}.json.partial", f"{out}.json")
+    write_json(f"{out}.json", content)
 
 
 # ------------------------------------------------------------------------------ readers
@@ -2205,9 +2209,7 @@ def write_report(out, inputs, flags, counts, **more):
         inputs=list(map(facts_of, with_beside(inputs))),
         outputs=[dict(path=out, bytes=os.path.getsize(out), sha256=file_hash(out))],
         date=time.strftime("%Y-%m-%d %H:%M:%S"))  # fmt: skip
-    with open(f"{out}.json.partial", "w", encoding="utf-8", errors="replace") as f:
-        f.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    os.replace(f"{out}.json.partial", f"{out}.json")
+    write_json(f"{out}.json", content)
 
 
 def print_funnel(counts):
@@ -2781,6 +2783,11 @@ def part_of(path, out, settings):
     return os.path.join(f"{out}.parts", f"{hash64(json.dumps(facts)):016x}.npz")
 
 
+def run_file(job):
+    work, path, part, settings = job
+    work(path, part, settings)
+
+
 def run_files(work, paths, out, settings, run):
     """Call work(path, part, settings) for each input file that has no result yet.
 
@@ -2799,20 +2806,10 @@ def run_files(work, paths, out, settings, run):
         missing = [path for path, part in zip(paths, parts) if not os.path.exists(part)]
         if missing:
             raise SystemExit(f"--merge: no result yet of {len(missing)} of {len(paths)} files, the first {missing[0]}")
-    elif min(workers, len(todo)) <= 1:
-        for path, part in tqdm(todo, unit=" files", disable=None):
-            work(path, part, settings)
     else:
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(todo)), mp_context=spawn, initializer=die_with_parent) as pool:
-            running = [pool.submit(work, path, part, settings) for path, part in todo]
-            try:
-                for future in tqdm(running, unit=" files", disable=None):
-                    future.result()
-            except BrokenProcessPool:
-                raise SystemExit("a worker process was killed (out of memory?); try fewer --workers") from None
-            finally:
-                pool.shutdown(cancel_futures=True)
+        done = in_processes(run_file, [(work, *files, settings) for files in todo], max(1, min(workers, len(todo))))
+        for _ in tqdm(done, total=len(todo), unit=" files", disable=None):
+            pass
     if not is_merge and (n_shards > 1 or "/" in shard):
         if shard or rank:
             then = "; when all are, the same command with --merge" if shard else ""  # torchrun's rank 0 merges
@@ -3680,6 +3677,8 @@ def in_processes(function, jobs, workers):
                 yield running.popleft().result()
         except BrokenProcessPool:
             raise SystemExit("a worker process was killed (out of memory?); try fewer --workers") from None
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error what waits is not begun
 
 
 def find_classes(given, table):

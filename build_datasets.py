@@ -47,18 +47,19 @@ JSON's own image, label and caption make no columns; a key in JSON and parquet i
 order of the sources, sorted, and inside them of the tar or of the file names, whatever the number of workers.
 
 classes, incaps, label, laionet, metadata, curate, frequency and status build tables from texts; each --help says what
-goes in and has an example. Inputs are TSV, CSV, JSONL (each perhaps .gz) and parquet, files, folders and globs; beside
-OUT.tsv comes OUT.tsv.json with inputs, hashes, flags and what was lost at each step. Hashed are all files that were
-read, class lists, embeddings and WordNet's too; of a tar, which is not read whole, its first and last MiB. Input files
-are the unit of work: each leaves a part in OUT.tsv.parts, named by what it was made from, so a killed run goes on where
-it was unless an input has changed, and shards of it merge to the same bytes.
+goes in and has an example. Inputs are TSV, CSV, JSONL (each perhaps .gz), parquet and tars: files, folders and globs.
+Beside OUT.tsv comes OUT.tsv.json with flags, what was lost at each step and size and hash of each file that was read,
+class lists, embeddings and WordNet's too; of a tar, which is not read whole, the hash of its first and last MiB. Input
+files are the unit of work: each leaves a part in OUT.tsv.parts, named by what it was made from, so a killed run goes on
+where it was unless an input has changed, and shards of it merge to the same bytes.
 
     python build_datasets.py label data/shapes/yfcc/train.tsv --classes data/shapes/classes.tsv --out yfcc_cls.tsv
     python build_datasets.py metadata data/shapes/web/train.tsv --min-pmi 3 --out entries.tsv
     python build_datasets.py curate data/shapes/web/train.tsv --metadata entries.tsv --cap 200 --out curated.tsv
 
 check, dedup, prune, subset, mix and stats work on tables of images, with the same reports; what is drawn hangs on a
-hash of the row, so a cut is the same for any order and repeated calls.
+hash of the row, so a cut is the same for any order and repeated calls. All commands read a folder of img2dataset's tars
+(with what lies beside them) as the table that index writes of it; for texts alone shards/*.parquet is read faster.
 
     python build_datasets.py check data/shapes/laionet/train.tsv --out bad.tsv
     python build_datasets.py dedup data/shapes/web/train.tsv --by pixels phash --out web.tsv
@@ -228,7 +229,7 @@ def parse_args(argv=None):
                              help="classes.tsv: name, synonyms, definition, negative, match, query")
     for command in (label, laionet, curate, metadata, frequency):
         command.add_argument("inputs", nargs="+", metavar="TABLE",
-                             help="TSV, CSV, JSONL (or .gz), parquet; folders, globs")
+                             help="TSV, CSV, JSONL (or .gz), parquet, tars of img2dataset; folders, globs")
         command.add_argument("--columns", nargs="+", default=["caption"],
                              help="columns whose texts are joined and searched")
     for command in (label, laionet, curate, frequency):
@@ -247,7 +248,7 @@ def parse_args(argv=None):
         command.add_argument("--out", required=True, help="table to write, ending in .tsv; its report is OUT.json")
     def add_common(sub, out="table to write; its report is OUT.json, with what came in, what was lost and why"):
         sub.add_argument("tables", nargs="+", metavar="DATA", help="tables (.tsv .csv .jsonl, .gz of them, .parquet), "
-                         "patterns, or folders of tables")  # fmt: skip
+                         "tars of img2dataset, patterns, or folders of tables or of tars")  # fmt: skip
         sub.add_argument("--out", required=True, help=out)
 
     check = commands.add_parser(
@@ -1507,8 +1508,8 @@ def decode(payload, counts):
 def sample_fields(texts, label, classes, n_classes, counts):
     """Label, caption and further columns of a sample.
 
-    texts: {suffix: payload}; label: of a class folder, or None; classes, n_classes: of labels_by_name, or {}, 0
-    Returns: (label int or "", caption, {column: value})
+    texts: {suffix: payload}; label: of a class folder, or None; classes, n_classes: of labels_by_name, or {}, 0; for
+    classes None a label may be a name. Returns: (label int, name or "", caption, {column: value})
     """
     fields = {}
     if "json" in texts:
@@ -1528,11 +1529,34 @@ def sample_fields(texts, label, classes, n_classes, counts):
         caption = next(filter(None, captions), "")
     if label is None:
         named = decode(texts["cls"], counts) if "cls" in texts else tsv_field(own_label).strip()
-        label = int(named) if named.isascii() and named.isdigit() else classes.get(named)
+        is_number = named.isascii() and named.isdigit()
+        label = int(named) if is_number else named if classes is None else classes.get(named)
         if label is None or n_classes and label >= n_classes:
             counts["label that is neither a number nor in --classes, or beyond it (left empty)"] += bool(named)
             label = ""
     return label, caption, fields
+
+
+def sample_row(sample, label, classes, beside, counts):
+    """A sample of tar_samples or folder_samples as a row. label, classes: as of sample_fields; beside: of read_beside.
+
+    Returns: ("" or why it is left out, label, caption, {column: value}); counts: Counter, updated.
+    """
+    key, image, n_bytes, texts = sample
+    counts["samples"] += 1
+    label, caption, fields = sample_fields(texts, label, *classes, counts)
+    losses = {"without an image": image is None,
+              "file name with a tab, line break or invalid UTF-8": not is_writable_name(image or ""),
+              "empty image": n_bytes == 0, "neither caption nor label": not caption and label == ""}  # fmt: skip
+    loss = next(filter(losses.get, losses), "")
+    counts[loss] += bool(loss)
+    row_of, extra = beside
+    if extra and not loss:
+        place = row_of.get(key.rpartition("/")[2])
+        counts["not in the parquet"] += place is None
+        if place is not None:
+            fields = {**{column: values[place] for column, values in extra.items()}, **fields}
+    return loss, label, caption, fields
 
 
 def unit_hash(seed, key):
@@ -1556,36 +1580,23 @@ def index_source(job):
     counts, warnings, columns = Counter(), [], {"image": 0, "label": 1, "caption": 2}
     result = dict(path=job["path"], columns=columns, counts=counts, warnings=warnings, stats=None, error="")
     result["no_pyarrow"], names, n_image_bytes = False, hashlib.sha256(), 0
-    row_of, extra, reader = {}, {}, None
+    beside, reader = ({}, {}), None
     try:
         if job["kind"] == "tar":
             reader = TarReader(job["path"])
             samples = tar_samples(reader, job["name"], counts)
-            row_of, extra = read_beside(job["path"], result)
+            beside = read_beside(job["path"], result)
         else:
             samples = folder_samples(job["path"], job["name"], job["is_recursive"], counts)
         with open(job["rows"] + ".train", "wb") as train, open(job["rows"] + ".val", "wb") as val:
-            for key, image, n_bytes, texts in samples:
-                counts["samples"] += 1
+            for sample in samples:
+                key, image, n_bytes, texts = sample
                 n_image_bytes += n_bytes
                 names.update(b"\0".join([os.fsencode(key), str(n_bytes).encode(), *texts.values(), b""]))
-                label, caption, fields = sample_fields(texts, job["label"], *job["classes"], counts)
-                if image is None:
-                    counts["without an image"] += 1
-                elif not is_writable_name(image):
-                    counts["file name with a tab, line break or invalid UTF-8"] += 1
-                elif n_bytes == 0:
-                    counts["empty image"] += 1
-                elif not caption and label == "":
-                    counts["neither caption nor label"] += 1
-                else:
+                loss, label, caption, fields = sample_row(sample, job["label"], job["classes"], beside, counts)
+                if not loss:
                     is_val = unit_hash(job["seed"], f"{job['key']}/{key}") < job["holdout"]
                     counts["rows in val.tsv" if is_val else "rows"] += 1
-                    if extra:
-                        place = row_of.get(key.rpartition("/")[2])
-                        counts["not in the parquet"] += place is None
-                        if place is not None:
-                            fields = {**{column: values[place] for column, values in extra.items()}, **fields}
                     (val if is_val else train).write(row_bytes(image, label, caption, fields, columns, counts))
     except (OSError, NotATarError) as error:  # OSError: no permission, bad disk, full disk
         result["error"] = f"{job['path']}: {error}"
@@ -1888,7 +1899,7 @@ def write_index_report(out, folder, kind, jobs, results, counts, warnings, stats
 
 # What other tools call our columns, whatever the case; a table that has our name too keeps both.
 COLUMN_ALIASES = {"image": ("filepath", "path", "file"), "caption": ("text", "title"), "label": ("class", "wnid")}
-TABLE_SUFFIXES = tuple(kind + end for kind in (".tsv", ".csv", ".jsonl") for end in ("", ".gz")) + (".parquet",)
+TABLE_SUFFIXES = tuple(kind + end for kind in (".tsv", ".csv", ".jsonl") for end in ("", ".gz")) + (".parquet", ".tar")
 MAX_LINE = 10 * 2**20  # bytes; a longer line is a wrong file or a missing line break, not a row
 
 
@@ -1909,6 +1920,8 @@ def find_tables(paths):
     for path in paths:
         if os.path.isdir(path):
             names = [n for n in sorted(os.listdir(path)) if n.endswith(TABLE_SUFFIXES) and not n.startswith(".")]
+            if any(n.endswith(".tar") for n in names):  # img2dataset's: what its .parquet tells is read with the tar
+                names = [n for n in names if not n.endswith(".parquet")]
             kinds = {os.path.splitext(n.removesuffix(".gz"))[1] for n in names}
             if len(kinds) != 1:
                 what = f"tables of kinds {', '.join(sorted(kinds))}: name the files" if kinds else "no table"
@@ -2067,6 +2080,42 @@ def parquet_rows(path, wanted, bad=None, has_failed=False):
     return file.schema_arrow.names, columns, rows()
 
 
+def tar_rows(path, bad):
+    """(number of the sample, {column: text}) of a tar as `index` reads it, with what lies beside; labels may be names.
+
+    bad: Counter or list, as of note_bad, of samples that are left out and of what is wrong with the tar.
+    """
+    counts, result = Counter(), dict(path=path, warnings=[], stats=None)
+    try:
+        reader = TarReader(path)
+        with reader.file:
+            beside = read_beside(path, result)
+            for sample in tar_samples(reader, os.path.basename(path), counts):
+                loss, label, caption, fields = sample_row(sample, None, (None, 0), beside, counts)
+                if loss:
+                    note_bad(bad, path, counts["samples"], loss)
+                else:
+                    fields = {name or "_": value for name, value in fields.items()}
+                    fields |= dict(image=sample[1], label=label, caption=caption)
+                    yield counts["samples"], {tsv_field(name): tsv_field(value) for name, value in fields.items()}
+    except NotATarError as error:
+        raise SystemExit(f"{path}: {error}") from None
+    check_tar(reader.problem, result | dict(counts=counts))
+    for warning in result["warnings"]:
+        note_bad(bad, path, counts["samples"], warning)
+
+
+@functools.lru_cache(2**16)
+def tar_facts(path):
+    """Columns of the rows of a tar, which takes a pass over it; {what is left out or wrong: how often}, printed too."""
+    columns, lost = set(), Counter()
+    for _, row in tar_rows(path, lost):
+        columns.update(row)
+    for reason, n in lost.items():
+        print(f"warning: {path}: {n} x {reason}", file=sys.stderr)
+    return ["image", "label", "caption", *sorted(columns - {"image", "label", "caption"})], lost
+
+
 def our_names(columns, path):
     """Names of columns, aliases replaced by ours. Raises: SystemExit if names are empty or double."""
     wrong = sorted(name or "an empty name" for name, n in Counter(columns).items() if n > 1 or not name)
@@ -2082,7 +2131,7 @@ def our_names(columns, path):
 
 
 def read_table(path, needed=(), bad=None, is_all=True):
-    """One table, TSV, CSV, JSONL (each perhaps .gz) or parquet, as a stream.
+    """One table, TSV, CSV, JSONL (each perhaps .gz), parquet or a tar of img2dataset's, as a stream.
 
     needed: columns that must be there; is_all: False reads only these; bad: as in text_lines.
     Returns: (names of the columns, iterator of (line, list of strings)). None and NaN are empty, nested values JSON.
@@ -2094,6 +2143,9 @@ def read_table(path, needed=(), bad=None, is_all=True):
     elif kind == ".jsonl":  # rows may differ in their keys: one more pass finds all of them
         header = list(dict.fromkeys(key for _, row in json_objects(path, Counter()) for key in row))
         rows = ((n, [tsv_field(row.get(key)) for key in header]) for n, row in json_objects(path, bad))
+    elif kind == ".tar":
+        header, found = tar_facts(path)[0], tar_rows(path, bad if isinstance(bad, list) else Counter())
+        rows = ((n, [row.get(name, "") for name in header]) for n, row in found)
     else:
         lines = text_lines(path)  # a header that cannot be read is never passed over
         first = next(lines if kind == ".tsv" else csv_rows(lines, 0, path, None), None)
@@ -2103,7 +2155,7 @@ def read_table(path, needed=(), bad=None, is_all=True):
     names = our_names(header, path)
     missing = [name for name in needed if name not in names]
     if "image" in missing and {"key", "status", "error_message"} <= set(names):
-        raise SystemExit(f"{path}:1: no column image: img2dataset's own table; run `index` on its folder first")
+        raise SystemExit(f"{path}:1: no column image: img2dataset's own table; give the folder of its tars")
     if missing:
         found = (name if name == ours else f"{name} (read as {ours})" for name, ours in zip(header, names))
         raise SystemExit(f"{path}:1: no column {', '.join(missing)}; found {', '.join(found)}")
@@ -2744,12 +2796,17 @@ def in_chunks(rows, texts, size=4096):
         yield chunk
 
 
-def failed_downloads(path):
-    """Rows that read_table left out of a table of img2dataset's: it had not got their images."""
-    if not path.endswith(".parquet"):
-        return 0
-    names, _, rows = parquet_rows(path, {"status"}, None, True)
-    return sum(fields[0] not in ("", "success") for _, fields in rows) if {"key", "error_message"} <= set(names) else 0
+def count_lost(path, bad, counts):
+    """Add to counts the rows of a table that were not read: bad ones, what img2dataset had not got or a tar lacks."""
+    lost = Counter(bad)
+    if path.endswith(".tar"):
+        lost += tar_facts(path)[1]
+    elif path.endswith(".parquet"):
+        names, _, rows = parquet_rows(path, {"status"}, None, True)
+        if {"key", "error_message"} <= set(names):
+            lost["not downloaded by img2dataset"] = sum(fields[0] not in ("", "success") for _, fields in rows)
+    counts.update({f"bad: {reason}": n for reason, n in lost.items()})
+    counts["rows"] += lost.total()
 
 
 def matched_rows(path, settings, counts):
@@ -2764,9 +2821,7 @@ def matched_rows(path, settings, counts):
         texts = [" ".join(filter(None, [row[column] for column in settings["columns"]])) for row in chunk]
         counts["rows"] += len(chunk)
         yield from zip(chunk, texts, matcher.match(texts))
-    for reason, n in {**(bad or {}), "not downloaded by img2dataset": failed_downloads(path)}.items():
-        counts[f"bad: {reason}"] += n
-        counts["rows"] += n
+    count_lost(path, bad, counts)
 
 
 def save_part(part, funnel_counts, **arrays):
@@ -3452,9 +3507,7 @@ def frequency_file(path, part, settings):
             counts["rows"] += len(chunk)
             _, labels = matcher.pairs([" ".join(filter(None, fields)) for _, fields in chunk])
             class_counts += np.bincount(labels, minlength=n_classes)
-        lost = {**(bad or {}), "not downloaded by img2dataset": failed_downloads(path)}
-        counts.update({f"bad: {reason}": n for reason, n in lost.items()})
-        counts["rows"] += sum(lost.values())
+        count_lost(path, bad, counts)
     drawn = [[label, -h, key, text] for label in sorted(samples) for h, key, text in samples[label]]
     save_part(part, counts, counts=class_counts, sample=np.frombuffer(json.dumps(drawn).encode(), np.uint8))
 

@@ -466,7 +466,7 @@ def test_img2dataset_tables_count_what_was_downloaded(folder, capsys):
         assert {row["status"] for row in all_of if "status" in row} <= {"success"}
         funnel = report(folder / "00000.parquet.tsv")["funnel"]
         assert funnel["rows"] == n and funnel["bad: not downloaded by img2dataset"] == -(n + 1) // 2
-    with pytest.raises(SystemExit, match="run `index` on its folder first"):
+    with pytest.raises(SystemExit, match="give the folder of its tars"):
         run("dedup", folder / "00000.parquet", "--by", "caption", "--out", folder / "d.tsv")
 
 

@@ -286,6 +286,8 @@ def parse_args(argv=None):
     dedup.add_argument("--chain", action=argparse.BooleanOptionalAction, default=False, help="with --against: drop the "
                        "copies of a test image's copies too (DINOv2); compares all rows with each other")  # fmt: skip
     dedup.add_argument("--max-pixels", type=int, default=100_000_000, help="an image with more is kept, not decoded")
+    dedup.add_argument("--backend", choices=("blocks", "faiss"), default="blocks", help="for embeddings: blocks of a "
+                       "matrix product, or exact search by faiss (pip install faiss-cpu); the result is the same")
     dedup.add_argument("--device", default="cpu", help="cpu, or cuda: where embeddings are compared")
     dedup.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; the result is the same")
 
@@ -398,6 +400,8 @@ def parse_args(argv=None):
             dedup.error(f"--cosine: got {args.cosine}, expected 0 to 1")
         if ("embedding" in args.by) != bool(args.embeddings):
             dedup.error("--by embedding and --embeddings go together")
+        if args.backend == "faiss" and not args.embeddings:
+            dedup.error("--backend faiss: only embeddings are searched by faiss")
         if args.against and not args.chain and len(args.by) > 1:
             dedup.error("--against: give one --by at a time, or --chain")
     if args.command == "prune":
@@ -4057,24 +4061,42 @@ def unit_blocks(arrays, device, keep=None):
             first += min(BLOCK, len(part) - start)
 
 
-def cosine_pairs(rows, tests, threshold, is_chain, device):
+def cosine_pairs(rows, tests, threshold, is_chain, device, backend="blocks"):
     """All pairs of rows above a cosine, among rows or, not is_chain, only between rows and tests (numbered behind).
 
-    rows, tests: lists of [n, D] arrays. Source: DINOv2 (2304.07193) A.3, with all edges instead of 64 nearest ones.
+    rows, tests: lists of [n, D] arrays; backend: faiss finds the pairs of blocks that have any, which alone are then
+    multiplied as blocks does, so its rounding has no say in the result.
+    Source: DINOv2 (2304.07193) A.3, with all edges instead of 64 nearest ones.
     Yields: (i, j, cosine) arrays, i < j.
     """
     n = sum(map(len, rows))
     held = list(unit_blocks(rows + tests if is_chain else tests, device))
+    index = faiss_index(held) if backend == "faiss" and held else None
     for first, block in held if is_chain else unit_blocks(rows, device):
-        for other_first, other in held:
+        if index:  # float32 products of one pair differ by less than 1e-5
+            _, _, found = index.range_search(block.cpu().numpy(), threshold - 1e-5)
+            near = set(np.searchsorted([start for start, _ in held], np.unique(found), "right") - 1)
+        for place, (other_first, other) in enumerate(held):
             other_first += 0 if is_chain else n
-            if other_first < first:
+            if other_first < first or index and place not in near:
                 continue
             cosines = block @ other.T
             if cosines.amax() > threshold:
                 i, j = (cosines > threshold).nonzero(as_tuple=True)
                 values, i, j = cosines[i, j].cpu().numpy(), i.cpu().numpy() + first, j.cpu().numpy() + other_first
                 yield i[i < j], j[i < j], values[i < j]
+
+
+def faiss_index(blocks):
+    """faiss's exact inner products with all rows of unit_blocks."""
+    try:
+        import faiss
+    except ImportError:
+        raise SystemExit("--backend faiss needs faiss (pip install faiss-cpu)") from None
+    index = faiss.IndexFlatIP(blocks[0][1].shape[1])
+    for _, block in blocks:
+        index.add(block.cpu().numpy())
+    return index
 
 
 def roots_of(parent, rows):
@@ -4143,7 +4165,7 @@ def keep_best(paths, roots, area, protect, out):
 
 
 def dedup_tables(tables, out, by, distance, cosine, embeddings, protect, against, against_embeddings, chain,
-                 max_pixels, device, workers):  # fmt: skip
+                 max_pixels, backend, device, workers):  # fmt: skip
     """Write the rows of tables that are no copies of others, or of rows of `against`. Arguments: as the flags."""
     paths, tests, protected = find_tables(tables), find_tables(against) if against else [], []
     if protect:
@@ -4161,7 +4183,7 @@ def dedup_tables(tables, out, by, distance, cosine, embeddings, protect, against
     if "embedding" in by:
         rows = row_features("embeddings", embeddings, tables)
         test_rows = row_features("against-embeddings", against_embeddings, against, rows)
-        sources["embedding"] = cosine_pairs(rows, test_rows, cosine, is_chain, device)
+        sources["embedding"] = cosine_pairs(rows, test_rows, cosine, is_chain, device, backend)
     roots, edges = connect(n_all, sources)
     best, names = keep_best(paths + tests, roots, found[:, -1], protected, out)
     sizes = np.bincount(roots, minlength=n_all)
@@ -4749,8 +4771,8 @@ def main(args):
                               args.workers, args.seed))  # fmt: skip
     elif args.command == "dedup":
         dedup_tables(args.tables, args.out, args.by, args.distance, args.cosine, args.embeddings, args.protect,
-                     args.against, args.against_embeddings, args.chain, args.max_pixels, args.device,
-                     args.workers)  # fmt: skip
+                     args.against, args.against_embeddings, args.chain, args.max_pixels, args.backend,
+                     args.device, args.workers)  # fmt: skip
     elif args.command == "prune":
         prune_table(args.tables, args.out, args.embeddings, args.small, args.tests, args.keep, args.verify,
                     args.device, args.seed)  # fmt: skip

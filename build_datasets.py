@@ -267,8 +267,9 @@ def parse_args(argv=None):
     dedup = commands.add_parser(
         "dedup", help="drop copies inside a data set, or of the images of test sets", **style,
         description="In: tables, and their embeddings for --by embedding. Out: the table without copies: of each "
-        "connected component of copies one row stays, by: table of --protect, labelled, larger image (if --by decodes "
-        "it: pixels, dhash, phash), longer caption, smaller name. OUT.pairs.tsv lists the pairs that joined "
+        "connected component of copies one row stays, by: table of --protect, labelled, larger image (decoded for --by "
+        "pixels, dhash, phash; else by the columns width, height or original_width, original_height, if there), longer "
+        "caption, smaller name. OUT.pairs.tsv lists the pairs that joined "
         "components. With --against: without the rows that are copies of a row there, nothing else.",
         epilog="example: python build_datasets.py dedup data/shapes/web/train.tsv --by pixels phash --out web.tsv")
     add_common(dedup)
@@ -4141,11 +4142,23 @@ def connect(n_all, sources):
     return roots_of(parent, np.arange(n_all)), edges
 
 
+def area_of(row):
+    """Pixels of an image by img2dataset's columns: as stored, or else (not resized) of the original; 0: unknown."""
+    for width, height in (("width", "height"), ("original_width", "original_height")):
+        try:
+            area = float(row.get(width, "")) * float(row.get(height, ""))
+        except ValueError:  # no such column, or empty
+            continue
+        if area > 0:  # not NaN
+            return area
+    return 0
+
+
 def keep_best(paths, roots, area, protect, out):
     """Which row of each component of several stays, and the names of all their rows, relative to the table out.
 
-    Rule: a row of a table in protect, a labelled one, the larger image (area: of decoded ones, else 0), the longer
-    caption, the smaller name with its folder. Returns: ({root: row that stays}, {row: name}).
+    Rule: a row of a table in protect, a labelled one, the larger image, the longer caption, the smaller name with its
+    folder. area: [N] px, of decoded images; None: as area_of. Returns: ({root: row that stays}, {row: name}).
     """
     size, protected = np.bincount(roots, minlength=len(roots)), set(map(os.path.realpath, protect))
     best, names, n = {}, {}, 0
@@ -4158,7 +4171,8 @@ def keep_best(paths, roots, area, protect, out):
             if size[roots[row]] > 1:
                 fields = dict(zip(columns, fields))
                 names[row] = relocate(fields["image"], folder, target)
-                rule = (is_late, not fields.get("label"), -int(area[row]), -len(fields.get("caption", "")),
+                pixels = area_of(fields) if area is None else int(area[row])
+                rule = (is_late, not fields.get("label"), -pixels, -len(fields.get("caption", "")),
                         os.path.join(folder, fields["image"]), row)  # fmt: skip
                 best[roots[row]] = min(best.get(roots[row], rule), rule)
     return {root: rule[-1] for root, rule in best.items()}, names
@@ -4185,7 +4199,9 @@ def dedup_tables(tables, out, by, distance, cosine, embeddings, protect, against
         test_rows = row_features("against-embeddings", against_embeddings, against, rows)
         sources["embedding"] = cosine_pairs(rows, test_rows, cosine, is_chain, device, backend)
     roots, edges = connect(n_all, sources)
-    best, names = keep_best(paths + tests, roots, found[:, -1], protected, out)
+    columns, stream = open_tables(paths, out=out)
+    is_decoded, is_told = {"pixels", "dhash", "phash"} & set(by), {"width", "original_width"} & set(columns)
+    best, names = keep_best(paths + tests, roots, found[:, -1] if is_decoded else None, protected, out)
     sizes = np.bincount(roots, minlength=n_all)
     if against:
         tainted = np.zeros(n_all, bool)
@@ -4193,14 +4209,14 @@ def dedup_tables(tables, out, by, distance, cosine, embeddings, protect, against
         keep = ~tainted[roots[:n]]
     else:
         keep = np.array([sizes[root] == 1 or best[root] == row for row, root in enumerate(roots.tolist())], bool)
-    columns, stream = open_tables(paths, out=out)
     n_kept = write_tsv(out, columns, itertools.compress(stream, keep))
     stem = out.removesuffix(".tsv")
     pairs = (dict(image=names[i], other=names[j], by=method, distance=round(d, 6),
                   kept="" if against else names[best[roots[i]]]) for i, j, method, d in edges)  # fmt: skip
     write_tsv(f"{stem}.pairs.tsv", ("image", "other", "by", "distance", "kept"), pairs)
     report_dedup(out, paths, tests, n, n_kept, found, hashed, sizes, best, names, bool(against),
-                 dict(by=by, distance=distance, cosine=cosine, chain=chain, embeddings=embeddings, protect=protect,
+                 dict(image_sizes="decoded" if is_decoded else "columns" if is_told else "unknown",
+                      by=by, distance=distance, cosine=cosine, chain=chain, embeddings=embeddings, protect=protect,
                       against=against, against_embeddings=against_embeddings, max_pixels=max_pixels))  # fmt: skip
 
 
@@ -4209,6 +4225,7 @@ def report_dedup(out, paths, tests, n, n_kept, found, hashed, sizes, best, names
     what = "copies of a row of --against" if is_relative else "copies of a row that stays"
     counts = {"rows": n, what: n_kept - n, "rows left": n_kept}
     print_funnel(counts)
+    print(f"{'':12}  note: image sizes, by which the larger stays: {flags['image_sizes']}")
     unknown = {method: int((found[:n, k] == 0).sum()) for k, method in enumerate(hashed)}
     for method, n_unknown in unknown.items():
         if n_unknown:

@@ -180,6 +180,28 @@ def test_end_to_end(photos, flags, kept):
     assert len(list(out.parent.iterdir())) == 3
 
 
+@pytest.mark.parametrize(
+    "columns, kept",
+    [
+        (dict(width=["10", "30.0", "", ""], height=["10", "30.0", "", ""]), "b"),
+        (dict(width=["", "", "", ""], height=["", "", "", ""], original_width=["9", "8", "", "20"], original_height=["9"] * 4), "d"),
+        (dict(width=["wide", "", "", "nan"], height=["9"] * 4), "c"),
+        ({}, "c"),
+    ],
+)
+def test_the_larger_image_stays_by_columns_if_none_is_decoded(tmp_path, capsys, columns, kept):
+    """img2dataset's width and height are empty where it did not resize; without sizes the longest caption stays."""
+    texts = dict(image=["a", "b", "c", "d"], caption=["x", "x", "xx", "x"], **columns)
+    bd.write_tsv(tmp_path / "t.tsv", list(texts), [dict(zip(texts, row)) for row in zip(*texts.values())])
+    np.save(tmp_path / "e.npy", np.ones((4, 2)))
+    flags = ["--by", "embedding", "--embeddings", str(tmp_path / "e.npy"), "--out", str(tmp_path / "o.tsv")]
+    bd.main(bd.parse_args(["dedup", str(tmp_path / "t.tsv"), *flags]))
+    assert [row["image"] for row in bd.open_tables([str(tmp_path / "o.tsv")])[1]] == [kept]
+    said = "columns" if columns else "unknown"
+    assert f"the larger stays: {said}" in capsys.readouterr().out
+    assert json.loads((tmp_path / "o.tsv.json").read_text())["flags"]["image_sizes"] == said
+
+
 def test_protected_and_against(photos):
     bd.write_tsv(photos / "test.tsv", ("image",), [dict(image="b.jpg")])
     out = photos / "kept.tsv"

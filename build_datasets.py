@@ -3328,51 +3328,53 @@ def key_of(row):
 
 
 def entry_file(path, part, settings):
-    """First pass over one table: counts per entry, and which entries each row with any matched (CSR)."""
+    """First pass over one table: counts per entry, and in PART.rows which entries each row has; no row is held."""
     settings, counts = dict(settings), Counter()
     n_entries, seed = settings.pop("n_entries"), str(settings.pop("seed"))
     settings["out"] = path  # an image is hashed by the name it has here, wherever OUT lies
-    ids, lengths, keys, numbers = array("i"), array("i"), array("Q"), array("q")
-    for number, (row, _, entries) in enumerate(matched_rows(path, settings, counts)):
-        if entries:
-            ids.extend(entries)
-            lengths.append(len(entries))
-            keys.append(hash64(seed, key_of(row)))
-            numbers.append(number)
-    counts["no entry"] = counts["rows"] - len(numbers) - sum(n for k, n in counts.items() if k.startswith("bad: "))
-    ids = np.frombuffer(ids, np.int32)
-    save_part(part, counts, counts=np.bincount(ids, minlength=n_entries), ids=ids, lengths=np.array(lengths, np.int32),
-              keys=np.array(keys, np.uint64), numbers=np.array(numbers, np.int64))  # fmt: skip
+    entry_counts = np.zeros(n_entries, np.int64)
+    with open(f"{part}.rows", "wb") as f:
+        for chunk in in_chunks(matched_rows(path, settings, counts), lambda found: found[0].values()):
+            lengths = np.array([len(entries) for _, _, entries in chunk], np.int32)
+            ids = np.fromiter(itertools.chain.from_iterable(entries for _, _, entries in chunk), np.int32)
+            keys = np.array([hash64(seed, key_of(row)) for row, _, entries in chunk if entries], np.uint64)
+            for block in (lengths, ids, keys):
+                np.save(f, block)
+            entry_counts += np.bincount(ids, minlength=n_entries)
+            counts["no entry"] += len(lengths) - len(keys)
+    save_part(part, counts, counts=entry_counts)
 
 
 def draw(ids, lengths, keys, entry_keys, probability):
     """Rows kept: some entry of the row draws a number below its probability. Source: MetaCLIP, arXiv 2309.16671.
 
-    ids, lengths: entries of all rows one after another, [n] int32, and how many each row has, [R]; keys: [R] uint64
-    hashes of the rows; entry_keys, probability: [E]. Returns: [R] bool. A function of hashes alone, so neither order
-    nor shards matter, and a larger cap keeps a superset.
+    ids, lengths: entries of all rows one after another, [n] int32, and how many each row has, [R], some; keys: [R]
+    uint64 hashes of the rows; entry_keys, probability: [E]. Returns: [R] bool. A function of hashes alone, so neither
+    order nor shards matter, and a larger cap keeps a superset.
     """
-    is_kept, ends = np.zeros(len(lengths), bool), np.cumsum(lengths)
-    for first in range(0, len(lengths), 2**18):  # the draws of a block at a time: ten times the ids' memory
-        rows = slice(first, first + 2**18)
-        starts = ends[rows] - lengths[rows]
-        part = ids[starts[0] : ends[rows][-1]]
-        u = splitmix64(np.repeat(keys[rows], lengths[rows]) ^ entry_keys[part]) / 2.0**64
-        is_kept[rows] = np.logical_or.reduceat(u < probability[part], starts - starts[0])
-    return is_kept
+    u = splitmix64(np.repeat(keys, lengths) ^ entry_keys[ids]) / 2.0**64
+    return np.logical_or.reduceat(u < probability[ids], np.cumsum(lengths) - lengths)
 
 
 def keep_file(path, part, settings):
     """Second pass over one table: PART.tsv with the rows that are kept, PART with kept rows per entry."""
     first = part_of(path, settings["out"], settings["first"])
-    with np.load(first) as first, np.load(settings["draws"]) as draws:
-        arrays = {name: first[name] for name in ("ids", "lengths", "keys", "numbers")}
-        is_kept = draw(arrays["ids"], arrays["lengths"], arrays["keys"], draws["keys"], draws["probability"])
-        kept = np.bincount(arrays["ids"][np.repeat(is_kept, arrays["lengths"])], minlength=len(draws["keys"]))
-    mask = np.zeros(1 + max(arrays["numbers"], default=-1), bool)  # what follows the last kept row is not read
-    mask[arrays["numbers"][is_kept]] = True
+    with np.load(settings["draws"]) as draws:
+        entry_keys, probability = draws["keys"], draws["probability"]
+    kept = np.zeros(len(entry_keys), np.int64)
+
+    def is_kept():
+        with open(f"{first}.rows", "rb") as f:
+            while f.peek(1):
+                lengths, ids, keys = (np.load(f) for _ in range(3))
+                mask = lengths > 0
+                if len(keys):
+                    mask[mask] = draw(ids, lengths[mask], keys, entry_keys, probability)
+                kept[:] += np.bincount(ids[np.repeat(mask, lengths)], minlength=len(kept))
+                yield from mask.tolist()
+
     columns, rows = open_tables([path], bad=Counter() if settings["skip_bad"] else None, out=settings["out"])
-    write_tsv(f"{part}.tsv", columns, compress(rows, mask.tobytes()))
+    write_tsv(f"{part}.tsv", columns, compress(rows, is_kept()))
     save_part(part, {}, counts=kept)
 
 

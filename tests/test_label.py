@@ -3,8 +3,10 @@
 import gzip
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -545,3 +547,48 @@ def test_a_changed_side_input_makes_all_parts_anew(folder, command):
         path.write_bytes(data)
         run(*flags, "--merge")
     assert set(hashes(folder / "o.tsv")) == {str(folder / name) for name in ("in.tsv", *SIDE_INPUTS[command])}
+
+
+@pytest.mark.parametrize("is_column", [True, False])
+def test_laionet_in_shards_gives_the_bytes_of_one_process(folder, is_column):
+    rng, n = np.random.default_rng(0), 40
+    for i in range(5):
+        captions = [f"{('crane', 'simba', 'lion and crane', 'none')[k % 4]} {i} {k}" for k in range(n)]
+        columns = dict(similarity=rng.random(n).round(3)) if is_column else {}
+        write_captions(folder / f"in{i}.tsv", captions, **columns)
+        np.save(folder / f"in{i}.tsv.npy", rng.standard_normal((n, 16)).astype(np.float32))
+    np.save(folder / "classes.npy", rng.standard_normal((3, 16)).astype(np.float32))
+    flags = ["laionet", folder / "in*.tsv", "--classes", folder / "classes.tsv", "--workers", 1, "--threshold", 0.2]
+    flags += [] if is_column else ["--embeddings", folder]
+    run(*flags, "--out", folder / "one.tsv")
+    for i in (2, 0, 1):
+        run(*flags, "--out", folder / "many.tsv", "--shard", f"{i}/3")
+    run(*flags, "--out", folder / "many.tsv", "--merge")
+    for kind in ".tsv", ".all.tsv":
+        assert (folder / f"one{kind}").read_bytes() == (folder / f"many{kind}").read_bytes()
+    assert 10 < len(read(folder / "one.tsv")) < len(read(folder / "one.all.tsv")) == 100
+
+
+@pytest.mark.parametrize("command", ["frequency", "label"])
+def test_a_killed_run_loses_only_what_it_was_at(folder, command):
+    """kill -9 of all processes when the first of six files is done: the second call does the others and no more."""
+    n_rows = 100_000 if command == "frequency" else 20_000  # a part of a second a file
+    for i in range(6):
+        captions = [f"{CAPTIONS[k % 7]} {i} {k}" for k in range(n_rows if i > 1 else n_rows // 10)]
+        write_captions(folder / f"in{i}.tsv", captions)
+    flags = [command, folder / "in*.tsv", "--classes", folder / "classes.tsv", "--match", "word"]
+    out, parts = folder / "killed.tsv", folder / "killed.tsv.parts"
+    process = subprocess.Popen([sys.executable, SCRIPT, *map(str, flags), "--workers", "2", "--out", str(out)],
+                               stdout=-3, stderr=-3, start_new_session=True)  # fmt: skip
+    while not list(parts.glob("*.npz")):
+        assert process.poll() is None
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = {path: path.stat().st_mtime_ns for path in parts.glob("*.npz")}
+    assert 1 <= len(done) < 6 and not out.exists()
+    run(*flags, "--out", out, "--workers", 1, "--shard", "0/1")  # leaves the parts to be looked at
+    assert {path: path.stat().st_mtime_ns for path in done} == done and len(list(parts.glob("*.npz"))) == 6
+    run(*flags, "--out", out, "--merge")
+    run(*flags, "--out", folder / "whole.tsv", "--workers", 1)
+    assert out.read_bytes() == (folder / "whole.tsv").read_bytes() and not parts.exists()

@@ -127,11 +127,14 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Build data sets for the training scripts.", **style)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    shapes = commands.add_parser(
-        "shapes", help="render the built-in world of shapes", **style,
-        description="In: nothing. Out: a folder with classes.tsv, bpe.txt, test sets as SET.tsv and SET.npy, and "
-        "training sets as SET/train.tsv and train.npy, a long-tailed world of 120 classes at 32 px.",
-        epilog="example: python build_datasets.py shapes --size 0.02 --out data/small")
+    def add(name, text, example, about=""):
+        epilog = f"example: python build_datasets.py {name} {example}"
+        return commands.add_parser(name, help=text, description=about or f"{text}.", epilog=epilog, **style)
+
+    shapes = add("shapes", "render the built-in world of shapes",
+                 "--size 0.02 --out data/small",
+                 "In: nothing. Out: a folder with classes.tsv, bpe.txt, test sets as SET.tsv and SET.npy, and "
+                 "training sets as SET/train.tsv and train.npy, a long-tailed world of 120 classes at 32 px.")
     shapes.add_argument("--out", default="data/shapes", help="folder to write; must not exist, or hold this very world")
     shapes.add_argument("--seed", type=int, default=0, help="redraws class frequencies, images and captions")
     shapes.add_argument("--size", type=float, default=1.0, help="factor on the rows of every set; 0.02 for a test")
@@ -139,22 +142,17 @@ def parse_args(argv=None):
                         help="'striped star', or one invented word per class (then synonyms and definitions matter)")
     shapes.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; the bytes do not depend on it")
 
-    index = commands.add_parser(
-        "index", help="table of the images in tars, class folders or a flat folder", **style,
-        description="In: tars as img2dataset and webdataset write them, folders of them, class folders, or a flat "
-        "folder of pictures with .txt and .json of the same names. Out: a table of image, label, caption and the keys "
-        "of the .json; images stay where they are.",
-        epilog="example: python build_datasets.py index shards/ --holdout 0.1 --out data/web/train.tsv")
+    index = add("index", "table of the images in tars, class folders or a flat folder",
+                "shards/ --holdout 0.1 --out data/web/train.tsv",
+                "In: tars as img2dataset and webdataset write them, folders of them, class folders, or a flat folder "
+                "of pictures with .txt and .json of the same names. Out: a table of image, label, caption and the "
+                "keys of the .json; images stay where they are.")
     index.add_argument("sources", nargs="+", metavar="SOURCE", help="tars, or folders (of tars, of classes, or flat)")
     index.add_argument("--out", required=True, help="table to write, ending in .tsv; val.tsv and OUT.json go beside it")
     index.add_argument("--holdout", type=float, default=0.0, help="fraction of rows that go to val.tsv; 0: none")
     index.add_argument("--classes", help="classes.tsv that gives folders their labels; default: beside --out, if any")
     index.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; the rows do not depend on it")
     index.add_argument("--seed", type=int, default=0, help="redraws which rows --holdout takes")
-
-    def add(name, text, example):
-        epilog = f"example: python build_datasets.py {name} {example}"
-        return commands.add_parser(name, help=text, description=f"{text}.", epilog=epilog, **style)
 
     classes = add("classes", "classes.tsv from a list of wnids or names",
                   "wnids.txt --wordnet /usr/share/wordnet --out classes.tsv")
@@ -251,11 +249,10 @@ def parse_args(argv=None):
                          "tars of img2dataset, patterns, or folders of tables or of tars")  # fmt: skip
         sub.add_argument("--out", required=True, help=out)
 
-    check = commands.add_parser(
-        "check", help="decode every image, list bad rows, show what is in a table", **style,
-        description="In: tables. Out: bad rows with file, line and reason; on the screen three rows, classes and their "
-        "frequencies, repeated captions. Exit code 1 when more than --max-bad of the rows are bad.",
-        epilog="example: python build_datasets.py check data/shapes/laionet/train.tsv --sample 1000 --out bad.tsv")
+    check = add("check", "decode every image, list bad rows, show what is in a table",
+                "data/shapes/laionet/train.tsv --sample 1000 --out bad.tsv",
+                "In: tables. Out: bad rows with file, line and reason; on the screen three rows, classes and their "
+                "frequencies, repeated captions. Exit code 1 when more than --max-bad of the rows are bad.")
     add_common(check, "table of bad rows to write: file, line, image, reason")
     check.add_argument("--sample", type=int, default=0, help="decode so many images, picked by hash; 0: all")
     check.add_argument("--max-bad", type=float, default=0.0, help="fraction of bad rows that is still exit code 0")
@@ -264,14 +261,13 @@ def parse_args(argv=None):
     check.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; the result is the same")
     check.add_argument("--seed", type=int, default=0, help="redraws which images --sample takes")
 
-    dedup = commands.add_parser(
-        "dedup", help="drop copies inside a data set, or of the images of test sets", **style,
-        description="In: tables, and their embeddings for --by embedding. Out: the table without copies: of each "
-        "connected component of copies one row stays, by: table of --protect, labelled, larger image (decoded for --by "
-        "pixels, dhash, phash; else by the columns width, height or original_width, original_height, if there), longer "
-        "caption, smaller name. OUT.pairs.tsv lists the pairs that joined "
-        "components. With --against: without the rows that are copies of a row there, nothing else.",
-        epilog="example: python build_datasets.py dedup data/shapes/web/train.tsv --by pixels phash --out web.tsv")
+    dedup = add("dedup", "drop copies inside a data set, or of the images of test sets",
+                "data/shapes/web/train.tsv --by pixels phash --out web.tsv",
+                "In: tables, and their embeddings for --by embedding. Out: the table without copies: of each "
+                "connected component of copies one row stays, by: table of --protect, labelled, larger image (decoded "
+                "for --by pixels, dhash, phash; else by the columns width, height or original_width, original_height, "
+                "if there), longer caption, smaller name. OUT.pairs.tsv lists the pairs that joined components. With "
+                "--against: without the rows that are copies of a row there, nothing else.")
     add_common(dedup)
     dedup.add_argument("--by", nargs="+", required=True, metavar="WHAT",
                        help="what makes copies, one or more of: bytes (of the file), pixels, dhash, phash, caption "
@@ -292,14 +288,14 @@ def parse_args(argv=None):
     dedup.add_argument("--device", default="cpu", help="cpu, or cuda: where embeddings are compared")
     dedup.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; the result is the same")
 
-    prune = commands.add_parser(
-        "prune", help="drop rows that are closer to a test set than a small training set is", **style,
-        description="In: a table with embeddings, embeddings of a small training set (ImageNet) and of test sets. Out: "
-        "one table per test set, without rows whose cosine to some test image is above that image's best in the small "
-        "set; `combined` without all of them; of --keep rows: near, far, rand. A table `leaks` lists what was dropped.",
-        epilog="example: python build_datasets.py prune data/shapes/web/train.tsv --embeddings "
-        "data/shapes/web/train.npy --small data/shapes/imagenet/train.npy --tests val=data/shapes/val.npy "
-        "sketch=data/shapes/sketch.npy --out 'web-{set}.tsv'")
+    prune = add("prune", "drop rows that are closer to a test set than a small training set is",
+                "data/shapes/web/train.tsv --embeddings data/shapes/web/train.npy --small "
+                "data/shapes/imagenet/train.npy --tests val=data/shapes/val.npy sketch=data/shapes/sketch.npy --out "
+                "'web-{set}.tsv'",
+                "In: a table with embeddings, embeddings of a small training set (ImageNet) and of test sets. Out: "
+                "one table per test set, without rows whose cosine to some test image is above that image's best in "
+                "the small set; `combined` without all of them; of --keep rows: near, far, rand. A table `leaks` "
+                "lists what was dropped.")
     add_common(prune, "tables to write; {set} in the name becomes the test set, combined, near, far, rand, leaks")
     prune.add_argument("--embeddings", nargs="+", required=True, metavar="FILE", help="of the rows, tables "
                        "sorted by name: .npy [N, D], or .npz with `features`, as clip.py --eval-only writes; "
@@ -313,12 +309,12 @@ def parse_args(argv=None):
     prune.add_argument("--device", default="cpu", help="cpu, or cuda: where embeddings are compared")
     prune.add_argument("--seed", type=int, default=0, help="redraws rand, and the order of equal similarities")
 
-    subset = commands.add_parser(
-        "subset", help="cut a data set: fraction, shots, classes, frequencies", **style,
-        description="In: tables. Out: one table with a part of the rows. Rows are chosen by the hash of seed and key: "
-        "whatever their order, and the smaller cut lies inside the larger. Steps in this order: --threshold, "
-        "--class-list, rows per class (--match-frequency, --shots, --profile), rows in all (--fraction or --rows).",
-        epilog="example: python build_datasets.py subset data/shapes/laionet/train.tsv --fraction 0.25 --out small.tsv")
+    subset = add("subset", "cut a data set: fraction, shots, classes, frequencies",
+                 "data/shapes/laionet/train.tsv --fraction 0.25 --out small.tsv",
+                 "In: tables. Out: one table with a part of the rows. Rows are chosen by the hash of seed and key: "
+                 "whatever their order, and the smaller cut lies inside the larger. Steps in this order: --threshold, "
+                 "--class-list, rows per class (--match-frequency, --shots, --profile), rows in all (--fraction or "
+                 "--rows).")
     add_common(subset)
     subset.add_argument("--threshold", metavar="COLUMN=VALUE", help="keep rows of at least that, as similarity=0.7")
     subset.add_argument("--class-list", metavar="FILE", help="keep classes in it: number, name or wnid, one a line; "
@@ -341,12 +337,10 @@ def parse_args(argv=None):
     subset.add_argument("--dry-run", action="store_true", help="print the resulting histogram and write nothing")
     subset.add_argument("--seed", type=int, default=0, help="redraws the rows")
 
-    mix = commands.add_parser(
-        "mix", help="join data sets in proportions, or whole", **style,
-        description="In: tables, each a source. Out: one table with a column source. A row whose key is in an earlier "
-        "source is a copy and goes.",
-        epilog="example: python build_datasets.py mix data/shapes/laionet/train.tsv data/shapes/incaps/train.tsv "
-        "--rows 4000 --out mix.tsv")
+    mix = add("mix", "join data sets in proportions, or whole",
+              "data/shapes/laionet/train.tsv data/shapes/incaps/train.tsv --rows 4000 --out mix.tsv",
+              "In: tables, each a source. Out: one table with a column source. A row whose key is in an earlier "
+              "source is a copy and goes.")
     add_common(mix)
     mix.add_argument("--rows", type=int, default=0, help="rows in all; 0: the union, all rows of all sources")
     mix.add_argument("--weights", nargs="+", type=float, default=[], help="share of each source; default: equal")
@@ -355,13 +349,11 @@ def parse_args(argv=None):
     mix.add_argument("--key", default="image", help="column that names a row, e.g. url")
     mix.add_argument("--seed", type=int, default=0, help="redraws the rows")
 
-    stats = commands.add_parser(
-        "stats", help="class frequencies, imbalance and captions of data sets, side by side", **style,
-        description="In: tables with labels, or with columns name and count. Out: a table on the screen and in --out: "
-        "rows, classes, Gini, head share, tail counts, caption lengths; Spearman correlation of the class counts of "
-        "each two.",
-        epilog="example: python build_datasets.py stats data/shapes/incaps/train.tsv data/shapes/laionet/train.tsv "
-        "--out stats.tsv --plot stats.png")
+    stats = add("stats", "class frequencies, imbalance and captions of data sets, side by side",
+                "data/shapes/incaps/train.tsv data/shapes/laionet/train.tsv --out stats.tsv --plot stats.png",
+                "In: tables with labels, or with columns name and count. Out: a table on the screen and in --out: "
+                "rows, classes, Gini, head share, tail counts, caption lengths; Spearman correlation of the class "
+                "counts of each two.")
     add_common(stats)
     stats.add_argument("--classes", help="classes.tsv; default: beside the first table, or one folder up, if any")
     stats.add_argument("--plot", help="picture to write: the sorted class counts (needs matplotlib)")
@@ -468,12 +460,6 @@ def write_tsv(path, columns, rows):
         if os.path.exists(partial):  # bad input or a full disk
             os.remove(partial)
     return n
-
-
-def write_json(path, content):
-    with open(f"{path}.partial", "w", encoding="utf-8", errors="replace") as f:
-        f.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    os.replace(f"{path}.partial", path)
 
 
 def die_with_parent():
@@ -1609,7 +1595,7 @@ def index_source(job):
     finally:
         if reader:
             reader.file.close()
-    result["folder"] = dict(path=job["path"], image_bytes=n_image_bytes, sha256_of_names_sizes_texts=names.hexdigest())
+    result["read"] = dict(image_bytes=n_image_bytes, sha256_of_names_sizes_texts=names.hexdigest())
     if reader:
         check_tar(reader.problem, result)
         counts["members that are no plain files"] = reader.n_other
@@ -1865,8 +1851,12 @@ def build_index(sources, out, holdout, classes, workers, seed):
     of_shards = [r["stats"] for r in results if r["stats"]]
     steps = ("count", "successes", "failed_to_download", "failed_to_resize") if of_shards else ()
     stats = {step: sum(shard.get(step, 0) for shard in of_shards) for step in steps}
-    write_index_report(out, folder, kind, jobs, results, counts, warnings, stats,
-           dict(sources=sources, out=out, holdout=holdout, classes=classes, seed=seed, columns=columns))  # fmt: skip
+    read = [dict(name=job["name"], **r["read"], **{k: r["counts"][k] for k in ("samples", "rows", "rows in val.tsv")})
+            for job, r in zip(jobs, results)]  # fmt: skip
+    write_report(out, [*(path for path, _ in found if kind == "tars"), classes],
+                 dict(sources=sources, holdout=holdout, classes=classes, seed=seed, columns=columns), {}, kind=kind,
+                 rows=n_train, rows_in_val=n_val, counts={k: n for k, n in sorted(counts.items()) if n},
+                 img2dataset=stats, sources=read, warnings=warnings)  # fmt: skip
     for warning in warnings[:20]:
         print(f"warning: {warning}", file=sys.stderr)
     if len(warnings) > 20:
@@ -1881,23 +1871,6 @@ def build_index(sources, out, holdout, classes, workers, seed):
     if holdout:
         print(f"{n_val:>12,}    in {os.path.join(os.path.dirname(out), 'val.tsv')}")
     print(f"{time.perf_counter() - start:12.1f}  s")
-
-
-def write_index_report(out, folder, kind, jobs, results, counts, warnings, stats, flags):
-    """Write OUT.json: equal for equal inputs and flags but for the date, its last key."""
-    inputs = []
-    for job, result in zip(jobs, results, strict=True):
-        c = result["counts"]
-        own = dict(name=job["name"], samples=c["samples"], rows=c["rows"] + c["rows in val.tsv"])
-        files = list(map(facts_of, with_beside([job["path"]]))) if job["kind"] == "tar" else [result["folder"]]
-        inputs += [own | files[0], *files[1:]]
-    inputs += map(facts_of, with_beside([flags["classes"]]))
-    content = dict(
-        script=file_hash(os.path.abspath(__file__)), **flags, kind=kind, rows=counts["rows"],
-        rows_in_val=counts["rows in val.tsv"],
-        counts={k: n for k, n in sorted(counts.items()) if n}, img2dataset=stats, inputs=inputs,
-        warnings=warnings, date=time.strftime("%Y-%m-%d %H:%M:%S"))  # fmt: skip
-    write_json(f"{out}.json", content)
 
 
 # ------------------------------------------------------------------------------ readers
@@ -2212,9 +2185,9 @@ def open_tables(paths, needed=(), bad=None, out=None):
     return columns, rows()
 
 
-def numbered_rows(path, needed=()):
+def numbered_rows(path, needed=(), bad=None):
     """(line, row as a dict) of one table."""
-    names, rows = read_table(path, needed)
+    names, rows = read_table(path, needed, bad)
     return ((line, dict(zip(names, fields))) for line, fields in rows)
 
 
@@ -2248,29 +2221,29 @@ def facts_of(path):
     if not path.endswith(".tar"):
         return facts | dict(sha256=file_hash(path))
     with open(path, "rb") as f:
-        ends = f.read(2**20)
-        f.seek(max(0, stat.st_size - 2**20))
-        ends += f.read()
+        ends = f.read(2**20) + os.pread(f.fileno(), 2**20, max(0, stat.st_size - 2**20))
     return facts | dict(mtime_ns=stat.st_mtime_ns, sha256_of_first_and_last_mib=hashlib.sha256(ends).hexdigest())
 
 
-def write_report(out, inputs, flags, counts, **more):
+def write_report(out, inputs, flags, steps, **more):
     """Write OUT.json, what a table was made from and how: equal for equal inputs and flags but for the date at its end.
 
     inputs: all files that were read, None for those not given; flags: dict of those that change the result, seed
-    included; counts: the funnel, an ordered dict from what came in over what was lost, and why, to what came out; more:
+    included; steps: the funnel, an ordered dict from what came in over what was lost, and why, to what came out; more:
     further facts, as histograms.
     """
     content = dict(
-        script=file_hash(os.path.abspath(__file__)), flags=flags, funnel=counts, **more,
+        script=file_hash(os.path.abspath(__file__)), flags=flags, funnel=steps, **more,
         inputs=list(map(facts_of, with_beside(inputs))),
         outputs=[dict(path=out, bytes=os.path.getsize(out), sha256=file_hash(out))],
         date=time.strftime("%Y-%m-%d %H:%M:%S"))  # fmt: skip
-    write_json(f"{out}.json", content)
+    with open(f"{out}.json.partial", "w", encoding="utf-8", errors="replace") as f:
+        f.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    os.replace(f"{out}.json.partial", f"{out}.json")
 
 
 def print_funnel(counts):
-    """The counts of write_report as lines; losses are negative numbers and stand to the right."""
+    """The steps of write_report as lines; losses are negative numbers and stand to the right."""
     for what, n in counts.items():
         print(f"{n:>12,}  {'  ' if n < 0 else ''}{what}")
 
@@ -2934,11 +2907,11 @@ def label_file(path, part, settings):
 
 def merge_tables(parts, out):
     """Write the tables of all parts as one, without source_label if that is empty. Returns: its number of rows."""
-    columns, rows = open_tables([f"{part}.tsv" for part in parts])  # images are named relative to OUT already
+    tables = [f"{part}.tsv" for part in parts]  # images are named relative to OUT already
+    columns, rows = open_tables(tables)
     if "source_label" in columns and not any(row["source_label"] for row in rows):
         columns.remove("source_label")
-    tables = (read_table(f"{part}.tsv") for part in parts)
-    return write_tsv(out, columns, (dict(zip(names, fields)) for names, table in tables for _, fields in table))
+    return write_tsv(out, columns, (row for table in tables for _, row in numbered_rows(table)))
 
 
 def build_labels(paths, out, classes, settings, run):
@@ -3193,10 +3166,7 @@ def text_features(path, texts, batch_size=256):
 def read_embeddings(folder, name, n_rows):
     """[n_rows, D] from FOLDER/NAME.npy, as it is there (memory map). Raises: SystemExit for anything else."""
     path = os.path.join(folder, f"{name}.npy")
-    try:
-        found = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise SystemExit(f"--embeddings: {path}: {error}") from None
+    (found,) = load_features([path])
     if found.ndim != 2 or len(found) != n_rows:
         raise SystemExit(f"--embeddings: {path}: got shape {found.shape}, expected {n_rows} rows")
     return found
@@ -3785,10 +3755,8 @@ class RowScan:
         """Yields: (file, line, {column: field}) of each row whose text is in order."""
         for path in self.paths:
             broken = []
-            columns, rows = read_table(path, ["image"], broken)
-            for line, fields in rows:
+            for line, row in numbered_rows(path, ["image"], broken):
                 self.n_rows += 1
-                row = dict(zip(columns, fields))
                 label = label_number(row.get("label", ""), self.ids, self.n_classes)
                 self.counts[label] += 1
                 self.hashes.append(text_hash(row.get("caption", "")))
@@ -4165,13 +4133,11 @@ def keep_best(paths, roots, area, protect, out):
     size, protected = np.bincount(roots, minlength=len(roots)), set(map(os.path.realpath, protect))
     best, names, n = {}, {}, 0
     for path in paths:
-        columns, rows = read_table(path, ["image"])
         folder, target = (os.path.realpath(os.path.dirname(p)) for p in (path, out))
         is_late = os.path.realpath(path) not in protected
-        for row, (_, fields) in enumerate(rows, n):
+        for row, (_, fields) in enumerate(numbered_rows(path, ["image"]), n):
             n = row + 1
             if size[roots[row]] > 1:
-                fields = dict(zip(columns, fields))
                 names[row] = relocate(fields["image"], folder, target)
                 pixels = area_of(fields) if area is None else int(area[row])
                 rule = (is_late, not fields.get("label"), -pixels, -len(fields.get("caption", "")),
@@ -4374,9 +4340,7 @@ def scan_rows(paths, key, seed, classes=([], {}), column=None):
     """
     hashes, labels, values = array("d"), array("i"), array("d")
     for path in paths:
-        columns, rows = read_table(path, [key] + [column] * (column is not None))
-        for line, fields in rows:
-            row = dict(zip(columns, fields))
+        for line, row in numbered_rows(path, [key] + [column] * (column is not None)):
             label = label_number(row.get("label", ""), classes[1], len(classes[0]))
             if label is None:
                 raise SystemExit(f"{path}:{line}: label {row['label']!r} is not one of {len(classes[0])} classes")

@@ -1853,7 +1853,7 @@ def build_index(sources, out, holdout, classes, workers, seed):
     stats = {step: sum(shard.get(step, 0) for shard in of_shards) for step in steps}
     read = [dict(name=job["name"], **r["read"], **{k: r["counts"][k] for k in ("samples", "rows", "rows in val.tsv")})
             for job, r in zip(jobs, results)]  # fmt: skip
-    write_report(out, [*(path for path, _ in found if kind == "tars"), classes],
+    write_report(out, [*(path for path, _ in found if kind == "tars"), classes if labels[1] else None],
                  dict(sources=sources, holdout=holdout, classes=classes, seed=seed, columns=columns), {}, kind=kind,
                  rows=n_train, rows_in_val=n_val, counts={k: n for k, n in sorted(counts.items()) if n},
                  img2dataset=stats, sources=read, warnings=warnings)  # fmt: skip

@@ -448,6 +448,9 @@ def test_the_report_tells_what_was_read(tmp_path):
     assert tar["mtime_ns"] == (shards / "00000.tar").stat().st_mtime_ns
     for entry, path in ((stats, shards / "00000_stats.json"), (classes, tmp_path / "classes.tsv")):
         assert entry == dict(path=str(path), bytes=path.stat().st_size, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    write(tmp_path / "classes" / "cat" / "1.jpg")
+    index(tmp_path / "classes", out=tmp_path / "sub" / "train.tsv")  # writes a classes.tsv, which is no input
+    assert report(tmp_path / "sub" / "train.tsv")["inputs"] == []
     found = []
     for name, payload in (("cat", b"x"), ("cat", b"xy"), ("dog", b"xy")):  # a folder: of names, sizes and texts
         write(tmp_path / "photos" / f"{name}.jpg", payload)

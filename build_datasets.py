@@ -47,16 +47,19 @@ JSON's own image, label and caption make no columns; a key in JSON and parquet i
 order of the sources, sorted, and inside them of the tar or of the file names, whatever the number of workers.
 
 classes, incaps, label, laionet, metadata, curate, frequency and status build tables from texts; each --help says what
-goes in and has an example. Inputs are TSV, CSV, JSONL (each perhaps .gz) and parquet, files, folders and globs; beside
-OUT.tsv comes OUT.tsv.json with inputs, hashes, flags and what was lost at each step. Input files are the unit of work:
-each leaves a part in OUT.tsv.parts, so a killed run goes on where it was, and shards of it merge to the same bytes.
+goes in and has an example. Inputs are TSV, CSV, JSONL (each perhaps .gz), parquet and tars: files, folders and globs.
+Beside OUT.tsv comes OUT.tsv.json with flags, what was lost at each step and size and hash of each file that was read,
+class lists, embeddings and WordNet's too; of a tar, which is not read whole, the hash of its first and last MiB. Input
+files are the unit of work: each leaves a part in OUT.tsv.parts, named by what it was made from, so a killed run goes on
+where it was unless an input has changed, and shards of it merge to the same bytes.
 
     python build_datasets.py label data/shapes/yfcc/train.tsv --classes data/shapes/classes.tsv --out yfcc_cls.tsv
     python build_datasets.py metadata data/shapes/web/train.tsv --min-pmi 3 --out entries.tsv
     python build_datasets.py curate data/shapes/web/train.tsv --metadata entries.tsv --cap 200 --out curated.tsv
 
 check, dedup, prune, subset, mix and stats work on tables of images, with the same reports; what is drawn hangs on a
-hash of the row, so a cut is the same for any order and repeated calls.
+hash of the row, so a cut is the same for any order and repeated calls. All commands read a folder of img2dataset's tars
+(with what lies beside them) as the table that index writes of it; for texts alone shards/*.parquet is read faster.
 
     python build_datasets.py check data/shapes/laionet/train.tsv --out bad.tsv
     python build_datasets.py dedup data/shapes/web/train.tsv --by pixels phash --out web.tsv
@@ -124,11 +127,14 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Build data sets for the training scripts.", **style)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    shapes = commands.add_parser(
-        "shapes", help="render the built-in world of shapes", **style,
-        description="In: nothing. Out: a folder with classes.tsv, bpe.txt, test sets as SET.tsv and SET.npy, and "
-        "training sets as SET/train.tsv and train.npy, a long-tailed world of 120 classes at 32 px.",
-        epilog="example: python build_datasets.py shapes --size 0.02 --out data/small")
+    def add(name, text, example, about=""):
+        epilog = f"example: python build_datasets.py {name} {example}"
+        return commands.add_parser(name, help=text, description=about or f"{text}.", epilog=epilog, **style)
+
+    shapes = add("shapes", "render the built-in world of shapes",
+                 "--size 0.02 --out data/small",
+                 "In: nothing. Out: a folder with classes.tsv, bpe.txt, test sets as SET.tsv and SET.npy, and "
+                 "training sets as SET/train.tsv and train.npy, a long-tailed world of 120 classes at 32 px.")
     shapes.add_argument("--out", default="data/shapes", help="folder to write; must not exist, or hold this very world")
     shapes.add_argument("--seed", type=int, default=0, help="redraws class frequencies, images and captions")
     shapes.add_argument("--size", type=float, default=1.0, help="factor on the rows of every set; 0.02 for a test")
@@ -136,22 +142,17 @@ def parse_args(argv=None):
                         help="'striped star', or one invented word per class (then synonyms and definitions matter)")
     shapes.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; the bytes do not depend on it")
 
-    index = commands.add_parser(
-        "index", help="table of the images in tars, class folders or a flat folder", **style,
-        description="In: tars as img2dataset and webdataset write them, folders of them, class folders, or a flat "
-        "folder of pictures with .txt and .json of the same names. Out: a table of image, label, caption and the keys "
-        "of the .json; images stay where they are.",
-        epilog="example: python build_datasets.py index shards/ --holdout 0.1 --out data/web/train.tsv")
+    index = add("index", "table of the images in tars, class folders or a flat folder",
+                "shards/ --holdout 0.1 --out data/web/train.tsv",
+                "In: tars as img2dataset and webdataset write them, folders of them, class folders, or a flat folder "
+                "of pictures with .txt and .json of the same names. Out: a table of image, label, caption and the "
+                "keys of the .json; images stay where they are.")
     index.add_argument("sources", nargs="+", metavar="SOURCE", help="tars, or folders (of tars, of classes, or flat)")
     index.add_argument("--out", required=True, help="table to write, ending in .tsv; val.tsv and OUT.json go beside it")
     index.add_argument("--holdout", type=float, default=0.0, help="fraction of rows that go to val.tsv; 0: none")
     index.add_argument("--classes", help="classes.tsv that gives folders their labels; default: beside --out, if any")
     index.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; the rows do not depend on it")
     index.add_argument("--seed", type=int, default=0, help="redraws which rows --holdout takes")
-
-    def add(name, text, example):
-        epilog = f"example: python build_datasets.py {name} {example}"
-        return commands.add_parser(name, help=text, description=f"{text}.", epilog=epilog, **style)
 
     classes = add("classes", "classes.tsv from a list of wnids or names",
                   "wnids.txt --wordnet /usr/share/wordnet --out classes.tsv")
@@ -226,7 +227,7 @@ def parse_args(argv=None):
                              help="classes.tsv: name, synonyms, definition, negative, match, query")
     for command in (label, laionet, curate, metadata, frequency):
         command.add_argument("inputs", nargs="+", metavar="TABLE",
-                             help="TSV, CSV, JSONL (or .gz), parquet; folders, globs")
+                             help="TSV, CSV, JSONL (or .gz), parquet, tars of img2dataset; folders, globs")
         command.add_argument("--columns", nargs="+", default=["caption"],
                              help="columns whose texts are joined and searched")
     for command in (label, laionet, curate, frequency):
@@ -245,14 +246,13 @@ def parse_args(argv=None):
         command.add_argument("--out", required=True, help="table to write, ending in .tsv; its report is OUT.json")
     def add_common(sub, out="table to write; its report is OUT.json, with what came in, what was lost and why"):
         sub.add_argument("tables", nargs="+", metavar="DATA", help="tables (.tsv .csv .jsonl, .gz of them, .parquet), "
-                         "patterns, or folders of tables")  # fmt: skip
+                         "tars of img2dataset, patterns, or folders of tables or of tars")  # fmt: skip
         sub.add_argument("--out", required=True, help=out)
 
-    check = commands.add_parser(
-        "check", help="decode every image, list bad rows, show what is in a table", **style,
-        description="In: tables. Out: bad rows with file, line and reason; on the screen three rows, classes and their "
-        "frequencies, repeated captions. Exit code 1 when more than --max-bad of the rows are bad.",
-        epilog="example: python build_datasets.py check data/shapes/laionet/train.tsv --sample 1000 --out bad.tsv")
+    check = add("check", "decode every image, list bad rows, show what is in a table",
+                "data/shapes/laionet/train.tsv --sample 1000 --out bad.tsv",
+                "In: tables. Out: bad rows with file, line and reason; on the screen three rows, classes and their "
+                "frequencies, repeated captions. Exit code 1 when more than --max-bad of the rows are bad.")
     add_common(check, "table of bad rows to write: file, line, image, reason")
     check.add_argument("--sample", type=int, default=0, help="decode so many images, picked by hash; 0: all")
     check.add_argument("--max-bad", type=float, default=0.0, help="fraction of bad rows that is still exit code 0")
@@ -261,13 +261,13 @@ def parse_args(argv=None):
     check.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; the result is the same")
     check.add_argument("--seed", type=int, default=0, help="redraws which images --sample takes")
 
-    dedup = commands.add_parser(
-        "dedup", help="drop copies inside a data set, or of the images of test sets", **style,
-        description="In: tables, and their embeddings for --by embedding. Out: the table without copies: of each "
-        "connected component of copies one row stays, by: table of --protect, labelled, larger image (if --by decodes "
-        "it: pixels, dhash, phash), longer caption, smaller name. OUT.pairs.tsv lists the pairs that joined "
-        "components. With --against: without the rows that are copies of a row there, nothing else.",
-        epilog="example: python build_datasets.py dedup data/shapes/web/train.tsv --by pixels phash --out web.tsv")
+    dedup = add("dedup", "drop copies inside a data set, or of the images of test sets",
+                "data/shapes/web/train.tsv --by pixels phash --out web.tsv",
+                "In: tables, and their embeddings for --by embedding. Out: the table without copies: of each "
+                "connected component of copies one row stays, by: table of --protect, labelled, larger image (decoded "
+                "for --by pixels, dhash, phash; else by the columns width, height or original_width, original_height, "
+                "if there), longer caption, smaller name. OUT.pairs.tsv lists the pairs that joined components. With "
+                "--against: without the rows that are copies of a row there, nothing else.")
     add_common(dedup)
     dedup.add_argument("--by", nargs="+", required=True, metavar="WHAT",
                        help="what makes copies, one or more of: bytes (of the file), pixels, dhash, phash, caption "
@@ -283,17 +283,19 @@ def parse_args(argv=None):
     dedup.add_argument("--chain", action=argparse.BooleanOptionalAction, default=False, help="with --against: drop the "
                        "copies of a test image's copies too (DINOv2); compares all rows with each other")  # fmt: skip
     dedup.add_argument("--max-pixels", type=int, default=100_000_000, help="an image with more is kept, not decoded")
+    dedup.add_argument("--backend", choices=("blocks", "faiss"), default="blocks", help="for embeddings: blocks of a "
+                       "matrix product, or exact search by faiss (pip install faiss-cpu); the result is the same")
     dedup.add_argument("--device", default="cpu", help="cpu, or cuda: where embeddings are compared")
     dedup.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; the result is the same")
 
-    prune = commands.add_parser(
-        "prune", help="drop rows that are closer to a test set than a small training set is", **style,
-        description="In: a table with embeddings, embeddings of a small training set (ImageNet) and of test sets. Out: "
-        "one table per test set, without rows whose cosine to some test image is above that image's best in the small "
-        "set; `combined` without all of them; of --keep rows: near, far, rand. A table `leaks` lists what was dropped.",
-        epilog="example: python build_datasets.py prune data/shapes/web/train.tsv --embeddings "
-        "data/shapes/web/train.npy --small data/shapes/imagenet/train.npy --tests val=data/shapes/val.npy "
-        "sketch=data/shapes/sketch.npy --out 'web-{set}.tsv'")
+    prune = add("prune", "drop rows that are closer to a test set than a small training set is",
+                "data/shapes/web/train.tsv --embeddings data/shapes/web/train.npy --small "
+                "data/shapes/imagenet/train.npy --tests val=data/shapes/val.npy sketch=data/shapes/sketch.npy --out "
+                "'web-{set}.tsv'",
+                "In: a table with embeddings, embeddings of a small training set (ImageNet) and of test sets. Out: "
+                "one table per test set, without rows whose cosine to some test image is above that image's best in "
+                "the small set; `combined` without all of them; of --keep rows: near, far, rand. A table `leaks` "
+                "lists what was dropped.")
     add_common(prune, "tables to write; {set} in the name becomes the test set, combined, near, far, rand, leaks")
     prune.add_argument("--embeddings", nargs="+", required=True, metavar="FILE", help="of the rows, tables "
                        "sorted by name: .npy [N, D], or .npz with `features`, as clip.py --eval-only writes; "
@@ -307,12 +309,12 @@ def parse_args(argv=None):
     prune.add_argument("--device", default="cpu", help="cpu, or cuda: where embeddings are compared")
     prune.add_argument("--seed", type=int, default=0, help="redraws rand, and the order of equal similarities")
 
-    subset = commands.add_parser(
-        "subset", help="cut a data set: fraction, shots, classes, frequencies", **style,
-        description="In: tables. Out: one table with a part of the rows. Rows are chosen by the hash of seed and key: "
-        "whatever their order, and the smaller cut lies inside the larger. Steps in this order: --threshold, "
-        "--class-list, rows per class (--match-frequency, --shots, --profile), rows in all (--fraction or --rows).",
-        epilog="example: python build_datasets.py subset data/shapes/laionet/train.tsv --fraction 0.25 --out small.tsv")
+    subset = add("subset", "cut a data set: fraction, shots, classes, frequencies",
+                 "data/shapes/laionet/train.tsv --fraction 0.25 --out small.tsv",
+                 "In: tables. Out: one table with a part of the rows. Rows are chosen by the hash of seed and key: "
+                 "whatever their order, and the smaller cut lies inside the larger. Steps in this order: --threshold, "
+                 "--class-list, rows per class (--match-frequency, --shots, --profile), rows in all (--fraction or "
+                 "--rows).")
     add_common(subset)
     subset.add_argument("--threshold", metavar="COLUMN=VALUE", help="keep rows of at least that, as similarity=0.7")
     subset.add_argument("--class-list", metavar="FILE", help="keep classes in it: number, name or wnid, one a line; "
@@ -335,12 +337,10 @@ def parse_args(argv=None):
     subset.add_argument("--dry-run", action="store_true", help="print the resulting histogram and write nothing")
     subset.add_argument("--seed", type=int, default=0, help="redraws the rows")
 
-    mix = commands.add_parser(
-        "mix", help="join data sets in proportions, or whole", **style,
-        description="In: tables, each a source. Out: one table with a column source. A row whose key is in an earlier "
-        "source is a copy and goes.",
-        epilog="example: python build_datasets.py mix data/shapes/laionet/train.tsv data/shapes/incaps/train.tsv "
-        "--rows 4000 --out mix.tsv")
+    mix = add("mix", "join data sets in proportions, or whole",
+              "data/shapes/laionet/train.tsv data/shapes/incaps/train.tsv --rows 4000 --out mix.tsv",
+              "In: tables, each a source. Out: one table with a column source. A row whose key is in an earlier "
+              "source is a copy and goes.")
     add_common(mix)
     mix.add_argument("--rows", type=int, default=0, help="rows in all; 0: the union, all rows of all sources")
     mix.add_argument("--weights", nargs="+", type=float, default=[], help="share of each source; default: equal")
@@ -349,13 +349,11 @@ def parse_args(argv=None):
     mix.add_argument("--key", default="image", help="column that names a row, e.g. url")
     mix.add_argument("--seed", type=int, default=0, help="redraws the rows")
 
-    stats = commands.add_parser(
-        "stats", help="class frequencies, imbalance and captions of data sets, side by side", **style,
-        description="In: tables with labels, or with columns name and count. Out: a table on the screen and in --out: "
-        "rows, classes, Gini, head share, tail counts, caption lengths; Spearman correlation of the class counts of "
-        "each two.",
-        epilog="example: python build_datasets.py stats data/shapes/incaps/train.tsv data/shapes/laionet/train.tsv "
-        "--out stats.tsv --plot stats.png")
+    stats = add("stats", "class frequencies, imbalance and captions of data sets, side by side",
+                "data/shapes/incaps/train.tsv data/shapes/laionet/train.tsv --out stats.tsv --plot stats.png",
+                "In: tables with labels, or with columns name and count. Out: a table on the screen and in --out: "
+                "rows, classes, Gini, head share, tail counts, caption lengths; Spearman correlation of the class "
+                "counts of each two.")
     add_common(stats)
     stats.add_argument("--classes", help="classes.tsv; default: beside the first table, or one folder up, if any")
     stats.add_argument("--plot", help="picture to write: the sorted class counts (needs matplotlib)")
@@ -395,6 +393,8 @@ def parse_args(argv=None):
             dedup.error(f"--cosine: got {args.cosine}, expected 0 to 1")
         if ("embedding" in args.by) != bool(args.embeddings):
             dedup.error("--by embedding and --embeddings go together")
+        if args.backend == "faiss" and not args.embeddings:
+            dedup.error("--backend faiss: only embeddings are searched by faiss")
         if args.against and not args.chain and len(args.by) > 1:
             dedup.error("--against: give one --by at a time, or --chain")
     if args.command == "prune":
@@ -1499,8 +1499,8 @@ def decode(payload, counts):
 def sample_fields(texts, label, classes, n_classes, counts):
     """Label, caption and further columns of a sample.
 
-    texts: {suffix: payload}; label: of a class folder, or None; classes, n_classes: of labels_by_name, or {}, 0
-    Returns: (label int or "", caption, {column: value})
+    texts: {suffix: payload}; label: of a class folder, or None; classes, n_classes: of labels_by_name, or {}, 0; for
+    classes None a label may be a name. Returns: (label int, name or "", caption, {column: value})
     """
     fields = {}
     if "json" in texts:
@@ -1520,11 +1520,34 @@ def sample_fields(texts, label, classes, n_classes, counts):
         caption = next(filter(None, captions), "")
     if label is None:
         named = decode(texts["cls"], counts) if "cls" in texts else tsv_field(own_label).strip()
-        label = int(named) if named.isascii() and named.isdigit() else classes.get(named)
+        is_number = named.isascii() and named.isdigit()
+        label = int(named) if is_number else named if classes is None else classes.get(named)
         if label is None or n_classes and label >= n_classes:
             counts["label that is neither a number nor in --classes, or beyond it (left empty)"] += bool(named)
             label = ""
     return label, caption, fields
+
+
+def sample_row(sample, label, classes, beside, counts):
+    """A sample of tar_samples or folder_samples as a row. label, classes: as of sample_fields; beside: of read_beside.
+
+    Returns: ("" or why it is left out, label, caption, {column: value}); counts: Counter, updated.
+    """
+    key, image, n_bytes, texts = sample
+    counts["samples"] += 1
+    label, caption, fields = sample_fields(texts, label, *classes, counts)
+    losses = {"without an image": image is None,
+              "file name with a tab, line break or invalid UTF-8": not is_writable_name(image or ""),
+              "empty image": n_bytes == 0, "neither caption nor label": not caption and label == ""}  # fmt: skip
+    loss = next(filter(losses.get, losses), "")
+    counts[loss] += bool(loss)
+    row_of, extra = beside
+    if extra and not loss:
+        place = row_of.get(key.rpartition("/")[2])
+        counts["not in the parquet"] += place is None
+        if place is not None:
+            fields = {**{column: values[place] for column, values in extra.items()}, **fields}
+    return loss, label, caption, fields
 
 
 def unit_hash(seed, key):
@@ -1547,35 +1570,24 @@ def index_source(job):
     """
     counts, warnings, columns = Counter(), [], {"image": 0, "label": 1, "caption": 2}
     result = dict(path=job["path"], columns=columns, counts=counts, warnings=warnings, stats=None, error="")
-    result["no_pyarrow"] = False
-    row_of, extra, reader = {}, {}, None
+    result["no_pyarrow"], names, n_image_bytes = False, hashlib.sha256(), 0
+    beside, reader = ({}, {}), None
     try:
         if job["kind"] == "tar":
             reader = TarReader(job["path"])
             samples = tar_samples(reader, job["name"], counts)
-            row_of, extra = read_beside(job["path"], result)
+            beside = read_beside(job["path"], result)
         else:
             samples = folder_samples(job["path"], job["name"], job["is_recursive"], counts)
         with open(job["rows"] + ".train", "wb") as train, open(job["rows"] + ".val", "wb") as val:
-            for key, image, n_bytes, texts in samples:
-                counts["samples"] += 1
-                label, caption, fields = sample_fields(texts, job["label"], *job["classes"], counts)
-                if image is None:
-                    counts["without an image"] += 1
-                elif not is_writable_name(image):
-                    counts["file name with a tab, line break or invalid UTF-8"] += 1
-                elif n_bytes == 0:
-                    counts["empty image"] += 1
-                elif not caption and label == "":
-                    counts["neither caption nor label"] += 1
-                else:
+            for sample in samples:
+                key, image, n_bytes, texts = sample
+                n_image_bytes += n_bytes
+                names.update(b"\0".join([os.fsencode(key), str(n_bytes).encode(), *texts.values(), b""]))
+                loss, label, caption, fields = sample_row(sample, job["label"], job["classes"], beside, counts)
+                if not loss:
                     is_val = unit_hash(job["seed"], f"{job['key']}/{key}") < job["holdout"]
                     counts["rows in val.tsv" if is_val else "rows"] += 1
-                    if extra:
-                        place = row_of.get(key.rpartition("/")[2])
-                        counts["not in the parquet"] += place is None
-                        if place is not None:
-                            fields = {**{column: values[place] for column, values in extra.items()}, **fields}
                     (val if is_val else train).write(row_bytes(image, label, caption, fields, columns, counts))
     except (OSError, NotATarError) as error:  # OSError: no permission, bad disk, full disk
         result["error"] = f"{job['path']}: {error}"
@@ -1583,6 +1595,7 @@ def index_source(job):
     finally:
         if reader:
             reader.file.close()
+    result["read"] = dict(image_bytes=n_image_bytes, sha256_of_names_sizes_texts=names.hexdigest())
     if reader:
         check_tar(reader.problem, result)
         counts["members that are no plain files"] = reader.n_other
@@ -1838,8 +1851,12 @@ def build_index(sources, out, holdout, classes, workers, seed):
     of_shards = [r["stats"] for r in results if r["stats"]]
     steps = ("count", "successes", "failed_to_download", "failed_to_resize") if of_shards else ()
     stats = {step: sum(shard.get(step, 0) for shard in of_shards) for step in steps}
-    write_index_report(out, folder, kind, jobs, results, counts, warnings, stats,
-           dict(sources=sources, out=out, holdout=holdout, classes=classes, seed=seed, columns=columns))  # fmt: skip
+    read = [dict(name=job["name"], **r["read"], **{k: r["counts"][k] for k in ("samples", "rows", "rows in val.tsv")})
+            for job, r in zip(jobs, results)]  # fmt: skip
+    write_report(out, [*(path for path, _ in found if kind == "tars"), classes if labels[1] else None],
+                 dict(sources=sources, holdout=holdout, classes=classes, seed=seed, columns=columns), {}, kind=kind,
+                 rows=n_train, rows_in_val=n_val, counts={k: n for k, n in sorted(counts.items()) if n},
+                 img2dataset=stats, sources=read, warnings=warnings)  # fmt: skip
     for warning in warnings[:20]:
         print(f"warning: {warning}", file=sys.stderr)
     if len(warnings) > 20:
@@ -1856,29 +1873,23 @@ def build_index(sources, out, holdout, classes, workers, seed):
     print(f"{time.perf_counter() - start:12.1f}  s")
 
 
-def write_index_report(out, folder, kind, jobs, results, counts, warnings, stats, flags):
-    """Write OUT.json: equal for equal inputs and flags but for the date, its last key."""
-    inputs = []
-    for job, result in zip(jobs, results, strict=True):
-        c = result["counts"]
-        size = dict(bytes=os.path.getsize(job["path"])) if job["kind"] == "tar" else {}
-        inputs.append(dict(name=job["name"], **size, samples=c["samples"], rows=c["rows"] + c["rows in val.tsv"]))
-    content = dict(
-        script=file_hash(os.path.abspath(__file__)), **flags, kind=kind, rows=counts["rows"],
-        rows_in_val=counts["rows in val.tsv"],
-        counts={k: n for k, n in sorted(counts.items()) if n}, img2dataset=stats, inputs=inputs,
-        warnings=warnings, date=time.strftime("%Y-%m-%d %H:%M:%S"))  # fmt: skip
-    with open(f"{out}.json.partial", "w", encoding="utf-8", errors="replace") as f:
-        f.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    os.replace(f"{out}.json.partial", f"{out}.json")
-
-
 # ------------------------------------------------------------------------------ readers
 
 # What other tools call our columns, whatever the case; a table that has our name too keeps both.
 COLUMN_ALIASES = {"image": ("filepath", "path", "file"), "caption": ("text", "title"), "label": ("class", "wnid")}
-TABLE_SUFFIXES = tuple(kind + end for kind in (".tsv", ".csv", ".jsonl") for end in ("", ".gz")) + (".parquet",)
+TABLE_SUFFIXES = tuple(kind + end for kind in (".tsv", ".csv", ".jsonl") for end in ("", ".gz")) + (".parquet", ".tar")
 MAX_LINE = 10 * 2**20  # bytes; a longer line is a wrong file or a missing line break, not a row
+
+
+def matches_of(pattern):
+    """What a pattern fits. glob.glob passes over folders that it cannot read; here they raise an OSError."""
+    parts = pattern.split(os.sep)
+    for n in range(1, len(parts)):
+        if glob.has_magic(os.sep.join(parts[: n + 1])):
+            for folder in glob.glob(os.sep.join(parts[:n]) or os.sep, recursive=True):
+                if os.path.isdir(folder):
+                    os.scandir(os.path.join(folder, ".")).close()  # the dot: the right to enter is needed too
+    return glob.glob(pattern, recursive=True)
 
 
 def find_tables(paths):
@@ -1887,6 +1898,8 @@ def find_tables(paths):
     for path in paths:
         if os.path.isdir(path):
             names = [n for n in sorted(os.listdir(path)) if n.endswith(TABLE_SUFFIXES) and not n.startswith(".")]
+            if any(n.endswith(".tar") for n in names):  # img2dataset's: what its .parquet tells is read with the tar
+                names = [n for n in names if not n.endswith(".parquet")]
             kinds = {os.path.splitext(n.removesuffix(".gz"))[1] for n in names}
             if len(kinds) != 1:
                 what = f"tables of kinds {', '.join(sorted(kinds))}: name the files" if kinds else "no table"
@@ -1897,7 +1910,7 @@ def find_tables(paths):
                 raise SystemExit(f"{path}: expected a name that ends in one of {', '.join(TABLE_SUFFIXES)}")
             found.append(path)
         else:
-            matches = glob.glob(path, recursive=True)
+            matches = matches_of(path)
             if not matches:
                 raise SystemExit(f"{path}: no such file or folder, and as a pattern it fits none")
             found += find_tables(matches)
@@ -1965,22 +1978,29 @@ def csv_rows(lines, n_fields, path, bad):
     A quote that is never closed takes all lines behind it; each counts as bad.
     """
     csv.field_size_limit(MAX_LINE)
-    reader = csv.reader((line + "\n" for _, line in lines), strict=True)
+    taken = []  # numbers of a row's lines: reader.line_num does not count lines that are left out
+
+    def texts():
+        for number, line in lines:
+            taken.append(number)
+            yield line + "\n"
+
+    reader = csv.reader(texts(), strict=True)
     while True:
-        before = reader.line_num
+        taken.clear()
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            for number in range(before + 1, reader.line_num + 1):
+            for number in taken:
                 note_bad(bad, path, number, f"not CSV ({error})")
             continue
         if fields is None:
             return
         n_fields = n_fields or len(fields)
         if len(fields) == n_fields:
-            yield reader.line_num, fields
+            yield taken[-1], fields
         elif fields:
-            note_bad(bad, path, reader.line_num, f"{len(fields)} fields, but the header has {n_fields}")
+            note_bad(bad, path, taken[-1], f"{len(fields)} fields, but the header has {n_fields}")
 
 
 def json_objects(path, bad):
@@ -2038,6 +2058,42 @@ def parquet_rows(path, wanted, bad=None, has_failed=False):
     return file.schema_arrow.names, columns, rows()
 
 
+def tar_rows(path, bad):
+    """(number of the sample, {column: text}) of a tar as `index` reads it, with what lies beside; labels may be names.
+
+    bad: Counter or list, as of note_bad, of samples that are left out and of what is wrong with the tar.
+    """
+    counts, result = Counter(), dict(path=path, warnings=[], stats=None)
+    try:
+        reader = TarReader(path)
+        with reader.file:
+            beside = read_beside(path, result)
+            for sample in tar_samples(reader, os.path.basename(path), counts):
+                loss, label, caption, fields = sample_row(sample, None, (None, 0), beside, counts)
+                if loss:
+                    note_bad(bad, path, counts["samples"], loss)
+                else:
+                    fields = {name or "_": value for name, value in fields.items()}
+                    fields |= dict(image=sample[1], label=label, caption=caption)
+                    yield counts["samples"], {tsv_field(name): tsv_field(value) for name, value in fields.items()}
+    except NotATarError as error:
+        raise SystemExit(f"{path}: {error}") from None
+    check_tar(reader.problem, result | dict(counts=counts))
+    for warning in result["warnings"]:
+        note_bad(bad, path, counts["samples"], warning)
+
+
+@functools.lru_cache(2**16)
+def tar_facts(path):
+    """Columns of the rows of a tar, which takes a pass over it; {what is left out or wrong: how often}, printed too."""
+    columns, lost = set(), Counter()
+    for _, row in tar_rows(path, lost):
+        columns.update(row)
+    for reason, n in lost.items():
+        print(f"warning: {path}: {n} x {reason}", file=sys.stderr)
+    return ["image", "label", "caption", *sorted(columns - {"image", "label", "caption"})], lost
+
+
 def our_names(columns, path):
     """Names of columns, aliases replaced by ours. Raises: SystemExit if names are empty or double."""
     wrong = sorted(name or "an empty name" for name, n in Counter(columns).items() if n > 1 or not name)
@@ -2053,7 +2109,7 @@ def our_names(columns, path):
 
 
 def read_table(path, needed=(), bad=None, is_all=True):
-    """One table, TSV, CSV, JSONL (each perhaps .gz) or parquet, as a stream.
+    """One table, TSV, CSV, JSONL (each perhaps .gz), parquet or a tar of img2dataset's, as a stream.
 
     needed: columns that must be there; is_all: False reads only these; bad: as in text_lines.
     Returns: (names of the columns, iterator of (line, list of strings)). None and NaN are empty, nested values JSON.
@@ -2065,6 +2121,9 @@ def read_table(path, needed=(), bad=None, is_all=True):
     elif kind == ".jsonl":  # rows may differ in their keys: one more pass finds all of them
         header = list(dict.fromkeys(key for _, row in json_objects(path, Counter()) for key in row))
         rows = ((n, [tsv_field(row.get(key)) for key in header]) for n, row in json_objects(path, bad))
+    elif kind == ".tar":
+        header, found = tar_facts(path)[0], tar_rows(path, bad if isinstance(bad, list) else Counter())
+        rows = ((n, [row.get(name, "") for name in header]) for n, row in found)
     else:
         lines = text_lines(path)  # a header that cannot be read is never passed over
         first = next(lines if kind == ".tsv" else csv_rows(lines, 0, path, None), None)
@@ -2074,7 +2133,7 @@ def read_table(path, needed=(), bad=None, is_all=True):
     names = our_names(header, path)
     missing = [name for name in needed if name not in names]
     if "image" in missing and {"key", "status", "error_message"} <= set(names):
-        raise SystemExit(f"{path}:1: no column image: img2dataset's own table; run `index` on its folder first")
+        raise SystemExit(f"{path}:1: no column image: img2dataset's own table; give the folder of its tars")
     if missing:
         found = (name if name == ours else f"{name} (read as {ours})" for name, ours in zip(header, names))
         raise SystemExit(f"{path}:1: no column {', '.join(missing)}; found {', '.join(found)}")
@@ -2126,8 +2185,20 @@ def open_tables(paths, needed=(), bad=None, out=None):
     return columns, rows()
 
 
+def numbered_rows(path, needed=(), bad=None):
+    """(line, row as a dict) of one table."""
+    names, rows = read_table(path, needed, bad)
+    return ((line, dict(zip(names, fields))) for line, fields in rows)
+
+
 def file_hash(path):
-    """sha256 of a file's bytes, hexadecimal."""
+    """sha256 of a file's bytes, hexadecimal; read once, as one file may be an input of several reports and parts."""
+    stat = os.stat(path)
+    return hash_of_version(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+@functools.lru_cache(2**16)
+def hash_of_version(path, *_):
     with open(path, "rb") as f:
         state = hashlib.sha256()
         while block := f.read(2**20):
@@ -2135,15 +2206,35 @@ def file_hash(path):
     return state.hexdigest()
 
 
-def write_report(out, inputs, flags, counts, **more):
+def with_beside(paths):
+    """Files that are given (not None), each once, and behind each tar those of img2dataset's that are read with it."""
+    for path in dict.fromkeys(filter(None, paths)):
+        yield path
+        if path.endswith(".tar"):
+            yield from filter(os.path.isfile, (path[:-4] + end for end in (".parquet", "_stats.json")))
+
+
+def facts_of(path):
+    """What OUT.json tells of an input. Of a tar only headers and texts are read, so neither is it hashed as a whole."""
+    stat = os.stat(path)
+    facts = dict(path=path, bytes=stat.st_size)
+    if not path.endswith(".tar"):
+        return facts | dict(sha256=file_hash(path))
+    with open(path, "rb") as f:
+        ends = f.read(2**20) + os.pread(f.fileno(), 2**20, max(0, stat.st_size - 2**20))
+    return facts | dict(mtime_ns=stat.st_mtime_ns, sha256_of_first_and_last_mib=hashlib.sha256(ends).hexdigest())
+
+
+def write_report(out, inputs, flags, steps, **more):
     """Write OUT.json, what a table was made from and how: equal for equal inputs and flags but for the date at its end.
 
-    inputs: files; flags: dict of those that change the result, seed included; counts: the funnel, an ordered dict from
-    what came in over what was lost, and why, to what came out; more: further facts, as histograms.
+    inputs: all files that were read, None for those not given; flags: dict of those that change the result, seed
+    included; steps: the funnel, an ordered dict from what came in over what was lost, and why, to what came out; more:
+    further facts, as histograms.
     """
     content = dict(
-        script=file_hash(os.path.abspath(__file__)), flags=flags, funnel=counts, **more,
-        inputs=[dict(path=path, bytes=os.path.getsize(path), sha256=file_hash(path)) for path in inputs],
+        script=file_hash(os.path.abspath(__file__)), flags=flags, funnel=steps, **more,
+        inputs=list(map(facts_of, with_beside(inputs))),
         outputs=[dict(path=out, bytes=os.path.getsize(out), sha256=file_hash(out))],
         date=time.strftime("%Y-%m-%d %H:%M:%S"))  # fmt: skip
     with open(f"{out}.json.partial", "w", encoding="utf-8", errors="replace") as f:
@@ -2152,7 +2243,7 @@ def write_report(out, inputs, flags, counts, **more):
 
 
 def print_funnel(counts):
-    """The counts of write_report as lines; losses are negative numbers and stand to the right."""
+    """The steps of write_report as lines; losses are negative numbers and stand to the right."""
     for what, n in counts.items():
         print(f"{n:>12,}  {'  ' if n < 0 else ''}{what}")
 
@@ -2165,11 +2256,18 @@ DETACHMENTS = (("s", ""), ("ses", "s"), ("xes", "x"), ("zes", "z"), ("ches", "ch
 NLTK_DETACHMENTS = (*DETACHMENTS[:2], ("ves", "f"), *DETACHMENTS[2:])
 
 
+def wordnet_paths(folder, *names):
+    """Paths of WordNet's files, none without its folder. Raises: SystemExit if one is not there."""
+    paths = [os.path.join(folder, name) for name in names if folder]
+    for path in paths:
+        if not os.path.isfile(path):
+            raise SystemExit(f"{path}: no such file; --wordnet is the folder of WordNet 3.0's data.noun, noun.exc, ...")
+    return paths
+
+
 def wordnet_file(folder, name):
-    """The lines of one of WordNet's files, without the licence on top. Raises: SystemExit if it is not there."""
-    path = os.path.join(folder, name)
-    if not os.path.isfile(path):
-        raise SystemExit(f"{path}: no such file; --wordnet is the folder of WordNet 3.0's data.noun, noun.exc, ...")
+    """The lines of one of WordNet's files, without the licence on top."""
+    (path,) = wordnet_paths(folder, name)
     return [line for _, line in text_lines(path) if not line.startswith("  ")]
 
 
@@ -2591,15 +2689,15 @@ class Matcher:
 
 def class_rows(path):
     """Rows of a classes.tsv as dicts, in label order. Raises: SystemExit for empty or double names."""
-    rows = list(open_tables([path], ["name"])[1])
-    seen = {}
-    for line, row in enumerate(rows, 2):
+    rows, seen = [], {}
+    for line, row in numbered_rows(path, ["name"]):
         if not row["name"].strip():
             raise SystemExit(f"{path}:{line}: an empty name")
         key = row.get("wnid") or row["name"]
         if key in seen:
             raise SystemExit(f"{path}:{line}: {key} stands in line {seen[key]} too")
         seen[key] = line
+        rows.append(row)
     if not rows:
         raise SystemExit(f"{path}:2: no classes below the header")
     return rows
@@ -2640,12 +2738,17 @@ def matcher_of(settings):
     return Matcher(names, settings["rule"], negatives, *others)
 
 
-def match_settings(rows, rule, is_sensitive=False, lemmas="none", wordnet="", more_names=None):
-    """The settings of matcher_of for classes. more_names: {name of a class: further names}."""
+def match_settings(rows, rule, is_sensitive=False, lemmas="none", wordnet="", more_names=None, files=()):
+    """The settings of matcher_of for classes. more_names: {name of a class: further names}; files: those read for all.
+
+    The hashes of these, inputs, are among the settings: what was made from other contents is not taken up.
+    """
     unknown = sorted(set(more_names or {}) - {row["name"] for row in rows})
     if unknown:
         raise SystemExit(f"--synonyms: {len(unknown)} names are not in classes.tsv: {', '.join(unknown[:10])}")
+    nouns = wordnet_paths(wordnet, "index.noun", "noun.exc") if rule == "bag" and lemmas != "none" else []
     return dict(rule=rule, is_sensitive=is_sensitive, lemmas=lemmas, wordnet=wordnet,
+                inputs={path: file_hash(path) for path in [*files, *nouns] if path},
                 names=[names_of(row) + (more_names or {}).get(row["name"], []) for row in rows],
                 negatives=[split_names(row.get("negative", "")) for row in rows])  # fmt: skip
 
@@ -2655,19 +2758,33 @@ def matcher_for(settings):
     return matcher_of(json.dumps({k: v for k, v in settings.items() if k not in ("columns", "out", "skip_bad")}))
 
 
-def in_chunks(rows, size=4096):
-    """Lists of so many rows, the last perhaps shorter."""
-    rows = iter(rows)
-    while chunk := list(islice(rows, size)):
+def in_chunks(rows, texts, size=4096):
+    """Lists of at most so many rows, and of about MAX_LINE characters: rows of that length must not add up.
+
+    texts: function from a row to its strings. They are measured size // 256 rows at a time, which hardly costs time.
+    """
+    rows, chunk, n = iter(rows), [], 0
+    while group := list(islice(rows, max(1, size // 256))):
+        chunk += group
+        n += sum(map(len, itertools.chain.from_iterable(map(texts, group))))
+        if len(chunk) >= size or n >= MAX_LINE:
+            yield chunk
+            chunk, n = [], 0
+    if chunk:
         yield chunk
 
 
-def failed_downloads(path):
-    """Rows that read_table left out of a table of img2dataset's: it had not got their images."""
-    if not path.endswith(".parquet"):
-        return 0
-    names, _, rows = parquet_rows(path, {"status"}, None, True)
-    return sum(fields[0] not in ("", "success") for _, fields in rows) if {"key", "error_message"} <= set(names) else 0
+def count_lost(path, bad, counts):
+    """Add to counts the rows of a table that were not read: bad ones, what img2dataset had not got or a tar lacks."""
+    lost = Counter(bad)
+    if path.endswith(".tar"):
+        lost += tar_facts(path)[1]
+    elif path.endswith(".parquet"):
+        names, _, rows = parquet_rows(path, {"status"}, None, True)
+        if {"key", "error_message"} <= set(names):
+            lost["not downloaded by img2dataset"] = sum(fields[0] not in ("", "success") for _, fields in rows)
+    counts.update({f"bad: {reason}": n for reason, n in lost.items()})
+    counts["rows"] += lost.total()
 
 
 def matched_rows(path, settings, counts):
@@ -2678,13 +2795,11 @@ def matched_rows(path, settings, counts):
     bad = Counter() if settings["skip_bad"] else None
     _, rows = open_tables([path], settings["columns"], bad, settings["out"])
     matcher = matcher_for(settings)
-    for chunk in in_chunks(rows):
+    for chunk in in_chunks(rows, dict.values):
         texts = [" ".join(filter(None, [row[column] for column in settings["columns"]])) for row in chunk]
         counts["rows"] += len(chunk)
         yield from zip(chunk, texts, matcher.match(texts))
-    for reason, n in {**(bad or {}), "not downloaded by img2dataset": failed_downloads(path)}.items():
-        counts[f"bad: {reason}"] += n
-        counts["rows"] += n
+    count_lost(path, bad, counts)
 
 
 def save_part(part, funnel_counts, **arrays):
@@ -2695,10 +2810,15 @@ def save_part(part, funnel_counts, **arrays):
 
 
 def part_of(path, out, settings):
-    """Where the result of an input file lies: named by the file's path, size and time and by the settings."""
-    stat = os.stat(path)
-    facts = [os.path.abspath(path), stat.st_size, stat.st_mtime_ns, settings, file_hash(os.path.abspath(__file__))]
+    """Where the result of an input file lies: named by the file's path, size and time, and the settings."""
+    stats = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, with_beside([path]))]
+    facts = [os.path.abspath(path), stats, settings, file_hash(os.path.abspath(__file__))]
     return os.path.join(f"{out}.parts", f"{hash64(json.dumps(facts)):016x}.npz")
+
+
+def run_file(job):
+    work, path, part, settings = job
+    work(path, part, settings)
 
 
 def run_files(work, paths, out, settings, run):
@@ -2719,20 +2839,10 @@ def run_files(work, paths, out, settings, run):
         missing = [path for path, part in zip(paths, parts) if not os.path.exists(part)]
         if missing:
             raise SystemExit(f"--merge: no result yet of {len(missing)} of {len(paths)} files, the first {missing[0]}")
-    elif min(workers, len(todo)) <= 1:
-        for path, part in tqdm(todo, unit=" files", disable=None):
-            work(path, part, settings)
     else:
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(todo)), mp_context=spawn, initializer=die_with_parent) as pool:
-            running = [pool.submit(work, path, part, settings) for path, part in todo]
-            try:
-                for future in tqdm(running, unit=" files", disable=None):
-                    future.result()
-            except BrokenProcessPool:
-                raise SystemExit("a worker process was killed (out of memory?); try fewer --workers") from None
-            finally:
-                pool.shutdown(cancel_futures=True)
+        done = in_processes(run_file, [(work, *files, settings) for files in todo], max(1, min(workers, len(todo))))
+        for _ in tqdm(done, total=len(todo), unit=" files", disable=None):
+            pass
     if not is_merge and (n_shards > 1 or "/" in shard):
         if shard or rank:
             then = "; when all are, the same command with --merge" if shard else ""  # torchrun's rank 0 merges
@@ -2797,11 +2907,11 @@ def label_file(path, part, settings):
 
 def merge_tables(parts, out):
     """Write the tables of all parts as one, without source_label if that is empty. Returns: its number of rows."""
-    columns, rows = open_tables([f"{part}.tsv" for part in parts])  # images are named relative to OUT already
+    tables = [f"{part}.tsv" for part in parts]  # images are named relative to OUT already
+    columns, rows = open_tables(tables)
     if "source_label" in columns and not any(row["source_label"] for row in rows):
         columns.remove("source_label")
-    tables = (read_table(f"{part}.tsv") for part in parts)
-    return write_tsv(out, columns, (dict(zip(names, fields)) for names, table in tables for _, fields in table))
+    return write_tsv(out, columns, (row for table in tables for _, row in numbered_rows(table)))
 
 
 def build_labels(paths, out, classes, settings, run):
@@ -2819,8 +2929,8 @@ def build_labels(paths, out, classes, settings, run):
                      "several classes": -counts["several classes"]}  # fmt: skip
     extra = n - sum(funnel_counts.values())
     funnel_counts |= ({"further labels of rows with several": extra} if extra > 0 else {}) | {f"rows in {out}": n}
-    flags = {k: v for k, v in settings.items() if k not in ("names", "negatives")}
-    finish(out, paths, dict(classes=classes, classes_sha256=file_hash(classes), **flags), funnel_counts,
+    flags = {k: v for k, v in settings.items() if k not in ("names", "negatives", "inputs")}
+    finish(out, [*paths, *settings["inputs"]], dict(classes=classes, **flags), funnel_counts,
            labels_per_row={k: counts[k] for k in sorted(counts) if k.startswith("rows that name")},
            class_counts=histogram, empty_classes=histogram.count(0), shared_names=shared)  # fmt: skip
     print(f"{histogram.count(0):>12,}  of {len(rows):,} classes are empty")
@@ -2873,23 +2983,20 @@ def build_classes(path, out, wordnet, extra):
         raise SystemExit(f"{path}:1: an empty file; expected a wnid or a name a line")
     columns = ["name", "synonyms", "definition", "wnid", "negative", "match", "query"]
     if extra:
-        names, table = open_tables([extra])
         keys = Counter(key for row in rows for key in {row["name"], row["wnid"]})
         by_key = {key: row for row in rows for key in (row["name"], row["wnid"]) if key and keys[key] == 1}
-        for line, more in enumerate(table, 2):
+        for line, more in numbered_rows(extra):
             key = more.pop("wnid", "") or more.get("name", "")
             if key not in by_key:
                 raise SystemExit(f"{extra}:{line}: {key!r} is not name or wnid of just one class of {path}")
             by_key[key].update({k: v for k, v in more.items() if v})
-        columns += [name for name in names if name not in columns]
+        columns += [name for name in read_table(extra)[0] if name not in columns]
     wnids = [row["wnid"] for row in rows]
     if all(wnids) and wnids != sorted(wnids):
         print(f"warning: {path} is not in sorted order, which is the order of ImageNet's labels", file=sys.stderr)
     shared = shared_names(rows)
     write_tsv(out, columns, rows)
-    write_report(out, [path] + ([extra] if extra else []),
-                 dict(wordnet={n: file_hash(os.path.join(wordnet, n)) for n in ("data.noun", "index.noun", "noun.exc")}
-                      if wordnet else None),
+    write_report(out, [path, extra, *wordnet_paths(wordnet, "data.noun", "index.noun", "noun.exc")], {},
                  {"lines": len(lines), f"classes in {out}": len(rows)}, shared_names=shared,
                  without_definition=[row["name"] for row in rows if not row["definition"]])  # fmt: skip
     print_funnel({"classes": len(rows), "names": sum(len(names_of(row)) for row in rows),
@@ -2962,7 +3069,8 @@ def build_incaps(path, images, classes, out, seed, keep_repeats):
     usable = {"+".join(v): sum(any(row[part] for part in v) for row in rows) for v in variants}
     class_counts = np.bincount([row["label"] for row in rows], minlength=len(label_of)).tolist()
     counts[f"rows in {out}"] = len(rows)
-    write_report(out, [path, classes], dict(images=images, seed=seed, keep_repeats=keep_repeats), counts,
+    write_report(out, [path, classes, None if places is None else images],
+                 dict(images=images, seed=seed, keep_repeats=keep_repeats), counts,
                  rows_with_text=usable, class_counts=class_counts)  # fmt: skip
     print_funnel(counts | {f"rows with {k}": n for k, n in usable.items()})
 
@@ -3058,10 +3166,7 @@ def text_features(path, texts, batch_size=256):
 def read_embeddings(folder, name, n_rows):
     """[n_rows, D] from FOLDER/NAME.npy, as it is there (memory map). Raises: SystemExit for anything else."""
     path = os.path.join(folder, f"{name}.npy")
-    try:
-        found = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise SystemExit(f"--embeddings: {path}: {error}") from None
+    (found,) = load_features([path])
     if found.ndim != 2 or len(found) != n_rows:
         raise SystemExit(f"--embeddings: {path}: got shape {found.shape}, expected {n_rows} rows")
     return found
@@ -3073,11 +3178,12 @@ def cosine(a, b):
     return (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
 
 
-def own_similarity(row, path, line):
-    """The number in a row's column similarity. Raises: SystemExit if there is none."""
+def own_similarity(row, path, number):
+    """The number in a row's column similarity. Raises: SystemExit if there is none. number: of the row, from 0."""
     try:
         return float(row.get("similarity", ""))
     except ValueError:
+        line, _ = next(islice(read_table(path, bad=Counter())[1], number, None))
         what = f"similarity is {row.get('similarity', '')!r}; pass --clip or --embeddings"
         raise SystemExit(f"{path}:{line}: {what}") from None
 
@@ -3085,7 +3191,7 @@ def own_similarity(row, path, line):
 def laionet_file(path, part, settings):
     """Rows of one table that name just one class, with label and similarity of caption and definition, as PART.tsv."""
     settings, counts = dict(settings), Counter()
-    clip, embeddings, queries, _ = (settings.pop(key) for key in ("clip", "embeddings", "queries", "models"))
+    clip, embeddings, queries = (settings.pop(key) for key in ("clip", "embeddings", "queries"))
     if clip:
         definitions = text_features(clip, queries)
     elif embeddings:
@@ -3109,7 +3215,7 @@ def laionet_file(path, part, settings):
             yield number, row | {"label": classes[0]}, text
 
     def rows():
-        for chunk in in_chunks(named()):  # a file's matches need not fit in memory
+        for chunk in in_chunks(named(), lambda found: map(str, found[1].values())):  # all need not fit in memory
             numbers, kept, texts = map(list, zip(*chunk))
             labels = [row["label"] for row in kept]
             if clip:
@@ -3118,7 +3224,7 @@ def laionet_file(path, part, settings):
             elif embeddings:
                 similarity = cosine(captions[numbers], definitions[labels])
             else:
-                similarity = [own_similarity(row, path, number + 2) for number, row in zip(numbers, kept)]
+                similarity = [own_similarity(row, path, number) for number, row in zip(numbers, kept)]
             yield from (row | {"similarity": f"{s:.6f}"} for row, s in zip(kept, similarity))
 
     columns = read_table(path)[0]
@@ -3136,14 +3242,13 @@ def build_laionet(paths, out, classes, threshold, settings, run):
             owners[name].add(label)
     names = [[name for name in names_of(row) if len(owners[name]) == 1] for row in rows]
     queries = [f"{(row.get('query') or row['name']).lower()} which is {row.get('definition', '')}" for row in rows]
-    settings = settings | dict(match_settings([], "laionet"), names=names, negatives=[], queries=queries)
     models = [settings["clip"]] if settings["clip"] else []
     if settings["embeddings"] and not models:
         files = list(map(os.path.basename, paths))
         if len(set(files)) < len(files):
             raise SystemExit("--embeddings: several tables have one file name, so whose rows TABLE.npy has is unclear")
         models = [os.path.join(settings["embeddings"], f"{name}.npy") for name in ("classes", *files)]
-    settings["models"] = list(map(file_hash, models))  # parts of other weights or embeddings are not taken up
+    settings |= match_settings([], "laionet", files=[classes, *models]) | dict(names=names, queries=queries)
     parts = run_files(laionet_file, paths, out, settings, run)
     if parts is None:
         return
@@ -3161,8 +3266,8 @@ def build_laionet(paths, out, classes, threshold, settings, run):
     n = write_tsv(out, columns, above())
     losses = {loss: -counts[loss] for loss in ("no class", "several classes", "NSFW tag")}
     histogram = [class_counts[label] for label in range(len(rows))]
-    finish(out, paths, dict(classes=classes, classes_sha256=file_hash(classes), threshold=threshold,
-                            **{k: settings[k] for k in ("clip", "embeddings", "models", "columns")}),
+    finish(out, [*paths, *settings["inputs"]],
+           dict(classes=classes, threshold=threshold, **{k: settings[k] for k in ("clip", "embeddings", "columns")}),
            {"rows": counts["rows"], **bad_rows(counts), **losses, f"rows in {every}": n_all,
             "less similar": n - n_all, f"rows in {out}": n},
            class_counts=histogram, empty_classes=histogram.count(0),
@@ -3193,51 +3298,53 @@ def key_of(row):
 
 
 def entry_file(path, part, settings):
-    """First pass over one table: counts per entry, and which entries each row with any matched (CSR)."""
+    """First pass over one table: counts per entry, and in PART.rows which entries each row has; no row is held."""
     settings, counts = dict(settings), Counter()
     n_entries, seed = settings.pop("n_entries"), str(settings.pop("seed"))
     settings["out"] = path  # an image is hashed by the name it has here, wherever OUT lies
-    ids, lengths, keys, numbers = array("i"), array("i"), array("Q"), array("q")
-    for number, (row, _, entries) in enumerate(matched_rows(path, settings, counts)):
-        if entries:
-            ids.extend(entries)
-            lengths.append(len(entries))
-            keys.append(hash64(seed, key_of(row)))
-            numbers.append(number)
-    counts["no entry"] = counts["rows"] - len(numbers) - sum(n for k, n in counts.items() if k.startswith("bad: "))
-    ids = np.frombuffer(ids, np.int32)
-    save_part(part, counts, counts=np.bincount(ids, minlength=n_entries), ids=ids, lengths=np.array(lengths, np.int32),
-              keys=np.array(keys, np.uint64), numbers=np.array(numbers, np.int64))  # fmt: skip
+    entry_counts = np.zeros(n_entries, np.int64)
+    with open(f"{part}.rows", "wb") as f:
+        for chunk in in_chunks(matched_rows(path, settings, counts), lambda found: found[0].values()):
+            lengths = np.array([len(entries) for _, _, entries in chunk], np.int32)
+            ids = np.fromiter(itertools.chain.from_iterable(entries for _, _, entries in chunk), np.int32)
+            keys = np.array([hash64(seed, key_of(row)) for row, _, entries in chunk if entries], np.uint64)
+            for block in (lengths, ids, keys):
+                np.save(f, block)
+            entry_counts += np.bincount(ids, minlength=n_entries)
+            counts["no entry"] += len(lengths) - len(keys)
+    save_part(part, counts, counts=entry_counts)
 
 
 def draw(ids, lengths, keys, entry_keys, probability):
     """Rows kept: some entry of the row draws a number below its probability. Source: MetaCLIP, arXiv 2309.16671.
 
-    ids, lengths: entries of all rows one after another, [n] int32, and how many each row has, [R]; keys: [R] uint64
-    hashes of the rows; entry_keys, probability: [E]. Returns: [R] bool. A function of hashes alone, so neither order
-    nor shards matter, and a larger cap keeps a superset.
+    ids, lengths: entries of all rows one after another, [n] int32, and how many each row has, [R], some; keys: [R]
+    uint64 hashes of the rows; entry_keys, probability: [E]. Returns: [R] bool. A function of hashes alone, so neither
+    order nor shards matter, and a larger cap keeps a superset.
     """
-    is_kept, ends = np.zeros(len(lengths), bool), np.cumsum(lengths)
-    for first in range(0, len(lengths), 2**18):  # the draws of a block at a time: ten times the ids' memory
-        rows = slice(first, first + 2**18)
-        starts = ends[rows] - lengths[rows]
-        part = ids[starts[0] : ends[rows][-1]]
-        u = splitmix64(np.repeat(keys[rows], lengths[rows]) ^ entry_keys[part]) / 2.0**64
-        is_kept[rows] = np.logical_or.reduceat(u < probability[part], starts - starts[0])
-    return is_kept
+    u = splitmix64(np.repeat(keys, lengths) ^ entry_keys[ids]) / 2.0**64
+    return np.logical_or.reduceat(u < probability[ids], np.cumsum(lengths) - lengths)
 
 
 def keep_file(path, part, settings):
     """Second pass over one table: PART.tsv with the rows that are kept, PART with kept rows per entry."""
     first = part_of(path, settings["out"], settings["first"])
-    with np.load(first) as first, np.load(settings["draws"]) as draws:
-        arrays = {name: first[name] for name in ("ids", "lengths", "keys", "numbers")}
-        is_kept = draw(arrays["ids"], arrays["lengths"], arrays["keys"], draws["keys"], draws["probability"])
-        kept = np.bincount(arrays["ids"][np.repeat(is_kept, arrays["lengths"])], minlength=len(draws["keys"]))
-    mask = np.zeros(1 + max(arrays["numbers"], default=-1), bool)  # what follows the last kept row is not read
-    mask[arrays["numbers"][is_kept]] = True
+    with np.load(settings["draws"]) as draws:
+        entry_keys, probability = draws["keys"], draws["probability"]
+    kept = np.zeros(len(entry_keys), np.int64)
+
+    def is_kept():
+        with open(f"{first}.rows", "rb") as f:
+            while f.peek(1):
+                lengths, ids, keys = (np.load(f) for _ in range(3))
+                mask = lengths > 0
+                if len(keys):
+                    mask[mask] = draw(ids, lengths[mask], keys, entry_keys, probability)
+                kept[:] += np.bincount(ids[np.repeat(mask, lengths)], minlength=len(kept))
+                yield from mask.tolist()
+
     columns, rows = open_tables([path], bad=Counter() if settings["skip_bad"] else None, out=settings["out"])
-    write_tsv(f"{part}.tsv", columns, compress(rows, mask.tobytes()))
+    write_tsv(f"{part}.tsv", columns, compress(rows, is_kept()))
     save_part(part, {}, counts=kept)
 
 
@@ -3257,7 +3364,7 @@ def build_curate(paths, out, metadata, cap, share, seed, settings, run):
     entries = [row["entry"] for row in open_tables([metadata], ["entry"])[1]]
     if len(set(entries)) != len(entries) or "" in entries:
         raise SystemExit(f"{metadata}: empty or double entries; build it with the subcommand metadata")
-    settings |= dict(entries=metadata, entries_sha256=file_hash(metadata), n_entries=len(entries), seed=seed)
+    settings |= dict(entries=metadata, inputs={metadata: file_hash(metadata)}, n_entries=len(entries), seed=seed)
     parts = run_files(entry_file, paths, out, settings, run)
     if parts is None:
         return
@@ -3289,9 +3396,8 @@ def build_curate(paths, out, metadata, cap, share, seed, settings, run):
              "matches": matches, "matches of entries above the cap": int(total_counts[is_head].sum())}  # fmt: skip
     head = [(entries[i], int(total_counts[i]), int(kept[i])) for i in order[:20]]
     balanced = counts["rows"] - counts["no entry"] - sum(v for k, v in counts.items() if k.startswith("bad: ")) - n
-    finish(out, paths, dict(metadata=metadata, metadata_sha256=settings["entries_sha256"], cap=cap, tail_share=share,
-                            seed=seed,
-                            columns=settings["columns"]),
+    finish(out, [*paths, metadata],
+           dict(metadata=metadata, cap=cap, tail_share=share, seed=seed, columns=settings["columns"]),
            {"rows": counts["rows"], **bad_rows(counts), "no entry": -counts["no entry"], "balancing": -balanced,
             f"rows in {out}": n}, **facts, head=head)  # fmt: skip
     for what, value in facts.items():
@@ -3304,8 +3410,8 @@ def build_metadata(paths, out, wordnet, min_count, min_pmi, max_entries, columns
 
     def captions():
         for path in paths:
-            for chunk in in_chunks(fields for _, fields in read_table(path, columns, is_all=False)[1]):
-                texts = "\0".join([" ".join(fields).replace("\0", " ") for fields in chunk])
+            for chunk in in_chunks(read_table(path, columns, is_all=False)[1], lambda row: row[1]):
+                texts = "\0".join([" ".join(fields).replace("\0", " ") for _, fields in chunk])
                 yield from (text.split() for text in with_spaced_marks(texts).split("\0"))
 
     for tokens in captions():
@@ -3325,7 +3431,8 @@ def build_metadata(paths, out, wordnet, min_count, min_pmi, max_entries, columns
 
     for number in range(100):
         take(str(number), "number", "")
-    for part in ("noun", "verb", "adj", "adv") if wordnet else ():
+    parts = ("noun", "verb", "adj", "adv") if wordnet else ()
+    for part in parts:
         for synonyms, _ in read_synsets(wordnet, part).values():
             take(synonyms[0], "wordnet", "")
     for word, count in sorted(words.items(), key=lambda item: (-item[1], item[0])):
@@ -3337,8 +3444,9 @@ def build_metadata(paths, out, wordnet, min_count, min_pmi, max_entries, columns
     write_tsv(out, ("entry", "source", "count"), found.values())
     counts = {"captions": n_rows, "words": n, **{f"entries: {k}": v for k, v in sources.items()}}
     counts[f"entries in {out}"] = len(found)
-    write_report(out, paths, dict(min_count=min_count, min_pmi=min_pmi, max_entries=max_entries, wordnet=bool(wordnet),
-                                  columns=columns), counts)  # fmt: skip
+    files = wordnet_paths(wordnet, *(f"data.{part}" for part in parts))
+    write_report(out, paths + files, dict(min_count=min_count, min_pmi=min_pmi, max_entries=max_entries,
+                                          wordnet=bool(wordnet), columns=columns), counts)  # fmt: skip
     print_funnel(counts)
 
 
@@ -3372,13 +3480,11 @@ def frequency_file(path, part, settings):
     else:  # only the captions are read
         bad = Counter() if settings["skip_bad"] else None
         matcher = matcher_for(settings)
-        for chunk in in_chunks(read_table(path, settings["columns"], bad, is_all=False)[1]):
+        for chunk in in_chunks(read_table(path, settings["columns"], bad, is_all=False)[1], lambda row: row[1]):
             counts["rows"] += len(chunk)
             _, labels = matcher.pairs([" ".join(filter(None, fields)) for _, fields in chunk])
             class_counts += np.bincount(labels, minlength=n_classes)
-        lost = {**(bad or {}), "not downloaded by img2dataset": failed_downloads(path)}
-        counts.update({f"bad: {reason}": n for reason, n in lost.items()})
-        counts["rows"] += sum(lost.values())
+        count_lost(path, bad, counts)
     drawn = [[label, -h, key, text] for label in sorted(samples) for h, key, text in samples[label]]
     save_part(part, counts, counts=class_counts, sample=np.frombuffer(json.dumps(drawn).encode(), np.uint8))
 
@@ -3391,7 +3497,7 @@ def read_relevance(path, names):
     judged, labels = defaultdict(lambda: [0, 0]), defaultdict(list)
     for label, name in enumerate(names):
         labels[name].append(label)
-    for line, row in enumerate(open_tables([path], ["name", "relevant"])[1], 2):
+    for line, row in numbered_rows(path, ["name", "relevant"]):
         answer, given = row["relevant"].strip().lower().rstrip("."), row.get("label", "")
         if answer not in ("", "yes", "no", "1", "0"):
             raise SystemExit(f"{path}:{line}: relevant is {row['relevant']!r}, expected yes or no")
@@ -3435,9 +3541,9 @@ def build_frequency(paths, out, classes, synonyms, relevance, settings, run):
         table.append(line)
     write_tsv(out, list(table[0]), table)
     order = np.argsort(-class_counts, kind="stable")
-    files = dict(classes=classes, synonyms=synonyms, relevance=relevance)
-    finish(out, paths, dict(**files, **{f"{name}_sha256": file_hash(path) for name, path in files.items() if path},
-                            **{k: v for k, v in settings.items() if k not in ("names", "negatives")}),
+    finish(out, [*paths, *settings["inputs"], relevance],
+           dict(classes=classes, synonyms=synonyms, relevance=relevance,
+                **{k: v for k, v in settings.items() if k not in ("names", "negatives", "inputs")}),
            {"rows": counts["rows"], **bad_rows(counts)}, matches=int(class_counts.sum()),
            empty_classes=int((class_counts == 0).sum()))  # fmt: skip
     print(f"{class_counts.sum():>12,}  matches; {(class_counts == 0).sum()} of {len(rows)} classes in no caption")
@@ -3483,7 +3589,7 @@ def build_status(folder, out, classes):
                for label in order))  # fmt: skip
     counts = {"rows": n, **{cause: -k for cause, k in causes.most_common()}, "images": n - n_failed}
     inputs = [os.path.join(folder, f"{shard}.parquet") for shard in shards]
-    write_report(out, inputs, dict(folder=folder, classes=classes), counts, warnings=warnings,
+    write_report(out, [*inputs, classes], dict(folder=folder, classes=classes), counts, warnings=warnings,
                  lost_classes=[label for label in order if not after[label]])  # fmt: skip
     print_funnel(dict(list(counts.items())[:12] + [("images", n - n_failed)]))
     for warning in warnings[:20]:
@@ -3601,6 +3707,8 @@ def in_processes(function, jobs, workers):
                 yield running.popleft().result()
         except BrokenProcessPool:
             raise SystemExit("a worker process was killed (out of memory?); try fewer --workers") from None
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error what waits is not begun
 
 
 def find_classes(given, table):
@@ -3647,10 +3755,8 @@ class RowScan:
         """Yields: (file, line, {column: field}) of each row whose text is in order."""
         for path in self.paths:
             broken = []
-            columns, rows = read_table(path, ["image"], broken)
-            for line, fields in rows:
+            for line, row in numbered_rows(path, ["image"], broken):
                 self.n_rows += 1
-                row = dict(zip(columns, fields))
                 label = label_number(row.get("label", ""), self.ids, self.n_classes)
                 self.counts[label] += 1
                 self.hashes.append(text_hash(row.get("caption", "")))
@@ -3682,7 +3788,7 @@ def check_tables(tables, out, sample, max_bad, classes, max_pixels, workers, see
 
     def jobs():
         for path, group in itertools.groupby(rows, key=lambda row: row[0]):
-            for chunk in in_chunks(group, ROWS_PER_JOB):
+            for chunk in in_chunks(group, lambda row: row[2].values(), ROWS_PER_JOB):
                 waiting.append(chunk)
                 yield os.path.dirname(os.path.abspath(path)), [row["image"] for _, _, row in chunk], max_pixels
 
@@ -3706,7 +3812,7 @@ def check_tables(tables, out, sample, max_bad, classes, max_pixels, workers, see
     counts = {"rows": scan.n_rows, "decoded": n_decoded, **{r: -n for r, n in sorted(reasons.items())}}
     print_funnel(counts)
     print(f"{len(scan.bad):>12,}  bad rows, in {out}")
-    write_report(out, paths, dict(sample=sample, seed=seed, max_pixels=max_pixels, classes=classes), counts,
+    write_report(out, [*paths, classes], dict(sample=sample, seed=seed, max_pixels=max_pixels, classes=classes), counts,
                  repeated_captions=copies)  # fmt: skip
     # Text is checked in all rows, pixels perhaps in a sample.
     n_rows = max(scan.n_rows, 1)
@@ -3811,7 +3917,7 @@ def hash_tables(paths, by, max_pixels, workers):
         for path in paths:
             needed = ["image", *columns]
             _, rows = read_table(path, needed, is_all=False)
-            for chunk in in_chunks(rows, ROWS_PER_JOB):
+            for chunk in in_chunks(rows, lambda row: row[1], ROWS_PER_JOB):
                 texts = [(fields[0], dict(zip(columns, fields[1:]))) for _, fields in chunk]
                 for _, text in texts:
                     if "caption" in text:
@@ -3926,24 +4032,42 @@ def unit_blocks(arrays, device, keep=None):
             first += min(BLOCK, len(part) - start)
 
 
-def cosine_pairs(rows, tests, threshold, is_chain, device):
+def cosine_pairs(rows, tests, threshold, is_chain, device, backend="blocks"):
     """All pairs of rows above a cosine, among rows or, not is_chain, only between rows and tests (numbered behind).
 
-    rows, tests: lists of [n, D] arrays. Source: DINOv2 (2304.07193) A.3, with all edges instead of 64 nearest ones.
+    rows, tests: lists of [n, D] arrays; backend: faiss finds the pairs of blocks that have any, which alone are then
+    multiplied as blocks does, so its rounding has no say in the result.
+    Source: DINOv2 (2304.07193) A.3, with all edges instead of 64 nearest ones.
     Yields: (i, j, cosine) arrays, i < j.
     """
     n = sum(map(len, rows))
     held = list(unit_blocks(rows + tests if is_chain else tests, device))
+    index = faiss_index(held) if backend == "faiss" and held else None
     for first, block in held if is_chain else unit_blocks(rows, device):
-        for other_first, other in held:
+        if index:  # float32 products of one pair differ by less than 1e-5
+            _, _, found = index.range_search(block.cpu().numpy(), threshold - 1e-5)
+            near = set(np.searchsorted([start for start, _ in held], np.unique(found), "right") - 1)
+        for place, (other_first, other) in enumerate(held):
             other_first += 0 if is_chain else n
-            if other_first < first:
+            if other_first < first or index and place not in near:
                 continue
             cosines = block @ other.T
             if cosines.amax() > threshold:
                 i, j = (cosines > threshold).nonzero(as_tuple=True)
                 values, i, j = cosines[i, j].cpu().numpy(), i.cpu().numpy() + first, j.cpu().numpy() + other_first
                 yield i[i < j], j[i < j], values[i < j]
+
+
+def faiss_index(blocks):
+    """faiss's exact inner products with all rows of unit_blocks."""
+    try:
+        import faiss
+    except ImportError:
+        raise SystemExit("--backend faiss needs faiss (pip install faiss-cpu)") from None
+    index = faiss.IndexFlatIP(blocks[0][1].shape[1])
+    for _, block in blocks:
+        index.add(block.cpu().numpy())
+    return index
 
 
 def roots_of(parent, rows):
@@ -3988,31 +4112,42 @@ def connect(n_all, sources):
     return roots_of(parent, np.arange(n_all)), edges
 
 
+def area_of(row):
+    """Pixels of an image by img2dataset's columns: as stored, or else (not resized) of the original; 0: unknown."""
+    for width, height in (("width", "height"), ("original_width", "original_height")):
+        try:
+            area = float(row.get(width, "")) * float(row.get(height, ""))
+        except ValueError:  # no such column, or empty
+            continue
+        if area > 0:  # not NaN
+            return area
+    return 0
+
+
 def keep_best(paths, roots, area, protect, out):
     """Which row of each component of several stays, and the names of all their rows, relative to the table out.
 
-    Rule: a row of a table in protect, a labelled one, the larger image (area: of decoded ones, else 0), the longer
-    caption, the smaller name with its folder. Returns: ({root: row that stays}, {row: name}).
+    Rule: a row of a table in protect, a labelled one, the larger image, the longer caption, the smaller name with its
+    folder. area: [N] px, of decoded images; None: as area_of. Returns: ({root: row that stays}, {row: name}).
     """
     size, protected = np.bincount(roots, minlength=len(roots)), set(map(os.path.realpath, protect))
     best, names, n = {}, {}, 0
     for path in paths:
-        columns, rows = read_table(path, ["image"])
         folder, target = (os.path.realpath(os.path.dirname(p)) for p in (path, out))
         is_late = os.path.realpath(path) not in protected
-        for row, (_, fields) in enumerate(rows, n):
+        for row, (_, fields) in enumerate(numbered_rows(path, ["image"]), n):
             n = row + 1
             if size[roots[row]] > 1:
-                fields = dict(zip(columns, fields))
                 names[row] = relocate(fields["image"], folder, target)
-                rule = (is_late, not fields.get("label"), -int(area[row]), -len(fields.get("caption", "")),
+                pixels = area_of(fields) if area is None else int(area[row])
+                rule = (is_late, not fields.get("label"), -pixels, -len(fields.get("caption", "")),
                         os.path.join(folder, fields["image"]), row)  # fmt: skip
                 best[roots[row]] = min(best.get(roots[row], rule), rule)
     return {root: rule[-1] for root, rule in best.items()}, names
 
 
 def dedup_tables(tables, out, by, distance, cosine, embeddings, protect, against, against_embeddings, chain,
-                 max_pixels, device, workers):  # fmt: skip
+                 max_pixels, backend, device, workers):  # fmt: skip
     """Write the rows of tables that are no copies of others, or of rows of `against`. Arguments: as the flags."""
     paths, tests, protected = find_tables(tables), find_tables(against) if against else [], []
     if protect:
@@ -4030,9 +4165,11 @@ def dedup_tables(tables, out, by, distance, cosine, embeddings, protect, against
     if "embedding" in by:
         rows = row_features("embeddings", embeddings, tables)
         test_rows = row_features("against-embeddings", against_embeddings, against, rows)
-        sources["embedding"] = cosine_pairs(rows, test_rows, cosine, is_chain, device)
+        sources["embedding"] = cosine_pairs(rows, test_rows, cosine, is_chain, device, backend)
     roots, edges = connect(n_all, sources)
-    best, names = keep_best(paths + tests, roots, found[:, -1], protected, out)
+    columns, stream = open_tables(paths, out=out)
+    is_decoded, is_told = {"pixels", "dhash", "phash"} & set(by), {"width", "original_width"} & set(columns)
+    best, names = keep_best(paths + tests, roots, found[:, -1] if is_decoded else None, protected, out)
     sizes = np.bincount(roots, minlength=n_all)
     if against:
         tainted = np.zeros(n_all, bool)
@@ -4040,14 +4177,14 @@ def dedup_tables(tables, out, by, distance, cosine, embeddings, protect, against
         keep = ~tainted[roots[:n]]
     else:
         keep = np.array([sizes[root] == 1 or best[root] == row for row, root in enumerate(roots.tolist())], bool)
-    columns, stream = open_tables(paths, out=out)
     n_kept = write_tsv(out, columns, itertools.compress(stream, keep))
     stem = out.removesuffix(".tsv")
     pairs = (dict(image=names[i], other=names[j], by=method, distance=round(d, 6),
                   kept="" if against else names[best[roots[i]]]) for i, j, method, d in edges)  # fmt: skip
     write_tsv(f"{stem}.pairs.tsv", ("image", "other", "by", "distance", "kept"), pairs)
     report_dedup(out, paths, tests, n, n_kept, found, hashed, sizes, best, names, bool(against),
-                 dict(by=by, distance=distance, cosine=cosine, chain=chain, embeddings=embeddings, protect=protect,
+                 dict(image_sizes="decoded" if is_decoded else "columns" if is_told else "unknown",
+                      by=by, distance=distance, cosine=cosine, chain=chain, embeddings=embeddings, protect=protect,
                       against=against, against_embeddings=against_embeddings, max_pixels=max_pixels))  # fmt: skip
 
 
@@ -4056,6 +4193,7 @@ def report_dedup(out, paths, tests, n, n_kept, found, hashed, sizes, best, names
     what = "copies of a row of --against" if is_relative else "copies of a row that stays"
     counts = {"rows": n, what: n_kept - n, "rows left": n_kept}
     print_funnel(counts)
+    print(f"{'':12}  note: image sizes, by which the larger stays: {flags['image_sizes']}")
     unknown = {method: int((found[:n, k] == 0).sum()) for k, method in enumerate(hashed)}
     for method, n_unknown in unknown.items():
         if n_unknown:
@@ -4065,7 +4203,8 @@ def report_dedup(out, paths, tests, n, n_kept, found, hashed, sizes, best, names
     for root in np.argsort(-sizes, kind="stable")[:3]:
         if sizes[root] > 1:
             print(f"{sizes[root]:>12,}    rows with {names[best[root]]}")
-    write_report(out, paths + tests, flags, counts, component_sizes=histogram, not_compared=unknown)
+    embeddings = [*flags["embeddings"], *flags["against_embeddings"]]
+    write_report(out, [*paths, *tests, *embeddings], flags, counts, component_sizes=histogram, not_compared=unknown)
 
 
 # ------------------------------------------------------------------------------ prune
@@ -4150,7 +4289,8 @@ def prune_table(tables, out, embeddings, small, tests, keep, verify, device, see
         counts = {"rows": n, "zero or not finite embedding": -n_blank, why: n_left - n + n_blank, "rows left": n_left}
         print(target)
         print_funnel(counts)
-        write_report(target, paths, flags, counts, gap=gaps.get(name), leaks=leaks)
+        inputs = [*paths, *embeddings, *small, *(test.partition("=")[2] for test in tests)]
+        write_report(target, inputs, flags, counts, gap=gaps.get(name), leaks=leaks)
 
 
 def least_similar(paths, similarity, keep, seed):
@@ -4200,9 +4340,7 @@ def scan_rows(paths, key, seed, classes=([], {}), column=None):
     """
     hashes, labels, values = array("d"), array("i"), array("d")
     for path in paths:
-        columns, rows = read_table(path, [key] + [column] * (column is not None))
-        for line, fields in rows:
-            row = dict(zip(columns, fields))
+        for line, row in numbered_rows(path, [key] + [column] * (column is not None)):
             label = label_number(row.get("label", ""), classes[1], len(classes[0]))
             if label is None:
                 raise SystemExit(f"{path}:{line}: label {row['label']!r} is not one of {len(classes[0])} classes")
@@ -4399,8 +4537,9 @@ def subset_tables(tables, out, threshold, class_list, match_frequency, fill, sho
     flags = dict(threshold=threshold, class_list=class_list, match_frequency=match_frequency, fill=fill, shots=shots,
                  trim_tail=trim_tail, profile=profile, imbalance=imbalance, fraction=fraction, rows=rows,
                  rescue=is_rescue, key=key, classes=known[2], seed=seed)  # fmt: skip
-    write_report(out, paths + fill_paths, flags, counts, classes_before=before.tolist(),
-                 classes_after=written.tolist(), deficit=deficit.tolist())  # fmt: skip
+    frequency = find_tables([match_frequency]) if match_frequency else []
+    write_report(out, [*paths, *fill_paths, *frequency, class_list, known[2]], flags, counts,
+                 classes_before=before.tolist(), classes_after=written.tolist(), deficit=deficit.tolist())  # fmt: skip
 
 
 def gini_of(counts):
@@ -4526,7 +4665,7 @@ def compare_tables(tables, out, classes, plot):
     for column in shown[0]:
         print(f"{column:>26}" + "".join(f"  {row[column]:>14}" for row in shown))
     write_tsv(out, list(rows[0]), rows)
-    write_report(out, [p for table in tables for p in find_tables([table])], dict(classes=known[2]), {},
+    write_report(out, [*(p for table in tables for p in find_tables([table])), known[2]], dict(classes=known[2]), {},
                  class_counts={name: c.tolist() for name, c in zip(names, counts)})  # fmt: skip
     if plot:
         plot_counts(names, counts, plot)
@@ -4594,7 +4733,8 @@ def main(args):
         settings = dict(columns=args.columns, out=args.out, skip_bad=args.skip_bad)
         if args.command == "label":
             is_sensitive = args.case == "sensitive" or args.case == "auto" and args.match == "substring"
-            names = match_settings(class_rows(args.classes), args.match, is_sensitive, args.lemmas, args.wordnet)
+            names = match_settings(class_rows(args.classes), args.match, is_sensitive, args.lemmas, args.wordnet,
+                                   files=[args.classes])  # fmt: skip
             build_labels(paths, args.out, args.classes, settings | names | dict(multi=args.multi), run)
         elif args.command == "laionet":
             settings |= dict(clip=args.clip, embeddings=args.embeddings)
@@ -4605,7 +4745,8 @@ def main(args):
             more = defaultdict(list)
             for row in open_tables([args.synonyms], ["name", "synonyms"])[1] if args.synonyms else ():
                 more[row["name"]] += split_names(row["synonyms"])
-            names = match_settings(class_rows(args.classes), args.match, False, args.lemmas, args.wordnet, more)
+            names = match_settings(class_rows(args.classes), args.match, False, args.lemmas, args.wordnet, more,
+                                   [args.classes, args.synonyms])  # fmt: skip
             settings |= names | dict(n_sample=args.sample, seed=args.seed)
             build_frequency(paths, args.out, args.classes, args.synonyms, args.relevance, settings, run)
     elif args.command == "check":
@@ -4613,8 +4754,8 @@ def main(args):
                               args.workers, args.seed))  # fmt: skip
     elif args.command == "dedup":
         dedup_tables(args.tables, args.out, args.by, args.distance, args.cosine, args.embeddings, args.protect,
-                     args.against, args.against_embeddings, args.chain, args.max_pixels, args.device,
-                     args.workers)  # fmt: skip
+                     args.against, args.against_embeddings, args.chain, args.max_pixels, args.backend,
+                     args.device, args.workers)  # fmt: skip
     elif args.command == "prune":
         prune_table(args.tables, args.out, args.embeddings, args.small, args.tests, args.keep, args.verify,
                     args.device, args.seed)  # fmt: skip

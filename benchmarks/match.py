@@ -150,7 +150,7 @@ def main(wnids, wordnet, *world):
     glosses = [gloss for part in ("noun", "verb", "adj", "adv") for _, gloss in bd.read_synsets(wordnet, part).values()]
     synsets = bd.read_synsets(wordnet)
     names = [(word, i) for i, wnid in enumerate(Path(wnids).read_text().split()) for word in synsets[wnid[1:]][0]]
-    chunks = list(bd.in_chunks(glosses))
+    chunks = list(bd.in_chunks(glosses, lambda gloss: [gloss]))
     repeats = 9  # 9 x 117,659 sentences, more than 1 M
     automaton = automaton_of([(name.lower(), label) for name, label in names])
 

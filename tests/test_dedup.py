@@ -85,6 +85,52 @@ def test_cosine_pairs_equal_brute_force(monkeypatch):
         assert found == {(i, j) for i, j in truth if is_chain or i < 60 <= j}
 
 
+@pytest.mark.parametrize("cosine", [0.0, 0.5, 0.75])
+def test_faiss_gives_the_same_bytes(tmp_path, monkeypatch, cosine):
+    """Many pairs lie at the threshold, give or take a rounding; blocks are small, and end where files do."""
+    pytest.importorskip("faiss", reason="pip install faiss-cpu")
+    monkeypatch.setattr(bd, "BLOCK", 32)
+    rng = np.random.default_rng(0)
+    grid = rng.integers(-1, 2, (300, 8)).astype(np.float32)  # cosines are 0, 1/2, 3/4 and the like
+    near = rng.standard_normal((100, 8)).astype(np.float32)
+    near[50:] = near[:50] + 1e-4 * rng.standard_normal((50, 8))
+    for name, rows in (("a", grid), ("b", near), ("t", grid[::9])):
+        np.save(tmp_path / f"{name}.npy", rows)
+        bd.write_tsv(tmp_path / f"{name}.tsv", ("image",), [dict(image=f"{name}{i}.jpg") for i in range(len(rows))])
+    files = [[str(tmp_path / f"{name}{kind}") for name in "ab"] for kind in (".tsv", ".npy")]
+    against = ["--against", str(tmp_path / "t.tsv"), "--against-embeddings", str(tmp_path / "t.npy")]
+    for more in ([], against, [*against, "--chain"]):
+        found = []
+        for backend in ("blocks", "faiss"):
+            flags = ["--by", "embedding", "--embeddings", *files[1], "--cosine", str(cosine), "--backend", backend]
+            bd.main(bd.parse_args(["dedup", *files[0], *flags, *more, "--out", str(tmp_path / "o.tsv")]))
+            found.append(((tmp_path / "o.tsv").read_bytes(), (tmp_path / "o.pairs.tsv").read_bytes()))
+        assert found[0] == found[1] and found[0][1].count(b"\n") > 20
+
+
+def test_faiss_is_what_searches(monkeypatch):
+    faiss = pytest.importorskip("faiss", reason="pip install faiss-cpu")
+    monkeypatch.setattr(bd, "BLOCK", 8)
+    rows, called, search = np.eye(160, dtype=np.float32), [], faiss.IndexFlatIP.range_search
+    rows[159] = rows[3]
+    monkeypatch.setattr(faiss.IndexFlatIP, "range_search", lambda *args: called.append(1) or search(*args))
+    pairs = [p for p in bd.cosine_pairs([rows], [], 0.9, True, "cpu", "faiss") if len(p[0])]
+    assert [(p[0].tolist(), p[1].tolist()) for p in pairs] == [([3], [159])] and len(called) == 20
+    called.clear()
+    list(bd.cosine_pairs([rows], [], 0.9, True, "cpu"))
+    assert not called
+
+
+def test_without_faiss(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    np.save(tmp_path / "e.npy", np.eye(2))
+    bd.write_tsv(tmp_path / "a.tsv", ("image",), [dict(image="a"), dict(image="b")])
+    flags = ["--by", "embedding", "--embeddings", str(tmp_path / "e.npy"), "--backend", "faiss"]
+    with pytest.raises(SystemExit, match="pip install faiss-cpu"):
+        bd.main(bd.parse_args(["dedup", str(tmp_path / "a.tsv"), *flags, "--out", str(tmp_path / "o.tsv")]))
+    assert not (tmp_path / "o.tsv").exists()
+
+
 def test_chain_by_hand():
     """At 0, 40 and 80 degrees with cos 45 as the limit, the graph is one component."""
     rows = np.array([[math.cos(math.radians(a)), math.sin(math.radians(a))] for a in (0, 40, 80)], np.float32)
@@ -132,6 +178,28 @@ def test_end_to_end(photos, flags, kept):
     pairs = list(bd.open_tables([str(photos / "sub" / "kept.pairs.tsv")])[1])
     assert len(pairs) == 9 - len(kept) and {p["kept"][-5] for p in pairs} <= set(kept)
     assert len(list(out.parent.iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    "columns, kept",
+    [
+        (dict(width=["10", "30.0", "", ""], height=["10", "30.0", "", ""]), "b"),
+        (dict(width=["", "", "", ""], height=["", "", "", ""], original_width=["9", "8", "", "20"], original_height=["9"] * 4), "d"),
+        (dict(width=["wide", "", "", "nan"], height=["9"] * 4), "c"),
+        ({}, "c"),
+    ],
+)
+def test_the_larger_image_stays_by_columns_if_none_is_decoded(tmp_path, capsys, columns, kept):
+    """img2dataset's width and height are empty where it did not resize; without sizes the longest caption stays."""
+    texts = dict(image=["a", "b", "c", "d"], caption=["x", "x", "xx", "x"], **columns)
+    bd.write_tsv(tmp_path / "t.tsv", list(texts), [dict(zip(texts, row)) for row in zip(*texts.values())])
+    np.save(tmp_path / "e.npy", np.ones((4, 2)))
+    flags = ["--by", "embedding", "--embeddings", str(tmp_path / "e.npy"), "--out", str(tmp_path / "o.tsv")]
+    bd.main(bd.parse_args(["dedup", str(tmp_path / "t.tsv"), *flags]))
+    assert [row["image"] for row in bd.open_tables([str(tmp_path / "o.tsv")])[1]] == [kept]
+    said = "columns" if columns else "unknown"
+    assert f"the larger stays: {said}" in capsys.readouterr().out
+    assert json.loads((tmp_path / "o.tsv.json").read_text())["flags"]["image_sizes"] == said
 
 
 def test_protected_and_against(photos):

@@ -1,5 +1,6 @@
 """build_datasets.py index: positions in tars, damaged tars, folders, columns, hold-out, messages, speed and memory."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -11,9 +12,11 @@ import tarfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 ROOT = os.environ.get("BUILD_DATASETS_DIR", str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, ROOT)
@@ -429,6 +432,119 @@ def test_a_failed_run_leaves_the_old_table(tmp_path):
     with pytest.raises(SystemExit, match="not a tar"):
         index(shards, "--workers", 2, out=out)
     assert out.read_bytes() == before and sorted(os.listdir(out.parent)) == ["train.tsv", "train.tsv.json"]
+
+
+def test_the_report_tells_what_was_read(tmp_path):
+    """Of a tar size, time and ends, since only its headers and texts are read; of small files the hash."""
+    shards = make_shards(tmp_path / "shards", 1, 3)
+    write(shards / "00000_stats.json", b'{"successes": 3}')
+    write(tmp_path / "classes.tsv", b"name\ncat\n")
+    index(shards, "--classes", tmp_path / "classes.tsv", out=tmp_path / "train.tsv")
+    tar, stats, classes = report(tmp_path / "train.tsv")["inputs"]
+    data = (shards / "00000.tar").read_bytes()
+    ends = hashlib.sha256(data[: 2**20] + data[max(0, len(data) - 2**20) :]).hexdigest()
+    assert report(tmp_path / "train.tsv")["sources"][0]["rows"] == 3
+    assert tar["bytes"] == len(data) and tar["sha256_of_first_and_last_mib"] == ends
+    assert tar["mtime_ns"] == (shards / "00000.tar").stat().st_mtime_ns
+    for entry, path in ((stats, shards / "00000_stats.json"), (classes, tmp_path / "classes.tsv")):
+        assert entry == dict(path=str(path), bytes=path.stat().st_size, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    write(tmp_path / "classes" / "cat" / "1.jpg")
+    index(tmp_path / "classes", out=tmp_path / "sub" / "train.tsv")  # writes a classes.tsv, which is no input
+    assert report(tmp_path / "sub" / "train.tsv")["inputs"] == []
+    found = []
+    for name, payload in (("cat", b"x"), ("cat", b"xy"), ("dog", b"xy")):  # a folder: of names, sizes and texts
+        write(tmp_path / "photos" / f"{name}.jpg", payload)
+        write(tmp_path / "photos" / f"{name}.txt", b"a cat")
+        index(tmp_path / "photos", out=tmp_path / "photos.tsv")
+        found.append(report(tmp_path / "photos.tsv")["sources"][0])
+    assert len({entry["sha256_of_names_sizes_texts"] for entry in found}) == 3
+    assert [entry["image_bytes"] for entry in found] == [1, 2, 4]
+
+
+# ------------------------------------------------------------------------------ tars as tables
+
+
+@pytest.fixture
+def crawl(tmp_path, monkeypatch):
+    """The output of img2dataset: two shards of pictures, with parquet and stats; t.tsv is `index`'s table of them."""
+    monkeypatch.chdir(tmp_path)
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for shard in range(2):
+        members, rows = [], []
+        for i in range(6):
+            key, payload = f"{shard:05d}{i:04d}", io.BytesIO()
+            Image.new("RGB", (20, 30 + i), (40 * i, 9, 9)).save(payload, "PNG")
+            fields = dict(url=f"http://x/{i % 5}", similarity=i / 8, label=i % 2, key=key, status="success")
+            members += sample(key, f"a {('crane', 'lion, a  crane')[i % 2]}\t{i % 4}", payload.getvalue() if i < 5 else b"no image", fields)
+            rows.append(dict(key=key, url=f"http://x/{i % 5}", status="success", error_message=None, score=i * shard))
+        rows.append(dict(key="x", url="http://x/gone", status="failed_to_download", error_message="404", score=None))
+        make_tar(Path("shards") / f"{shard:05d}.tar", members)
+        parquet.write_table(pyarrow.Table.from_pylist(rows), f"shards/{shard:05d}.parquet")
+        write(Path("shards") / f"{shard:05d}_stats.json", json.dumps(dict(count=7, successes=6)))
+    bd.write_tsv("classes.tsv", ("name",), [dict(name="crane"), dict(name="lion")])
+    bd.write_tsv("entries.tsv", ("entry",), [dict(entry="crane"), dict(entry="4")])
+    index("shards", out=Path("t.tsv"))
+    rng = np.random.default_rng(0)
+    for name, n in (("e", 12), ("small", 3), ("test", 2)):
+        np.save(f"{name}.npy", rng.standard_normal((n, 4)).astype(np.float32))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "check --workers 1",
+        "dedup --by pixels url",
+        "dedup --by embedding --embeddings e.npy --cosine 0.5",
+        "prune --embeddings e.npy --small small.npy --tests val=test.npy",
+        "subset --rows 5 --key url --threshold score=1",
+        "mix --rows 4 --key url",
+        "stats",
+        "label --classes classes.tsv --multi all --workers 1",
+        "laionet --classes classes.tsv --threshold 0.2 --workers 1",
+        "curate --metadata entries.tsv --cap 3 --workers 1",
+        "frequency --classes classes.tsv --match word --sample 3 --workers 1",
+        "metadata --min-count 1",
+    ],
+)
+def test_a_folder_of_tars_is_the_table_that_index_writes(crawl, command):
+    found = []
+    for source in ("shards", "t.tsv"):
+        name, *flags = command.split()
+        out = "o-{set}.tsv" if name == "prune" else "o.tsv"
+        with contextlib.suppress(SystemExit):  # check always exits
+            bd.main(bd.parse_args([name, source, *flags, "--out", out]))
+        tables = {p.name: read(p) for p in sorted(crawl.glob("o*.tsv"))}
+        for row in sum(tables.values(), []) if name in ("check", "stats", "mix") else ():
+            for column in ("file", "line", "name", "source", "spearman shards", "spearman t"):  # they name the source
+                row.pop(column, None)
+            row["image"] = row.get("image", "").removeprefix("shards/")  # check tells it as the source does
+        found.append(tables)
+        for path in crawl.glob("o*"):
+            path.unlink()
+    assert found[0] == found[1] and any(found[0].values())
+
+
+def test_what_a_tar_lacks_is_listed_counted_and_said(crawl, capsys):
+    members = sample("0", "a crane") + [("1.txt", b"no image")] + sample("2", "", b"x") + sample("3", "a lion")
+    tar = make_tar(crawl / "more" / "0.tar", members)
+    data = tar.read_bytes()
+    tar.write_bytes(data[: data.index(b"a lion") + 2])
+    with pytest.raises(SystemExit) as stopped:
+        bd.main(bd.parse_args(["check", "more", "--out", "bad.tsv", "--workers", "1"]))
+    reasons = {(row["line"], row["reason"].partition(" at byte")[0]) for row in read(crawl / "bad.tsv")}
+    assert stopped.value.code == 1 and ("2", "without an image") in reasons and ("3", "neither caption nor label") in reasons
+    assert any("truncated" in reason for _, reason in reasons)
+    capsys.readouterr()
+    bd.tar_facts.cache_clear()
+    bd.main(bd.parse_args("label more --classes classes.tsv --workers 1 --out o.tsv".split()))
+    assert report("o.tsv")["funnel"]["bad: without an image"] == -1 and "1 x without an image" in capsys.readouterr().err
+    (crawl / "more" / "1.tar").write_bytes(b"no tar" * 200)
+    with pytest.raises(SystemExit, match=r"more/1.tar: not a tar"):
+        bd.main(bd.parse_args("stats more --out o.tsv".split()))
+    write(crawl / "more" / "t.tsv", b"image\n")
+    with pytest.raises(SystemExit, match="more: a folder with tables of kinds .tar, .tsv: name the files"):
+        bd.main(bd.parse_args("stats more --out o.tsv".split()))
 
 
 # ------------------------------------------------------------------------------ messages

@@ -3,8 +3,10 @@
 import gzip
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -31,6 +33,13 @@ def read(path):
 
 def report(path):
     return json.loads(Path(f"{path}.json").read_text("utf-8"))
+
+
+def hashes(path):
+    """{input: its sha256} as a table's report tells them; of each the size is told too."""
+    found = report(path)["inputs"]
+    assert all(entry["bytes"] == os.path.getsize(entry["path"]) for entry in found)
+    return {entry["path"]: entry["sha256"] for entry in found}
 
 
 @pytest.fixture
@@ -275,11 +284,11 @@ def test_frequency_counts_samples_and_relevance(folder):
     assert Counter(row["name"] for row in sample) == {"sea lion": 8, "lion": 8, "crane": 8}
     run("frequency", *common, "--out", folder / "n.tsv", "--synonyms", folder / "more.tsv")
     assert [row["count"] for row in read(folder / "n.tsv")] == ["30", "90", "90"]
-    assert report(folder / "n.tsv")["flags"]["synonyms_sha256"] == bd.file_hash(folder / "more.tsv")
+    assert hashes(folder / "n.tsv")[str(folder / "more.tsv")] == bd.file_hash(folder / "more.tsv")
     judged = [row | {"relevant": "yes" if i % 4 else "No."} for i, row in enumerate(sample)]
     bd.write_tsv(folder / "judged.tsv", list(judged[0]), judged)
     run("frequency", *common, "--out", folder / "r.tsv", "--relevance", folder / "judged.tsv")
-    assert report(folder / "r.tsv")["flags"]["relevance_sha256"] == bd.file_hash(folder / "judged.tsv")
+    assert hashes(folder / "r.tsv")[str(folder / "judged.tsv")] == bd.file_hash(folder / "judged.tsv")
     row = read(folder / "r.tsv")[1]
     n = 8 * 89 / 82  # as many of endlessly many tell as much as 8 of 90
     low, high = (0.75 + 1.92 / n + np.array([-1, 1]) * 1.96 * np.sqrt(0.1875 / n + 0.9604 / n**2)) / (1 + 3.8416 / n)
@@ -341,7 +350,8 @@ def test_laionet_takes_the_embeddings_that_are_there_now(folder):
     run("laionet", folder / "in.tsv", *common, "--shard", "0/1")
     np.save(folder / "in.tsv.npy", np.eye(3)[1:])
     run("laionet", folder / "in.tsv", *common)
-    assert [row["label"] for row in read(folder / "o.tsv")] == ["1", "2"] and len(report(folder / "o.tsv")["flags"]["models"]) == 2
+    assert [row["label"] for row in read(folder / "o.tsv")] == ["1", "2"]
+    assert {str(folder / name) for name in ("in.tsv.npy", "classes.npy")} < hashes(folder / "o.tsv").keys()
     with pytest.raises(SystemExit, match="several tables have one file name"):
         run("laionet", folder / "in.tsv", folder / "deep" / "in.tsv", *common)
 
@@ -381,9 +391,9 @@ def test_two_classes_of_one_name(folder):
 @pytest.mark.parametrize(
     "row, embeddings, message",
     [
-        (dict(similarity="abc"), None, "in.jsonl:2: similarity is 'abc'"),
-        (dict(), None, "in.jsonl:2: similarity is ''"),
-        (dict(), b"", "--embeddings: .*in.jsonl.npy: "),
+        (dict(similarity="abc"), None, "in.jsonl:1: similarity is 'abc'"),
+        (dict(), None, "in.jsonl:1: similarity is ''"),
+        (dict(), b"", "in.jsonl.npy: not readable as embeddings"),
         (dict(), np.eye(4)[:1], "4 numbers a row, classes 3"),
     ],
 )
@@ -428,7 +438,7 @@ def test_laionet_holds_some_rows_at_a_time(folder, monkeypatch):
     """Chunks of matched rows are measured with their own captions, and queries once."""
     write_captions(folder / "in.tsv", [f"crane {i}" if i % 3 else "nothing" for i in range(20)])
     asked, in_chunks = [], bd.in_chunks
-    monkeypatch.setattr(bd, "in_chunks", lambda rows, size=4096: in_chunks(rows, 5))
+    monkeypatch.setattr(bd, "in_chunks", lambda rows, texts: in_chunks(rows, texts, 5))
     monkeypatch.setattr(bd, "text_features", lambda _, texts: asked.append(len(texts)) or np.array(
         [[1, int(text.split()[-1]) if text[-1].isdigit() else 0] for text in texts]))  # fmt: skip
     (folder / "clip.pt").write_bytes(b"")
@@ -458,7 +468,7 @@ def test_img2dataset_tables_count_what_was_downloaded(folder, capsys):
         assert {row["status"] for row in all_of if "status" in row} <= {"success"}
         funnel = report(folder / "00000.parquet.tsv")["funnel"]
         assert funnel["rows"] == n and funnel["bad: not downloaded by img2dataset"] == -(n + 1) // 2
-    with pytest.raises(SystemExit, match="run `index` on its folder first"):
+    with pytest.raises(SystemExit, match="give the folder of its tars"):
         run("dedup", folder / "00000.parquet", "--by", "caption", "--out", folder / "d.tsv")
 
 
@@ -482,3 +492,103 @@ def test_sample_is_cut_file_by_file(folder):
     run("frequency", folder / "whole.tsv", *flags, "--out", folder / "b.tsv")
     assert (folder / "a.sample.tsv").read_bytes() == (folder / "b.sample.tsv").read_bytes()
     assert len(read(folder / "a.sample.tsv")) == 7
+
+
+def test_messages_name_the_line_behind_blank_lines_and_quoted_breaks(folder):
+    """Line 2 is blank and the row behind it takes lines 3 and 4: what is wrong stands in line 5."""
+    source = write_captions(folder / "in.tsv", ["crane"])
+    table = '{}\n\n{}\n{}\n'
+    common = ["--classes", folder / "classes.tsv", "--workers", 1, "--out", folder / "o.tsv"]
+    (folder / "list").write_text("crane\nlion\n")
+    for name, header, good, wrong, command in (
+        ("c.csv", "name,definition", 'crane,"a\nbird"', "crane,x", ["label", source, *common, "--classes", folder / "c.csv"]),
+        ("e.csv", "name,query", 'crane,"a\nbird"', "owl,x", ["classes", folder / "list", *common[4:], "--extra", folder / "e.csv"]),
+        ("r.csv", "name,relevant,caption", 'crane,yes,"a\nb"', "crane,perhaps,x", ["frequency", source, *common, "--match", "word", "--relevance", folder / "r.csv"]),
+        ("s.csv", "image,caption,similarity", 'a.jpg,"a\ncrane",1', "b.jpg,crane,high", ["laionet", folder / "s.csv", *common]),
+    ):  # fmt: skip
+        (folder / name).write_text(table.format(header, good, wrong))
+        with pytest.raises(SystemExit, match=f"^{folder / name}:5: "):
+            run(*command)
+
+
+SIDE_INPUTS = {
+    "label": {"classes.tsv": "--classes"},
+    "label --match bag --multi drop": {"classes.tsv": "--classes", "noun.exc": "", "index.noun": ""},
+    "frequency --match bag": {"classes.tsv": "--classes", "more.tsv": "--synonyms", "noun.exc": "", "index.noun": ""},
+    "laionet": {"classes.tsv": "--classes", "in.tsv.npy": "", "classes.npy": ""},
+    "curate": {"entries.tsv": "--metadata"},
+}
+
+
+@pytest.mark.parametrize("command", SIDE_INPUTS)
+def test_a_changed_side_input_makes_all_parts_anew(folder, command):
+    """Even one of the same size and time: its contents name the parts, and the report tells the hash of each."""
+    write_captions(folder / "in.tsv", ["crane", "lion"])
+    (folder / "more.tsv").write_text("name\tsynonyms\ncrane\tderrick\n")
+    (folder / "entries.tsv").write_text("entry\nlion\ncrane\n")
+    (folder / "noun.exc").write_text("lice louse\n")
+    (folder / "index.noun").write_text("lion n 1 0 1 0 00000001  \nlouse n 1 0 1 0 00000002  \n")
+    np.save(folder / "in.tsv.npy", np.eye(3)[:2])
+    np.save(folder / "classes.npy", np.eye(3))
+    flags = [x for name, flag in SIDE_INPUTS[command].items() if flag for x in (flag, folder / name)]
+    flags += {"laionet": ["--embeddings", folder, "--threshold", -1], "curate": []}.get(command, ["--wordnet", folder])
+    name, *rule = command.split()
+    flags = [name, folder / "in.tsv", *rule, *flags, "--workers", 1, "--out", folder / "o.tsv"]
+    for side in SIDE_INPUTS[command]:
+        bd.read_nouns.cache_clear()
+        run(*flags, "--shard", "0/1")
+        path, time_ns = folder / side, (folder / side).stat().st_mtime_ns
+        data = path.read_bytes()
+        last = max(i for i, byte in enumerate(data) if chr(byte).isalnum())
+        path.write_bytes(data[:last] + bytes([data[last] ^ 1]) + data[last + 1 :])
+        os.utime(path, ns=(time_ns, time_ns))
+        with pytest.raises(SystemExit, match="--merge: no result yet of 1 of 1 files"):
+            run(*flags, "--merge")
+        path.write_bytes(data)
+        run(*flags, "--merge")
+    assert set(hashes(folder / "o.tsv")) == {str(folder / name) for name in ("in.tsv", *SIDE_INPUTS[command])}
+
+
+@pytest.mark.parametrize("is_column", [True, False])
+def test_laionet_in_shards_gives_the_bytes_of_one_process(folder, is_column):
+    rng, n = np.random.default_rng(0), 40
+    for i in range(5):
+        captions = [f"{('crane', 'simba', 'lion and crane', 'none')[k % 4]} {i} {k}" for k in range(n)]
+        columns = dict(similarity=rng.random(n).round(3)) if is_column else {}
+        write_captions(folder / f"in{i}.tsv", captions, **columns)
+        np.save(folder / f"in{i}.tsv.npy", rng.standard_normal((n, 16)).astype(np.float32))
+    np.save(folder / "classes.npy", rng.standard_normal((3, 16)).astype(np.float32))
+    flags = ["laionet", folder / "in*.tsv", "--classes", folder / "classes.tsv", "--workers", 1, "--threshold", 0.2]
+    flags += [] if is_column else ["--embeddings", folder]
+    run(*flags, "--out", folder / "one.tsv")
+    for i in (2, 0, 1):
+        run(*flags, "--out", folder / "many.tsv", "--shard", f"{i}/3")
+    run(*flags, "--out", folder / "many.tsv", "--merge")
+    for kind in ".tsv", ".all.tsv":
+        assert (folder / f"one{kind}").read_bytes() == (folder / f"many{kind}").read_bytes()
+    assert 10 < len(read(folder / "one.tsv")) < len(read(folder / "one.all.tsv")) == 100
+
+
+@pytest.mark.parametrize("command", ["frequency", "label"])
+def test_a_killed_run_loses_only_what_it_was_at(folder, command):
+    """kill -9 of all processes when the first of six files is done: the second call does the others and no more."""
+    n_rows = 100_000 if command == "frequency" else 20_000  # a part of a second a file
+    for i in range(6):
+        captions = [f"{CAPTIONS[k % 7]} {i} {k}" for k in range(n_rows if i > 1 else n_rows // 10)]
+        write_captions(folder / f"in{i}.tsv", captions)
+    flags = [command, folder / "in*.tsv", "--classes", folder / "classes.tsv", "--match", "word"]
+    out, parts = folder / "killed.tsv", folder / "killed.tsv.parts"
+    process = subprocess.Popen([sys.executable, SCRIPT, *map(str, flags), "--workers", "2", "--out", str(out)],
+                               stdout=-3, stderr=-3, start_new_session=True)  # fmt: skip
+    while not list(parts.glob("*.npz")):
+        assert process.poll() is None
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = {path: path.stat().st_mtime_ns for path in parts.glob("*.npz")}
+    assert 1 <= len(done) < 6 and not out.exists()
+    run(*flags, "--out", out, "--workers", 1, "--shard", "0/1")  # leaves the parts to be looked at
+    assert {path: path.stat().st_mtime_ns for path in done} == done and len(list(parts.glob("*.npz"))) == 6
+    run(*flags, "--out", out, "--merge")
+    run(*flags, "--out", folder / "whole.tsv", "--workers", 1)
+    assert out.read_bytes() == (folder / "whole.tsv").read_bytes() and not parts.exists()

@@ -230,57 +230,68 @@ class Vocab(NamedTuple):
     groups: torch.Tensor  # [B] int64 group of each image
 
 
-def draw_vocab(present: torch.Tensor, class_counts: torch.Tensor, M: int, power: float,
-               seeds: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Vocabulary of each group: its present classes, and others drawn without replacement until there are M.
+def draw_vocab(present: torch.Tensor, weights: torch.Tensor, cumulative: torch.Tensor, M: int, n_arrivals: int,
+               seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vocabulary of a group: its P present classes, and others drawn without replacement until there are M.
 
-    present: [groups, C] bool. class_counts: [C] training images; the weight of a class is its count ** power.
-    seeds: one integer a group. Returns: [groups, C] bool, the vocabularies, of max(M, present) classes or of fewer when
-        no class with a weight is left; [groups, C] float32, ln of each class's probability to be in it.
+    present: [P] class ids. weights, cumulative: [C] float64, how likely a class is drawn, and the sums up to each.
+    Returns: [max(M, P)] class ids, fewer when no class with a weight is left; float32 ln of the probability of each to
+        be in the vocabulary, 0 for present classes. The law does not depend on n_arrivals, the cost does.
     An exponential race: class c arrives at time e_c / weight_c, the first ones are drawn, which has the law of draws
     one after the other with weights renormalised. Given t, the time at which the first class too many arrives, a class
-    is in with probability 1 - exp(-weight t). The rule (classes of the batch first, then by count ** 0.5) is that of
-    the federated loss of Zhou et al., arXiv 2103.07461; power 1 is Wen et al., section 3.3.
+    is in with probability 1 - exp(-weight t). Were classes to arrive again and again, all arrivals would be one Poisson
+    stream whose classes are draws with replacement: n_arrivals of it are looked at, log C steps each, and the first one
+    of a class counts. If too few classes have come by then, the others race on from there, since exponential times have
+    no memory. The rule (classes of the batch first, then by count ** 0.5) is that of the federated loss of Zhou et al.,
+    arXiv 2103.07461; power 1 is Wen et al., section 3.3.
     """
-    n_groups, C = present.shape
-    weights = class_counts.double() ** power  # 0 ** 0 = 1: classes without images are drawn by power 0 only
-    race = torch.empty(n_groups, C, dtype=torch.float64)
-    for times, seed in zip(race, seeds):
-        times.exponential_(generator=torch.Generator().manual_seed(seed))
-    race = (race / weights).masked_fill(present, -1.0)  # a weight of 0 never arrives
-    times, first = race.topk(min(M + 1, C), largest=False)  # [groups, M + 1], ascending
-    drawn = times[:, :M].isfinite()
-    vocab = torch.zeros_like(present).scatter_(1, first[:, :M], drawn) | present
-    t = times[:, M:] if M < C else torch.full((n_groups, 1), math.inf, dtype=torch.float64)
-    groups, classes = (vocab & ~present).nonzero(as_tuple=True)  # of these alone, since C may be a million
-    log_q = torch.zeros(n_groups, C)
-    log_q[groups, classes] = torch.log(-torch.expm1(-weights[classes] * t[groups, 0])).float()
-    return vocab, log_q
+    generator, size, C = torch.Generator().manual_seed(seed), max(M, len(present)), len(weights)
+    gaps = torch.empty(n_arrivals, dtype=torch.float64).exponential_(generator=generator)
+    luck = torch.rand(n_arrivals, dtype=torch.float64, generator=generator)
+    stream = torch.searchsorted(cumulative, luck * cumulative[-1], right=True)  # never a class with a weight of 0
+    times = torch.cat([torch.full(present.shape, -1.0), gaps.cumsum(0) / cumulative[-1]])  # present ones come first
+    classes, first = np.unique(torch.cat([present, stream]).numpy(), return_index=True)
+    order = first.argsort()[: size + 1]
+    classes, times = torch.from_numpy(classes[order]), times[first[order]]
+    if len(classes) <= size:
+        race = torch.empty(C, dtype=torch.float64).exponential_(generator=generator) / weights
+        race += gaps.sum() / cumulative[-1]
+        race[classes] = times
+        times, classes = race.topk(min(size + 1, int(race.isfinite().sum())), largest=False)  # a weight of 0: never
+    t = times[size] if len(times) > size else math.inf
+    log_q = torch.log(-torch.expm1(-weights[classes[:size]] * t)).float()
+    return classes[:size], log_q.masked_fill(times[:size] < 0, 0.0)
 
 
-def vocab_of_batch(labels: torch.Tensor, first: int, B: int, group_size: int, class_counts: torch.Tensor, M: int,
-                   power: float, seed: int, step: int) -> tuple[Vocab, int, int]:
+def vocab_of_batch(labels: torch.Tensor, first: int, B: int, group_size: int, weights: torch.Tensor,
+                   cumulative: torch.Tensor, M: int, seed: int, step: int) -> tuple[Vocab, int, int]:
     """Vocabularies of the groups that hold rows first .. first + B of the global batch, the same for any such split.
 
     labels: [N, J] int64 of all processes, -1 pads. group_size: images of a group, cut from the global batch in order.
+    weights, cumulative: see draw_vocab.
     Returns: the vocabularies; summed over these groups, their sizes and the number of drawn classes.
     The union's rows alone are multiplied when they are at most three quarters of the classes: beyond that copying rows
-    costs about what it saves (benchmarks/vocab.py).
+    costs about what it saves. Arrivals are looked at where that is cheaper than a race of all classes, and enough for
+    counts like Zipf's (both by benchmarks/vocab.py).
     """
-    C, ids = len(class_counts), range(first // group_size, (first + B - 1) // group_size + 1)
-    present = torch.zeros(len(ids), C + 1, dtype=torch.bool)  # column C takes the padding
-    for row, group in enumerate(ids):
-        present[row, labels[group * group_size : (group + 1) * group_size].flatten()] = True
-    present = present[:, :C].contiguous()
-    seeds = [int(uniform_hash(seed, 6, step, group) * 2**53) for group in ids]
-    vocab, log_q = draw_vocab(present, class_counts, M, power, seeds)
-    union = vocab.any(0).nonzero().squeeze(1)  # [U]
-    groups = torch.arange(first, first + B) // group_size - ids[0]
-    size = int(vocab.count_nonzero())
-    n_drawn = size - int(present.count_nonzero())
-    if 4 * len(union) > 3 * C:
-        return Vocab(None, vocab, log_q, groups), size, n_drawn
-    return Vocab(union, vocab[:, union], log_q[:, union], groups), size, n_drawn
+    C, ids = len(weights), np.arange(first // group_size, (first + B - 1) // group_size + 1)
+    n_arrivals = 3 * M if C > max(4096, 16 * M) else 0
+    vocabs, n_present = [], 0
+    for group, draw in zip(ids, uniform_hash(seed, 6, step, ids)):
+        present = labels[group * group_size : (group + 1) * group_size].unique()
+        present = present[present >= 0]
+        vocabs.append(draw_vocab(present, weights, cumulative, M, n_arrivals, int(draw * 2**53)))
+        n_present += len(present)
+    union = torch.cat([classes for classes, _ in vocabs]).unique()  # [U], sorted
+    is_whole = 4 * len(union) > 3 * C
+    if is_whole:
+        union = torch.arange(C)
+    inside, log_q = torch.zeros(len(ids), len(union), dtype=torch.bool), torch.zeros(len(ids), len(union))
+    for row, (classes, values) in enumerate(vocabs):
+        columns = torch.searchsorted(union, classes)
+        inside[row, columns], log_q[row, columns] = True, values
+    groups, size = torch.arange(first, first + B) // group_size - ids[0], sum(len(classes) for classes, _ in vocabs)
+    return Vocab(None if is_whole else union, inside, log_q, groups), size, size - n_present
 
 
 def vocab_logits(features: torch.Tensor, prototypes: torch.Tensor, scale: torch.Tensor, vocab: Vocab | None,
@@ -1860,6 +1871,8 @@ def main(args: argparse.Namespace) -> None:
         read_labels(table, class_names)  # a wrong one is told before training, not after it
     C, sizes, counts = len(class_names), [len(table) for table in tables], torch.from_numpy(class_counts)
     has_vocab = 0 < args.vocab < C
+    vocab_weights = counts.double() ** args.vocab_power  # 0 ** 0 = 1: classes without images are drawn by power 0 only
+    cumulative = vocab_weights.cumsum(0)
     if is_main:
         print(describe(root, tables, shares, class_names, class_counts), left_out, sep="\n")
         print(f"precision {precision} ({reason}), {device}, {world_size} process{'es' if world_size > 1 else ''}",
@@ -1967,8 +1980,8 @@ def main(args: argparse.Namespace) -> None:
                 dist.all_gather(all_labels, labels, group=control)  # All ranks
             else:
                 all_labels = [labels]
-            vocab, size, n_drawn = vocab_of_batch(torch.cat(all_labels), rank * B, B, group_size, counts, args.vocab,
-                                                  args.vocab_power, args.seed, step)
+            vocab, size, n_drawn = vocab_of_batch(torch.cat(all_labels), rank * B, B, group_size, vocab_weights,
+                                                  cumulative, args.vocab, args.seed, step)
             vocab_sizes += (size, n_drawn, len(vocab.inside))
             if vocab.ids is not None:  # labels as columns of the union
                 labels = torch.searchsorted(vocab.ids, labels).masked_fill(labels < 0, -1)

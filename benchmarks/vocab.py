@@ -3,7 +3,8 @@
 Forward and backward of cosine head and cross-entropy on given features, fp32, CPU; counts are Zipf's. Sides alternate;
 printed are medians, the time of drawing alone, and the peak of memory beyond what stands before the step (weights and
 their gradient buffer), from the kernel's high-water mark in a process of its own. Then drawing for 16 groups as a share
-of such a step, and the two routes of vocab_of_batch, the union's rows copied or all rows masked, by the union's size.
+of such a step, the two ways of draw_vocab, arrivals or a race of all, by the number of classes, and the two routes of
+vocab_of_batch, the union's rows copied or all rows masked, by the union's size.
 """
 
 import argparse
@@ -22,13 +23,14 @@ import sl_vocab_subsample as sl  # noqa: E402
 
 
 def make(C, D, B):
-    """Features, weights with a gradient buffer, labels by frequency, counts."""
+    """Features, weights with a gradient buffer, labels by frequency, counts as draw_vocab takes them."""
     torch.manual_seed(0)
-    counts = (1e6 / torch.arange(1, C + 1)).ceil().long()
+    counts = (1e6 / (torch.randperm(C) + 1)).ceil().double()
+    labels = torch.multinomial(counts, B, replacement=True)[:, None]
     features = F.normalize(torch.randn(B, D), dim=1).requires_grad_()
     weights = torch.randn(C, D).requires_grad_()
     weights.grad = torch.ones_like(weights)  # its pages are there before the step
-    return features, weights, torch.multinomial(counts.double(), B, replacement=True)[:, None], counts
+    return features, weights, labels, (counts, counts.cumsum(0))
 
 
 def step(features, weights, labels, counts, M, group, number):
@@ -36,7 +38,7 @@ def step(features, weights, labels, counts, M, group, number):
     features.grad, vocab = None, None
     start = time.perf_counter()
     if M:
-        vocab, *_ = sl.vocab_of_batch(labels, 0, len(labels), group, counts, M, 1.0, 0, number)
+        vocab, *_ = sl.vocab_of_batch(labels, 0, len(labels), group, *counts, M, 0, number)
         labels = labels if vocab.ids is None else torch.searchsorted(vocab.ids, labels)
     drawn = time.perf_counter() - start
     logits = sl.vocab_logits(features, weights, torch.tensor(14.3), vocab)
@@ -89,7 +91,17 @@ def main(args):
             times.append(time.perf_counter() - start)
         drawn, whole = statistics.median(draws[1:]), statistics.median(times[1:])
         text = f"16 groups of 64, C {shape[0]:,}, D {shape[1]}, M {M}"
-        print(f"{text}: drawing {1e3 * drawn:.0f} of {1e3 * whole:.0f} ms")
+        print(f"{text}: drawing {1e3 * drawn:.0f} of {1e3 * whole:.0f} ms, {drawn / whole:.1%}")
+    for shape in 10_000, 20_000, 32_000, 64_000, 10**6:
+        _, _, labels, counts = make(shape, 1, 64)
+        times = {3 * M: [], 0: []}
+        for number in range(8):
+            for n_arrivals in times:
+                start = time.perf_counter()
+                sl.draw_vocab(labels.unique(), *counts, M, n_arrivals, number)
+                times[n_arrivals] += [time.perf_counter() - start] if number else []
+        a, b = (1e3 * statistics.median(x) for x in times.values())
+        print(f"a vocabulary of {M} of {shape:,} classes: {3 * M} arrivals {a:.2f} ms, a race of all {b:.2f} ms")
     features, weights, _, _ = make(C, D, B)
     for share in 0.25, 0.4, 0.5, 0.6, 0.75:
         ids = torch.randperm(C)[: int(share * C)].sort().values

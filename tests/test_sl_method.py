@@ -12,25 +12,40 @@ import dino_laionet as dino
 import sl_vocab_subsample as sl
 
 
-def draw(counts, present, M, power=1.0, n=1, seed=0):
+def weights_of(counts):
+    """The weights of the draws at power 1, and their sums."""
+    return counts.double(), counts.double().cumsum(0)
+
+
+def draw(counts, present, M, power=1.0, n=1, n_arrivals=0):
     """n independent vocabularies: [n, C] bool, and ln q."""
-    mask = torch.zeros(n, len(counts), dtype=torch.bool)
-    mask[:, present] = True
-    return sl.draw_vocab(mask, torch.tensor(counts), M, power, list(range(seed, seed + n)))
+    weights = weights_of(torch.tensor(counts) ** power)
+    vocab, log_q = torch.zeros(n, len(counts), dtype=torch.bool), torch.zeros(n, len(counts))
+    for row in range(n):
+        ids, values = sl.draw_vocab(torch.tensor(present), *weights, M, n_arrivals, row)
+        assert len(ids) == len(set(ids.tolist()))  # none twice
+        vocab[row, ids], log_q[row, ids] = True, values
+    return vocab, log_q
 
 
-def test_inclusion_by_hand():
+# The race alone, the race after a few arrivals, and (nearly always) arrivals alone have one law.
+routes = pytest.mark.parametrize("n_arrivals", [0, 4, 100])
+
+
+@routes
+def test_inclusion_by_hand(n_arrivals):
     """Weights (2, 1, 1), two drawn: inclusion 5/6, 7/12, 7/12 (first 1/2, 1/4, 1/4, then renormalised)."""
-    vocab, _ = draw([2, 1, 1, 9], [3], M=3, n=20_000)
+    n = 4_000
+    vocab, _ = draw([2, 1, 1, 9], [3], M=3, n=n, n_arrivals=n_arrivals)
     assert (vocab.sum(1) == 3).all() and vocab[:, 3].all()
-    assert np.allclose(vocab[:, :3].double().mean(0), [5 / 6, 7 / 12, 7 / 12], atol=4 * 0.5 / math.sqrt(20_000))
+    assert np.allclose(vocab[:, :3].double().mean(0), [5 / 6, 7 / 12, 7 / 12], atol=4 * 0.5 / math.sqrt(n))
 
 
-@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
-def test_same_law_as_numpys_choice_without_replacement(power):
+@pytest.mark.parametrize("power, n_arrivals", [(0.0, 0), (0.5, 4), (1.0, 0), (1.0, 4), (1.0, 100)])
+def test_same_law_as_numpys_choice_without_replacement(power, n_arrivals):
     """Frequency of each drawn set, against Generator.choice(replace=False, p), which draws one after the other."""
-    counts, n, M = np.array([50, 20, 10, 5, 1]), 20_000, 2
-    vocab, _ = draw(counts.tolist() + [7], [5], M + 1, power, n)
+    counts, n, M = np.array([50, 20, 10, 5, 1]), 4_000, 2
+    vocab, _ = draw(counts.tolist() + [7], [5], M + 1, power, n, n_arrivals)
     ours = np.bincount(vocab[:, :5].numpy() @ (1 << np.arange(5)), minlength=32) / n
     rng, weights = np.random.default_rng(0), counts**power / (counts**power).sum()
     theirs = np.zeros(32)
@@ -39,10 +54,11 @@ def test_same_law_as_numpys_choice_without_replacement(power):
     assert np.abs(ours - theirs).max() < 5 * math.sqrt(2 * 0.25 / n)
 
 
-def test_federated_rule_of_lvis():
+@routes
+def test_federated_rule_of_lvis(n_arrivals):
     """Classes of the batch first, then by count ** 0.5 until M: as torch.multinomial without replacement draws them."""
-    counts, present, n = [400, 100, 25, 16, 4, 1], [2], 20_000
-    vocab, _ = draw(counts, present, M=3, power=0.5, n=n)
+    counts, present, n = [400, 100, 25, 16, 4, 1], [2], 4_000
+    vocab, _ = draw(counts, present, 3, 0.5, n, n_arrivals)
     weights = torch.tensor(counts).double().sqrt()
     weights[present] = 0
     theirs = F.one_hot(torch.multinomial(weights.expand(n, -1), 2), len(counts)).sum(1).double().mean(0)
@@ -50,27 +66,61 @@ def test_federated_rule_of_lvis():
     assert (vocab.double().mean(0) - theirs).abs().max() < 5 * math.sqrt(2 * 0.25 / n)
 
 
-def test_classes_without_images_are_drawn_by_power_0_only():
-    counts = [5, 0, 3, 0, 2]
-    vocab, _ = draw(counts, [0], M=4, power=1.0, n=200)
-    assert not vocab[:, [1, 3]].any() and (vocab.sum(1) == 3).all()  # no more classes than have images, none twice
-    vocab, _ = draw(counts, [0], M=4, power=0.0, n=200)
-    assert vocab[:, [1, 3]].any(0).all() and (vocab.sum(1) == 4).all()
+@routes
+def test_classes_without_images_are_drawn_by_power_0_only(n_arrivals):
+    counts = [5, 0, 3, 0, 2, 0]
+    vocab, log_q = draw(counts, [0, 3], 5, 1.0, 200, n_arrivals)
+    assert (vocab == torch.tensor([True, False, True, True, True, False])).all()  # those that have images, none twice
+    assert (log_q == 0).all()  # each of them for certain
+    vocab, _ = draw(counts, [0], 4, 0.0, 200, n_arrivals)
+    assert vocab.any(0).all() and (vocab.sum(1) == 4).all()
 
 
-def test_present_classes_are_always_in_and_set_a_floor():
-    vocab, log_q = draw([3] * 10, [0, 2, 4, 6, 8], M=3)
+@routes
+def test_present_classes_are_always_in_and_set_a_floor(n_arrivals):
+    vocab, log_q = draw([3] * 10, [0, 2, 4, 6, 8], M=3, n_arrivals=n_arrivals)
     assert vocab.nonzero()[:, 1].tolist() == [0, 2, 4, 6, 8] and (log_q == 0).all()
-    vocab, _ = draw([3] * 10, [0], M=10)
+    vocab, _ = draw([3] * 10, [0], M=10, n_arrivals=n_arrivals)
     assert vocab.all()
 
 
-def test_log_q_makes_the_sum_unbiased():
-    """Mean over draws of sum_j in V exp(f_j - ln q_j) is the sum over all classes (methods E)."""
+@routes
+def test_log_q_makes_the_sum_unbiased(n_arrivals):
+    """Mean over draws of sum_j in V exp(f_j - ln q_j) is the sum over all classes; so is each class's part of it."""
     counts, logits = [30, 10, 6, 3, 2, 1], torch.tensor([0.3, -0.5, 1.0, 0.2, 2.0, 0.7]).double()
-    vocab, log_q = draw(counts, [1], M=3, n=40_000)
-    sums = ((logits - log_q.double()).exp() * vocab).sum(1)
-    assert abs(sums.mean() - logits.exp().sum()) < 4 * sums.std() / math.sqrt(len(sums))
+    vocab, log_q = draw(counts, [1], M=3, n=4_000, n_arrivals=n_arrivals)
+    parts = (logits - log_q.double()).exp() * vocab  # [n, C]
+    errors = parts.std(0) / math.sqrt(len(parts))
+    assert ((parts.mean(0) - logits.exp()).abs() <= 4.5 * errors + 1e-12).all()
+    assert abs(parts.sum(1).mean() - logits.exp().sum()) < 4 * parts.sum(1).std() / math.sqrt(len(parts))
+
+
+def test_draws_among_few_classes_are_those_of_the_committed_study():
+    """Up to 4,096 classes a group's race is one draw of C exponentials: figures of results/ can be made again."""
+    counts, labels = 1000 // (torch.arange(120) + 1), torch.tensor([3, 50, 3])
+    vocab, *_ = sl.vocab_of_batch(labels[:, None], 0, 3, 3, *weights_of(counts), 6, 5, 7)
+    generator = torch.Generator().manual_seed(int(sl.uniform_hash(5, 6, 7, 0) * 2**53))
+    times = torch.empty(120, dtype=torch.float64).exponential_(generator=generator) / counts
+    times[[3, 50]] = -1
+    assert torch.equal(vocab.ids, times.argsort()[:6].sort().values)
+
+
+def test_a_vocabulary_of_many_classes_costs_no_pass_over_them(monkeypatch):
+    """Of 200,000 classes the arrivals are looked at; where they are too few, as one class has most images, the race."""
+    C, M, sizes, drawn = 200_000, 100, [], torch.Tensor.exponential_
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda x, **k: sizes.append(len(x)) or drawn(x, **k))
+    weights = 1e6 / (torch.arange(C) + 1).double()
+    for n_images, expected in (0, [3 * M]), (1e10, [3 * M, C]):
+        weights[7] += n_images
+        labels, estimates = torch.randint(0, C, (20, 1), generator=torch.Generator().manual_seed(0)), []
+        for step in range(100 if not n_images else 3):
+            sizes.clear()
+            vocab, size, n_drawn = sl.vocab_of_batch(labels, 0, 20, 20, *weights_of(weights), M, 0, step)
+            assert sizes == expected and size == len(vocab.ids) == M and n_drawn == M - 20
+            assert vocab.inside.all() and torch.isin(labels, vocab.ids).all()
+            estimates.append(float((weights[vocab.ids] / vocab.log_q[0].double().exp()).sum()))
+        error = np.std(estimates) / math.sqrt(len(estimates))
+        assert abs(np.mean(estimates) - float(weights.sum())) < 4 * error + 1e-3 * float(weights.sum())
 
 
 def batch(N=24, C=9, D=5, J=1, seed=0):
@@ -83,7 +133,7 @@ def batch(N=24, C=9, D=5, J=1, seed=0):
 def test_full_vocabulary_is_plain_softmax_bit_for_bit():
     features, prototypes, labels = batch()
     plain = sl.vocab_logits(features, prototypes, torch.tensor(10.0), None)
-    vocab, size, _ = sl.vocab_of_batch(labels, 0, 24, 8, torch.ones(9), M=9, power=1.0, seed=0, step=0)
+    vocab, size, _ = sl.vocab_of_batch(labels, 0, 24, 8, *weights_of(torch.ones(9)), M=9, seed=0, step=0)
     assert size == 3 * 9 and vocab.ids is None
     sampled = sl.vocab_logits(features, prototypes, torch.tensor(10.0), vocab)
     assert torch.equal(sl.cross_entropy(plain, labels), sl.cross_entropy(sampled, labels))
@@ -94,10 +144,10 @@ def test_full_vocabulary_is_plain_softmax_bit_for_bit():
 @pytest.mark.parametrize("loss", ["softmax", "log-q"])
 def test_union_and_masked_logits_have_the_same_loss_and_gradients(loss):
     """Both routes of the rule in vocab_of_batch against a slow loop over groups in float64."""
-    C, counts = 60, torch.arange(60) + 1
+    C = 60
     features, prototypes, labels = batch(C=C)
     scale = torch.tensor(10.0, requires_grad=True)
-    vocab, *_ = sl.vocab_of_batch(labels, 0, 24, 8, counts, M=9, power=1.0, seed=3, step=5)
+    vocab, *_ = sl.vocab_of_batch(labels, 0, 24, 8, *weights_of(torch.arange(C) + 1), M=9, seed=3, step=5)
     assert vocab.ids is not None and len(vocab.ids) <= 30
     wide = torch.zeros(3, C, dtype=torch.bool).index_copy_(1, vocab.ids, vocab.inside)
     wide_q = torch.zeros(3, C).index_copy_(1, vocab.ids, vocab.log_q)
@@ -118,15 +168,17 @@ def test_union_and_masked_logits_have_the_same_loss_and_gradients(loss):
             assert torch.allclose(a.double(), b.double(), rtol=1e-5, atol=1e-7)
 
 
-def test_vocabulary_does_not_depend_on_the_number_of_processes():
+@pytest.mark.parametrize("C", [40, 10_000])
+def test_vocabulary_does_not_depend_on_the_number_of_processes(C):
     """Groups of 8 of a batch of 24, for one process, for two (a group lies on both sides), and for three."""
-    _, _, labels = batch(C=40)
+    _, _, labels = batch(C=C)
+    weights = weights_of(torch.arange(C) + 1)
 
     def rows_of(first, B, step=7):
-        """[B, 40] bool, the vocabulary of each image."""
-        vocab, *_ = sl.vocab_of_batch(labels, first, B, 8, torch.arange(40) + 1, 12, 1.0, 0, step)
-        ids = torch.arange(40) if vocab.ids is None else vocab.ids
-        return torch.zeros(B, 40, dtype=torch.bool).index_copy_(1, ids, vocab.inside[vocab.groups])
+        """[B, C] bool, the vocabulary of each image."""
+        vocab, *_ = sl.vocab_of_batch(labels, first, B, 8, *weights, 12, 0, step)
+        ids = torch.arange(C) if vocab.ids is None else vocab.ids
+        return torch.zeros(B, C, dtype=torch.bool).index_copy_(1, ids, vocab.inside[vocab.groups])
 
     whole = rows_of(0, 24)
     assert (whole.sum(1) == 12).all() and whole.gather(1, labels).all()

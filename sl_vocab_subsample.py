@@ -392,20 +392,10 @@ TOWERS = {
 }
 
 
-# Copied from clip.py
-@functools.cache
-def pixel_statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation of CLIP's training pixels, [3] each; copied to a device once, since a copy waits."""
-    mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # openai/CLIP clip.py
-    return torch.tensor(mean, device=device), torch.tensor(std, device=device)
-
-
-# Copied from clip.py
-def standardize(images: torch.Tensor) -> torch.Tensor:
-    """[B, 3, S, S], 0..255 -> float32 by CLIP's mean and deviation, channels last, which is faster for convolutions."""
-    mean, std = pixel_statistics(images.device)
-    images = (images.float() / 255 - mean[:, None, None]) / std[:, None, None]
-    return images.contiguous(memory_format=torch.channels_last)
+PIXELS = {  # mean and deviation of red, green and blue, of 0..1, that a tower was trained with
+    "clip": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),  # openai/CLIP clip.py
+    "imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),  # torchvision's and the public DINO's resnet50
+}
 
 
 # Copied from clip.py
@@ -661,10 +651,19 @@ class Classifier(nn.Module):
         else:
             self.prototypes = nn.Parameter(prototypes.clone())
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP section 2.5
+        self.use_pixels("clip")
+
+    def use_pixels(self, name: str) -> None:
+        """Standardise images as the tower's weights expect it: by a row of PIXELS. A checkpoint holds the name."""
+        mean, std = torch.tensor(PIXELS[name])[:, :, None, None]  # [3, 1, 1] each
+        self.pixels = name
+        self.register_buffer("pixel_mean", mean, persistent=False)
+        self.register_buffer("pixel_std", std, persistent=False)
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        """[B, 3, S, S], 0..255 -> [B, D], not normalised."""
-        return self.visual(standardize(images))
+        """[B, 3, S, S], 0..255 -> [B, D], not normalised. Channels last is faster for convolutions."""
+        images = (images.float() / 255 - self.pixel_mean) / self.pixel_std
+        return self.visual(images.contiguous(memory_format=torch.channels_last))
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Unit features [B, D], float32; prototypes [C, D]; the scale exp(logit_scale)."""
@@ -720,6 +719,7 @@ def load_tower(model: Classifier, path: str) -> str:
 
     Returns: the layer between tower and head that the file has not trained, or "". torchvision's classification layer
     (fc) is another one than ours, DINO has none for resnet50 and does not use tiny's: ours keeps its random start.
+    A resnet50 that none of our scripts has written gets ImageNet's pixel statistics, with which it was trained.
     """
     loaded, own = load_weights(path), model.visual.state_dict()
     weights = loaded["state_dict"]
@@ -741,6 +741,7 @@ def load_tower(model: Classifier, path: str) -> str:
         raise SystemExit(f"--init {path} does not fit --arch {model.arch}: missing {missing[:5]}, unexpected "
                          f"{unexpected[:5]}, shapes {shapes[:5]}")
     model.visual.load_state_dict(weights)
+    model.use_pixels(loaded.get("pixels", "clip" if is_ours or model.arch != "resnet50" else "imagenet"))
     return fresh
 
 
@@ -1795,6 +1796,7 @@ def checkpoint_of_classifier(model: Classifier, class_names: list[str], class_co
         "args": vars(args),
         "step": step,
         "arch": model.arch,
+        "pixels": model.pixels,
         "prototypes": F.normalize(model.prototypes.detach().float(), dim=1).cpu(),  # [C, D]
         "class_names": class_names,
         "class_counts": torch.from_numpy(class_counts),
@@ -1835,6 +1837,7 @@ def evaluate_file(args: argparse.Namespace, root: Path, rank: int, device: torch
                          f"{root}/classes.tsv has ({len(class_names)})")
     model = Classifier(loaded["arch"], len(class_names), loaded["state_dict"]["prototypes"], True)
     model.load_state_dict(loaded["state_dict"])
+    model.use_pixels(loaded.get("pixels", "clip"))
     args.data, args.seed = loaded["args"]["data"], loaded["args"]["seed"]
     report_classifier(model.to(device), class_names, loaded["class_counts"].numpy(), loaded["trimmed"].numpy(),
                       find_test_sets(args.eval_sets, root), args, loaded["step"], 0.0, rank, device, precision)

@@ -1,12 +1,15 @@
 """sl_vocab_subsample.py: vocabularies, losses, samplers and readers, against hand computation and simulation."""
 
 import math
+from argparse import Namespace
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
+import torchvision.transforms.v2.functional as tv
 
 import dino_laionet as dino
 import sl_vocab_subsample as sl
@@ -323,8 +326,6 @@ def test_towers_load_from_other_checkpoints(tmp_path):
         assert all(
             torch.equal(a, b) for a, b in zip(source.visual.parameters(), model.visual.parameters(), strict=True)
         )
-    import torchvision
-
     standard = torchvision.models.resnet50()
     torch.save(standard.state_dict(), tmp_path / "resnet50.pt")
     model = sl.Classifier("resnet50", 7, None, False)
@@ -341,6 +342,29 @@ def test_towers_load_from_other_checkpoints(tmp_path):
     assert torch.equal(model.visual.layer4[2].conv3.weight, ssl.visual.layer4[2].conv3.weight)
     sl.load_tower(other := sl.Classifier("resnet50", 9, None, False), save(model.state_dict(), tmp_path / "ours.pt"))
     assert torch.equal(model.visual.fc.weight, other.visual.fc.weight)  # our own fc belongs to the tower
+
+
+def test_pixels_are_standardised_as_the_weights_expect(tmp_path):
+    """torchvision's resnet50 was trained with ImageNet's mean and deviation: its features are torchvision's own."""
+    torch.manual_seed(0)
+    standard, images = torchvision.models.resnet50(), torch.randint(0, 256, (4, 3, 64, 64))
+    ready = tv.normalize(images / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    for _ in range(20):
+        standard(ready)  # batch norm's statistics, for features of a usual size
+    model, again, ssl = (sl.Classifier("resnet50", 7, None, False) for _ in range(3))
+    sl.load_tower(model, save(standard.state_dict(), tmp_path / "resnet50.pth"))
+    checkpoint = sl.checkpoint_of_classifier(model, list("abcdefg"), np.ones(7), np.zeros(0), Namespace(), 1)
+    torch.save(checkpoint, tmp_path / "ours.pt")  # fine-tuned weights expect what those they came from did
+    sl.load_tower(again, str(tmp_path / "ours.pt"))
+    standard.fc = torch.nn.Identity()
+    with torch.no_grad():
+        expected = standard.eval()(ready)
+        for tower in model.eval(), again.eval():
+            tower.visual.fc = torch.nn.Identity()
+            assert (tower.encode_image(images) - expected).norm() <= 1e-5 * expected.norm()
+    torch.save({"state_dict": dino.Network("resnet50", 8, 8, 8, False).state_dict()}, tmp_path / "dino.pt")
+    sl.load_tower(ssl, str(tmp_path / "dino.pt"))
+    assert (ssl.pixels, again.pixels) == ("clip", "imagenet")  # dino_laionet.py standardises as clip.py does
 
 
 def save(state_dict, path, **more):

@@ -9,6 +9,7 @@ import numpy as np
 import programs
 import pytest
 import torch
+import torchvision
 from programs import ROOT, assert_bit_equal, log_of, weights_of
 
 import clip
@@ -262,6 +263,22 @@ def test_momentum_starts_at_zero_when_the_first_step_is_skipped(module, world, t
         flags += ["--no-baselines", "--eval-sets", "--transfer"]
     programs.run_here(module, "--root", world, *flags)
     assert len(calls) == 3 and max(float(x.abs().max()) for x in weights_of(tmp_path / "out").values()) < 1e3
+
+
+def test_torchvisions_weights_are_evaluated_as_they_were_trained(tmp_path):
+    """--init of a torchvision checkpoint, and --eval-only of what came of it, with ImageNet's pixel statistics."""
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet50().state_dict(), tmp_path / "resnet50.pth")
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8))
+    (tmp_path / "train.tsv").write_text("image\tlabel\n" + "".join(f"images.npy:{i}\t{i % 2}\n" for i in range(4)))
+    (tmp_path / "classes.tsv").write_text("name\ncat\ndog\n")
+    flags = ["--data", tmp_path / "train.tsv", "--eval-sets", tmp_path / "train.tsv", "--precision", "fp32"]
+    more = ["--arch", "resnet50", "--init", tmp_path / "resnet50.pth", "--freeze-backbone", "--batch-size", "4"]
+    run_here(*flags, *more, "--steps", "1", "--workers", "0", "--device", "cpu", "--out", tmp_path / "run")
+    run_here(*flags, "--eval-only", tmp_path / "run" / "checkpoint.pt", "--device", "cpu", "--out", tmp_path / "again")
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["pixels"] == "imagenet"
+    with np.load(tmp_path / "run" / "train.npz") as a, np.load(tmp_path / "again" / "train.npz") as b:
+        assert np.isfinite(a["features"]).all() and np.array_equal(a["features"], b["features"])
 
 
 def test_images_in_files(world, tmp_path):

@@ -276,6 +276,28 @@ def test_label_sets(tmp_path):
             sl.read_label_sets(table_of(tmp_path, [wrong]), ["cat", "dog", "cow"])
 
 
+def test_one_of_several_labels_is_drawn(tmp_path):
+    """--multi-label random: each of an image's labels evenly, by seed, example and epoch alone."""
+    table = table_of(tmp_path, ["0|1|2", "1|2", "2"] * 100)
+    label_sets = sl.read_label_sets(table, ["cat", "dog", "cow"])
+    examples = np.array([(0, row, epoch) for epoch in range(20) for row in range(300)])
+    drawn = {}
+    for seed in 0, 1:
+        images = sl.LabelledImages([table], [label_sets], True, True, 32, 0.9, 10**6, seed)
+        drawn[seed] = images.__getitems__(examples)["labels"][:, 0].numpy()
+    for kind, labels in (0, [0, 1, 2]), (1, [1, 2]), (2, [2]):
+        counts = np.bincount(drawn[0][examples[:, 1] % 3 == kind], minlength=3)
+        assert (abs(counts[labels] - 2000 / len(labels)) <= 4 * math.sqrt(2000) / 2).all() and counts.sum() == 2000
+        assert not np.delete(counts, labels).any()
+    images = sl.LabelledImages([table], [label_sets], True, True, 32, 0.9, 10**6, 0)
+    order = np.random.default_rng(0).permutation(len(examples))[:500]  # in other batches, in another process
+    assert np.array_equal(images.__getitems__(examples[order])["labels"][:, 0].numpy(), drawn[0][order])
+    several = examples[:, 1] % 3 == 0
+    assert 0.2 < (drawn[0] == drawn[1])[several].mean() < 0.5  # another seed, other draws
+    epochs = drawn[0].reshape(20, 300)[:, ::3]
+    assert 0.2 < (epochs[0] == epochs[1]).mean() < 0.5  # another epoch, too
+
+
 def test_trim_tail():
     labels = np.repeat([0, 1, 2, 3], [50, 4, 30, 9])
     counts = np.bincount(labels)

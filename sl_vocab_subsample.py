@@ -38,16 +38,15 @@ Deviations from the paper and its code:
     about 62, or 222 at 256 images a process; the realised size is logged here, and a nominal one that is too small is
     named.
  2. Classes without a training image are never drawn by frequency, and no class twice (theirs could be near M = C).
- 3. The default optimiser and augmentation are clip.py's, so that the two compare; theirs differ in both.
+ 3. The default optimiser, augmentation and evaluation are clip.py's, so that the two compare; theirs differ in all.
  4. Momentum and weight decay act on all rows of a learned head: decay on the length of a row only, which a cosine does
     not see; momentum carries on the rows that left the vocabulary, as it does in theirs.
  5. The schedule is the cosine (theirs had the names of cosine and step exchanged).
  6. Weight decay is on matrices only (theirs on gains, biases and the scale too).
  7. Rows that compare differ in one flag: theirs trained the vocabulary of figure 8 at four times the baselines' batch
     and learning rate.
- 8. Images are evaluated as clip.py's are (theirs resized to 256 px where CLIP resized to 224).
- 9. What is drawn hangs on --seed: --trim-tail's images too, which theirs drew without one.
-10. A row's labels stay together, as 3|17, under --multi-label; theirs repeated the row, and took the list of labels for
+ 8. What is drawn hangs on --seed: --trim-tail's images too, which theirs drew without one.
+ 9. A row's labels stay together, as 3|17, under --multi-label; theirs repeated the row, and took the list of labels for
     the class counts.
 """
 
@@ -230,13 +229,32 @@ class Vocab(NamedTuple):
     groups: torch.Tensor  # [B] int64 group of each image
 
 
-def draw_vocab(present: torch.Tensor, weights: torch.Tensor, cumulative: torch.Tensor, M: int, n_arrivals: int,
-               seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+class Draws(NamedTuple):
+    """How vocabularies are drawn."""
+
+    weights: torch.Tensor  # [C] float64, how likely a class is drawn
+    cumulative: torch.Tensor  # [C] float64, the sums of the weights up to each class
+    M: int
+    n_arrivals: int  # see draw_vocab; the law of what is drawn does not depend on it
+
+
+def draws_of(class_counts: torch.Tensor, M: int, power: float) -> Draws:
+    """Draws of M classes with weight count ** power, and the number of arrivals that is sure to hold M classes, nearly.
+
+    0, a race of all, for few classes and where the arrivals cost more (benchmarks/vocab.py): some have most weight.
+    """
+    weights = class_counts.double() ** power  # 0 ** 0 = 1: classes without images are drawn by power 0 only
+    C, n, cumulative = len(weights), M, weights.cumsum(0)
+    while 8 * n < C and -torch.expm1(-n / cumulative[-1] * weights).sum() < M + 4 * math.sqrt(M):
+        n += n // 8 + 1
+    return Draws(weights, cumulative, M, n if 8 * n < C and C > 4096 else 0)
+
+
+def draw_vocab(present: torch.Tensor, draws: Draws, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Vocabulary of a group: its P present classes, and others drawn without replacement until there are M.
 
-    present: [P] class ids. weights, cumulative: [C] float64, how likely a class is drawn, and the sums up to each.
-    Returns: [max(M, P)] class ids, fewer when no class with a weight is left; float32 ln of the probability of each to
-        be in the vocabulary, 0 for present classes. The law does not depend on n_arrivals, the cost does.
+    present: [P] class ids. Returns: [max(M, P)] class ids, fewer when no class with a weight is left; float32 ln of the
+        probability of each to be in the vocabulary, 0 for present classes.
     An exponential race: class c arrives at time e_c / weight_c, the first ones are drawn, which has the law of draws
     one after the other with weights renormalised. Given t, the time at which the first class too many arrives, a class
     is in with probability 1 - exp(-weight t). Were classes to arrive again and again, all arrivals would be one Poisson
@@ -245,7 +263,8 @@ def draw_vocab(present: torch.Tensor, weights: torch.Tensor, cumulative: torch.T
     no memory. The rule (classes of the batch first, then by count ** 0.5) is that of the federated loss of Zhou et al.,
     arXiv 2103.07461; power 1 is Wen et al., section 3.3.
     """
-    generator, size, C = torch.Generator().manual_seed(seed), max(M, len(present)), len(weights)
+    weights, cumulative, M, n_arrivals = draws
+    generator, size = torch.Generator().manual_seed(seed), max(M, len(present))
     gaps = torch.empty(n_arrivals, dtype=torch.float64).exponential_(generator=generator)
     luck = torch.rand(n_arrivals, dtype=torch.float64, generator=generator)
     stream = torch.searchsorted(cumulative, luck * cumulative[-1], right=True)  # never a class with a weight of 0
@@ -254,7 +273,7 @@ def draw_vocab(present: torch.Tensor, weights: torch.Tensor, cumulative: torch.T
     order = first.argsort()[: size + 1]
     classes, times = torch.from_numpy(classes[order]), times[first[order]]
     if len(classes) <= size:
-        race = torch.empty(C, dtype=torch.float64).exponential_(generator=generator) / weights
+        race = torch.empty_like(weights).exponential_(generator=generator) / weights
         race += gaps.sum() / cumulative[-1]
         race[classes] = times
         times, classes = race.topk(min(size + 1, int(race.isfinite().sum())), largest=False)  # a weight of 0: never
@@ -263,24 +282,21 @@ def draw_vocab(present: torch.Tensor, weights: torch.Tensor, cumulative: torch.T
     return classes[:size], log_q.masked_fill(times[:size] < 0, 0.0)
 
 
-def vocab_of_batch(labels: torch.Tensor, first: int, B: int, group_size: int, weights: torch.Tensor,
-                   cumulative: torch.Tensor, M: int, seed: int, step: int) -> tuple[Vocab, int, int]:
+def vocab_of_batch(labels: torch.Tensor, first: int, B: int, group_size: int, draws: Draws, seed: int,
+                   step: int) -> tuple[Vocab, int, int]:
     """Vocabularies of the groups that hold rows first .. first + B of the global batch, the same for any such split.
 
     labels: [N, J] int64 of all processes, -1 pads. group_size: images of a group, cut from the global batch in order.
-    weights, cumulative: see draw_vocab.
     Returns: the vocabularies; summed over these groups, their sizes and the number of drawn classes.
     The union's rows alone are multiplied when they are at most three quarters of the classes: beyond that copying rows
-    costs about what it saves. Arrivals are looked at where that is cheaper than a race of all classes, and enough for
-    counts like Zipf's (both by benchmarks/vocab.py).
+    costs about what it saves (benchmarks/vocab.py).
     """
-    C, ids = len(weights), np.arange(first // group_size, (first + B - 1) // group_size + 1)
-    n_arrivals = 3 * M if C > max(4096, 16 * M) else 0
+    C, ids = len(draws.weights), np.arange(first // group_size, (first + B - 1) // group_size + 1)
     vocabs, n_present = [], 0
-    for group, draw in zip(ids, uniform_hash(seed, 6, step, ids)):
+    for group, luck in zip(ids, uniform_hash(seed, 6, step, ids)):
         present = labels[group * group_size : (group + 1) * group_size].unique()
         present = present[present >= 0]
-        vocabs.append(draw_vocab(present, weights, cumulative, M, n_arrivals, int(draw * 2**53)))
+        vocabs.append(draw_vocab(present, draws, int(luck * 2**53)))
         n_present += len(present)
     union = torch.cat([classes for classes, _ in vocabs]).unique()  # [U], sorted
     is_whole = 4 * len(union) > 3 * C
@@ -1874,8 +1890,7 @@ def main(args: argparse.Namespace) -> None:
         read_labels(table, class_names)  # a wrong one is told before training, not after it
     C, sizes, counts = len(class_names), [len(table) for table in tables], torch.from_numpy(class_counts)
     has_vocab = 0 < args.vocab < C
-    vocab_weights = counts.double() ** args.vocab_power  # 0 ** 0 = 1: classes without images are drawn by power 0 only
-    cumulative = vocab_weights.cumsum(0)
+    draws = draws_of(counts, args.vocab, args.vocab_power) if has_vocab else None
     if is_main:
         print(describe(root, tables, shares, class_names, class_counts), left_out, sep="\n")
         print(f"precision {precision} ({reason}), {device}, {world_size} process{'es' if world_size > 1 else ''}",
@@ -1978,13 +1993,10 @@ def main(args: argparse.Namespace) -> None:
             group["lr"] = lr
         vocab, labels = None, batch["labels"]
         if has_vocab:
-            all_labels = [torch.empty_like(labels) for _ in range(world_size)]
+            all_labels = labels.repeat(world_size, 1)  # [N, J]
             if world_size > 1:
-                dist.all_gather(all_labels, labels, group=control)  # All ranks
-            else:
-                all_labels = [labels]
-            vocab, size, n_drawn = vocab_of_batch(torch.cat(all_labels), rank * B, B, group_size, vocab_weights,
-                                                  cumulative, args.vocab, args.seed, step)
+                dist.all_gather(list(all_labels.chunk(world_size)), labels, group=control)  # All ranks
+            vocab, size, n_drawn = vocab_of_batch(all_labels, rank * B, B, group_size, draws, args.seed, step)
             vocab_sizes += (size, n_drawn, len(vocab.inside))
             if vocab.ids is not None:  # labels as columns of the union
                 labels = torch.searchsorted(vocab.ids, labels).masked_fill(labels < 0, -1)

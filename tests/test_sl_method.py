@@ -15,17 +15,12 @@ import dino_laionet as dino
 import sl_vocab_subsample as sl
 
 
-def weights_of(counts):
-    """The weights of the draws at power 1, and their sums."""
-    return counts.double(), counts.double().cumsum(0)
-
-
 def draw(counts, present, M, power=1.0, n=1, n_arrivals=0):
     """n independent vocabularies: [n, C] bool, and ln q."""
-    weights = weights_of(torch.tensor(counts) ** power)
+    draws = sl.draws_of(torch.tensor(counts), M, power)._replace(n_arrivals=n_arrivals)
     vocab, log_q = torch.zeros(n, len(counts), dtype=torch.bool), torch.zeros(n, len(counts))
     for row in range(n):
-        ids, values = sl.draw_vocab(torch.tensor(present), *weights, M, n_arrivals, row)
+        ids, values = sl.draw_vocab(torch.tensor(present), draws, row)
         assert len(ids) == len(set(ids.tolist()))  # none twice
         vocab[row, ids], log_q[row, ids] = True, values
     return vocab, log_q
@@ -101,29 +96,31 @@ def test_log_q_makes_the_sum_unbiased(n_arrivals):
 def test_draws_among_few_classes_are_those_of_the_committed_study():
     """Up to 4,096 classes a group's race is one draw of C exponentials: figures of results/ can be made again."""
     counts, labels = 1000 // (torch.arange(120) + 1), torch.tensor([3, 50, 3])
-    vocab, *_ = sl.vocab_of_batch(labels[:, None], 0, 3, 3, *weights_of(counts), 6, 5, 7)
+    vocab, *_ = sl.vocab_of_batch(labels[:, None], 0, 3, 3, sl.draws_of(counts, 6, 1.0), 5, 7)
     generator = torch.Generator().manual_seed(int(sl.uniform_hash(5, 6, 7, 0) * 2**53))
     times = torch.empty(120, dtype=torch.float64).exponential_(generator=generator) / counts
     times[[3, 50]] = -1
     assert torch.equal(vocab.ids, times.argsort()[:6].sort().values)
 
 
-def test_a_vocabulary_of_many_classes_costs_no_pass_over_them(monkeypatch):
-    """Of 200,000 classes the arrivals are looked at; where they are too few, as one class has most images, the race."""
-    C, M, sizes, drawn = 200_000, 100, [], torch.Tensor.exponential_
-    monkeypatch.setattr(torch.Tensor, "exponential_", lambda x, **k: sizes.append(len(x)) or drawn(x, **k))
-    weights = 1e6 / (torch.arange(C) + 1).double()
-    for n_images, expected in (0, [3 * M]), (1e10, [3 * M, C]):
-        weights[7] += n_images
-        labels, estimates = torch.randint(0, C, (20, 1), generator=torch.Generator().manual_seed(0)), []
-        for step in range(100 if not n_images else 3):
-            sizes.clear()
-            vocab, size, n_drawn = sl.vocab_of_batch(labels, 0, 20, 20, *weights_of(weights), M, 0, step)
-            assert sizes == expected and size == len(vocab.ids) == M and n_drawn == M - 20
-            assert vocab.inside.all() and torch.isin(labels, vocab.ids).all()
-            estimates.append(float((weights[vocab.ids] / vocab.log_q[0].double().exp()).sum()))
-        error = np.std(estimates) / math.sqrt(len(estimates))
-        assert abs(np.mean(estimates) - float(weights.sum())) < 4 * error + 1e-3 * float(weights.sum())
+@pytest.mark.parametrize("kind", ["Zipf", "one class has nearly all", "even"])
+def test_a_vocabulary_of_many_classes_costs_no_pass_over_them(kind, monkeypatch):
+    """Of 100,000 classes a few arrivals are looked at; they race only where one has nearly all the weight."""
+    C, M, sizes, exponential = 100_000, 100, [], torch.Tensor.exponential_
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda x, **k: sizes.append(len(x)) or exponential(x, **k))
+    counts = 10**6 // (torch.arange(C) + 1)
+    counts[7] += 10**11 * (kind == "one class has nearly all")
+    draws = sl.draws_of(counts, M, 0.0 if kind == "even" else 1.0)
+    labels, estimates = torch.randint(0, C, (20, 1), generator=torch.Generator().manual_seed(0)), []
+    for step in range(100):
+        vocab, size, n_drawn = sl.vocab_of_batch(labels, 0, 20, 20, draws, 0, step)
+        assert size == len(vocab.ids) == M and n_drawn == M - 20
+        assert vocab.inside.all() and torch.isin(labels, vocab.ids).all()
+        estimates.append(float((draws.weights[vocab.ids] / vocab.log_q[0].double().exp()).sum()))
+    assert max(sizes) == (C if kind == "one class has nearly all" else draws.n_arrivals)
+    assert {"Zipf": 150 < draws.n_arrivals < 300, "even": 100 < draws.n_arrivals < 200}.get(kind, not draws.n_arrivals)
+    error = np.std(estimates) / math.sqrt(len(estimates))  # each estimates the sum of all weights
+    assert abs(np.mean(estimates) / float(draws.weights.sum()) - 1) < 4 * error / float(draws.weights.sum()) + 1e-3
 
 
 def batch(N=24, C=9, D=5, J=1, seed=0):
@@ -136,7 +133,7 @@ def batch(N=24, C=9, D=5, J=1, seed=0):
 def test_full_vocabulary_is_plain_softmax_bit_for_bit():
     features, prototypes, labels = batch()
     plain = sl.vocab_logits(features, prototypes, torch.tensor(10.0), None)
-    vocab, size, _ = sl.vocab_of_batch(labels, 0, 24, 8, *weights_of(torch.ones(9)), M=9, seed=0, step=0)
+    vocab, size, _ = sl.vocab_of_batch(labels, 0, 24, 8, sl.draws_of(torch.ones(9), 9, 1.0), seed=0, step=0)
     assert size == 3 * 9 and vocab.ids is None
     sampled = sl.vocab_logits(features, prototypes, torch.tensor(10.0), vocab)
     assert torch.equal(sl.cross_entropy(plain, labels), sl.cross_entropy(sampled, labels))
@@ -150,7 +147,7 @@ def test_union_and_masked_logits_have_the_same_loss_and_gradients(loss):
     C = 60
     features, prototypes, labels = batch(C=C)
     scale = torch.tensor(10.0, requires_grad=True)
-    vocab, *_ = sl.vocab_of_batch(labels, 0, 24, 8, *weights_of(torch.arange(C) + 1), M=9, seed=3, step=5)
+    vocab, *_ = sl.vocab_of_batch(labels, 0, 24, 8, sl.draws_of(torch.arange(C) + 1, 9, 1.0), seed=3, step=5)
     assert vocab.ids is not None and len(vocab.ids) <= 30
     wide = torch.zeros(3, C, dtype=torch.bool).index_copy_(1, vocab.ids, vocab.inside)
     wide_q = torch.zeros(3, C).index_copy_(1, vocab.ids, vocab.log_q)
@@ -175,11 +172,11 @@ def test_union_and_masked_logits_have_the_same_loss_and_gradients(loss):
 def test_vocabulary_does_not_depend_on_the_number_of_processes(C):
     """Groups of 8 of a batch of 24, for one process, for two (a group lies on both sides), and for three."""
     _, _, labels = batch(C=C)
-    weights = weights_of(torch.arange(C) + 1)
+    draws = sl.draws_of(torch.arange(C) + 1, 12, 1.0)
 
     def rows_of(first, B, step=7):
         """[B, C] bool, the vocabulary of each image."""
-        vocab, *_ = sl.vocab_of_batch(labels, first, B, 8, *weights, 12, 0, step)
+        vocab, *_ = sl.vocab_of_batch(labels, first, B, 8, draws, 0, step)
         ids = torch.arange(C) if vocab.ids is None else vocab.ids
         return torch.zeros(B, C, dtype=torch.bool).index_copy_(1, ids, vocab.inside[vocab.groups])
 

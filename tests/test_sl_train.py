@@ -67,8 +67,7 @@ def test_one_process_equals_two(world, tmp_path, group):
 def loss_of(model, labels, images, first, B):
     """Loss of rows first .. first + B of the global batch."""
     features, prototypes, scale = model(images[first : first + B])
-    weights = torch.arange(40).double() + 1
-    vocab, *_ = sl.vocab_of_batch(labels, first, B, 64, weights, weights.cumsum(0), 30, 0, 0)
+    vocab, *_ = sl.vocab_of_batch(labels, first, B, 64, sl.draws_of(torch.arange(40) + 1, 30, 1.0), 0, 0)
     own = labels[first : first + B]
     own = own if vocab.ids is None else torch.searchsorted(vocab.ids, own)
     return sl.cross_entropy(sl.vocab_logits(features, prototypes, scale, vocab), own)

@@ -38,16 +38,15 @@ Deviations from the paper and its code:
     about 62, or 222 at 256 images a process; the realised size is logged here, and a nominal one that is too small is
     named.
  2. Classes without a training image are never drawn by frequency, and no class twice (theirs could be near M = C).
- 3. The default optimiser and augmentation are clip.py's, so that the two compare; theirs differ in both.
+ 3. The default optimiser, augmentation and evaluation are clip.py's, so that the two compare; theirs differ in all.
  4. Momentum and weight decay act on all rows of a learned head: decay on the length of a row only, which a cosine does
     not see; momentum carries on the rows that left the vocabulary, as it does in theirs.
  5. The schedule is the cosine (theirs had the names of cosine and step exchanged).
  6. Weight decay is on matrices only (theirs on gains, biases and the scale too).
  7. Rows that compare differ in one flag: theirs trained the vocabulary of figure 8 at four times the baselines' batch
     and learning rate.
- 8. Images are evaluated as clip.py's are (theirs resized to 256 px where CLIP resized to 224).
- 9. What is drawn hangs on --seed: --trim-tail's images too, which theirs drew without one.
-10. A row's labels stay together, as 3|17, under --multi-label; theirs repeated the row, and took the list of labels for
+ 8. What is drawn hangs on --seed: --trim-tail's images too, which theirs drew without one.
+ 9. A row's labels stay together, as 3|17, under --multi-label; theirs repeated the row, and took the list of labels for
     the class counts.
 """
 
@@ -230,36 +229,61 @@ class Vocab(NamedTuple):
     groups: torch.Tensor  # [B] int64 group of each image
 
 
-def draw_vocab(present: torch.Tensor, class_counts: torch.Tensor, M: int, power: float,
-               seeds: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Vocabulary of each group: its present classes, and others drawn without replacement until there are M.
+class Draws(NamedTuple):
+    """How vocabularies are drawn."""
 
-    present: [groups, C] bool. class_counts: [C] training images; the weight of a class is its count ** power.
-    seeds: one integer a group. Returns: [groups, C] bool, the vocabularies, of max(M, present) classes or of fewer when
-        no class with a weight is left; [groups, C] float32, ln of each class's probability to be in it.
+    weights: torch.Tensor  # [C] float64, how likely a class is drawn
+    cumulative: torch.Tensor  # [C] float64, the sums of the weights up to each class
+    M: int
+    n_arrivals: int  # see draw_vocab; the law of what is drawn does not depend on it
+
+
+def draws_of(class_counts: torch.Tensor, M: int, power: float) -> Draws:
+    """Draws of M classes with weight count ** power, and the number of arrivals that is sure to hold M classes, nearly.
+
+    0, a race of all, for few classes and where the arrivals cost more (benchmarks/vocab.py): some have most weight.
+    """
+    weights = class_counts.double() ** power  # 0 ** 0 = 1: classes without images are drawn by power 0 only
+    C, n, cumulative = len(weights), M, weights.cumsum(0)
+    while 8 * n < C and -torch.expm1(-n / cumulative[-1] * weights).sum() < M + 4 * math.sqrt(M):
+        n += n // 8 + 1
+    return Draws(weights, cumulative, M, n if 8 * n < C and C > 4096 else 0)
+
+
+def draw_vocab(present: torch.Tensor, draws: Draws, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vocabulary of a group: its P present classes, and others drawn without replacement until there are M.
+
+    present: [P] class ids. Returns: [max(M, P)] class ids, fewer when no class with a weight is left; float32 ln of the
+        probability of each to be in the vocabulary, 0 for present classes.
     An exponential race: class c arrives at time e_c / weight_c, the first ones are drawn, which has the law of draws
     one after the other with weights renormalised. Given t, the time at which the first class too many arrives, a class
-    is in with probability 1 - exp(-weight t). The rule (classes of the batch first, then by count ** 0.5) is that of
-    the federated loss of Zhou et al., arXiv 2103.07461; power 1 is Wen et al., section 3.3.
+    is in with probability 1 - exp(-weight t). Were classes to arrive again and again, all arrivals would be one Poisson
+    stream whose classes are draws with replacement: n_arrivals of it are looked at, log C steps each, and the first one
+    of a class counts. If too few classes have come by then, the others race on from there, since exponential times have
+    no memory. The rule (classes of the batch first, then by count ** 0.5) is that of the federated loss of Zhou et al.,
+    arXiv 2103.07461; power 1 is Wen et al., section 3.3.
     """
-    n_groups, C = present.shape
-    weights = class_counts.double() ** power  # 0 ** 0 = 1: classes without images are drawn by power 0 only
-    race = torch.empty(n_groups, C, dtype=torch.float64)
-    for times, seed in zip(race, seeds):
-        times.exponential_(generator=torch.Generator().manual_seed(seed))
-    race = (race / weights).masked_fill(present, -1.0)  # a weight of 0 never arrives
-    times, first = race.topk(min(M + 1, C), largest=False)  # [groups, M + 1], ascending
-    drawn = times[:, :M].isfinite()
-    vocab = torch.zeros_like(present).scatter_(1, first[:, :M], drawn) | present
-    t = times[:, M:] if M < C else torch.full((n_groups, 1), math.inf, dtype=torch.float64)
-    groups, classes = (vocab & ~present).nonzero(as_tuple=True)  # of these alone, since C may be a million
-    log_q = torch.zeros(n_groups, C)
-    log_q[groups, classes] = torch.log(-torch.expm1(-weights[classes] * t[groups, 0])).float()
-    return vocab, log_q
+    weights, cumulative, M, n_arrivals = draws
+    generator, size = torch.Generator().manual_seed(seed), max(M, len(present))
+    gaps = torch.empty(n_arrivals, dtype=torch.float64).exponential_(generator=generator)
+    luck = torch.rand(n_arrivals, dtype=torch.float64, generator=generator)
+    stream = torch.searchsorted(cumulative, luck * cumulative[-1], right=True)  # never a class with a weight of 0
+    times = torch.cat([torch.full(present.shape, -1.0), gaps.cumsum(0) / cumulative[-1]])  # present ones come first
+    classes, first = np.unique(torch.cat([present, stream]).numpy(), return_index=True)
+    order = first.argsort()[: size + 1]
+    classes, times = torch.from_numpy(classes[order]), times[first[order]]
+    if len(classes) <= size:
+        race = torch.empty_like(weights).exponential_(generator=generator) / weights
+        race += gaps.sum() / cumulative[-1]
+        race[classes] = times
+        times, classes = race.topk(min(size + 1, int(race.isfinite().sum())), largest=False)  # a weight of 0: never
+    t = times[size] if len(times) > size else math.inf
+    log_q = torch.log(-torch.expm1(-weights[classes[:size]] * t)).float()
+    return classes[:size], log_q.masked_fill(times[:size] < 0, 0.0)
 
 
-def vocab_of_batch(labels: torch.Tensor, first: int, B: int, group_size: int, class_counts: torch.Tensor, M: int,
-                   power: float, seed: int, step: int) -> tuple[Vocab, int, int]:
+def vocab_of_batch(labels: torch.Tensor, first: int, B: int, group_size: int, draws: Draws, seed: int,
+                   step: int) -> tuple[Vocab, int, int]:
     """Vocabularies of the groups that hold rows first .. first + B of the global batch, the same for any such split.
 
     labels: [N, J] int64 of all processes, -1 pads. group_size: images of a group, cut from the global batch in order.
@@ -267,20 +291,23 @@ def vocab_of_batch(labels: torch.Tensor, first: int, B: int, group_size: int, cl
     The union's rows alone are multiplied when they are at most three quarters of the classes: beyond that copying rows
     costs about what it saves (benchmarks/vocab.py).
     """
-    C, ids = len(class_counts), range(first // group_size, (first + B - 1) // group_size + 1)
-    present = torch.zeros(len(ids), C + 1, dtype=torch.bool)  # column C takes the padding
-    for row, group in enumerate(ids):
-        present[row, labels[group * group_size : (group + 1) * group_size].flatten()] = True
-    present = present[:, :C].contiguous()
-    seeds = [int(uniform_hash(seed, 6, step, group) * 2**53) for group in ids]
-    vocab, log_q = draw_vocab(present, class_counts, M, power, seeds)
-    union = vocab.any(0).nonzero().squeeze(1)  # [U]
-    groups = torch.arange(first, first + B) // group_size - ids[0]
-    size = int(vocab.count_nonzero())
-    n_drawn = size - int(present.count_nonzero())
-    if 4 * len(union) > 3 * C:
-        return Vocab(None, vocab, log_q, groups), size, n_drawn
-    return Vocab(union, vocab[:, union], log_q[:, union], groups), size, n_drawn
+    C, ids = len(draws.weights), np.arange(first // group_size, (first + B - 1) // group_size + 1)
+    vocabs, n_present = [], 0
+    for group, luck in zip(ids, uniform_hash(seed, 6, step, ids)):
+        present = labels[group * group_size : (group + 1) * group_size].unique()
+        present = present[present >= 0]
+        vocabs.append(draw_vocab(present, draws, int(luck * 2**53)))
+        n_present += len(present)
+    union = torch.cat([classes for classes, _ in vocabs]).unique()  # [U], sorted
+    is_whole = 4 * len(union) > 3 * C
+    if is_whole:
+        union = torch.arange(C)
+    inside, log_q = torch.zeros(len(ids), len(union), dtype=torch.bool), torch.zeros(len(ids), len(union))
+    for row, (classes, values) in enumerate(vocabs):
+        columns = torch.searchsorted(union, classes)
+        inside[row, columns], log_q[row, columns] = True, values
+    groups, size = torch.arange(first, first + B) // group_size - ids[0], sum(len(classes) for classes, _ in vocabs)
+    return Vocab(None if is_whole else union, inside, log_q, groups), size, size - n_present
 
 
 def vocab_logits(features: torch.Tensor, prototypes: torch.Tensor, scale: torch.Tensor, vocab: Vocab | None,
@@ -381,20 +408,10 @@ TOWERS = {
 }
 
 
-# Copied from clip.py
-@functools.cache
-def pixel_statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation of CLIP's training pixels, [3] each; copied to a device once, since a copy waits."""
-    mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # openai/CLIP clip.py
-    return torch.tensor(mean, device=device), torch.tensor(std, device=device)
-
-
-# Copied from clip.py
-def standardize(images: torch.Tensor) -> torch.Tensor:
-    """[B, 3, S, S], 0..255 -> float32 by CLIP's mean and deviation, channels last, which is faster for convolutions."""
-    mean, std = pixel_statistics(images.device)
-    images = (images.float() / 255 - mean[:, None, None]) / std[:, None, None]
-    return images.contiguous(memory_format=torch.channels_last)
+PIXELS = {  # mean and deviation of red, green and blue, of 0..1, that a tower was trained with
+    "clip": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),  # openai/CLIP clip.py
+    "imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),  # torchvision's and the public DINO's resnet50
+}
 
 
 # Copied from clip.py
@@ -650,10 +667,19 @@ class Classifier(nn.Module):
         else:
             self.prototypes = nn.Parameter(prototypes.clone())
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP section 2.5
+        self.use_pixels("clip")
+
+    def use_pixels(self, name: str) -> None:
+        """Standardise images as the tower's weights expect it: by a row of PIXELS. A checkpoint holds the name."""
+        mean, std = torch.tensor(PIXELS[name])[:, :, None, None]  # [3, 1, 1] each
+        self.pixels = name
+        self.register_buffer("pixel_mean", mean, persistent=False)
+        self.register_buffer("pixel_std", std, persistent=False)
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        """[B, 3, S, S], 0..255 -> [B, D], not normalised."""
-        return self.visual(standardize(images))
+        """[B, 3, S, S], 0..255 -> [B, D], not normalised. Channels last is faster for convolutions."""
+        images = (images.float() / 255 - self.pixel_mean) / self.pixel_std
+        return self.visual(images.contiguous(memory_format=torch.channels_last))
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Unit features [B, D], float32; prototypes [C, D]; the scale exp(logit_scale)."""
@@ -709,6 +735,7 @@ def load_tower(model: Classifier, path: str) -> str:
 
     Returns: the layer between tower and head that the file has not trained, or "". torchvision's classification layer
     (fc) is another one than ours, DINO has none for resnet50 and does not use tiny's: ours keeps its random start.
+    A resnet50 that none of our scripts has written gets ImageNet's pixel statistics, with which it was trained.
     """
     loaded, own = load_weights(path), model.visual.state_dict()
     weights = loaded["state_dict"]
@@ -730,6 +757,7 @@ def load_tower(model: Classifier, path: str) -> str:
         raise SystemExit(f"--init {path} does not fit --arch {model.arch}: missing {missing[:5]}, unexpected "
                          f"{unexpected[:5]}, shapes {shapes[:5]}")
     model.visual.load_state_dict(weights)
+    model.use_pixels(loaded.get("pixels", "clip" if is_ours or model.arch != "resnet50" else "imagenet"))
     return fresh
 
 
@@ -1791,6 +1819,7 @@ def checkpoint_of_classifier(model: Classifier, class_names: list[str], class_co
         "args": vars(args),
         "step": step,
         "arch": model.arch,
+        "pixels": model.pixels,
         "prototypes": F.normalize(model.prototypes.detach().float(), dim=1).cpu(),  # [C, D]
         "class_names": class_names,
         "class_counts": torch.from_numpy(class_counts),
@@ -1831,6 +1860,7 @@ def evaluate_file(args: argparse.Namespace, root: Path, rank: int, device: torch
                          f"{root}/classes.tsv has ({len(class_names)})")
     model = Classifier(loaded["arch"], len(class_names), loaded["state_dict"]["prototypes"], True)
     model.load_state_dict(loaded["state_dict"])
+    model.use_pixels(loaded.get("pixels", "clip"))
     args.data, args.seed = loaded["args"]["data"], loaded["args"]["seed"]
     report_classifier(model.to(device), class_names, loaded["class_counts"].numpy(), loaded["trimmed"].numpy(),
                       find_test_sets(args.eval_sets, root), args, loaded["step"], 0.0, rank, device, precision)
@@ -1867,6 +1897,7 @@ def main(args: argparse.Namespace) -> None:
         read_labels(table, class_names)  # a wrong one is told before training, not after it
     C, sizes, counts = len(class_names), [len(table) for table in tables], torch.from_numpy(class_counts)
     has_vocab = 0 < args.vocab < C
+    draws = draws_of(counts, args.vocab, args.vocab_power) if has_vocab else None
     if is_main:
         print(describe(root, tables, shares, class_names, class_counts), left_out, sep="\n")
         print(f"precision {precision} ({reason}), {device}, {world_size} process{'es' if world_size > 1 else ''}",
@@ -1969,13 +2000,10 @@ def main(args: argparse.Namespace) -> None:
             group["lr"] = lr
         vocab, labels = None, batch["labels"]
         if has_vocab:
-            all_labels = [torch.empty_like(labels) for _ in range(world_size)]
+            all_labels = labels.repeat(world_size, 1)  # [N, J]
             if world_size > 1:
-                dist.all_gather(all_labels, labels, group=control)  # All ranks
-            else:
-                all_labels = [labels]
-            vocab, size, n_drawn = vocab_of_batch(torch.cat(all_labels), rank * B, B, group_size, counts, args.vocab,
-                                                  args.vocab_power, args.seed, step)
+                dist.all_gather(list(all_labels.chunk(world_size)), labels, group=control)  # All ranks
+            vocab, size, n_drawn = vocab_of_batch(all_labels, rank * B, B, group_size, draws, args.seed, step)
             vocab_sizes += (size, n_drawn, len(vocab.inside))
             if vocab.ids is not None:  # labels as columns of the union
                 labels = torch.searchsorted(vocab.ids, labels).masked_fill(labels < 0, -1)

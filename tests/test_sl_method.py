@@ -1,36 +1,49 @@
 """sl_vocab_subsample.py: vocabularies, losses, samplers and readers, against hand computation and simulation."""
 
 import math
+from argparse import Namespace
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
+import torchvision.transforms.v2.functional as tv
 
 import dino_laionet as dino
 import sl_vocab_subsample as sl
 
 
-def draw(counts, present, M, power=1.0, n=1, seed=0):
+def draw(counts, present, M, power=1.0, n=1, n_arrivals=0):
     """n independent vocabularies: [n, C] bool, and ln q."""
-    mask = torch.zeros(n, len(counts), dtype=torch.bool)
-    mask[:, present] = True
-    return sl.draw_vocab(mask, torch.tensor(counts), M, power, list(range(seed, seed + n)))
+    draws = sl.draws_of(torch.tensor(counts), M, power)._replace(n_arrivals=n_arrivals)
+    vocab, log_q = torch.zeros(n, len(counts), dtype=torch.bool), torch.zeros(n, len(counts))
+    for row in range(n):
+        ids, values = sl.draw_vocab(torch.tensor(present), draws, row)
+        assert len(ids) == len(set(ids.tolist()))  # none twice
+        vocab[row, ids], log_q[row, ids] = True, values
+    return vocab, log_q
 
 
-def test_inclusion_by_hand():
+# The race alone, the race after a few arrivals, and (nearly always) arrivals alone have one law.
+routes = pytest.mark.parametrize("n_arrivals", [0, 4, 100])
+
+
+@routes
+def test_inclusion_by_hand(n_arrivals):
     """Weights (2, 1, 1), two drawn: inclusion 5/6, 7/12, 7/12 (first 1/2, 1/4, 1/4, then renormalised)."""
-    vocab, _ = draw([2, 1, 1, 9], [3], M=3, n=20_000)
+    n = 4_000
+    vocab, _ = draw([2, 1, 1, 9], [3], M=3, n=n, n_arrivals=n_arrivals)
     assert (vocab.sum(1) == 3).all() and vocab[:, 3].all()
-    assert np.allclose(vocab[:, :3].double().mean(0), [5 / 6, 7 / 12, 7 / 12], atol=4 * 0.5 / math.sqrt(20_000))
+    assert np.allclose(vocab[:, :3].double().mean(0), [5 / 6, 7 / 12, 7 / 12], atol=4 * 0.5 / math.sqrt(n))
 
 
-@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
-def test_same_law_as_numpys_choice_without_replacement(power):
+@pytest.mark.parametrize("power, n_arrivals", [(0.0, 0), (0.5, 4), (1.0, 0), (1.0, 4), (1.0, 100)])
+def test_same_law_as_numpys_choice_without_replacement(power, n_arrivals):
     """Frequency of each drawn set, against Generator.choice(replace=False, p), which draws one after the other."""
-    counts, n, M = np.array([50, 20, 10, 5, 1]), 20_000, 2
-    vocab, _ = draw(counts.tolist() + [7], [5], M + 1, power, n)
+    counts, n, M = np.array([50, 20, 10, 5, 1]), 4_000, 2
+    vocab, _ = draw(counts.tolist() + [7], [5], M + 1, power, n, n_arrivals)
     ours = np.bincount(vocab[:, :5].numpy() @ (1 << np.arange(5)), minlength=32) / n
     rng, weights = np.random.default_rng(0), counts**power / (counts**power).sum()
     theirs = np.zeros(32)
@@ -39,10 +52,11 @@ def test_same_law_as_numpys_choice_without_replacement(power):
     assert np.abs(ours - theirs).max() < 5 * math.sqrt(2 * 0.25 / n)
 
 
-def test_federated_rule_of_lvis():
+@routes
+def test_federated_rule_of_lvis(n_arrivals):
     """Classes of the batch first, then by count ** 0.5 until M: as torch.multinomial without replacement draws them."""
-    counts, present, n = [400, 100, 25, 16, 4, 1], [2], 20_000
-    vocab, _ = draw(counts, present, M=3, power=0.5, n=n)
+    counts, present, n = [400, 100, 25, 16, 4, 1], [2], 4_000
+    vocab, _ = draw(counts, present, 3, 0.5, n, n_arrivals)
     weights = torch.tensor(counts).double().sqrt()
     weights[present] = 0
     theirs = F.one_hot(torch.multinomial(weights.expand(n, -1), 2), len(counts)).sum(1).double().mean(0)
@@ -50,27 +64,63 @@ def test_federated_rule_of_lvis():
     assert (vocab.double().mean(0) - theirs).abs().max() < 5 * math.sqrt(2 * 0.25 / n)
 
 
-def test_classes_without_images_are_drawn_by_power_0_only():
-    counts = [5, 0, 3, 0, 2]
-    vocab, _ = draw(counts, [0], M=4, power=1.0, n=200)
-    assert not vocab[:, [1, 3]].any() and (vocab.sum(1) == 3).all()  # no more classes than have images, none twice
-    vocab, _ = draw(counts, [0], M=4, power=0.0, n=200)
-    assert vocab[:, [1, 3]].any(0).all() and (vocab.sum(1) == 4).all()
+@routes
+def test_classes_without_images_are_drawn_by_power_0_only(n_arrivals):
+    counts = [5, 0, 3, 0, 2, 0]
+    vocab, log_q = draw(counts, [0, 3], 5, 1.0, 200, n_arrivals)
+    assert (vocab == torch.tensor([True, False, True, True, True, False])).all()  # those that have images, none twice
+    assert (log_q == 0).all()  # each of them for certain
+    vocab, _ = draw(counts, [0], 4, 0.0, 200, n_arrivals)
+    assert vocab.any(0).all() and (vocab.sum(1) == 4).all()
 
 
-def test_present_classes_are_always_in_and_set_a_floor():
-    vocab, log_q = draw([3] * 10, [0, 2, 4, 6, 8], M=3)
+@routes
+def test_present_classes_are_always_in_and_set_a_floor(n_arrivals):
+    vocab, log_q = draw([3] * 10, [0, 2, 4, 6, 8], M=3, n_arrivals=n_arrivals)
     assert vocab.nonzero()[:, 1].tolist() == [0, 2, 4, 6, 8] and (log_q == 0).all()
-    vocab, _ = draw([3] * 10, [0], M=10)
+    vocab, _ = draw([3] * 10, [0], M=10, n_arrivals=n_arrivals)
     assert vocab.all()
 
 
-def test_log_q_makes_the_sum_unbiased():
-    """Mean over draws of sum_j in V exp(f_j - ln q_j) is the sum over all classes (methods E)."""
+@routes
+def test_log_q_makes_the_sum_unbiased(n_arrivals):
+    """Mean over draws of sum_j in V exp(f_j - ln q_j) is the sum over all classes; so is each class's part of it."""
     counts, logits = [30, 10, 6, 3, 2, 1], torch.tensor([0.3, -0.5, 1.0, 0.2, 2.0, 0.7]).double()
-    vocab, log_q = draw(counts, [1], M=3, n=40_000)
-    sums = ((logits - log_q.double()).exp() * vocab).sum(1)
-    assert abs(sums.mean() - logits.exp().sum()) < 4 * sums.std() / math.sqrt(len(sums))
+    vocab, log_q = draw(counts, [1], M=3, n=4_000, n_arrivals=n_arrivals)
+    parts = (logits - log_q.double()).exp() * vocab  # [n, C]
+    errors = parts.std(0) / math.sqrt(len(parts))
+    assert ((parts.mean(0) - logits.exp()).abs() <= 4.5 * errors + 1e-12).all()
+    assert abs(parts.sum(1).mean() - logits.exp().sum()) < 4 * parts.sum(1).std() / math.sqrt(len(parts))
+
+
+def test_draws_among_few_classes_are_those_of_the_committed_study():
+    """Up to 4,096 classes a group's race is one draw of C exponentials: figures of results/ can be made again."""
+    counts, labels = 1000 // (torch.arange(120) + 1), torch.tensor([3, 50, 3])
+    vocab, *_ = sl.vocab_of_batch(labels[:, None], 0, 3, 3, sl.draws_of(counts, 6, 1.0), 5, 7)
+    generator = torch.Generator().manual_seed(int(sl.uniform_hash(5, 6, 7, 0) * 2**53))
+    times = torch.empty(120, dtype=torch.float64).exponential_(generator=generator) / counts
+    times[[3, 50]] = -1
+    assert torch.equal(vocab.ids, times.argsort()[:6].sort().values)
+
+
+@pytest.mark.parametrize("kind", ["Zipf", "one class has nearly all", "even"])
+def test_a_vocabulary_of_many_classes_costs_no_pass_over_them(kind, monkeypatch):
+    """Of 100,000 classes a few arrivals are looked at; they race only where one has nearly all the weight."""
+    C, M, sizes, exponential = 100_000, 100, [], torch.Tensor.exponential_
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda x, **k: sizes.append(len(x)) or exponential(x, **k))
+    counts = 10**6 // (torch.arange(C) + 1)
+    counts[7] += 10**11 * (kind == "one class has nearly all")
+    draws = sl.draws_of(counts, M, 0.0 if kind == "even" else 1.0)
+    labels, estimates = torch.randint(0, C, (20, 1), generator=torch.Generator().manual_seed(0)), []
+    for step in range(100):
+        vocab, size, n_drawn = sl.vocab_of_batch(labels, 0, 20, 20, draws, 0, step)
+        assert size == len(vocab.ids) == M and n_drawn == M - 20
+        assert vocab.inside.all() and torch.isin(labels, vocab.ids).all()
+        estimates.append(float((draws.weights[vocab.ids] / vocab.log_q[0].double().exp()).sum()))
+    assert max(sizes) == (C if kind == "one class has nearly all" else draws.n_arrivals)
+    assert {"Zipf": 150 < draws.n_arrivals < 300, "even": 100 < draws.n_arrivals < 200}.get(kind, not draws.n_arrivals)
+    error = np.std(estimates) / math.sqrt(len(estimates))  # each estimates the sum of all weights
+    assert abs(np.mean(estimates) / float(draws.weights.sum()) - 1) < 4 * error / float(draws.weights.sum()) + 1e-3
 
 
 def batch(N=24, C=9, D=5, J=1, seed=0):
@@ -83,7 +133,7 @@ def batch(N=24, C=9, D=5, J=1, seed=0):
 def test_full_vocabulary_is_plain_softmax_bit_for_bit():
     features, prototypes, labels = batch()
     plain = sl.vocab_logits(features, prototypes, torch.tensor(10.0), None)
-    vocab, size, _ = sl.vocab_of_batch(labels, 0, 24, 8, torch.ones(9), M=9, power=1.0, seed=0, step=0)
+    vocab, size, _ = sl.vocab_of_batch(labels, 0, 24, 8, sl.draws_of(torch.ones(9), 9, 1.0), seed=0, step=0)
     assert size == 3 * 9 and vocab.ids is None
     sampled = sl.vocab_logits(features, prototypes, torch.tensor(10.0), vocab)
     assert torch.equal(sl.cross_entropy(plain, labels), sl.cross_entropy(sampled, labels))
@@ -94,10 +144,10 @@ def test_full_vocabulary_is_plain_softmax_bit_for_bit():
 @pytest.mark.parametrize("loss", ["softmax", "log-q"])
 def test_union_and_masked_logits_have_the_same_loss_and_gradients(loss):
     """Both routes of the rule in vocab_of_batch against a slow loop over groups in float64."""
-    C, counts = 60, torch.arange(60) + 1
+    C = 60
     features, prototypes, labels = batch(C=C)
     scale = torch.tensor(10.0, requires_grad=True)
-    vocab, *_ = sl.vocab_of_batch(labels, 0, 24, 8, counts, M=9, power=1.0, seed=3, step=5)
+    vocab, *_ = sl.vocab_of_batch(labels, 0, 24, 8, sl.draws_of(torch.arange(C) + 1, 9, 1.0), seed=3, step=5)
     assert vocab.ids is not None and len(vocab.ids) <= 30
     wide = torch.zeros(3, C, dtype=torch.bool).index_copy_(1, vocab.ids, vocab.inside)
     wide_q = torch.zeros(3, C).index_copy_(1, vocab.ids, vocab.log_q)
@@ -118,15 +168,17 @@ def test_union_and_masked_logits_have_the_same_loss_and_gradients(loss):
             assert torch.allclose(a.double(), b.double(), rtol=1e-5, atol=1e-7)
 
 
-def test_vocabulary_does_not_depend_on_the_number_of_processes():
+@pytest.mark.parametrize("C", [40, 10_000])
+def test_vocabulary_does_not_depend_on_the_number_of_processes(C):
     """Groups of 8 of a batch of 24, for one process, for two (a group lies on both sides), and for three."""
-    _, _, labels = batch(C=40)
+    _, _, labels = batch(C=C)
+    draws = sl.draws_of(torch.arange(C) + 1, 12, 1.0)
 
     def rows_of(first, B, step=7):
-        """[B, 40] bool, the vocabulary of each image."""
-        vocab, *_ = sl.vocab_of_batch(labels, first, B, 8, torch.arange(40) + 1, 12, 1.0, 0, step)
-        ids = torch.arange(40) if vocab.ids is None else vocab.ids
-        return torch.zeros(B, 40, dtype=torch.bool).index_copy_(1, ids, vocab.inside[vocab.groups])
+        """[B, C] bool, the vocabulary of each image."""
+        vocab, *_ = sl.vocab_of_batch(labels, first, B, 8, draws, 0, step)
+        ids = torch.arange(C) if vocab.ids is None else vocab.ids
+        return torch.zeros(B, C, dtype=torch.bool).index_copy_(1, ids, vocab.inside[vocab.groups])
 
     whole = rows_of(0, 24)
     assert (whole.sum(1) == 12).all() and whole.gather(1, labels).all()
@@ -221,6 +273,28 @@ def test_label_sets(tmp_path):
             sl.read_label_sets(table_of(tmp_path, [wrong]), ["cat", "dog", "cow"])
 
 
+def test_one_of_several_labels_is_drawn(tmp_path):
+    """--multi-label random: each of an image's labels evenly, by seed, example and epoch alone."""
+    table = table_of(tmp_path, ["0|1|2", "1|2", "2"] * 100)
+    label_sets = sl.read_label_sets(table, ["cat", "dog", "cow"])
+    examples = np.array([(0, row, epoch) for epoch in range(20) for row in range(300)])
+    drawn = {}
+    for seed in 0, 1:
+        images = sl.LabelledImages([table], [label_sets], True, True, 32, 0.9, 10**6, seed)
+        drawn[seed] = images.__getitems__(examples)["labels"][:, 0].numpy()
+    for kind, labels in (0, [0, 1, 2]), (1, [1, 2]), (2, [2]):
+        counts = np.bincount(drawn[0][examples[:, 1] % 3 == kind], minlength=3)
+        assert (abs(counts[labels] - 2000 / len(labels)) <= 4 * math.sqrt(2000) / 2).all() and counts.sum() == 2000
+        assert not np.delete(counts, labels).any()
+    images = sl.LabelledImages([table], [label_sets], True, True, 32, 0.9, 10**6, 0)
+    order = np.random.default_rng(0).permutation(len(examples))[:500]  # in other batches, in another process
+    assert np.array_equal(images.__getitems__(examples[order])["labels"][:, 0].numpy(), drawn[0][order])
+    several = examples[:, 1] % 3 == 0
+    assert 0.2 < (drawn[0] == drawn[1])[several].mean() < 0.5  # another seed, other draws
+    epochs = drawn[0].reshape(20, 300)[:, ::3]
+    assert 0.2 < (epochs[0] == epochs[1]).mean() < 0.5  # another epoch, too
+
+
 def test_trim_tail():
     labels = np.repeat([0, 1, 2, 3], [50, 4, 30, 9])
     counts = np.bincount(labels)
@@ -271,8 +345,6 @@ def test_towers_load_from_other_checkpoints(tmp_path):
         assert all(
             torch.equal(a, b) for a, b in zip(source.visual.parameters(), model.visual.parameters(), strict=True)
         )
-    import torchvision
-
     standard = torchvision.models.resnet50()
     torch.save(standard.state_dict(), tmp_path / "resnet50.pt")
     model = sl.Classifier("resnet50", 7, None, False)
@@ -289,6 +361,29 @@ def test_towers_load_from_other_checkpoints(tmp_path):
     assert torch.equal(model.visual.layer4[2].conv3.weight, ssl.visual.layer4[2].conv3.weight)
     sl.load_tower(other := sl.Classifier("resnet50", 9, None, False), save(model.state_dict(), tmp_path / "ours.pt"))
     assert torch.equal(model.visual.fc.weight, other.visual.fc.weight)  # our own fc belongs to the tower
+
+
+def test_pixels_are_standardised_as_the_weights_expect(tmp_path):
+    """torchvision's resnet50 was trained with ImageNet's mean and deviation: its features are torchvision's own."""
+    torch.manual_seed(0)
+    standard, images = torchvision.models.resnet50(), torch.randint(0, 256, (4, 3, 64, 64))
+    ready = tv.normalize(images / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    for _ in range(20):
+        standard(ready)  # batch norm's statistics, for features of a usual size
+    model, again, ssl = (sl.Classifier("resnet50", 7, None, False) for _ in range(3))
+    sl.load_tower(model, save(standard.state_dict(), tmp_path / "resnet50.pth"))
+    checkpoint = sl.checkpoint_of_classifier(model, list("abcdefg"), np.ones(7), np.zeros(0), Namespace(), 1)
+    torch.save(checkpoint, tmp_path / "ours.pt")  # fine-tuned weights expect what those they came from did
+    sl.load_tower(again, str(tmp_path / "ours.pt"))
+    standard.fc = torch.nn.Identity()
+    with torch.no_grad():
+        expected = standard.eval()(ready)
+        for tower in model.eval(), again.eval():
+            tower.visual.fc = torch.nn.Identity()
+            assert (tower.encode_image(images) - expected).norm() <= 1e-5 * expected.norm()
+    torch.save({"state_dict": dino.Network("resnet50", 8, 8, 8, False).state_dict()}, tmp_path / "dino.pt")
+    sl.load_tower(ssl, str(tmp_path / "dino.pt"))
+    assert (ssl.pixels, again.pixels) == ("clip", "imagenet")  # dino_laionet.py standardises as clip.py does
 
 
 def save(state_dict, path, **more):

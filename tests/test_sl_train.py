@@ -3,12 +3,18 @@
 import functools
 import json
 import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import programs
 import pytest
 import torch
+import torchvision
+from PIL import Image
 from programs import ROOT, assert_bit_equal, log_of, weights_of
 
 import clip
@@ -61,7 +67,7 @@ def test_one_process_equals_two(world, tmp_path, group):
 def loss_of(model, labels, images, first, B):
     """Loss of rows first .. first + B of the global batch."""
     features, prototypes, scale = model(images[first : first + B])
-    vocab, *_ = sl.vocab_of_batch(labels, first, B, 64, torch.arange(40) + 1, 30, 1.0, 0, 0)
+    vocab, *_ = sl.vocab_of_batch(labels, first, B, 64, sl.draws_of(torch.arange(40) + 1, 30, 1.0), 0, 0)
     own = labels[first : first + B]
     own = own if vocab.ids is None else torch.searchsorted(vocab.ids, own)
     return sl.cross_entropy(sl.vocab_logits(features, prototypes, scale, vocab), own)
@@ -94,6 +100,25 @@ def test_kill_and_resume_is_bit_equal(world, tmp_path, processes):
     assert_bit_equal(weights_of(tmp_path / "straight"), weights_of(tmp_path / "killed"))
     a, b = ([{**x, "images_per_s": 0} for x in log_of(tmp_path / name)] for name in ("straight", "killed"))
     assert a == b  # vocabularies are drawn again as they were
+
+
+def test_sigterm_saves_and_exits_0(world, tmp_path):
+    """To the process's group, loader workers and all, as torchrun, timeout and Slurm do; then the same command."""
+    flags = ["--root", world, "--vocab", "24", "--vocab-group", "8", "--steps", "30", "--save-every", "0", *FLAGS]
+    run_here(*flags, "--out", tmp_path / "straight")
+    command = [sys.executable, ROOT / "sl_vocab_subsample.py", *map(str, flags), "--out", str(tmp_path / "stopped")]
+    process = subprocess.Popen(command, env=programs.ENV, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    for line in process.stdout:
+        if line.startswith("step      3"):
+            os.killpg(process.pid, signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 0 and "SIGTERM: saved at step" in rest and "val" not in rest
+    step = torch.load(tmp_path / "stopped" / "checkpoint.pt", weights_only=True)["step"]
+    assert 3 <= step < 30 and f"continued from step {step}" in run_here(*flags, "--out", tmp_path / "stopped")
+    assert_bit_equal(weights_of(tmp_path / "straight"), weights_of(tmp_path / "stopped"))
+    results = [json.loads((tmp_path / name / "metrics.json").read_text())["val"] for name in ("straight", "stopped")]
+    assert results[0] == results[1]
 
 
 def test_frozen_head_is_bit_equal_and_learns_around_it(world, clip_pt, tmp_path):
@@ -263,10 +288,24 @@ def test_momentum_starts_at_zero_when_the_first_step_is_skipped(module, world, t
     assert len(calls) == 3 and max(float(x.abs().max()) for x in weights_of(tmp_path / "out").values()) < 1e3
 
 
+def test_torchvisions_weights_are_evaluated_as_they_were_trained(tmp_path):
+    """--init of a torchvision checkpoint, and --eval-only of what came of it, with ImageNet's pixel statistics."""
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet50().state_dict(), tmp_path / "resnet50.pth")
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8))
+    (tmp_path / "train.tsv").write_text("image\tlabel\n" + "".join(f"images.npy:{i}\t{i % 2}\n" for i in range(4)))
+    (tmp_path / "classes.tsv").write_text("name\ncat\ndog\n")
+    flags = ["--data", tmp_path / "train.tsv", "--eval-sets", tmp_path / "train.tsv", "--precision", "fp32"]
+    more = ["--arch", "resnet50", "--init", tmp_path / "resnet50.pth", "--freeze-backbone", "--batch-size", "4"]
+    run_here(*flags, *more, "--steps", "1", "--workers", "0", "--device", "cpu", "--out", tmp_path / "run")
+    run_here(*flags, "--eval-only", tmp_path / "run" / "checkpoint.pt", "--device", "cpu", "--out", tmp_path / "again")
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["pixels"] == "imagenet"
+    with np.load(tmp_path / "run" / "train.npz") as a, np.load(tmp_path / "again" / "train.npz") as b:
+        assert np.isfinite(a["features"]).all() and np.array_equal(a["features"], b["features"])
+
+
 def test_images_in_files(world, tmp_path):
     """JPEGs of two sizes through the loader's workers; one broken file is replaced and counted."""
-    from PIL import Image
-
     rng = np.random.default_rng(0)
     (tmp_path / "train.tsv").write_text("image\tlabel\n" + "".join(f"{i}.jpg\t{i % 3}\n" for i in range(40)))
     (tmp_path / "classes.tsv").write_text("name\ncat\ndog\ncow\n")
@@ -307,6 +346,25 @@ def test_bad_input(world, clip_pt, tmp_path):
         assert not out.exists()
     result = run("--root", world, "--data", wrong, "--out", out, *FLAGS, check=False)
     assert result.returncode == 2 and "Traceback" not in result.stdout and "row 4" in result.stdout
+
+
+def test_images_that_are_not_finite(world, tmp_path):
+    """An .npy of floats, with NaN, is refused, before training if it is trained on, after it, with the checkpoint kept,
+    if it is a test set. Other files cannot bring a NaN in: what is decoded is bytes, of a TIFF of floats too."""
+    images, out = np.full((40, 32, 32, 3), np.nan, np.float32), tmp_path / "out"
+    np.save(tmp_path / "float.npy", images)
+    path = tmp_path / "float.tsv"
+    path.write_text("image\tlabel\n" + "".join(f"float.npy:{i}\t{i}\n" for i in range(40)) + "float.tif\t0\n")
+    Image.fromarray(images[0, :, :, 0]).save(tmp_path / "float.tif")
+    assert sl.read_image(sl.Table(path), 40, 1, 10**6).mode == "RGB"
+    path.write_text(path.read_text().replace("float.tif\t0\n", ""))
+    result = run("--root", world, "--data", path, *FLAGS, "--out", out, check=False)
+    expected = "float.npy holds float32 (40, 32, 32, 3), expected uint8 (N, H, W, 3)"
+    assert result.returncode == 2 and "Traceback" not in result.stdout and not out.exists()
+    assert expected in result.stdout.strip().split("\n")[-1]
+    with pytest.raises(SystemExit, match=re.escape(expected)):
+        run_here("--root", world, *FLAGS, "--eval-sets", path, "--steps", "1", "--out", out)
+    assert (out / "checkpoint.pt").is_file() and not (out / "metrics.json").exists()
 
 
 def test_copied_alone(world, tmp_path):

@@ -45,7 +45,8 @@ Deviations from the paper and its code:
     their generators were, and began anew after a restart.
  7. Runs that compare differ in one flag: theirs also differed in the freezing of the last layer, and in the batch.
  8. A data set is what its table lists: theirs took ImageNet's train and val folders for two classes of one set.
- 9. Training, k-NN and probe standardise pixels alike (theirs by ImageNet's mean, then by CLIP's).
+ 9. Training, k-NN and probe standardise pixels by CLIP's mean, also for weights of others (theirs by ImageNet's mean,
+    then by CLIP's).
 """
 
 import argparse

@@ -85,7 +85,7 @@ def main(args):
     print(f"C {C:,}, D {D}, batch {B}, M {M}, groups of {group}: full {full:.0f} ms, sampled {sampled:.0f} ms")
     print(f"{ratio:.1f} times as fast; drawing {1e3 * statistics.median(drawing):.1f} ms of it")
     print(f"peak extra memory: full {peaks[0]:.0f} MiB, sampled {peaks[1]:.0f} MiB ({peaks[1] / peaks[0]:.2f})")
-    for shape in (C, D), (10**6, 128):
+    for shape in (C, D), (10**6, D), (10**6, 128):
         (given, counts), times, drawing = make(*shape, 1024), [], []
         draws = sl.draws_of(counts, M, 1.0)
         for number in range(8):

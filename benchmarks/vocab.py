@@ -3,8 +3,9 @@
 Forward and backward of cosine head and cross-entropy on given features, fp32, CPU; counts are Zipf's. Sides alternate;
 printed are medians, the time of drawing alone, and the peak of memory beyond what stands before the step (weights and
 their gradient buffer), from the kernel's high-water mark in a process of its own. Then drawing for 16 groups as a share
-of such a step and of one with the smallest tower (tiny, 32 px), the two ways of draw_vocab, arrivals or a race of all, by the number of classes, and the two routes of
-vocab_of_batch, the union's rows copied or all rows masked, by the union's size.
+of such a step and of one with the smallest tower (tiny, 32 px), the two ways of draw_vocab, arrivals or a race of all,
+by the number of classes, and the two routes of vocab_of_batch, the union's rows copied or all rows masked, by the
+union's size.
 """
 
 import argparse

@@ -175,7 +175,9 @@ def parse_args(argv=None):
                         help="keep records that repeat a file name (448,896 rows instead of 443,798)")
 
     label = add("label", "class labels for captions that name a class",
-                "data/shapes/yfcc/train.tsv --classes data/shapes/classes.tsv --match word --out yfcc_cls.tsv")
+                "data/shapes/yfcc/train.tsv --classes data/shapes/classes.tsv --match word --out yfcc_cls.tsv",
+                "In: tables with texts. Out: the rows that name a class, all their columns, with label; the label they "
+                "had is source_label.")
     label.add_argument("--match", choices=("bag", "word", "regex-lemma", "substring"), default="word",
                        help="; ".join(f"{rule}: {RULES[rule]}" for rule in ("bag", "word", "regex-lemma", "substring")))
     label.add_argument("--multi", choices=("longest", "drop", "all", "first"), default="longest",
@@ -185,7 +187,9 @@ def parse_args(argv=None):
                        help="auto: as published, sensitive for substring only; bag never is")
 
     laionet = add("laionet", "LAIONet: rows that name just one class and are similar to its definition",
-                  "data/shapes/laionet/train.tsv --classes data/shapes/classes.tsv --threshold 0.3 --out laionet.tsv")
+                  "data/shapes/laionet/train.tsv --classes data/shapes/classes.tsv --threshold 0.3 --out laionet.tsv",
+                  "In: tables with texts. Out: their rows that name just one class and are similar to its definition, "
+                  "with label and similarity; OUT.all.tsv has those that are less similar too.")
     laionet.add_argument("--threshold", type=float, default=0.7,
                          help="least similarity of caption and definition; OUT.all.tsv keeps all matched rows with it")
     laionet.add_argument("--clip", help="checkpoint of clip.py whose text tower measures the similarity")
@@ -193,7 +197,9 @@ def parse_args(argv=None):
                          "file TABLE; without this and --clip the column similarity is taken")
 
     curate = add("curate", "MetaCLIP: captions balanced over the entries of a metadata",
-                 "data/shapes/web/train.tsv --metadata entries.tsv --cap 200 --out curated.tsv")
+                 "data/shapes/web/train.tsv --metadata entries.tsv --cap 200 --out curated.tsv",
+                 "In: tables with texts, and entries. Out: the rows that are kept, all their columns; OUT.entries.tsv "
+                 "has entry, count, probability (of a row to be kept by it) and kept.")
     curate.add_argument("--metadata", required=True, help="table with the column entry (see metadata)")
     curate.add_argument("--cap", type=int, default=20_000, help="t: about so many rows are drawn by each entry")
     curate.add_argument("--tail-share", type=float, default=0.0,
@@ -201,7 +207,9 @@ def parse_args(argv=None):
     curate.add_argument("--seed", type=int, default=0, help="redraws which rows are kept")
 
     metadata = add("metadata", "MetaCLIP's metadata: entries from WordNet and from a corpus",
-                   "data/shapes/web/train.tsv --min-pmi 3 --out entries.tsv")
+                   "data/shapes/web/train.tsv --min-pmi 3 --out entries.tsv",
+                   "In: texts, perhaps WordNet. Out: a table of entry, source (number, wordnet, word, pair) "
+                   "and count.")
     metadata.add_argument("--wordnet", help="folder of WordNet 3.0's data files; without it none of its synsets")
     metadata.add_argument("--min-count", type=int, default=100, help="least count of a word")
     metadata.add_argument("--min-pmi", type=float, default=30.0,
@@ -209,10 +217,15 @@ def parse_args(argv=None):
     metadata.add_argument("--max-entries", type=int, default=500_000, help="stop after so many entries")
 
     frequency = add("frequency", "how many captions name each class",
-                    "data/shapes/web/train.tsv --classes data/shapes/classes.tsv --lemmas none --out counts.tsv")
+                    "data/shapes/web/train.tsv --classes data/shapes/classes.tsv --lemmas none --out counts.tsv",
+                    "In: tables with texts. Out: name and count of each class, in label order; with --relevance "
+                    "judged, relevant, estimate, low and high too (Wilson, 95 %). With --sample OUT.sample.tsv: name, label, "
+                    "definition, key, caption, relevant (empty, to be judged).")
     frequency.add_argument("--match", choices=tuple(RULES), default="bag",
                            help="; ".join(f"{rule}: {text}" for rule, text in RULES.items()))
     frequency.add_argument("--synonyms", help="table of further names: name (of the class), synonyms (| between)")
+    frequency.add_argument("--weights", metavar="COLUMN", default="",
+                           help="column of whole numbers that a caption counts by, as MetaCLIP's query strings do")
     frequency.add_argument("--sample", type=int, default=0,
                            help="captions per class to write for judging, OUT.sample.tsv, the smallest hashes; 0: none")
     frequency.add_argument("--relevance", help="the judged sample (relevant: yes or no): adds estimates with intervals")
@@ -239,7 +252,9 @@ def parse_args(argv=None):
         command.add_argument("--skip-bad", action="store_true", help="leave out and count rows that cannot be read")
 
     status = add("status", "what img2dataset got: successes by class and cause, rows to try again",
-                 "shards/ --out retry.tsv")
+                 "shards/ --out retry.tsv",
+                 "In: img2dataset's folder. Out: the rows to try again: key, url, caption, label, status, "
+                 "error_message; OUT.classes.tsv has label, name, rows, count and success of each class.")
     status.add_argument("folder", help="output folder of img2dataset: NNNNN.parquet, NNNNN_stats.json (needs pyarrow)")
     status.add_argument("--classes", help="classes.tsv, for the names of labels")
     for command in (incaps, label, laionet, curate, metadata, frequency, status):
@@ -384,6 +399,10 @@ def parse_args(argv=None):
             command.error(f"--shard: got {args.shard}, expected i/n with i from 0 to n - 1")
     if args.command == "label" and args.match == "bag" and args.multi == "longest":
         label.error("--multi longest: bag finds words, not places; choose drop, all or first")
+    if args.command == "label" and args.match == "bag" and args.case == "sensitive":
+        label.error("--case sensitive: bag has no case; choose word, regex-lemma or substring")
+    if args.command == "frequency" and args.weights and (args.sample or args.weights in args.columns):
+        frequency.error("--weights: a column of its own, and not with --sample, which draws captions, not counts")
     if args.command == "curate" and (args.cap < 1 or not 0 <= args.tail_share < 1):
         curate.error(f"--cap {args.cap} --tail-share {args.tail_share}: expected a cap of 1 or more, a share in 0..1")
     if args.command == "dedup":
@@ -2233,7 +2252,8 @@ def write_report(out, inputs, flags, steps, **more):
     further facts, as histograms.
     """
     content = dict(
-        script=file_hash(os.path.abspath(__file__)), flags=flags, funnel=steps, **more,
+        script=file_hash(os.path.abspath(__file__)),
+        versions=dict(python=sys.version.split()[0], numpy=np.__version__), flags=flags, funnel=steps, **more,
         inputs=list(map(facts_of, with_beside(inputs))),
         outputs=[dict(path=out, bytes=os.path.getsize(out), sha256=file_hash(out))],
         date=time.strftime("%Y-%m-%d %H:%M:%S"))  # fmt: skip
@@ -3267,7 +3287,8 @@ def build_laionet(paths, out, classes, threshold, settings, run):
     losses = {loss: -counts[loss] for loss in ("no class", "several classes", "NSFW tag")}
     histogram = [class_counts[label] for label in range(len(rows))]
     finish(out, [*paths, *settings["inputs"]],
-           dict(classes=classes, threshold=threshold, **{k: settings[k] for k in ("clip", "embeddings", "columns")}),
+           dict(classes=classes, threshold=threshold,
+                **{k: settings[k] for k in ("clip", "embeddings", "columns", "skip_bad")}),
            {"rows": counts["rows"], **bad_rows(counts), **losses, f"rows in {every}": n_all,
             "less similar": n - n_all, f"rows in {out}": n},
            class_counts=histogram, empty_classes=histogram.count(0),
@@ -3397,7 +3418,8 @@ def build_curate(paths, out, metadata, cap, share, seed, settings, run):
     head = [(entries[i], int(total_counts[i]), int(kept[i])) for i in order[:20]]
     balanced = counts["rows"] - counts["no entry"] - sum(v for k, v in counts.items() if k.startswith("bad: ")) - n
     finish(out, [*paths, metadata],
-           dict(metadata=metadata, cap=cap, tail_share=share, seed=seed, columns=settings["columns"]),
+           dict(metadata=metadata, cap=cap, tail_share=share, seed=seed,
+                **{k: settings[k] for k in ("columns", "skip_bad")}),
            {"rows": counts["rows"], **bad_rows(counts), "no entry": -counts["no entry"], "balancing": -balanced,
             f"rows in {out}": n}, **facts, head=head)  # fmt: skip
     for what, value in facts.items():
@@ -3466,9 +3488,10 @@ def wilson(yes, n, total, z=1.959964):
 
 
 def frequency_file(path, part, settings):
-    """Count the captions of one table that name each class; with n_sample the captions of the smallest hashes too."""
+    """Count the captions of one table that name each class, or add up their weights; with n_sample the captions of the
+    smallest hashes too."""
     settings, counts = dict(settings), Counter()
-    n_sample, seed, n_classes = (settings.pop(key) for key in ("n_sample", "seed", "n_classes"))
+    n_sample, seed, n_classes, weights = (settings.pop(key) for key in ("n_sample", "seed", "n_classes", "weights"))
     settings["out"] = path  # as in entry_file
     class_counts, samples = np.zeros(n_classes, np.int64), defaultdict(list)
     if n_sample:
@@ -3480,10 +3503,15 @@ def frequency_file(path, part, settings):
     else:  # only the captions are read
         bad = Counter() if settings["skip_bad"] else None
         matcher = matcher_for(settings)
-        for chunk in in_chunks(read_table(path, settings["columns"], bad, is_all=False)[1], lambda row: row[1]):
+        n, needed = len(settings["columns"]), settings["columns"] + ([weights] if weights else [])
+        for chunk in in_chunks(read_table(path, needed, bad, is_all=False)[1], lambda row: row[1]):
             counts["rows"] += len(chunk)
-            _, labels = matcher.pairs([" ".join(filter(None, fields)) for _, fields in chunk])
-            class_counts += np.bincount(labels, minlength=n_classes)
+            rows, labels = matcher.pairs([" ".join(filter(None, fields[:n])) for _, fields in chunk])
+            for line, fields in chunk if weights else ():
+                if not re.fullmatch("[0-9]{1,15}", fields[n]):
+                    raise SystemExit(f"{path}:{line}: {weights} is {fields[n]!r}, expected a whole number")
+            amounts = np.array([int(fields[n]) if weights else 1 for _, fields in chunk], np.int64)
+            np.add.at(class_counts, labels, amounts[rows])
         count_lost(path, bad, counts)
     drawn = [[label, -h, key, text] for label in sorted(samples) for h, key, text in samples[label]]
     save_part(part, counts, counts=class_counts, sample=np.frombuffer(json.dumps(drawn).encode(), np.uint8))
@@ -4747,7 +4775,7 @@ def main(args):
                 more[row["name"]] += split_names(row["synonyms"])
             names = match_settings(class_rows(args.classes), args.match, False, args.lemmas, args.wordnet, more,
                                    [args.classes, args.synonyms])  # fmt: skip
-            settings |= names | dict(n_sample=args.sample, seed=args.seed)
+            settings |= names | dict(n_sample=args.sample, seed=args.seed, weights=args.weights)
             build_frequency(paths, args.out, args.classes, args.synonyms, args.relevance, settings, run)
     elif args.command == "check":
         sys.exit(check_tables(args.tables, args.out, args.sample, args.max_bad, args.classes, args.max_pixels,

@@ -296,6 +296,31 @@ def test_frequency_counts_samples_and_relevance(folder):
     assert abs(int(row["low"]) - 90 * low) < 1 and abs(int(row["high"]) - 90 * high) < 1
 
 
+def test_frequency_by_the_counts_of_query_strings(folder, capsys):
+    """MetaCLIP publishes its query strings with counts: "a lion" 500 times, "crane, lion" 7, "gulls" never."""
+    rows = [("a lion", "500"), ("crane, lion", "7"), ("a crane", "0"), ("gulls", "9")]
+    write = lambda path, rows: path.write_text(  # noqa: E731
+        "caption\tn\n" + "".join("\t".join(row) + "\n" for row in rows)
+    )
+    write(folder / "q.tsv", rows)
+    flags = ["--classes", folder / "classes.tsv", "--match", "word", "--out", folder / "o.tsv"]
+    run("frequency", folder / "q.tsv", "--weights", "n", *flags)
+    assert {row["name"]: row["count"] for row in read(folder / "o.tsv")} == {"sea lion": "0", "lion": "507", "crane": "7"}
+    assert report(folder / "o.tsv")["flags"]["weights"] == "n" and report(folder / "o.tsv")["versions"]["numpy"]
+    run("frequency", folder / "q.tsv", *flags)
+    assert [row["count"] for row in read(folder / "o.tsv")] == ["0", "2", "2"]
+    write(folder / "q.tsv", [*rows, ("a lion", "3.5")])
+    with pytest.raises(SystemExit, match=r"q.tsv:6: n is '3.5', expected a whole number"):
+        run("frequency", folder / "q.tsv", "--weights", "n", *flags)
+    for more, message in ((["--sample", 3], "not with --sample"), (["--columns", "n"], "a column of its own")):
+        with pytest.raises(SystemExit):
+            run("frequency", folder / "q.tsv", "--weights", "n", *flags, *more)
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("label", folder / "q.tsv", "--match", "bag", "--multi", "drop", "--case", "sensitive", *flags[:2], *flags[4:])
+    assert "bag has no case" in capsys.readouterr().err
+
+
 def test_status(tmp_path):
     for shard, n_stats in (("00000", 3), ("00001", 9)):
         status = ["success", "failed_to_download", "success"]

@@ -219,8 +219,8 @@ def parse_args(argv=None):
     frequency = add("frequency", "how many captions name each class",
                     "data/shapes/web/train.tsv --classes data/shapes/classes.tsv --lemmas none --out counts.tsv",
                     "In: tables with texts. Out: name and count of each class, in label order; with --relevance "
-                    "judged, relevant, estimate, low and high too (Wilson, 95 %). With --sample OUT.sample.tsv: name, label, "
-                    "definition, key, caption, relevant (empty, to be judged).")
+                    "judged, relevant, estimate, low and high too (Wilson, 95 %). With --sample OUT.sample.tsv: name, "
+                    "label, definition, key, caption, relevant (empty, to be judged).")
     frequency.add_argument("--match", choices=tuple(RULES), default="bag",
                            help="; ".join(f"{rule}: {text}" for rule, text in RULES.items()))
     frequency.add_argument("--synonyms", help="table of further names: name (of the class), synonyms (| between)")

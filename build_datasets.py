@@ -4726,6 +4726,9 @@ def check_out(args):
     beside = dict(laionet="all", dedup="pairs", curate="entries", status="classes")
     beside["frequency"] = "sample" if getattr(args, "sample", 0) else ""
     names = [args.out, *(f"{args.out.removesuffix('.tsv')}.{kind}.tsv" for kind in [beside.get(args.command)] if kind)]
+    if args.command == "prune":
+        sets = [*(test.partition("=")[0] for test in args.tests), "combined", "near", "far", "rand", "leaks"]
+        names = [args.out.replace("{set}", name) for name in sets]
     written = {os.path.realpath(path) for path in names}
     files = []
     for name in ("inputs", "tables", "against", "fill", "match_frequency"):

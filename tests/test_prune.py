@@ -136,3 +136,13 @@ def test_rows_without_an_embedding(world):
     assert funnel["zero or not finite embedding"] == -2 and list(funnel.values()) == [7, -2, -2, 3]
     done = run(world, "--keep", "6")
     assert done.returncode == 2 and "the tables have 5 rows with an embedding" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["sketch", "combined", "near", "leaks"])
+def test_no_table_replaces_an_input(world, name):
+    (world / "all.tsv").rename(world / f"o-{name}.tsv")
+    (world / "all.tsv").symlink_to(f"o-{name}.tsv")
+    before = (world / "all.tsv").read_bytes()
+    done = run(world, "--keep", "2")
+    assert done.returncode == 2 and "all.tsv, which it would replace, is an input" in done.stderr
+    assert (world / "all.tsv").read_bytes() == before and len(list(world.glob("o-*"))) == 1

@@ -4734,8 +4734,11 @@ def check_out(args):
     for name in ("inputs", "tables", "against", "fill", "match_frequency"):
         given = getattr(args, name, None) or []
         files += [file for path in ([given] if isinstance(given, str) else given) for file in find_tables([path])]
-    for name in ("list", "json", "classes", "extra", "metadata", "synonyms", "relevance", "class_list"):
+    for name in ("list", "json", "images", "classes", "extra", "metadata", "synonyms", "relevance", "class_list"):
         files += [getattr(args, name)] if getattr(args, name, None) else []
+    if args.command in ("check", "subset", "stats"):  # without --classes they look for it beside the first table
+        tables = args.tables[:1] if args.command == "stats" else args.tables
+        files += filter(None, [find_classes(args.classes, find_tables(tables)[0])[2]])
     for path in files:
         if os.path.realpath(path) in written:
             raise SystemExit(f"--out {args.out}: {path}, which it would replace, is an input")

@@ -80,6 +80,7 @@ Deviations from the paper's and the data sets' own builders:
 """
 
 import argparse
+import contextlib
 import csv
 import errno
 import fcntl
@@ -459,17 +460,13 @@ def tsv_field(value) -> str:
     return text if text.isprintable() else BREAKS.sub(" ", text)  # isprintable: a fast test that nearly all pass
 
 
-def write_tsv(path, columns, rows):
-    """A table with a header, tabs between fields, no quoting. It appears whole or not at all.
-
-    rows: iterable of dicts; a missing key is an empty field. Returns: number of rows.
-    """
-    partial, n = f"{path}.partial", 0
+@contextlib.contextmanager
+def whole_file(path):
+    """A new file, open for writing bytes, that appears whole or not at all; a full disk is an OSError with its path."""
+    partial = f"{path}.partial"
     try:
-        with open(partial, "w", encoding="utf-8", errors="replace", newline="\n") as f:
-            f.write("\t".join(map(tsv_field, columns)) + "\n")
-            for n, row in enumerate(rows, 1):  # noqa: B007 (n is the number of rows)
-                f.write("\t".join([tsv_field(row.get(c)) for c in columns]) + "\n")
+        with open(partial, "wb") as f:
+            yield f
         os.replace(partial, path)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -478,6 +475,18 @@ def write_tsv(path, columns, rows):
     finally:
         if os.path.exists(partial):  # bad input or a full disk
             os.remove(partial)
+
+
+def write_tsv(path, columns, rows):
+    """A table with a header, tabs between fields, no quoting. It appears whole or not at all.
+
+    rows: iterable of dicts; a missing key is an empty field. Returns: number of rows.
+    """
+    n = 0
+    with whole_file(path) as f:
+        f.write("\t".join(map(tsv_field, columns)).encode("utf-8", "replace") + b"\n")
+        for n, row in enumerate(rows, 1):  # noqa: B007 (n is the number of rows)
+            f.write("\t".join([tsv_field(row.get(c)) for c in columns]).encode("utf-8", "replace") + b"\n")
     return n
 
 
@@ -2257,9 +2266,8 @@ def write_report(out, inputs, flags, steps, **more):
         inputs=list(map(facts_of, with_beside(inputs))),
         outputs=[dict(path=out, bytes=os.path.getsize(out), sha256=file_hash(out))],
         date=time.strftime("%Y-%m-%d %H:%M:%S"))  # fmt: skip
-    with open(f"{out}.json.partial", "w", encoding="utf-8", errors="replace") as f:
-        f.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    os.replace(f"{out}.json.partial", f"{out}.json")
+    with whole_file(f"{out}.json") as f:
+        f.write(json.dumps(content, indent=1, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
 
 
 def print_funnel(counts):
@@ -2824,9 +2832,8 @@ def matched_rows(path, settings, counts):
 
 def save_part(part, funnel_counts, **arrays):
     """Write the result of one input file: an .npz with arrays and the Counter of its rows, whole or not at all."""
-    with open(f"{part}.partial", "wb") as f:
+    with whole_file(part) as f:
         np.savez(f, funnel=np.array(json.dumps(funnel_counts)), **arrays)
-    os.replace(f"{part}.partial", part)
 
 
 def part_of(path, out, settings):
@@ -3324,13 +3331,15 @@ def entry_file(path, part, settings):
     n_entries, seed = settings.pop("n_entries"), str(settings.pop("seed"))
     settings["out"] = path  # an image is hashed by the name it has here, wherever OUT lies
     entry_counts = np.zeros(n_entries, np.int64)
-    with open(f"{part}.rows", "wb") as f:
+    with whole_file(f"{part}.rows") as f:
         for chunk in in_chunks(matched_rows(path, settings, counts), lambda found: found[0].values()):
             lengths = np.array([len(entries) for _, _, entries in chunk], np.int32)
             ids = np.fromiter(itertools.chain.from_iterable(entries for _, _, entries in chunk), np.int32)
             keys = np.array([hash64(seed, key_of(row)) for row, _, entries in chunk if entries], np.uint64)
+            buffer = io.BytesIO()  # into a file itself numpy writes with no word on why that failed
             for block in (lengths, ids, keys):
-                np.save(f, block)
+                np.save(buffer, block)
+            f.write(buffer.getvalue())
             entry_counts += np.bincount(ids, minlength=n_entries)
             counts["no entry"] += len(lengths) - len(keys)
     save_part(part, counts, counts=entry_counts)
@@ -3398,7 +3407,8 @@ def build_curate(paths, out, metadata, cap, share, seed, settings, run):
     cap = cap_of_share(total_counts, share) if share else cap
     probability = np.minimum(1, cap / np.maximum(total_counts, 1))
     draws = f"{out}.parts/draws.npz"
-    np.savez(draws, keys=np.array([hash64(entry) for entry in entries], np.uint64), probability=probability)
+    with whole_file(draws) as f:
+        np.savez(f, keys=np.array([hash64(entry) for entry in entries], np.uint64), probability=probability)
     # The draws hang on all files, so those of another set of files name other parts.
     second = dict(first=settings, draws=draws, draws_sha256=file_hash(draws), out=out, skip_bad=settings["skip_bad"])
     kept_parts = run_files(keep_file, paths, out, second, (run[0], "all", False))
@@ -4714,8 +4724,10 @@ def plot_counts(names, counts, path):
     left.set(yscale="symlog", ylabel="rows", xlabel="class, in the order of each set")
     right.set(xlabel=f"class, in the order of {names[0]}")
     left.legend()
-    figure.savefig(f"{path}.partial", format=os.path.splitext(path)[1][1:] or "png", dpi=150)
-    os.replace(f"{path}.partial", path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=os.path.splitext(path)[1][1:] or "png", dpi=150)
+    with whole_file(path) as f:
+        f.write(picture.getvalue())
 
 
 # ------------------------------------------------------------------------------ main

@@ -1,8 +1,15 @@
 """build_datasets.py: no output replaces an input, and after bad input or on a full disk no part of a file stays."""
 
 import contextlib
+import errno
 import io
 import json
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -39,3 +46,52 @@ def test_no_output_replaces_an_input(data, command):
     with pytest.raises(SystemExit, match="which it would replace, is an input"):
         run(*command.split())
     assert {path: path.read_bytes() for path in data.rglob("*.*")} == before
+
+
+def on_a_full_disk(n, *args):
+    """The OSError of a command whose writes beyond n bytes of a file fail, or None."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n, hard))  # Python ignores SIGXFSZ
+    try:
+        run(*args)
+    except OSError as error:
+        return error
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("command, kinds", [
+    ("label im/t.tsv --classes im/classes.tsv --workers 1 --out out/x.tsv", "npz.tsv npz tsv.json"),
+    ("frequency im/t.tsv --classes im/classes.tsv --sample 20 --workers 1 --out out/x.tsv", "npz tsv.json"),
+    ("curate im/t.tsv --metadata entries.tsv --cap 20 --workers 1 --out out/x.tsv", "npz.rows npz tsv.json"),
+    ("stats im/t.tsv --plot out/x.png --out out/x.tsv", "tsv tsv.json png"),
+])  # fmt: skip
+def test_full_disk(data, command, kinds):
+    """Whatever file finds the disk full, the error names it, and what is there under its last name is whole."""
+    if "--plot" in command:
+        pytest.importorskip("matplotlib")
+    failed = set()
+    for n_rows in (2000, 1):  # the report is the smallest file, or the largest
+        lines = (data / "im" / "t.tsv").read_text().splitlines(keepends=True)
+        (data / "im" / "t.tsv").write_text("".join([lines[0], *lines[-n_rows:]]))
+        run(*command.replace("out/", "whole/").split())
+        for n in (*range(50, 2400, 350), 10_000, 25_000, 100_000):
+            error = on_a_full_disk(n, *command.split())
+            there = [path for path in (data / "out").rglob("*") if path.is_file()]
+            assert not [path.name for path in there if path.name.endswith(".partial")]
+            if error is None:
+                break
+            assert error.errno == errno.EFBIG and error.filename.startswith("out/x."), (n, error)
+            assert all(path.stat().st_size <= n and str(path.relative_to(data)) != error.filename for path in there)
+            failed.add(Path(error.filename).name.split(".", 1)[1])
+            shutil.rmtree("out")
+        assert error is None and (data / "out" / "x.tsv").read_bytes() == (data / "whole" / "x.tsv").read_bytes()
+        shutil.rmtree("out")
+    assert failed == set(kinds.split())
+
+
+def test_full_disk_is_one_line(data):
+    command = [sys.executable, bd.__file__, "curate", "im/t.tsv", "--metadata", "entries.tsv", "--out", "x.tsv"]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))  # noqa: E731
+    done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True)
+    assert done.returncode == 2 and re.fullmatch(r"x\.tsv\.parts/\w+\.npz\.rows: File too large\n", done.stderr)

@@ -2858,7 +2858,6 @@ def run_files(work, paths, out, settings, run):
     workers, shard, is_merge = run
     ranks = os.environ.get("RANK", 0), os.environ.get("WORLD_SIZE", 1)
     rank, n_shards = (0, 1) if shard == "all" else map(int, shard.split("/") if shard else ranks)
-    os.makedirs(f"{out}.parts", exist_ok=True)
     parts = [part_of(path, out, settings) for path in paths]
     todo = [(path, part) for i, (path, part) in enumerate(zip(paths, parts))
             if i % n_shards == rank and not os.path.exists(part)]  # fmt: skip
@@ -2867,9 +2866,14 @@ def run_files(work, paths, out, settings, run):
         if missing:
             raise SystemExit(f"--merge: no result yet of {len(missing)} of {len(paths)} files, the first {missing[0]}")
     else:
+        os.makedirs(f"{out}.parts", exist_ok=True)
         done = in_processes(run_file, [(work, *files, settings) for files in todo], max(1, min(workers, len(todo))))
-        for _ in tqdm(done, total=len(todo), unit=" files", disable=None):
-            pass
+        try:
+            for _ in tqdm(done, total=len(todo), unit=" files", disable=None):
+                pass
+        finally:
+            if n_shards == 1 and not os.listdir(f"{out}.parts"):  # bad input; other shards may be about to write
+                os.rmdir(f"{out}.parts")
     if not is_merge and (n_shards > 1 or "/" in shard):
         if shard or rank:
             then = "; when all are, the same command with --merge" if shard else ""  # torchrun's rank 0 merges
@@ -4702,11 +4706,11 @@ def compare_tables(tables, out, classes, plot):
     shown = [{c: f"{v:.4g}" if isinstance(v, float) else tsv_field(v) for c, v in row.items()} for row in rows]
     for column in shown[0]:
         print(f"{column:>26}" + "".join(f"  {row[column]:>14}" for row in shown))
+    if plot:
+        plot_counts(names, counts, plot)
     write_tsv(out, list(rows[0]), rows)
     write_report(out, [*(p for table in tables for p in find_tables([table])), known[2]], dict(classes=known[2]), {},
                  class_counts={name: c.tolist() for name, c in zip(names, counts)})  # fmt: skip
-    if plot:
-        plot_counts(names, counts, plot)
 
 
 def plot_counts(names, counts, path):
@@ -4760,7 +4764,8 @@ def main(args):
     if args.command not in ("shapes", "index") and not getattr(args, "dry_run", False):
         check_out(args)
     if args.command != "shapes" and not getattr(args, "dry_run", False):
-        os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)  # now, not after all the work
+        for path in filter(None, [args.out, getattr(args, "plot", None)]):  # now, not after all the work
+            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     if args.command == "shapes":
         build_shapes(args.out, args.seed, args.size, args.names, args.workers)
     elif args.command == "index":

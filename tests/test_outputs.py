@@ -64,7 +64,7 @@ def on_a_full_disk(n, *args):
     ("label im/t.tsv --classes im/classes.tsv --workers 1 --out out/x.tsv", "npz.tsv npz tsv.json"),
     ("frequency im/t.tsv --classes im/classes.tsv --sample 20 --workers 1 --out out/x.tsv", "npz tsv.json"),
     ("curate im/t.tsv --metadata entries.tsv --cap 20 --workers 1 --out out/x.tsv", "npz.rows npz tsv.json"),
-    ("stats im/t.tsv --plot out/x.png --out out/x.tsv", "tsv tsv.json png"),
+    ("stats im/t.tsv --plot out/x.png --out out/x.tsv", "png"),
 ])  # fmt: skip
 def test_full_disk(data, command, kinds):
     """Whatever file finds the disk full, the error names it, and what is there under its last name is whole."""
@@ -95,3 +95,36 @@ def test_full_disk_is_one_line(data):
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))  # noqa: E731
     done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True)
     assert done.returncode == 2 and re.fullmatch(r"x\.tsv\.parts/\w+\.npz\.rows: File too large\n", done.stderr)
+
+
+def test_no_empty_folder_of_parts(data):
+    (data / "bad.tsv").write_text("url\nx\n")
+    flags = ["--classes", "im/classes.tsv", "--workers", 1, "--out", "x.tsv"]
+    for command in (["bad.tsv"], ["im/t.tsv", "--merge"]):
+        with pytest.raises(SystemExit, match="caption|no result yet"):
+            run("label", *command, *flags)
+        assert not (data / "x.tsv.parts").exists()
+    with pytest.raises(SystemExit):
+        run("label", "bad.tsv", "im/t.tsv", *flags, "--shard", "0/2")
+    assert (data / "x.tsv.parts").is_dir()  # another shard may be about to write into it
+    run("label", "bad.tsv", "im/t.tsv", *flags, "--shard", "1/2")
+    with pytest.raises(SystemExit, match="caption"):
+        run("label", "bad.tsv", "im/t.tsv", *flags)
+    assert len(list((data / "x.tsv.parts").iterdir())) == 2  # what is done is kept
+
+
+def test_plot_that_cannot_be_written(data, monkeypatch):
+    pytest.importorskip("matplotlib")
+    run("stats", "im/t.tsv", "--out", "x.tsv", "--plot", "new/x.png")
+    assert (data / "new" / "x.png").exists()
+    monkeypatch.setattr(bd, "find_tables", lambda paths: pytest.fail("a table was read"))
+    monkeypatch.setattr(bd, "check_out", lambda args: None)
+    with pytest.raises(OSError) as error:
+        run("stats", "im/t.tsv", "--out", "y.tsv", "--plot", "entries.tsv/x.png")
+    assert error.value.filename.endswith("entries.tsv") and not (data / "y.tsv").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(data)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SystemExit, match="--plot needs matplotlib"):
+        run("stats", "im/t.tsv", "--out", "y.tsv", "--plot", "x.png")
+    assert not (data / "y.tsv").exists()

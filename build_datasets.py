@@ -3707,10 +3707,10 @@ def read_image(table: Table, row: int, min_side: float, max_pixels: int) -> Imag
         if path.suffix == ".npy":
             return Image.fromarray(open_npy(path)[offset])
         with open(path, "rb", buffering=0) as file:
+            if offset + size > os.fstat(file.fileno()).st_size:  # before read() asks for that much memory
+                return "offset or size beyond the end of the file"
             file.seek(offset)
             content = file.read(size)
-        if len(content) < size:
-            return "offset or size beyond the end of the file"
         image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
         if image.width * image.height > max_pixels:
             return "more pixels than --max-pixels"
@@ -3942,11 +3942,13 @@ def file_piece_hash(path, offset, size):
             content = open_npy(path)[offset].tobytes()
         else:
             with open(path, "rb") as file:
+                if offset + size > os.fstat(file.fileno()).st_size:  # before read() asks for that much memory
+                    return 0
                 file.seek(offset)
                 content = file.read(size)
     except (OSError, ValueError, IndexError):
         return 0
-    if len(content) < max(size, 1):  # beyond the end of the file
+    if not content:
         return 0
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") or 1
 

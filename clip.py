@@ -1140,10 +1140,10 @@ def read_image(table: Table, row: int, min_side: float, max_pixels: int) -> Imag
         if path.suffix == ".npy":
             return Image.fromarray(open_npy(path)[offset])
         with open(path, "rb", buffering=0) as file:
+            if offset + size > os.fstat(file.fileno()).st_size:  # before read() asks for that much memory
+                return "offset or size beyond the end of the file"
             file.seek(offset)
             content = file.read(size)
-        if len(content) < size:
-            return "offset or size beyond the end of the file"
         image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
         if image.width * image.height > max_pixels:
             return "more pixels than --max-pixels"

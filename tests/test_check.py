@@ -51,6 +51,15 @@ def test_every_reason(tmp_path):
     assert check(tmp_path, "--max-pixels", 100)[1][0] == (2, "more pixels than --max-pixels")
 
 
+def test_a_size_beyond_all_memory(tmp_path):
+    (tmp_path / "s.tar").write_bytes(b"x" * 100)
+    rows = [dict(image=name, caption="x") for name in ("s.tar:0:99999999999999", f"s.tar:{10**30}:9", "s.tar:95:9")]
+    bd.write_tsv(tmp_path / "all.tsv", ("image", "caption"), rows)
+    done, bad = check(tmp_path, "--workers", 1)
+    assert bad == [(line, "offset or size beyond the end of the file") for line in (2, 3, 4)]
+    assert "-3    offset or size beyond the end of the file" in done.stdout
+
+
 def test_good_table_and_sample(tmp_path):
     np.save(tmp_path / "p.npy", np.zeros((300, 8, 8, 3), np.uint8))
     rows = [dict(image=f"p.npy:{i}", caption=f"c{i}") for i in range(301)]  # the last has no pixels

@@ -262,12 +262,21 @@ def test_embeddings_go_with_tables(tmp_path):
 def test_pieces_beyond_the_end_are_no_copies(tmp_path):
     (tmp_path / "s.tar").write_bytes(b"x" * 100)
     names = ["s.tar:500:10", "s.tar:600:10", "s.tar:95:10", "s.tar:0:10", "s.tar:10:10", "empty.jpg", "empty2.jpg"]
+    names[:0] = ["s.tar:0:99999999999999", f"s.tar:{10**30}:10", f"s.tar:0:{10**30}"]
     for name in names[-2:]:
         (tmp_path / name).write_bytes(b"")
     bd.write_tsv(tmp_path / "a.tsv", ("image",), [dict(image=name) for name in names])
     done = run("dedup", tmp_path / "a.tsv", "--by", "bytes", "--workers", 1, "--out", tmp_path / "o.tsv")
     left = [row["image"] for row in bd.open_tables([str(tmp_path / "o.tsv")])[1]]
-    assert left == [name for name in names if name != "s.tar:10:10"] and "5 x no bytes" in done.stdout, done.stderr
+    assert left == [name for name in names if name != "s.tar:10:10"] and "8 x no bytes" in done.stdout, done.stderr
+
+
+def test_sizes_beyond_all_memory_are_no_pixels(tmp_path):
+    names = ["s.tar:0:99999999999999", f"s.tar:0:{10**30}", f"s.tar:{10**30}:9"]
+    (tmp_path / "s.tar").write_bytes(b"x" * 100)
+    bd.write_tsv(tmp_path / "a.tsv", ("image",), [dict(image=name) for name in names])
+    done = run("dedup", tmp_path / "a.tsv", "--by", "pixels", "--workers", 1, "--out", tmp_path / "o.tsv")
+    assert done.returncode == 0 and "3 x no pixels" in done.stdout, done.stderr
 
 
 def test_what_stays_hangs_on_no_working_folder(tmp_path):

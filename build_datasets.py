@@ -4768,6 +4768,13 @@ def main(args):
     if args.command != "shapes" and not getattr(args, "dry_run", False):
         for path in filter(None, [args.out, getattr(args, "plot", None)]):  # now, not after all the work
             os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    if getattr(args, "device", "cpu") != "cpu":  # now, not after all images were hashed
+        import torch
+
+        try:
+            torch.zeros(1, device=args.device).item()
+        except (RuntimeError, AssertionError) as error:
+            raise SystemExit(f"--device {args.device}: {str(error).splitlines()[0][:100]}") from None
     if args.command == "shapes":
         build_shapes(args.out, args.seed, args.size, args.names, args.workers)
     elif args.command == "index":

@@ -279,6 +279,17 @@ def test_sizes_beyond_all_memory_are_no_pixels(tmp_path):
     assert done.returncode == 0 and "3 x no pixels" in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize("device", ["cuda", "nosuch", "meta"])
+def test_a_device_that_is_not_there_is_one_line(photos, monkeypatch, device):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    np.save(photos / "e.npy", np.eye(3, dtype=np.float32))
+    for command in (["dedup", photos / "all.tsv", "--by", "caption", "--out", photos / "o.tsv"],
+                    ["prune", photos / "all.tsv", "--embeddings", photos / "e.npy", "--small", photos / "e.npy",
+                     "--tests", f"v={photos / 'e.npy'}", "--out", photos / "o-{set}.tsv"]):  # fmt: skip
+        done = run(*command, "--device", device)
+        assert done.returncode == 2 and done.stderr.startswith(f"--device {device}: ") and done.stderr.count("\n") == 1
+
+
 def test_what_stays_hangs_on_no_working_folder(tmp_path):
     """Seen from a, b's row is ../b/.. and smaller; seen from b it is the other way round."""
     for name in "ab":

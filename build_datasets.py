@@ -158,7 +158,8 @@ def parse_args(argv=None):
     classes = add("classes", "classes.tsv from a list of wnids or names",
                   "wnids.txt --wordnet /usr/share/wordnet --out classes.tsv")
     classes.add_argument("list", help="text file, a class a line in label order: wnid or name, perhaps a tab and the "
-                         "name to show (wnid) or synonyms with | and a definition (name)")
+                         "name to show (wnid) or synonyms with | and a definition (name); a line `#`, or one that "
+                         "begins with # and a blank, is a comment, `#1 pencil` is a class")
     classes.add_argument("--out", required=True,
                          help="classes.tsv to write: name, synonyms, definition, wnid, negative, match, query")
     classes.add_argument("--wordnet", help="folder of WordNet 3.0's data.noun, index.noun, noun.exc")
@@ -169,7 +170,8 @@ def parse_args(argv=None):
 
     incaps = add("incaps", "ImageNet-Captions: its JSON joined with the images",
                  "imagenet_captions.json --images imagenet/train --classes classes.tsv --out incaps/train.tsv")
-    incaps.add_argument("json", help="imagenet_captions.json: list of filename, wnid, title, description, tags")
+    incaps.add_argument("json", help="imagenet_captions.json, perhaps .gz: list of filename, wnid, title, description, "
+                        "tags")  # fmt: skip
     incaps.add_argument("--images", required=True, help="folder of class folders, or index's table of it")
     incaps.add_argument("--seed", type=int, default=0, help="redraws the order of the rows")
     incaps.add_argument("--keep-repeats", action=argparse.BooleanOptionalAction, default=False,
@@ -2293,10 +2295,24 @@ def wordnet_paths(folder, *names):
     return paths
 
 
-def wordnet_file(folder, name):
-    """The lines of one of WordNet's files, without the licence on top."""
+def wordnet_file(folder, name, pattern):
+    """Matches of the lines of one of WordNet's files with a pattern, without the licence on top.
+
+    Raises: SystemExit for another version, and for a line that does not fit or does not lie where it says (offset).
+    """
     (path,) = wordnet_paths(folder, name)
-    return [line for _, line in text_lines(path) if not line.startswith("  ")]
+    offset = 0
+    for number, line in text_lines(path):
+        if line.startswith("  "):
+            version = re.search(r"WordNet (\d\S*) Copyright", line)
+            if version and version[1] != "3.0":  # wnids are offsets, which are others there
+                raise SystemExit(f"{path}:{number}: WordNet {version[1]}, expected 3.0")
+        else:
+            match = re.match(pattern, line)
+            if not match or "offset" in match.groupdict() and int(match["offset"]) != offset:
+                raise SystemExit(f"{path}:{number}: no line of WordNet's {name} at byte {offset}: {line[:40]!r}")
+            yield match
+        offset += len(line.encode()) + 1
 
 
 @functools.lru_cache(2)
@@ -2306,12 +2322,11 @@ def read_nouns(folder):
     Lemmas are in lower case, with "_" for blanks. A form that stands twice in noun.exc keeps its first line.
     """
     exceptions, index = {}, {}
-    for line in wordnet_file(folder, "noun.exc"):
-        form, *bases = line.split()
+    for line in wordnet_file(folder, "noun.exc", r"\S+( +\S+)+ *$"):
+        form, *bases = line[0].split()
         exceptions.setdefault(form, bases)
-    for line in wordnet_file(folder, "index.noun"):
-        lemma, _, n_synsets, *rest = line.split()
-        index[lemma] = rest[-int(n_synsets) :]
+    for line in wordnet_file(folder, "index.noun", r"\S+ n (\d+) \d+ (\S+ )*?\d+ \d+(( \d{8})+) *$"):
+        index[line[0].split()[0]] = line[3].split()
     return exceptions, index
 
 
@@ -2377,12 +2392,10 @@ def forms_of(lemmas, kind, folder):
 def read_synsets(folder, part="noun"):
     """{offset: (words, definition)} of WordNet's data file of a part of speech; the definition has no examples."""
     synsets = {}
-    for line in wordnet_file(folder, f"data.{part}"):
-        head, _, gloss = line.partition(" | ")
-        fields = head.split(" ")
-        words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
+    for line in wordnet_file(folder, f"data.{part}", r"(?P<offset>\d{8}) \d\d [nvasr] ([\da-f]{2}) (.+?) \| (.*)"):
+        words = line[3].split(" ")[: 2 * int(line[2], 16) : 2]
         words = [re.sub(r"\((a|p|ip)\)$", "", word).replace("_", " ") for word in words]
-        synsets[fields[0]] = words, re.sub('"[^"]*"', "", gloss).strip(" ;")
+        synsets[line["offset"]] = words, re.sub('"[^"]*"', "", line[4]).strip(" ;")
     return synsets
 
 
@@ -2976,8 +2989,11 @@ def clean_name(name):
     return [" ".join(part.split()) for part in re.split(r" or | / ", name) if part.strip()]
 
 
-def class_of_line(line, where, wordnet, synsets):
-    """One line of a class list (a wnid or a name, perhaps a tab and the display name or synonyms) as a row."""
+def class_of_line(line, where, wordnet, synsets, ambiguous):
+    """One line of a class list (a wnid or a name, perhaps a tab and the display name or synonyms) as a row.
+
+    ambiguous: {name of several senses: ["wnid: definition"]}, extended.
+    """
     first, *more = [field.strip() for field in line.split("\t")]
     if re.fullmatch(r"n\d{8}", first):
         if first[1:] not in synsets:
@@ -2991,7 +3007,11 @@ def class_of_line(line, where, wordnet, synsets):
     names += [name for field in more[:1] for name in split_names(field)]
     definition, wnid = more[1] if len(more) > 1 else "", ""
     senses = read_nouns(wordnet)[1].get(names[0].lower().replace(" ", "_"), []) if wordnet else []
-    if len(senses) == 1:  # of several senses none is chosen silently
+    if unknown := [offset for offset in senses if offset not in synsets]:
+        raise SystemExit(f"{where}: {wordnet}/index.noun has {names[0]} at {unknown[0]}, where data.noun has no synset")
+    if len(senses) > 1:  # none is chosen silently
+        ambiguous[names[0]] = [f"n{offset}: {synsets[offset][1]}" for offset in senses]
+    if len(senses) == 1:
         words, gloss = synsets[senses[0]]
         names, definition, wnid = names + words, definition or gloss, f"n{senses[0]}"
     names = [name for i, name in enumerate(names) if name.lower() not in [n.lower() for n in names[:i]]]
@@ -3000,11 +3020,11 @@ def class_of_line(line, where, wordnet, synsets):
 
 def build_classes(path, out, wordnet, extra):
     """Write classes.tsv. path: list, one class a line in label order; extra: table of columns that replace, or None."""
-    lines = [(number, line) for number, line in text_lines(path) if not line.startswith("#")]
+    lines = [(number, line) for number, line in text_lines(path) if line.split(" ")[0] != "#"]
     synsets = read_synsets(wordnet) if wordnet else {}
-    rows, seen = [], {}
+    rows, seen, senses = [], {}, {}
     for number, line in lines:
-        row = class_of_line(line, f"{path}:{number}", wordnet, synsets)
+        row = class_of_line(line, f"{path}:{number}", wordnet, synsets, senses)
         key = row["wnid"] or row["name"]  # as class_rows wants it: "crane (bird)", "crane (machine)" are both crane
         if key in seen:
             raise SystemExit(f"{path}:{number}: {key} stands in line {seen[key]} too")
@@ -3029,9 +3049,13 @@ def build_classes(path, out, wordnet, extra):
     write_tsv(out, columns, rows)
     write_report(out, [path, extra, *wordnet_paths(wordnet, "data.noun", "index.noun", "noun.exc")], {},
                  {"lines": len(lines), f"classes in {out}": len(rows)}, shared_names=shared,
+                 ambiguous_names=senses,
                  without_definition=[row["name"] for row in rows if not row["definition"]])  # fmt: skip
     print_funnel({"classes": len(rows), "names": sum(len(names_of(row)) for row in rows),
+                  "names of several senses in WordNet, of which none was taken: list the wnid": len(senses),
                   "names that several classes share": len(shared)})  # fmt: skip
+    for name, found in senses.items():
+        print(f"{'':12}    {name}: " + ", ".join(sense.partition(":")[0] for sense in found))
     for name, labels in shared.items():
         print(f"{'':12}    {name}: " + ", ".join(f"{label} {rows[label]['name']}" for label in labels))
 
@@ -3042,21 +3066,26 @@ def build_classes(path, out, wordnet, extra):
 def incaps_records(path):
     """The records of imagenet_captions.json. Raises: SystemExit if it is something else."""
     try:
-        with open(path, encoding="utf-8") as f:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as f:
             records = json.load(f)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SystemExit(f"{path}: not JSON ({error})") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise SystemExit(f"{path}: damaged gzip data ({error})") from None
     needed = ("filename", "wnid")
     if not isinstance(records, list) or not all(isinstance(r, dict) and all(isinstance(r.get(k), str) for k in needed)
                                                 for r in records):  # fmt: skip
         raise SystemExit(f"{path}: expected a list of objects with filename, wnid, title, tags, description")
+    for number, record in enumerate(records, 1):
+        if not isinstance(record.get("tags") or [], (str, list)):
+            raise SystemExit(f"{path}: record {number}: tags is {str(record['tags'])[:40]}, expected a list of texts")
     return records
 
 
 def incaps_texts(record):
     """title, tags, description of a record without line breaks and nulls, and caption, all three joined."""
     tags = record.get("tags") or []
-    tags = tags if isinstance(tags, str) else " ".join(map(str, tags))
+    tags = tags if isinstance(tags, str) else " ".join(filter(None, map(tsv_field, tags)))  # nulls drop out
     texts = dict(title=record.get("title"), tags=tags, description=record.get("description"))
     texts = {key: tsv_field(text).strip() for key, text in texts.items()}
     return texts | dict(caption=" ".join(filter(None, texts.values())))

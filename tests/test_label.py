@@ -200,6 +200,74 @@ def test_classes_from_names(tmp_path):
             run("classes", tmp_path / "list", "--out", tmp_path / "c.tsv")
 
 
+@needs_wordnet
+def test_names_of_several_senses_are_told(tmp_path, capsys):
+    (tmp_path / "list").write_text("crane\nmaillot\ntench\n")
+    run("classes", tmp_path / "list", "--wordnet", WORDNET, "--out", tmp_path / "c.tsv")
+    found = report(tmp_path / "c.tsv")["ambiguous_names"]
+    assert list(found) == ["crane", "maillot"] and [len(senses) for senses in found.values()] == [5, 2]
+    assert any(sense.startswith("n02012849: large long-necked wading bird") for sense in found["crane"])
+    printed = capsys.readouterr().out
+    assert "2  names of several senses" in printed and "    maillot: n" in printed
+    assert [bool(row["wnid"]) for row in bd.class_rows(str(tmp_path / "c.tsv"))] == [False, False, True]
+
+
+SYNSET = "00000000 06 n 01 crane 0 000 | a bird  "
+
+
+@pytest.mark.parametrize(
+    "data, index, reason",
+    [
+        ("00000000 06", "", "data.noun:1: no line of WordNet's data.noun at byte 0: '00000000 06'"),
+        (SYNSET + "\n" + SYNSET, "", "data.noun:2: no line of WordNet's data.noun at byte 40: '00000000 06 n"),
+        ("  1 WordNet 3.1 Copyright 2011 by Princeton\n", "", "data.noun:1: WordNet 3.1, expected 3.0"),
+        (SYNSET, "crane n x 0 1 0 00000000  ", "index.noun:1: no line of WordNet's index.noun at byte 0: 'crane n x"),
+        (SYNSET, "crane", "index.noun:1: no line of WordNet's index.noun at byte 0: 'crane'"),
+        (SYNSET, "crane n 1 0 1 0 00000009  ", "list:1: .*index.noun has crane at 00000009, where data.noun has no"),
+    ],
+)
+def test_damaged_or_other_wordnet(tmp_path, data, index, reason):
+    bd.read_nouns.cache_clear()
+    for name, text in {"data.noun": data, "index.noun": index, "noun.exc": "", "list": "crane\n"}.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit, match=reason):
+        run("classes", tmp_path / "list", "--wordnet", tmp_path, "--out", tmp_path / "c.tsv")
+    (tmp_path / "data.noun").write_text(SYNSET)
+    (tmp_path / "noun.exc").write_text("cranes\n")
+    bd.read_nouns.cache_clear()
+    with pytest.raises(SystemExit, match="noun.exc:1: no line of WordNet's noun.exc"):
+        run("classes", tmp_path / "list", "--wordnet", tmp_path, "--out", tmp_path / "c.tsv")
+
+
+def test_comments_in_a_class_list(tmp_path, capsys):
+    (tmp_path / "list").write_text("# names of\n#\n#1 pencil\n#hashtag\ndog\n")
+    run("classes", tmp_path / "list", "--out", tmp_path / "c.tsv")
+    assert [row["name"] for row in bd.class_rows(str(tmp_path / "c.tsv"))] == ["#1 pencil", "#hashtag", "dog"]
+    with pytest.raises(SystemExit):
+        run("classes", "--help")
+    assert "begins with # and a blank, is a comment" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("end", ["", ".gz"])
+def test_odd_incaps(tmp_path, end):
+    (tmp_path / "classes.tsv").write_text("name\twnid\ncatamaran\tn01\n")
+    (tmp_path / "images" / "n01").mkdir(parents=True)
+    (tmp_path / "images" / "n01" / "n01_1.JPEG").write_bytes(b"x")
+    path, packed = tmp_path / f"in.json{end}", gzip.compress if end else bytes
+    flags = ["incaps", path, "--images", tmp_path / "images", "--classes", tmp_path / "classes.tsv", "--out", tmp_path / "o.tsv"]
+    for tags, caption in (([None, "a", 7], "a 7"), ("sea boat", "sea boat"), (None, "")):
+        path.write_bytes(packed(json.dumps([dict(filename="n01_1.JPEG", wnid="n01", tags=tags)]).encode()))
+        run(*flags)
+        assert [row["caption"] for row in read(tmp_path / "o.tsv")] == [caption]
+    whole = path.read_bytes()
+    for data, reason in ((packed(b'[{"filename": "a", "wnid": "b", "tags": 5}]'), "record 1: tags is 5, expected a list"),
+                         (packed(b"[" * 200_000), "not JSON"), (whole[:-4], "damaged gzip" if end else "not JSON"),
+                         (b"[]" if end else gzip.compress(b"[]"), "damaged gzip" if end else "not JSON")):  # fmt: skip
+        path.write_bytes(data)
+        with pytest.raises(SystemExit, match=f"^{path}: {reason}"):
+            run(*flags)
+
+
 def test_incaps(tmp_path):
     (tmp_path / "classes.tsv").write_text("name\twnid\ncatamaran\tn01\nbear\tn02\n")
     records = [

@@ -35,7 +35,8 @@ index lists images where they lie; nothing is unpacked, copied or decoded.
           there: NAME.parquet (further columns for the same key; needs pyarrow) and NAME_stats.json (checked)
           or class folders: FOLDER/n01440764/*.JPEG; label = place of the folder in sorted order, or the row of
           classes.tsv whose wnid or name is the folder's name
-          or a flat folder of images with .txt and .json of the same name
+          or a flat folder of images with .txt and .json of the same name; img2dataset's folders of files (its default
+          format) are such: FOLDER/00000/*.jpg, with 00000.parquet and 00000_stats.json beside 00000, read as of a tar
     out   OUT.tsv        image (`00000.tar:512:34567` or `photos/1.jpg`, relative to the table's folder), label,
                          caption, then every further key, sorted; nested values as compact JSON
           val.tsv        beside it, with --holdout: the rows whose hash of seed and key is below that fraction
@@ -1573,7 +1574,7 @@ def sample_row(sample, label, classes, beside, counts):
     counts[loss] += bool(loss)
     row_of, extra = beside
     if extra and not loss:
-        place = row_of.get(key.rpartition("/")[2])
+        place = row_of.get(key.rpartition("/")[2].partition(".")[0])  # a file's key has its suffix
         counts["not in the parquet"] += place is None
         if place is not None:
             fields = {**{column: values[place] for column, values in extra.items()}, **fields}
@@ -1609,6 +1610,7 @@ def index_source(job):
             beside = read_beside(job["path"], result)
         else:
             samples = folder_samples(job["path"], job["name"], job["is_recursive"], counts)
+            beside = ({}, {}) if job["is_recursive"] else read_beside(job["path"], result)
         with open(job["rows"] + ".train", "wb") as train, open(job["rows"] + ".val", "wb") as val:
             for sample in samples:
                 key, image, n_bytes, texts = sample
@@ -1626,8 +1628,8 @@ def index_source(job):
         if reader:
             reader.file.close()
     result["read"] = dict(image_bytes=n_image_bytes, sha256_of_names_sizes_texts=names.hexdigest())
+    check_tar(reader.problem if reader else "", result)
     if reader:
-        check_tar(reader.problem, result)
         counts["members that are no plain files"] = reader.n_other
         counts["members"] += reader.n_other
     return result
@@ -1649,9 +1651,15 @@ def row_bytes(image, label, caption, fields, columns, counts):
         return line.encode("utf-8", "replace")
 
 
+def shard_files(path):
+    """NAME.parquet and NAME_stats.json, if they lie beside a shard of img2dataset's, NAME.tar or the folder NAME."""
+    stem = path.removesuffix(".tar").rstrip("/")
+    return [stem + end for end in (".parquet", "_stats.json") if os.path.isfile(stem + end)]
+
+
 def read_beside(path, result):
     """Read NAME_stats.json (into result) and NAME.parquet. Returns: ({key: row}, {column: list}) of the parquet."""
-    stem = os.path.splitext(path)[0]
+    stem = path.removesuffix(".tar").rstrip("/")
     if os.path.exists(stem + "_stats.json"):
         try:
             with open(stem + "_stats.json", encoding="utf-8") as f:
@@ -1671,7 +1679,7 @@ def read_beside(path, result):
 
 
 def check_tar(problem, result):
-    """Warn of a damaged tar and of one that does not hold the images that img2dataset says it wrote."""
+    """Warn of a damaged tar and of a shard that does not hold the images that img2dataset says it wrote."""
     counts, path = result["counts"], result["path"]
     n_images = counts["samples"] - counts["without an image"]
     if problem:
@@ -1702,8 +1710,12 @@ def look_into(folder):
     folders = [n for n in names if n not in set(files) and os.path.isdir(os.path.join(folder, n))]
     tars = [os.path.join(folder, n) for n in files if TAR_NAME.search(n)]
     images = [n for n in files if os.path.splitext(n)[1][1:].lower() in IMAGE_SUFFIXES]
-    classes = [n for n in folders if has_images(os.path.join(folder, n))]
-    found = [(kind, of) for kind, of in (("tars", tars), ("flat folder", images), ("class folders", classes)) if of]
+    shards = [n for n in folders if shard_files(os.path.join(folder, n))]
+    if shards:  # one that img2dataset was killed at has nothing beside it
+        shards = [n for n in folders if n in set(shards) or n.isdigit()]
+    classes = [n for n in folders if n not in set(shards) and has_images(os.path.join(folder, n))]
+    kinds = {"tars": tars, "flat folder": images, "shards in folders": shards, "class folders": classes}
+    found = [(kind, of) for kind, of in kinds.items() if of]
     if len(found) > 1:
         what = ", ".join(f"{len(of)} {'images' if kind == 'flat folder' else kind}" for kind, of in found)
         raise SystemExit(f"{folder}: holds {what} side by side, so what is meant is unclear; "
@@ -1714,6 +1726,8 @@ def look_into(folder):
         raise SystemExit(f"{folder}: no tars, no images and no class folders in it "
                          f"({len(files)} other files, {len(folders)} folders without images){hint}")  # fmt: skip
     kind, of = found[0]
+    if kind == "shards in folders":  # no classes: 00000 is no label
+        return "flat folder", [os.path.join(folder, n) for n in of]
     if kind == "class folders":
         return kind, folders  # empty ones too: a class without images keeps its label
     return kind, tars if kind == "tars" else [folder]
@@ -1820,7 +1834,7 @@ def funnel(counts):
 
 
 def missing_stats(results):
-    """Warnings of tars without _stats.json, where others have one: img2dataset writes it last."""
+    """Warnings of shards without _stats.json, where others have one: img2dataset writes it last."""
     if all(r["stats"] is None for r in results):
         return []
     return [f"{r['path']}: no readable _stats.json, unlike its neighbours; an unfinished shard?"
@@ -1868,9 +1882,9 @@ def build_index(sources, out, holdout, classes, workers, seed):
         classes = beside
         write_tsv(beside, ("name", "synonyms", "definition"), [dict(name=name) for name in names])
 
-    warnings = [w for r in results for w in r["warnings"]] + (missing_stats(results) if kind == "tars" else [])
+    warnings = [w for r in results for w in r["warnings"]] + (missing_stats(results) if not names else [])
     if any(r["no_pyarrow"] for r in results):
-        warnings.append(".parquet beside the tars was not read: pip install pyarrow, unless the JSON has all you need")
+        warnings.append(".parquet beside the shards was not read: pip install pyarrow, unless the JSON has all")
     if names:
         empty = [j["path"] for j, r in zip(jobs, results, strict=True) if not r["counts"]["samples"]]
         warnings += [f"{path}: a class folder without images" for path in empty]
@@ -1883,7 +1897,9 @@ def build_index(sources, out, holdout, classes, workers, seed):
     stats = {step: sum(shard.get(step, 0) for shard in of_shards) for step in steps}
     read = [dict(name=job["name"], **r["read"], **{k: r["counts"][k] for k in ("samples", "rows", "rows in val.tsv")})
             for job, r in zip(jobs, results)]  # fmt: skip
-    write_report(out, [*(path for path, _ in found if kind == "tars"), classes if labels[1] else None],
+    read_files = [path for path, _ in found] if kind == "tars" else [
+        file for path, name in found if name is None for file in shard_files(path)]  # fmt: skip
+    write_report(out, [*read_files, classes if labels[1] else None],
                  dict(sources=sources, holdout=holdout, classes=classes, seed=seed, columns=columns), {}, kind=kind,
                  rows=n_train, rows_in_val=n_val, counts={k: n for k, n in sorted(counts.items()) if n},
                  img2dataset=stats, sources=read, warnings=warnings)  # fmt: skip
@@ -1930,6 +1946,9 @@ def find_tables(paths):
             names = [n for n in sorted(os.listdir(path)) if n.endswith(TABLE_SUFFIXES) and not n.startswith(".")]
             if any(n.endswith(".tar") for n in names):  # img2dataset's: what its .parquet tells is read with the tar
                 names = [n for n in names if not n.endswith(".parquet")]
+            elif any(n.endswith(".parquet") and os.path.isdir(os.path.join(path, n[:-8])) for n in names):
+                raise SystemExit(f"{path}: img2dataset's folders of files: run `index` on it and give the table "
+                                 f"that it writes, or for texts alone '{os.path.join(path, '*.parquet')}'")  # fmt: skip
             kinds = {os.path.splitext(n.removesuffix(".gz"))[1] for n in names}
             if len(kinds) != 1:
                 what = f"tables of kinds {', '.join(sorted(kinds))}: name the files" if kinds else "no table"
@@ -2163,7 +2182,8 @@ def read_table(path, needed=(), bad=None, is_all=True):
     names = our_names(header, path)
     missing = [name for name in needed if name not in names]
     if "image" in missing and {"key", "status", "error_message"} <= set(names):
-        raise SystemExit(f"{path}:1: no column image: img2dataset's own table; give the folder of its tars")
+        raise SystemExit(f"{path}:1: no column image: img2dataset's own table; give the folder of its tars, "
+                         "or the table that `index` writes of its folders")  # fmt: skip
     if missing:
         found = (name if name == ours else f"{name} (read as {ours})" for name, ours in zip(header, names))
         raise SystemExit(f"{path}:1: no column {', '.join(missing)}; found {', '.join(found)}")
@@ -2241,7 +2261,7 @@ def with_beside(paths):
     for path in dict.fromkeys(filter(None, paths)):
         yield path
         if path.endswith(".tar"):
-            yield from filter(os.path.isfile, (path[:-4] + end for end in (".parquet", "_stats.json")))
+            yield from shard_files(path)
 
 
 def facts_of(path):

@@ -547,6 +547,58 @@ def test_what_a_tar_lacks_is_listed_counted_and_said(crawl, capsys):
         bd.main(bd.parse_args("stats more --out o.tsv".split()))
 
 
+def as_files(shards, folder):
+    """The same output of img2dataset in its format `files`."""
+    for tar in sorted(Path(shards).glob("*.tar")):
+        with tarfile.open(tar) as members:
+            members.extractall(folder / tar.stem, filter="data")
+        for end in (".parquet", "_stats.json"):
+            write(folder / f"{tar.stem}{end}", Path(f"{tar.with_suffix('')}{end}").read_bytes())
+    return folder
+
+
+def test_img2dataset_folders_of_files_are_the_table_of_its_tars(crawl, capsys):
+    """00000/ is a shard, no class: no label comes of it, and no classes.tsv."""
+    (crawl / "classes.tsv").unlink()
+    files, out = as_files("shards", crawl / "f"), crawl / "out" / "f.tsv"
+    rows, of_tars = index(files, out=out), read(crawl / "t.tsv")
+    assert [row.pop("image") for row in rows] == [f"../f/0000{s}/0000{s}000{i}.jpg" for s in (0, 1) for i in range(6)]
+    for row in of_tars:
+        row.pop("image")
+    assert rows == of_tars and [row["score"] for row in rows[6:]] == list("012345")
+    assert os.listdir(out.parent) in (["f.tsv", "f.tsv.json"], ["f.tsv.json", "f.tsv"])
+    assert [Path(entry["path"]).name for entry in report(out)["inputs"]] == [
+        "00000.parquet", "00000_stats.json", "00001.parquet", "00001_stats.json"]  # fmt: skip
+    assert report(out)["img2dataset"]["count"] == 14 and report(out)["warnings"] == []
+    assert [row["score"] for row in index(f"{files}/00001/", out=out)] == list("012345")  # one shard by its name
+    for file in files.glob("0000?/*.json"):  # the label above was the JSON's
+        file.write_text("{}")
+    assert {row["label"] for row in index(files, out=out)} == {""}
+
+    (files / "00001_stats.json").unlink()  # killed: no stats, then no parquet either
+    write(files / "00002" / "000020000.jpg")
+    write(files / "00002" / "000020000.txt", "a lion")
+    write(files / "00000_stats.json", json.dumps(dict(count=7, successes=5)))
+    assert len(index(files, out=out)) == 13
+    warned = capsys.readouterr().err
+    assert "00001: no readable _stats.json" in warned and "00002: no readable _stats.json" in warned
+    assert "00000: 6 images, but its _stats.json counts 5 successes" in warned
+    write(files / "cats" / "1.jpg")
+    with pytest.raises(SystemExit, match="holds 3 shards in folders, 1 class folders side by side"):
+        index(files, out=out)
+
+
+@pytest.mark.parametrize("command", ["check", "label --classes classes.tsv", "stats", "dedup --by caption", "mix"])
+def test_folders_of_files_as_tables_ask_for_index(crawl, command):
+    files, (name, *flags) = as_files("shards", crawl / "f"), command.split()
+    for source in (files, "f*"):
+        with pytest.raises(SystemExit, match="f: img2dataset's folders of files: run `index` on it"):
+            bd.main(bd.parse_args([name, str(source), *flags, "--out", "o.tsv"]))
+    if name == "check":
+        with pytest.raises(SystemExit, match="or the table that `index` writes of its folders"):
+            bd.main(bd.parse_args([name, "f/00000.parquet", "--workers", "1", "--out", "o.tsv"]))
+
+
 # ------------------------------------------------------------------------------ messages
 
 

@@ -82,7 +82,7 @@ def test_rows_out_equal_pairs_in(stamps):
     assert {row["url"]: row["caption"] for row in train + val} == captions
     assert len(train) + len(val) == N_STAMPS and 5 <= len(val) <= 40  # 20 expected, standard deviation 4.2
     assert f"{N_STAMPS + N_BROKEN} pairs in, {N_STAMPS} out, 2 not downloaded, 1 bad images" in done.stdout
-    assert not done.stderr.replace("warning: .parquet beside the tars was not read", "").startswith("warning")
+    assert not done.stderr.replace("warning: .parquet beside the shards was not read", "").startswith("warning")
     assert json.loads((folder / "train.tsv.json").read_text())["img2dataset"]["count"] == N_STAMPS + N_BROKEN
 
 

@@ -433,6 +433,8 @@ def parse_args(argv=None):
             subset.error("--fraction and --rows: expected one of them, the fraction 0 to 1")
         if args.profile and (args.match_frequency or args.fraction) or args.profile and args.imbalance < 1:
             subset.error("--profile: not with --match-frequency or --fraction, and --imbalance is 1 or more")
+        if args.profile and args.rows and args.shots >= 0:
+            subset.error("--profile with --rows: not with --shots, which leaves other numbers of rows")
         if args.trim_tail and args.shots < 0 or args.fill and not args.match_frequency:
             subset.error("--trim-tail needs --shots, --fill needs --match-frequency")
         if args.threshold and not re.fullmatch(r".+=-?(\d+\.?\d*|\.\d+)", args.threshold, re.A):
@@ -4485,15 +4487,23 @@ def profile_quota(counts, profile, imbalance, rows, seed):
     """Rows per class that follow a profile over the classes that have rows, those with the most first.
 
     counts: [C]; rows: in all, or 0: the most that keep the profile exact. Equal counts: in the order of a hash.
-    Returns: [C] int64; at least 1 for each class that has rows.
+    Returns: [C] int64; at least 1 for each class that has rows. With `rows` it may be more than a class has.
     """
     present = np.flatnonzero(counts)
     if not len(present):
         raise SystemExit("--profile: no row has a label")
+    if 0 < rows < len(present):
+        raise SystemExit(f"--rows: got {rows:,}, a profile has a row of each of the {len(present):,} classes")
     present = np.array(sorted(present, key=lambda c: (-counts[c], unit_hash(seed, str(c)))))
     shares, quota = PROFILES[profile](np.arange(len(present)), len(present), imbalance), np.zeros_like(counts)
-    quota[present] = round_shares(rows, shares) if rows else np.floor((counts[present] / shares).min() * shares + 1e-9)
-    quota[present] = np.maximum(quota[present], 1)
+    if not rows:  # rounded up, a table that has the profile keeps all its rows; 1e-12: of a float's error
+        quota[present] = np.ceil((counts[present] / shares).min() * shares * (1 - 1e-12))
+        return quota
+    is_free = np.ones(len(present), bool)
+    while (quota[present] < 1).any():  # the others, by their shares, give what a class needs to have a row
+        quota[present] = 1
+        quota[present[is_free]] = round_shares(rows - (~is_free).sum(), shares[is_free])
+        is_free &= quota[present] > 0
     return quota
 
 
@@ -4549,8 +4559,9 @@ def rows_per_class(hashes, labels, mask, is_fill, wanted, counts, match, profile
         deficit = match - class_counts(labels[mask], len(counts))
     if profile:
         quota = profile_quota(counts, profile, imbalance, rows, seed)
+        deficit = np.maximum(quota - counts, 0)
+        quota = source_quota(rows, quota, counts, True) if rows else quota  # what classes lack comes from the others
         mask = bottom_per_class(hashes, labels, mask, quota)
-        deficit = quota - class_counts(labels[mask], len(counts))
     if shots >= 0:
         order = np.argsort(counts, kind="stable")
         tail = (order[np.isin(order, wanted)] if wanted else order)[: trim_tail or len(counts)]
@@ -4670,7 +4681,7 @@ def source_quota(rows, weights, available, is_spill):
     """Rows of each source. weights, available: lists. Raises: SystemExit if they are short and is_spill is False."""
     available = np.array(available)
     if rows > available.sum():
-        raise SystemExit(f"--rows: got {rows:,}, the sources have {available.sum():,} together")
+        raise SystemExit(f"--rows: got {rows:,}, there are {available.sum():,} rows to choose from")
     quota = round_shares(rows, weights)
     while (quota > available).any():
         if not is_spill:

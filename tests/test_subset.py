@@ -66,7 +66,7 @@ def test_profiles():
     assert bd.profile_quota(counts, "balanced", 1, 0, 0).tolist() == [1000, 0, 1000, 1000, 1000]
     assert sorted(bd.profile_quota(counts, "exponential", 1000, 0, 0)) == [0, 1, 10, 100, 1000]
     pareto = np.sort(bd.profile_quota(counts, "pareto", 16, 0, 0))[::-1]
-    assert pareto.tolist() == [1000, 250, 111, 62, 0]  # 1 / i^2, since 4^2 = 16
+    assert pareto.tolist() == [1000, 250, 112, 63, 0]  # 1 / i^2, since 4^2 = 16; rounded up
     assert bd.profile_quota(np.array([10, 40]), "exponential", 2, 0, 0).tolist() == [10, 20]
     assert bd.profile_quota(counts, "balanced", 1, 10, 0).sum() == 10
 
@@ -247,3 +247,34 @@ def test_rows_without_a_key_are_no_copies_of_each_other(tmp_path):
     b = table(tmp_path / "b.tsv", {1: 3}, url=lambda i: "" if i else "u1")
     assert run("mix", a, b, "--key", "url", "--out", tmp_path / "m.tsv").returncode == 0
     assert counts_of(tmp_path / "m.tsv") == {0: 3, 1: 2}  # u1 alone is in both
+
+
+@pytest.mark.parametrize("profile", ["balanced", "exponential", "pareto"])
+def test_profile_with_rows_is_exact(tmp_path, profile):
+    """A class's last row is paid for by large classes; what a class lacks comes from the others, and is told."""
+    path, out = table(tmp_path / "a.tsv", {c: 80 - c for c in range(60)}), tmp_path / "o.tsv"
+    for rows in (60, 61, 121, 150, 3000, 3030):
+        done = run("subset", path, "--profile", profile, "--imbalance", 20, "--rows", rows, "--out", out)
+        counts = counts_of(out)
+        assert done.returncode == 0 and sum(counts.values()) == rows and len(counts) == 60, done.stderr
+        assert list(counts.values()) == sorted(counts.values(), reverse=True) or rows > 3000
+        is_short = rows >= 3000
+        assert ("classes short of rows" in done.stdout) == is_short
+    for rows, message in ((59, "a row of each of the 60 classes"), (3031, "there are 3,030 rows to choose from")):
+        done = run("subset", path, "--profile", profile, "--rows", rows, "--out", out)
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    done = run("subset", path, "--profile", profile, "--rows", 99, "--shots", 1, "--out", out)
+    assert done.returncode == 2 and "not with --shots" in done.stderr
+
+
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=30).filter(any), st.floats(1, 1000), st.integers(1, 900))
+def test_a_profile_keeps_a_table_that_has_it(counts, imbalance, rows):
+    counts = np.array(counts)
+    for profile in bd.PROFILES:
+        quota = bd.profile_quota(counts, profile, imbalance, 0, 0)
+        assert (quota <= counts).all() and ((quota > 0) == (counts > 0)).all()
+        assert (bd.profile_quota(quota, profile, imbalance, 0, 0) == quota).all()
+        if rows >= (counts > 0).sum():
+            quota = bd.profile_quota(counts, profile, imbalance, rows, 0)
+            assert quota.sum() == rows and ((quota > 0) == (counts > 0)).all()
+            assert (bd.profile_quota(quota, profile, imbalance, rows, 0) == quota).all()

@@ -4393,7 +4393,7 @@ def least_similar(paths, similarity, keep, seed):
 
     similarity: [N], NaN for rows without an embedding, which never stay.
     """
-    hashes, _, _ = scan_rows(paths, "image", seed)
+    hashes = ranks_of(scan_rows(paths, "image", seed)[0])
     n_usable = int((~np.isnan(similarity)).sum())
     if keep > n_usable:
         raise SystemExit(f"--keep: got {keep}, the tables have {n_usable} rows with an embedding")
@@ -4431,7 +4431,8 @@ PROFILES = {  # share of class i of C, the largest first, of the largest; F: lar
 def scan_rows(paths, key, seed, classes=([], {}), column=None):
     """One pass over tables. key: column that names a row; classes: of find_classes; column: of numbers, or None.
 
-    Returns: (hashes [N] float64 in [0, 1), labels [N] int32, -1: none, values [N] float64, NaN: empty).
+    Returns: (hashes [N, 2] float64 in [0, 1), of the key and of the whole row, labels [N] int32, -1: none, values [N]
+    float64, NaN: empty).
     """
     hashes, labels, values = array("d"), array("i"), array("d")
     for path in paths:
@@ -4439,14 +4440,22 @@ def scan_rows(paths, key, seed, classes=([], {}), column=None):
             label = label_number(row.get("label", ""), classes[1], len(classes[0]))
             if label is None:
                 raise SystemExit(f"{path}:{line}: label {row['label']!r} is not one of {len(classes[0])} classes")
-            hashes.append(unit_hash(seed, row[key] or key_of(row)))
+            fields = (part for pair in sorted(row.items()) if pair[1] for part in pair)  # in any order of columns
+            hashes.extend((unit_hash(seed, row[key] or key_of(row)), hash64(str(seed), *fields) / 2**64))
             labels.append(label)
             if column is not None:
                 try:
                     values.append(float(row[column] or "nan"))
                 except ValueError:
                     raise SystemExit(f"{path}:{line}: {column} is {row[column]!r}, expected a number") from None
-    return np.array(hashes), np.array(labels, np.int32), np.array(values)
+    return np.array(hashes).reshape(-1, 2), np.array(labels, np.int32), np.array(values)
+
+
+def ranks_of(hashes):
+    """Places of rows in the order of their hashes, of scan_rows: rows of one key are told apart by their fields."""
+    ranks = np.empty(len(hashes), np.int64)
+    ranks[np.lexsort((hashes[:, 1], hashes[:, 0]))] = np.arange(len(hashes))
+    return ranks
 
 
 def class_counts(labels, n_classes):
@@ -4582,7 +4591,7 @@ def subset_tables(tables, out, threshold, class_list, match_frequency, fill, sho
     column, _, least = threshold.partition("=") if threshold else (None, "", "nan")
     hashes, labels, values = scan_rows(paths, key, seed, known, column)
     n, more = len(hashes), scan_rows(fill_paths, key, seed, known)
-    hashes, labels = np.concatenate([hashes, more[0]]), np.concatenate([labels, more[1]])
+    hashes, labels = ranks_of(np.concatenate([hashes, more[0]])), np.concatenate([labels, more[1]])
     n_classes = len(known[0]) or int(labels.max(initial=-1)) + 1
     match = table_counts(match_frequency, known, n_classes) if match_frequency else None
     n_classes = n_classes if match is None else len(match)  # it may have classes that the tables lack
@@ -4701,7 +4710,7 @@ def mix_tables(tables, out, rows, weights, is_spill, key, seed):
     paths = [path for source in sources for path in source]
     hashes = [scan_rows(source, key, seed)[0] for source in sources]
     of = np.repeat(np.arange(len(sources)), list(map(len, hashes)))
-    hashes = np.concatenate(hashes)
+    hashes = ranks_of(np.concatenate(hashes))
     keys = np.fromiter((text_hash(row[key] or key_of(row)) for row in open_tables(paths, out=out)[1]), np.uint64)
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
     is_own = of == of[first[inverse]]

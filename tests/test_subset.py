@@ -278,3 +278,16 @@ def test_a_profile_keeps_a_table_that_has_it(counts, imbalance, rows):
             quota = bd.profile_quota(counts, profile, imbalance, rows, 0)
             assert quota.sum() == rows and ((quota > 0) == (counts > 0)).all()
             assert (bd.profile_quota(quota, profile, imbalance, rows, 0) == quota).all()
+
+
+def test_rows_of_one_key_are_told_apart_by_their_fields(tmp_path):
+    """`label --multi all` writes a row for each class of an image: which of them is kept hangs on no order."""
+    rows = [dict(image=f"{i // 2}.jpg", label=i % 2, caption="both") for i in range(60)]
+    bd.write_tsv(tmp_path / "a.tsv", ("image", "label", "caption"), rows)
+    bd.write_tsv(tmp_path / "b.tsv", ("caption", "image", "label"), [rows[i] for i in np.random.default_rng(0).permutation(60)])  # fmt: skip
+    kept = {}
+    for flags in (["subset", "--rows", 21], ["subset", "--rows", 23], ["subset", "--rows", 25], ["mix", "--rows", 27]):
+        for name in "ab":
+            assert run(flags[0], tmp_path / f"{name}.tsv", *flags[1:], "--out", tmp_path / "o.tsv").returncode == 0
+            kept[name] = {(row["image"], row["label"]) for row in read(tmp_path / "o.tsv")}
+        assert kept["a"] == kept["b"]

@@ -351,7 +351,9 @@ def parse_args(argv=None):
     subset.add_argument("--rows", type=int, default=0, help="rows in all, exactly; 0: as they come")
     subset.add_argument("--rescue", action=argparse.BooleanOptionalAction, default=True, help="--fraction, --rows: a "
                         "class that lost all rows gets one back (--rows: instead of one of a large class)")  # fmt: skip
-    subset.add_argument("--key", default="image", help="column that names a row for the hash, e.g. url")
+    subset.add_argument("--key", default="image", help="column that names a row for the hash, e.g. url; names of "
+                        "images are relative to the table's folder: of a cut in another folder, a further cut draws "
+                        "other rows, unless --key is a column that stays, as url or key")  # fmt: skip
     subset.add_argument("--classes", help="classes.tsv; default: beside the first table, or one folder up, if any")
     subset.add_argument("--dry-run", action="store_true", help="print the resulting histogram and write nothing")
     subset.add_argument("--seed", type=int, default=0, help="redraws the rows")
@@ -3704,6 +3706,7 @@ def check_shard(folder, shard, seen, warnings):
             warnings.append(f"{path}: {key} is {stats.get(key)}, but {shard}.parquet has {n}")
 # ------------------------------------------------------------------------------ check
 
+MAX_CLASSES = 2**24  # of labels without a classes.tsv; there are arrays of that length
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]  # not EPS: Pillow would run Ghostscript on it
 NO_DRAFT = 2**16  # px, min_side of read_image: no JPEG is decoded at a smaller size
 ROWS_PER_JOB = 256
@@ -3819,12 +3822,13 @@ def find_classes(given, table):
 
 
 def label_number(field, ids, n_classes):
-    """The class number in a label field (a number, `3|17`, a name or wnid); -1: empty; None: no such class."""
+    """The class number in a label field (3, 3.0, `3|17`, a name or wnid); -1: empty; None: no such class."""
     field = field.split("|")[0].strip()
     if not field:
         return -1
-    label = int(field) if field.isascii() and field.isdigit() else ids.get(field)
-    return None if label is None or n_classes and label >= n_classes else label
+    # pandas makes floats of integers where one is missing
+    label = int(field.partition(".")[0]) if re.fullmatch(r"\d{1,18}(\.0*)?", field, re.A) else ids.get(field)
+    return None if label is None or label >= (n_classes or MAX_CLASSES) else label
 
 
 def why_bad(job):
@@ -4428,8 +4432,9 @@ PROFILES = {  # share of class i of C, the largest first, of the largest; F: lar
 }
 
 
-def scan_rows(paths, key, seed, classes=([], {}), column=None):
-    """One pass over tables. key: column that names a row; classes: of find_classes; column: of numbers, or None.
+def scan_rows(paths, key, seed, classes=None, column=None):
+    """One pass over tables. key: column that names a row; classes: of find_classes, or None: labels are not read;
+    column: of numbers, or None.
 
     Returns: (hashes [N, 2] float64 in [0, 1), of the key and of the whole row, labels [N] int32, -1: none, values [N]
     float64, NaN: empty).
@@ -4437,9 +4442,11 @@ def scan_rows(paths, key, seed, classes=([], {}), column=None):
     hashes, labels, values = array("d"), array("i"), array("d")
     for path in paths:
         for line, row in numbered_rows(path, [key] + [column] * (column is not None)):
-            label = label_number(row.get("label", ""), classes[1], len(classes[0]))
+            label = -1 if classes is None else label_number(row.get("label", ""), classes[1], len(classes[0]))
             if label is None:
-                raise SystemExit(f"{path}:{line}: label {row['label']!r} is not one of {len(classes[0])} classes")
+                what = f"not one of {len(classes[0])} classes" if classes[0] else f"no number below {MAX_CLASSES:,}"
+                more = "" if classes[0] else "; names and wnids need --classes"
+                raise SystemExit(f"{path}:{line}: label {row['label'][:40]!r} is {what}{more}")
             fields = (part for pair in sorted(row.items()) if pair[1] for part in pair)  # in any order of columns
             hashes.extend((unit_hash(seed, row[key] or key_of(row)), hash64(str(seed), *fields) / 2**64))
             labels.append(label)
@@ -4548,7 +4555,7 @@ def table_counts(table, classes, n_classes=0):
     is_in_order = [row.get("name") for row in rows] == classes[0]  # frequency's: two classes may have one name
     for place, row in enumerate(rows):
         label = place if is_in_order else classes[1].get(row.get("name", ""))
-        if label is None or not row["count"].isdigit():
+        if label is None or not re.fullmatch(r"\d{1,18}", row["count"], re.A):
             raise SystemExit(f"{table}: {row.get('name')!r} {row['count']!r}: no class of classes.tsv, or no count")
         counts[label] += int(row["count"])
     return counts
@@ -4577,8 +4584,10 @@ def rows_per_class(hashes, labels, mask, is_fill, wanted, counts, match, profile
         if trim_tail and not counts[tail].all():
             print(f"warning: {(counts[tail] == 0).sum()} of the {trim_tail} rarest classes have no rows to trim",
                   file=sys.stderr)
+        if not trim_tail and not counts.any():
+            raise SystemExit("--shots: no row has a label")
         quota = np.full(len(counts), len(labels))
-        quota[tail] = shots
+        quota[tail] = min(shots, len(labels))
         mask = bottom_per_class(hashes, labels, mask, quota) | mask & (labels < 0) & bool(trim_tail)
     return mask, deficit
 
@@ -4639,6 +4648,10 @@ def subset_tables(tables, out, threshold, class_list, match_frequency, fill, sho
     print_histogram(before, after, deficit, known[0])
     if dry_run:
         return
+    first = (next((row.get("image") for row in open_tables(paths, out=to)[1]), None) for to in (None, out))
+    if key == "image" and len(set(first)) > 1:
+        print(f"{'':12}  note: images are named from the folder of --out, so cuts of this cut draw other rows than "
+              "cuts of its tables; with --key url, or another column that stays, or in one folder, they are nested")
     columns, stream = open_tables(paths + fill_paths, out=out)
     chosen = itertools.compress(stream, mask)
     if wanted:

@@ -284,10 +284,67 @@ def test_rows_of_one_key_are_told_apart_by_their_fields(tmp_path):
     """`label --multi all` writes a row for each class of an image: which of them is kept hangs on no order."""
     rows = [dict(image=f"{i // 2}.jpg", label=i % 2, caption="both") for i in range(60)]
     bd.write_tsv(tmp_path / "a.tsv", ("image", "label", "caption"), rows)
-    bd.write_tsv(tmp_path / "b.tsv", ("caption", "image", "label"), [rows[i] for i in np.random.default_rng(0).permutation(60)])  # fmt: skip
+    bd.write_tsv(tmp_path / "b.tsv", ("caption", "image", "label"), [rows[i] for i in np.random.default_rng(1).permutation(60)])  # fmt: skip
     kept = {}
     for flags in (["subset", "--rows", 21], ["subset", "--rows", 23], ["subset", "--rows", 25], ["mix", "--rows", 27]):
         for name in "ab":
             assert run(flags[0], tmp_path / f"{name}.tsv", *flags[1:], "--out", tmp_path / "o.tsv").returncode == 0
             kept[name] = {(row["image"], row["label"]) for row in read(tmp_path / "o.tsv")}
         assert kept["a"] == kept["b"]
+
+
+def test_cuts_are_nested_over_folders_by_a_column_that_stays(tmp_path):
+    """Images are named from their table's folder, so by image a cut elsewhere is another draw, and that is told."""
+    path = table(tmp_path / "a" / "train.tsv", {0: 200}, url=lambda i: f"http://x/{i}.jpg")
+    near, far = tmp_path / "a" / "o.tsv", tmp_path / "b" / "o.tsv"
+    for out, key, is_told in ((near, "image", False), (far, "image", True), (far, "url", False)):
+        done = run("subset", path, "--rows", 150, "--key", key, "--out", out)
+        assert done.returncode == 0 and ("with --key url" in done.stdout) == is_told, done.stderr
+        if not is_told:
+            cuts = []
+            for source, name in ((path, "direct"), (out, "twice")):
+                run("subset", source, "--rows", 60, "--key", key, "--out", out.parent / f"{name}.tsv")
+                cuts.append({row["url"] for row in read(out.parent / f"{name}.tsv")})
+            assert cuts[0] == cuts[1] and len(cuts[0]) == 60
+
+
+def test_labels_that_are_not_read_or_are_floats(tmp_path):
+    """mix and prune read no labels; pandas writes 3.0 where a label is missing."""
+    (tmp_path / "w.csv").write_text("filepath,class\na.jpg,n01440764\nb.jpg,n01443537\n")
+    assert run("mix", tmp_path / "w.csv", "--out", tmp_path / "o.tsv").stderr == ""
+    assert [row["label"] for row in read(tmp_path / "o.tsv")] == ["n01440764", "n01443537"]
+    chosen = bd.least_similar([str(tmp_path / "w.csv")], np.array([0.5, 0.1]), 1, 0)["near"]
+    assert chosen.tolist() == [True, False]
+    (tmp_path / "f.jsonl").write_text('{"image": "a", "label": 3.0}\n{"image": "b", "label": null}\n')
+    done = run("subset", tmp_path / "f.jsonl", "--shots", 1, "--out", tmp_path / "o.tsv")
+    assert done.returncode == 0 and [row["label"] for row in read(tmp_path / "o.tsv")] == ["3.0"], done.stderr
+    assert run("stats", tmp_path / "f.jsonl", "--out", tmp_path / "o.tsv").stderr == ""
+    assert read(tmp_path / "o.tsv")[0]["labelled"] == "1"
+    assert [bd.label_number(x, {}, 4) for x in ("3", "3.", "3.0|9", "4.0", "3.5", "²", "-0.0", "9" * 9999)] == [3, 3, 3] + 5 * [None]  # fmt: skip
+
+
+@pytest.mark.parametrize("label", [99999999999, 2000000000, "9" * 5000])
+def test_labels_beyond_all_classes(tmp_path, label):
+    path, out = table(tmp_path / "a.tsv", {0: 2, label: 1}), tmp_path / "o.tsv"
+    for flags in (["stats"], ["subset", "--shots", 1]):
+        done = run(flags[0], path, *flags[1:], "--out", out)
+        assert done.returncode == 2 and "a.tsv:4: label '" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        assert "is no number below 16,777,216; names and wnids need --classes" in done.stderr and not out.exists()
+
+
+def test_numbers_that_make_no_sense(tmp_path):
+    path, out = table(tmp_path / "a.tsv", {0: 2, 1: 1}), tmp_path / "o.tsv"
+    assert run("subset", path, "--shots", 10**20, "--out", out).returncode == 0 and counts_of(out) == {0: 2, 1: 1}
+    out.unlink()
+    bd.write_tsv(tmp_path / "f.tsv", ("name", "count"), [dict(name="x", count="²")])
+    bd.write_tsv(tmp_path / "classes.tsv", ("name",), [dict(name="x"), dict(name="y")])
+    bare = table(tmp_path / "bare.tsv", {"": 3})
+    for flags, message in (
+        (["stats", tmp_path / "f.tsv"], "'²': no class of classes.tsv, or no count"),
+        (["subset", bare, "--shots", 3], "--shots: no row has a label"),
+    ):
+        done = run(*flags, "--out", out)
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not out.exists()
+    done = run("subset", bare, "--shots", 3, "--trim-tail", 1, "--out", out)  # other rows are left as they are
+    assert done.returncode == 0 and len(read(out)) == 3

@@ -3382,6 +3382,19 @@ def key_of(row):
     return next((row[name] for name in ("url", "URL", "key", "image", "caption") if row.get(name)), "")
 
 
+def name_of(row, source=".", target="."):
+    """What reports call a row: its image, named as in relocate, or without images its key."""
+    return relocate(row["image"], source, target) if row.get("image") else key_of(row)
+
+
+def naming_column(path):
+    """The column that names a table's rows: image, or one that key_of takes if the images are not downloaded yet."""
+    names = read_table(path)[0]
+    if {"key", "status", "error_message"} <= set(names):  # of img2dataset, whose tars have the images
+        return "image"
+    return next((name for name in ("image", "url", "URL", "key", "caption") if name in names), "image")
+
+
 def entry_file(path, part, settings):
     """First pass over one table: counts per entry, and in PART.rows which entries each row has; no row is held."""
     settings, counts = dict(settings), Counter()
@@ -3852,15 +3865,15 @@ class RowScan:
         """Yields: (file, line, {column: field}) of each row whose text is in order."""
         for path in self.paths:
             broken = []
-            for line, row in numbered_rows(path, ["image"], broken):
+            for line, row in numbered_rows(path, [naming_column(path)], broken):
                 self.n_rows += 1
                 label = label_number(row.get("label", ""), self.ids, self.n_classes)
                 self.counts[label] += 1
                 self.hashes.append(text_hash(row.get("caption", "")))
                 if label is None:
-                    self.bad.append((path, line, row["image"], f"label {row['label']!r} is no class"))
+                    self.bad.append((path, line, name_of(row), f"label {row['label']!r} is no class"))
                 elif label < 0 and not row.get("caption"):
-                    self.bad.append((path, line, row["image"], "neither label nor caption"))
+                    self.bad.append((path, line, name_of(row), "neither label nor caption"))
                 else:
                     yield path, line, row
             self.n_rows += len(broken)
@@ -3876,16 +3889,20 @@ def check_tables(tables, out, sample, max_bad, classes, max_pixels, workers, see
     """Write the bad rows of tables to out, print what is in them. Returns: 1 if more than max_bad are bad, else 0."""
     paths = find_tables(tables)
     names, ids, classes = find_classes(classes, paths[0])
-    scan, shown, n_decoded, n_undecoded = RowScan(paths, ids, len(names)), [], 0, 0
+    scan, shown, n_decoded, n_undecoded, n_without = RowScan(paths, ids, len(names)), [], 0, 0, 0
     rows = scan
     if sample:  # the rows of the smallest hashes
-        rows = heapq.nsmallest(sample, scan, key=lambda row: (unit_hash(seed, row[2]["image"]), row[0], row[1]))
+        rows = heapq.nsmallest(sample, scan, key=lambda row: (unit_hash(seed, name_of(row[2])), row[0], row[1]))
         rows.sort(key=lambda row: row[:2])
     waiting = deque()  # rows in the hands of workers
 
     def jobs():
+        nonlocal n_without
         for path, group in itertools.groupby(rows, key=lambda row: row[0]):
             for chunk in in_chunks(group, lambda row: row[2].values(), ROWS_PER_JOB):
+                if "image" not in chunk[0][2]:
+                    n_without += len(chunk)
+                    continue
                 waiting.append(chunk)
                 yield os.path.dirname(os.path.abspath(path)), [row["image"] for _, _, row in chunk], max_pixels
 
@@ -3909,6 +3926,8 @@ def check_tables(tables, out, sample, max_bad, classes, max_pixels, workers, see
     counts = {"rows": scan.n_rows, "decoded": n_decoded, **{r: -n for r, n in sorted(reasons.items())}}
     print_funnel(counts)
     print(f"{len(scan.bad):>12,}  bad rows, in {out}")
+    if n_without:
+        print(f"{'':12}  note: {n_without:,} rows are of tables without a column image; their texts alone were checked")
     write_report(out, [*paths, classes], dict(sample=sample, seed=seed, max_pixels=max_pixels, classes=classes), counts,
                  repeated_captions=copies)  # fmt: skip
     # Text is checked in all rows, pixels perhaps in a sample.
@@ -4014,7 +4033,7 @@ def hash_tables(paths, by, max_pixels, workers):
 
     def jobs():
         for path in paths:
-            needed = ["image", *columns]
+            needed = ["image" if set(by) & set(IMAGE_HASHES) else naming_column(path), *columns]
             _, rows = read_table(path, needed, is_all=False)
             for chunk in in_chunks(rows, lambda row: row[1], ROWS_PER_JOB):
                 texts = [(fields[0], dict(zip(columns, fields[1:]))) for _, fields in chunk]
@@ -4234,13 +4253,13 @@ def keep_best(paths, roots, area, protect, out):
     for path in paths:
         folder, target = (os.path.realpath(os.path.dirname(p)) for p in (path, out))
         is_late = os.path.realpath(path) not in protected
-        for row, (_, fields) in enumerate(numbered_rows(path, ["image"]), n):
+        for row, (_, fields) in enumerate(numbered_rows(path), n):
             n = row + 1
             if size[roots[row]] > 1:
-                names[row] = relocate(fields["image"], folder, target)
+                names[row] = name_of(fields, folder, target)
                 pixels = area_of(fields) if area is None else int(area[row])
                 rule = (is_late, not fields.get("label"), -pixels, -len(fields.get("caption", "")),
-                        os.path.join(folder, fields["image"]), row)  # fmt: skip
+                        os.path.join(folder, name_of(fields)), row)  # fmt: skip
                 best[roots[row]] = min(best.get(roots[row], rule), rule)
     return {root: rule[-1] for root, rule in best.items()}, names
 
@@ -4416,7 +4435,7 @@ def write_leaks(rows, path, found, limits):
         for i, row in enumerate(rows):
             for name, (drop, best, query) in found.items():
                 if drop[i] and best[i] == best[i]:  # NaN: a row without an embedding, which is like nothing
-                    yield dict(set=name, image=row["image"], caption=row.get("caption", ""), test_row=int(query[i]),
+                    yield dict(set=name, image=name_of(row), caption=row.get("caption", ""), test_row=int(query[i]),
                                similarity=f"{best[i]:.6f}", limit=f"{limit_of[name][query[i]]:.6f}")  # fmt: skip
 
     write_tsv(path, ("set", "image", "caption", "test_row", "similarity", "limit"), leaks())
@@ -4441,14 +4460,15 @@ def scan_rows(paths, key, seed, classes=None, column=None):
     """
     hashes, labels, values = array("d"), array("i"), array("d")
     for path in paths:
-        for line, row in numbered_rows(path, [key] + [column] * (column is not None)):
+        needed = [naming_column(path) if key == "image" else key] + [column] * (column is not None)
+        for line, row in numbered_rows(path, needed):
             label = -1 if classes is None else label_number(row.get("label", ""), classes[1], len(classes[0]))
             if label is None:
                 what = f"not one of {len(classes[0])} classes" if classes[0] else f"no number below {MAX_CLASSES:,}"
                 more = "" if classes[0] else "; names and wnids need --classes"
                 raise SystemExit(f"{path}:{line}: label {row['label'][:40]!r} is {what}{more}")
             fields = (part for pair in sorted(row.items()) if pair[1] for part in pair)  # in any order of columns
-            hashes.extend((unit_hash(seed, row[key] or key_of(row)), hash64(str(seed), *fields) / 2**64))
+            hashes.extend((unit_hash(seed, row.get(key) or key_of(row)), hash64(str(seed), *fields) / 2**64))
             labels.append(label)
             if column is not None:
                 try:
@@ -4724,7 +4744,7 @@ def mix_tables(tables, out, rows, weights, is_spill, key, seed):
     hashes = [scan_rows(source, key, seed)[0] for source in sources]
     of = np.repeat(np.arange(len(sources)), list(map(len, hashes)))
     hashes = ranks_of(np.concatenate(hashes))
-    keys = np.fromiter((text_hash(row[key] or key_of(row)) for row in open_tables(paths, out=out)[1]), np.uint64)
+    keys = np.fromiter((text_hash(row.get(key) or key_of(row)) for row in open_tables(paths, out=out)[1]), np.uint64)
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
     is_own = of == of[first[inverse]]
     available = np.bincount(of[is_own], minlength=len(sources))

@@ -71,3 +71,31 @@ def test_good_table_and_sample(tmp_path):
     assert "3  decoded" in done.stdout and done.returncode == (1 if bad else 0)
     bd.write_tsv(tmp_path / "all.tsv", ("image", "caption"), rows[:300])
     assert check(tmp_path)[0].returncode == 0
+
+
+def test_texts_before_their_images_are_there(tmp_path):
+    """A table as LAION's, TEXT and URL without images: only what reads images needs the column."""
+    rows = [dict(URL=f"http://x/{i}.jpg", TEXT="" if i == 3 else f"one {i // 2}") for i in range(8)]
+    bd.write_tsv(tmp_path / "all.tsv", ("URL", "TEXT"), rows)
+    for flags in ([], ["--sample", 8]):
+        done, bad = check(tmp_path, *flags)
+        assert bad == [(5, "neither label nor caption")] and done.returncode == 1, done.stderr
+        assert "rows are of tables without a column image" in done.stdout
+    assert list(bd.open_tables([str(tmp_path / "bad.tsv")])[1])[0]["image"] == "http://x/3.jpg"
+
+    def rows_of(command, *flags):
+        line = [sys.executable, bd.__file__, command, "all.tsv", *flags, "--out", "o.tsv"]
+        done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return [row["URL"][9] for row in bd.open_tables([str(tmp_path / "o.tsv")])[1]]
+
+    assert rows_of("dedup", "--by", "caption") == ["0", "2", "3", "4", "6"]
+    pairs = list(bd.open_tables([str(tmp_path / "o.pairs.tsv")])[1])
+    assert pairs[0]["image"] == "http://x/0.jpg" and pairs[0]["kept"] == "http://x/0.jpg"
+    assert len(rows_of("subset", "--rows", "3")) == 3 and len(rows_of("mix", "--rows", "3")) == 3
+    assert set(rows_of("subset", "--rows", "3")) == set(rows_of("subset", "--rows", "3", "--key", "URL"))
+    line = [sys.executable, bd.__file__, "dedup", "all.tsv", "--by", "pixels", "--out", "p.tsv"]
+    assert "no column image" in subprocess.run(line, cwd=tmp_path, capture_output=True, text=True).stderr
+    (tmp_path / "all.tsv").write_text("a.jpg\t0\nb.jpg\t1\n")  # no header
+    line = [sys.executable, bd.__file__, "subset", "all.tsv", "--rows", "1", "--out", "p.tsv"]
+    assert "no column image; found a.jpg, 0" in subprocess.run(line, cwd=tmp_path, capture_output=True, text=True).stderr  # fmt: skip

@@ -1313,7 +1313,7 @@ def transfer_metric(scores: np.ndarray, labels: np.ndarray, metric: str, boot: i
     return class_mean(ratio(n_right, n_test), n_test[0])
 
 
-def read_tasks(inputs: list[str], sets: list[str], multi_label: bool) -> Iterator[tuple]:
+def read_tasks(inputs: list[str], sets: list[str]) -> Iterator[tuple]:
     """(model, set, train, val or None, test) from TRAIN.npz TEST.npz, or from folders with SET_train.npz, SET_test.npz
     and perhaps SET_val.npz; one after the other."""
     if all(path.endswith(".npz") for path in inputs):
@@ -1331,7 +1331,7 @@ def read_tasks(inputs: list[str], sets: list[str], multi_label: bool) -> Iterato
     missing = [str(path) for task in tasks for path in task[2:] if path and not Path(path).is_file()]
     refuse(missing, f"{', '.join(missing[:3])}: cannot be read: no such file")
     for model, name, *paths in tasks:
-        parts = [read_predictions(p, "features", multi_label=multi_label) if p else None for p in paths]
+        parts = [read_predictions(p, "features", multi_label=True) if p else None for p in paths]
         for part in parts[1:]:
             if part and any(part[k].shape[1:] != parts[0][k].shape[1:] for k in ("features", "labels")):
                 raise SystemExit(f"{part['path']} and {paths[0]} have features or labels of different widths")
@@ -1408,7 +1408,7 @@ def transfer(command: str, inputs: list[str], sets: list[str], ks: list[int], pr
              shots: list[int], n_draws: int, boot: int, seed: int, device: str) -> dict:
     """Table of models x sets, with the mean and the difference to the first model on the same test images."""
     rows, details, draws, tests = {}, [], {}, {}
-    for model, name, train, val, test in read_tasks(inputs, sets, command != "fewshot"):
+    for model, name, train, val, test in read_tasks(inputs, sets):
         check_same_images(tests.setdefault(name, {k: test[k] for k in ("path", "labels", "rows") if k in test}), test)
         n_classes = max(part["n_classes"] for part in (train, val, test) if part)
         kind = metric_of(name, test["labels"], metric)
@@ -1441,12 +1441,17 @@ def transfer(command: str, inputs: list[str], sets: list[str], ks: list[int], pr
 
 def few_shot(train: dict, test: dict, n_classes: int, shots: int, C: float, metric: str, seed: int,
              device: str) -> float:
-    """Logistic regression on `shots` images of each class (all of a smaller class), drawn with the seed."""
+    """Logistic regression on `shots` images of each class (all of a smaller class), drawn with the seed; of images with
+    several labels, on those that were drawn for any of them."""
     order = np.random.default_rng(seed).permutation(len(train["labels"]))
-    order = order[np.argsort(train["labels"][order], kind="stable")]
-    labels = train["labels"][order]
-    place = np.arange(len(labels)) - np.searchsorted(labels, labels)  # place inside its class
-    chosen = order[place < shots]
+    if train["labels"].ndim == 2:
+        drawn = [order[column == 1][:shots] for column in train["labels"][order].T]
+        chosen = np.unique(np.concatenate(drawn))
+    else:
+        order = order[np.argsort(train["labels"][order], kind="stable")]
+        labels = train["labels"][order]
+        place = np.arange(len(labels)) - np.searchsorted(labels, labels)  # place inside its class
+        chosen = order[place < shots]
     model = Logistic(train["features"][chosen], train["labels"][chosen], n_classes, device)
     model.fit(C)
     return transfer_metric(model.scores(test["features"]), test["labels"], metric, 0, 0)[0]

@@ -114,6 +114,19 @@ def test_knn_of_several_labels(tmp_path):
     assert votes[1] == 0 and votes[0] == votes[2] > 0
 
 
+def test_few_shots_of_several_labels(tmp_path):
+    """Two positives of each label are enough here, where each is a direction of its own; draws hang on the seed."""
+    rng = np.random.default_rng(0)
+    labels = (rng.random((200, 4)) < 0.3).astype(int)
+    x = labels @ (4 * np.eye(4, 8)) + 0.3 * rng.normal(size=(200, 8))
+    for name, rows in (("train", slice(120)), ("test", slice(120, None))):
+        np.savez(tmp_path / f"{name}.npz", features=x[rows], labels=labels[rows])
+    files = [str(tmp_path / f"{name}.npz") for name in ("train", "test")]
+    rows = evaluate.transfer("fewshot", files, [], [], "", 1.0, "top1", [1, 8], 3, 0, 0, "cpu")["rows"]["model"]
+    one, eight = rows["test 1-shot"], rows["test 8-shot"]
+    assert 0.5 < one["value"] < eight["value"] and eight["value"] > 0.9 and one["low"] < one["value"] < one["high"] <= 1
+
+
 def test_dinos_probe_is_this_one():
     """The same features and strength: dino_laionet.py's weights give the scores of `probe`; its decay is 1 / (C n)."""
     digits = load_digits()

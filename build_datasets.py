@@ -399,6 +399,8 @@ def parse_args(argv=None):
             index.error(f"--holdout: got {args.holdout}, expected a fraction of at least 0 and below 1")
         if args.holdout and os.path.basename(args.out) == "val.tsv":
             index.error("--out: val.tsv is where --holdout writes; call the table train.tsv, or drop --holdout")
+        if os.path.basename(args.out) == "classes.tsv":
+            index.error("--out: classes.tsv beside a table lists its classes; call the table train.tsv")
     if args.command in ("label", "laionet", "curate", "frequency"):
         place = re.fullmatch(r"(\d+)/(\d+)", args.shard)
         if args.shard and not (place and int(place[1]) < int(place[2])):

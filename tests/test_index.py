@@ -623,6 +623,7 @@ def test_exit_codes(tmp_path):
         (["--holdout", "1"], "--holdout: got 1.0, expected a fraction"),
         (["--workers", "0"], "--workers: got 0"),
         (["--holdout", "0.1", "--out", "val.tsv"], "val.tsv is where --holdout writes"),
+        (["--out", "classes.tsv"], "classes.tsv beside a table lists its classes"),
     ],
 )
 def test_wrong_flags(capsys, args, message):

@@ -30,9 +30,9 @@ out   a table on the terminal, `--json FILE` with all numbers, `--plot FILE.png|
 
 Every estimate is {"value", "low", "high"}: 95 % percentile intervals of --boot resamples, over images for accuracies
 (within classes where classes weigh equally), over classes for correlations, over models for fits; null where nothing
-can be computed, or nothing was sampled. Arrays of classes have theirs beside them (accuracy_interval [C, 2]). Counts,
-and what is chosen or computed from no sample, are plain numbers. Fractions are in 0..1. The same seed gives the same
-bytes.
+can be computed, or nothing was sampled. Accuracies of classes have theirs beside them (accuracy_interval [C, 2]); other
+arrays of classes, counts, what is chosen on held-out images, and what is computed from no sample have none. Fractions
+are in 0..1. The same seed gives the same bytes.
 
 Dimension key: N images, C classes, D width, K prototypes, S shifts, boot resamples.
 
@@ -710,7 +710,8 @@ def class_mean(per_class: np.ndarray, n_test: np.ndarray) -> np.ndarray:
 
     n_test: [C]; classes without images are left out. A resample of n images varies by (n - 1) / n of what n new images
     would: deviations are widened by the root of n / (n - 1). A class of a single image does not vary at all: it is
-    given the mean variance of an image of the others; NaN, no interval, if all classes are so.
+    given the mean variance of an image of the others; NaN, no interval, if all classes are so. Where most classes have
+    2 to 5 images, 95 % intervals cover 92 to 93 % (simulated).
     """
     has = n_test > 0
     if not has.any():

@@ -75,7 +75,7 @@ def test_files_and_table(world, trained):
     unseen = np.load(world / "unseen" / "test.npy", mmap_mode="r")
     assert metrics["unseen"]["n"] == len(unseen) and metrics["unseen"]["spearman_acc"] is None
     assert metrics["unseen"]["chance"] == 1 / 90 and metrics["unseen"]["random_probe"] is not None
-    tasks = evaluate.read_tasks([str(out / "transfer")], [], True)  # as evaluate.py probe does
+    tasks = evaluate.read_tasks([str(out / "transfer")], [])  # as evaluate.py probe does
     assert [(name, train["n_classes"], len(test["labels"])) for _, name, train, _, test in tasks] == [
         ("unseen", 90, len(unseen))
     ]

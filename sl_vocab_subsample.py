@@ -298,16 +298,16 @@ def vocab_of_batch(labels: torch.Tensor, first: int, B: int, group_size: int, dr
         present = present[present >= 0]
         vocabs.append(draw_vocab(present, draws, int(luck * 2**53)))
         n_present += len(present)
-    union = torch.cat([classes for classes, _ in vocabs]).unique()  # [U], sorted
+    drawn, sizes = torch.cat([classes for classes, _ in vocabs]), torch.tensor([len(classes) for classes, _ in vocabs])
+    union, columns = drawn.unique(return_inverse=True)  # [U], sorted, and where in it each drawn class is
     is_whole = 4 * len(union) > 3 * C
     if is_whole:
-        union = torch.arange(C)
+        union, columns = torch.arange(C), drawn
     inside, log_q = torch.zeros(len(ids), len(union), dtype=torch.bool), torch.zeros(len(ids), len(union))
-    for row, (classes, values) in enumerate(vocabs):
-        columns = torch.searchsorted(union, classes)
-        inside[row, columns], log_q[row, columns] = True, values
-    groups, size = torch.arange(first, first + B) // group_size - ids[0], sum(len(classes) for classes, _ in vocabs)
-    return Vocab(None if is_whole else union, inside, log_q, groups), size, size - n_present
+    rows = torch.arange(len(ids)).repeat_interleave(sizes)
+    inside[rows, columns], log_q[rows, columns] = True, torch.cat([values for _, values in vocabs])
+    groups = torch.arange(first, first + B) // group_size - ids[0]
+    return Vocab(None if is_whole else union, inside, log_q, groups), len(drawn), len(drawn) - n_present
 
 
 def vocab_logits(features: torch.Tensor, prototypes: torch.Tensor, scale: torch.Tensor, vocab: Vocab | None,

@@ -15,7 +15,7 @@ cd "$(dirname "$0")/.."
 cores=$(nproc)
 jobs=${JOBS:-$cores}
 export OMP_NUM_THREADS=1 PYTHON="${PYTHON:-python}"
-STEPS_4K=1000 # 32 epochs of 4,000 rows, the paper's number; 15,000 rows get the scripts' 1,600 steps
+STEPS_4K=1000 # 32 epochs of 4,000 rows, the paper's number; 15,000 rows get 1,600 steps
 
 # run NAME SCRIPT FLAGS: a training. score NAME "RUNS" COMMAND: numbers from the arrays of these runs (or none); {} is
 # the folder of runs, --json is added. Both are only noted here, and carried out by `finish`, some at a time.
@@ -24,8 +24,8 @@ run() {
   shift 2
   printf '%s\t%s\n' "$name" "$(printf '%q ' "$PYTHON" "$script" --root "$root" --seed "$seed" --out "$runs/$name" "$@")" >>"$todo/runs"
 }
-clip() { run "$1" clip.py "${@:2}"; }
-sl() { run "$1" sl_vocab_subsample.py "${@:2}"; }
+clip() { run "$1" clip.py --steps 1600 "${@:2}"; } # a later --steps takes its place
+sl() { run "$1" sl_vocab_subsample.py --steps 1600 "${@:2}"; }
 dino() { run "$1" dino_laionet.py --transfer auto "${real[@]}" "${@:2}"; }
 score() { printf '%s\t%s\t%s\n' "$1" "$2" "${*:3}" >>"$todo/scores"; }
 wants() { [[ " ${ONLY:-1 2 3 4 5 6 7 8 9 10 11 12} " == *" $1 "* ]]; }

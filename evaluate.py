@@ -2105,14 +2105,45 @@ def label_prior(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return softmax(found.x)
 
 
-def best_of(values: list[float], make: Callable, labels: np.ndarray) -> float:
-    """The value whose make(value) [N, C] has the best balanced accuracy on held-out labels; the first among equals."""
-    C = int(labels.max()) + 1
-    return values[int(np.argmax([nan_mean(class_accuracy(labels, make(v).argmax(1) == labels, C)) for v in values]))]
+def prior_interval(logits: np.ndarray, labels: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """[C, 2] 95 % interval of label_prior's q over the images within their classes; NaN where the optimum is not
+    unique, as for a model that is never in doubt (of one that hardly ever is, the intervals are too short).
+
+    What an image adds to ln q is a Newton step; the sum of their squared deviations within classes is the variance of
+    log odds, n / (n - 1) times as in class_mean, with its t quantile. Classes with a single image count as one class.
+    """
+    (N, C), n_images, log_q = logits.shape, np.bincount(labels, minlength=len(q)), np.log(np.maximum(q, 1e-300))
+    with np.errstate(all="ignore"):
+        p = softmax(logits.astype(np.float64) - log_q + np.log(n_images / N), axis=1)
+        # Shifts of all ln q change nothing: 1 / C fixes them. The ridge is label_prior's.
+        curvature = np.diag(p.mean(0)) - p.T @ p / N + 1 / C
+        curvature += 2e-4 * (np.eye(C) - 1 / C) if (n_images == 0).any() else 0
+        try:
+            inverse = scipy.linalg.cho_solve(scipy.linalg.cho_factor(curvature - 1e-9 * np.eye(C)), np.eye(C))
+        except np.linalg.LinAlgError:
+            return np.full((C, 2), np.nan)
+        strata = np.where(n_images[labels] > 1, labels, C)
+        n = np.bincount(strata)[strata, None]
+        p[np.arange(N), labels] -= 1
+        step = (p - class_means(p, strata, C + 1)[strata]) * np.sqrt(n / np.maximum(n - 1, 1)) / N
+        square = (step @ (inverse - np.outer(inverse @ q, np.ones(C)))) ** 2  # [N, C], of ln q: z less its mean over q
+        variance = square.sum(0)
+        half = t_quantile(variance, (square**2).sum(0) - variance**2 / N) * np.sqrt(variance) / (1 - q)
+        return expit(logit(q)[:, None] + half[:, None] * [-1, 1])
 
 
-def debias_logits(zs: dict, ft: dict, val: dict[str, np.ndarray], log_prior: np.ndarray,
-                  is_calibrated: bool) -> tuple[dict[str, np.ndarray], dict]:
+def best_of(values: list, make: Callable, labels: np.ndarray, boot: int, seed: int) -> dict:
+    """The value whose make(value) [N, C] has the best balanced accuracy on held-out labels, the first among equals; and
+    the share of resamples in which it has: a choice has no interval."""
+    right = np.array([make(v).argmax(1) == labels for v in values]) / np.bincount(labels)[labels]  # [values, N]
+    rows, rng = np.arange(len(labels)), np.random.default_rng(seed)
+    best = np.array([(right @ np.bincount(rows[i], minlength=len(rows))).round(9).argmax()
+                     for i in resamples(labels, boot, rng)])
+    return {"value": values[best[0]], "wins": float((best[1:] == best[0]).mean()) if boot else None}
+
+
+def debias_logits(zs: dict, ft: dict, val: dict[str, np.ndarray], log_prior: np.ndarray, is_calibrated: bool,
+                  boot: int, seed: int) -> tuple[dict[str, np.ndarray], dict]:
     """Logits [N, C] of every method on the test images, and what was chosen on the held-out ones.
 
     zs, ft: test predictions of the zero-shot and the fine-tuned model. val: `zs`, `ft`, `labels` and perhaps
@@ -2121,26 +2152,27 @@ def debias_logits(zs: dict, ft: dict, val: dict[str, np.ndarray], log_prior: np.
     f_zs, f_ft, y = zs["logits"].astype(np.float32), ft["logits"].astype(np.float32), val["labels"]
     v_zs, v_ft, chosen = val["zs"].astype(np.float32), val["ft"].astype(np.float32), {}
     if is_calibrated:
-        chosen |= {"T zero-shot": fit_temperature(v_zs, y), "T fine-tuned": fit_temperature(v_ft, y)}
-        f_zs, v_zs = (f / chosen["T zero-shot"] for f in (f_zs, v_zs))
-        f_ft, v_ft = (f / chosen["T fine-tuned"] for f in (f_ft, v_ft))
+        chosen = {f"T {name}": estimate(t, temperature_draws(v, y, t, boot, np.random.default_rng(seed)))
+                  for name, v in (("zero-shot", v_zs), ("fine-tuned", v_ft)) for t in [fit_temperature(v, y)]}
+        f_zs, v_zs = (f / chosen["T zero-shot"]["value"] for f in (f_zs, v_zs))
+        f_ft, v_ft = (f / chosen["T fine-tuned"]["value"] for f in (f_ft, v_ft))
     q = label_prior(v_zs, y)
     log_mean = np.log(np.maximum(softmax(v_zs.astype(np.float64), axis=1).mean(0), 1e-12))
     grid = [round(0.1 * i, 1) for i in range(21)]
-    chosen |= {"lambda": best_of(grid, lambda t: v_zs - t * log_mean, y),
-               "tau": best_of(grid, lambda t: v_ft - t * log_prior, y)}
+    chosen |= {"lambda": best_of(grid, lambda t: v_zs - t * log_mean, y, boot, seed),
+               "tau": best_of(grid, lambda t: v_ft - t * log_prior, y, boot, seed)}
     out = {"zero-shot": f_zs, "fine-tuned": f_ft, "zero-shot - ln q": f_zs - np.log(q),
-           "zero-shot - lambda ln mean": f_zs - chosen["lambda"] * log_mean,
-           "logit adjustment": f_ft - chosen["tau"] * log_prior, "sum": f_zs + f_ft,
+           "zero-shot - lambda ln mean": f_zs - chosen["lambda"]["value"] * log_mean,
+           "logit adjustment": f_ft - chosen["tau"]["value"] * log_prior, "sum": f_zs + f_ft,
            "GLA": f_ft + f_zs - np.log(q) - log_prior}
     norms = np.linalg.norm(ft.get("prototypes", np.ones((1, 1))).astype(np.float64), axis=1, keepdims=True)
     # A cosine head has tau 1 already.
     widths = {v.shape[1] for v in (val.get("ft_features"), ft.get("features"), ft.get("prototypes")) if v is not None}
     if "ft_features" in val and "features" in ft and len(widths) == 1 and np.ptp(norms) > 1e-2 * norms.mean():
         head = lambda x, t: x.astype(np.float64) @ (ft["prototypes"] / norms**t).T  # noqa: E731
-        chosen["tau-norm"] = best_of(grid[:11], lambda t: head(val["ft_features"], t), y)
-        out["tau-normalised"] = head(ft["features"], chosen["tau-norm"])
-    return out, chosen | {"q": q}
+        chosen["tau-norm"] = best_of(grid[:11], lambda t: head(val["ft_features"], t), y, boot, seed)
+        out["tau-normalised"] = head(ft["features"], chosen["tau-norm"]["value"])
+    return out, chosen | {"q": q, "q_interval": prior_interval(v_zs, y, q)}
 
 
 def debias(zeroshot: str, finetuned: str, val_zeroshot: str, val_finetuned: str, more: dict[str, str],
@@ -2176,16 +2208,17 @@ def debias(zeroshot: str, finetuned: str, val_zeroshot: str, val_finetuned: str,
     val = {"zs": held_out[0]["logits"], "ft": held_out[1]["logits"], "labels": held_out[0]["labels"]}
     val |= {"ft_features": held_out[1]["features"]} if "features" in held_out[1] else {}
     cut = [with_rows(data, test) for data in (zs, ft)]
-    outcome, chosen = debias_logits(*cut, val, np.log(share / share.sum()), is_calibrated)
+    outcome, chosen = debias_logits(*cut, val, np.log(share / share.sum()), is_calibrated, boot, seed)
     refuse(mixed and "WiSE-FT" in extra, "--more: --wiseft makes the row WiSE-FT")
     if mixed:
-        best = best_of(list(range(len(mixed))), lambda i: mixed[i]["logits"][~test], val["labels"])
-        extra, chosen = extra | {"WiSE-FT": mixed[best]}, chosen | {"WiSE-FT": wiseft[best]}
+        best = best_of(wiseft, lambda path: mixed[wiseft.index(path)]["logits"][~test], val["labels"], boot, seed)
+        extra, chosen = extra | {"WiSE-FT": mixed[wiseft.index(best["value"])]}, chosen | {"WiSE-FT": best}
     refuse(set(outcome) & set(extra), f"--more: the table has {', '.join(set(outcome) & set(extra))} already")
     predictions = {name: f.argmax(1) for name, f in outcome.items()}
     predictions |= {"zero-shot": predict(cut[0])[0], "fine-tuned": predict(cut[1])[0]}
     same = {"lambda": ("zero-shot - lambda ln mean", "zero-shot"), "tau": ("logit adjustment", "fine-tuned")}
-    predictions |= {a: predictions[b] for key, (a, b) in same.items() if chosen[key] == 0}  # the model itself, ties too
+    # By nothing it is the model itself, ties too.
+    predictions |= {a: predictions[b] for key, (a, b) in same.items() if chosen[key]["value"] == 0}
     predictions |= {name: predict(data)[0][test] for name, data in extra.items()}
     order_by = chosen["q"] if group_by == "prior" else counts
     rows, draws = {}, {}

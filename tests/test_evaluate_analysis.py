@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from programs import run_here
-from scipy.special import softmax
+from scipy.special import logit, softmax
 
 import evaluate
 
@@ -185,6 +185,62 @@ def test_label_prior_by_hand_and_of_a_biased_classifier():
     assert np.isfinite(evaluate.label_prior(logits[labels > 0], labels[labels > 0])).all()  # a class without images
 
 
+def zero_shot(rng, n, prior):
+    """Labels, and the log p(x | y) of x up to a constant, plus the log of a wrong prior."""
+    labels = rng.integers(len(prior), size=n)
+    return labels, 1.5 * (rng.normal(size=(n, len(prior))) + 1.5 * np.eye(len(prior))[labels]) + np.log(prior)
+
+
+def test_interval_of_the_label_prior_is_that_of_refits():
+    """Width against 600 refits to resamples within classes, to 10 % (their own error is 3 %)."""
+    rng, prior = np.random.default_rng(0), np.array([0.5, 0.3, 0.12, 0.07, 0.01])
+    labels, logits = zero_shot(rng, 500, prior)
+    q = evaluate.label_prior(logits, labels)
+    refits = [evaluate.label_prior(logits[i], labels[i]) for i in list(evaluate.resamples(labels, 600, rng))[1:]]
+    ends = evaluate.prior_interval(logits, labels, q)
+    assert np.diff(logit(ends), axis=1)[:, 0] == pytest.approx(2 * 1.96 * logit(refits).std(0), rel=0.1)
+    assert (ends[:, 0] < q).all() and (q < ends[:, 1]).all() and (0 < ends).all() and (ends < 1).all()
+
+
+def test_interval_of_the_label_prior_covers_it():
+    """200 simulations of 300 images, some classes of a few; a class without images, single images, no doubt at all."""
+    rng, inside = np.random.default_rng(0), []
+    for _ in range(200):
+        prior = rng.dirichlet(np.full(5, 2.0))
+        labels, logits = zero_shot(rng, 300, prior)
+        low, high = evaluate.prior_interval(logits, labels, evaluate.label_prior(logits, labels)).T
+        inside.append((low <= prior) & (prior <= high))
+    assert 0.92 <= np.mean(inside) <= 0.98, np.mean(inside)
+    for keep in (labels > 0, np.r_[np.unique(labels, return_index=True)[1], np.flatnonzero(labels > 1)]):
+        q = evaluate.label_prior(logits[keep], labels[keep])
+        low, high = evaluate.prior_interval(logits[keep], labels[keep], q).T
+        assert (0 <= low).all() and (low < q).all() and (q < high).all() and (high <= 1).all()
+    assert np.isnan(evaluate.prior_interval(100 * np.eye(3), np.arange(3), np.full(3, 1 / 3))).all()
+
+
+def test_wins_are_the_share_of_resamples():
+    """Balanced accuracy of three columns, image by image, in the same resamples."""
+    rng, labels = np.random.default_rng(0), np.repeat([0, 1, 2], [5, 20, 40])
+    predicted = np.where(rng.random((3, 65)) < [[0.6], [0.65], [0.5]], labels, (labels + 1) % 3)
+    found = evaluate.best_of([0, 1, 2], lambda v: np.eye(3)[predicted[v]], labels, 100, 7)
+    best = []
+    for i in evaluate.resamples(labels, 100, np.random.default_rng(7)):
+        y, right = labels[i], (predicted == labels)[:, i]
+        best.append(int(np.mean([right[:, y == c].mean(1) for c in range(3)], 0).round(9).argmax()))
+    assert found == {"value": best[0], "wins": np.mean(np.array(best[1:]) == best[0])} and 0.2 < found["wins"] < 1
+    assert evaluate.best_of([0, 1], lambda v: np.eye(3)[labels], labels, 0, 7) == {"value": 0, "wins": None}
+
+
+def test_what_debias_chose_has_intervals(tmp_path):
+    zs, ft = biased_pair(tmp_path, n=1200)
+    chosen = evaluate.debias(zs, ft, "", "", {}, [], "", "counts", True, 50, 0)["chosen"]
+    for key in ("T zero-shot", "T fine-tuned"):
+        assert chosen[key]["low"] < chosen[key]["value"] < chosen[key]["high"]
+    assert all(0 < chosen[key]["wins"] <= 1 for key in ("lambda", "tau"))
+    low, high = chosen["q_interval"].T
+    assert (low < chosen["q"]).all() and (chosen["q"] < high).all()
+
+
 def biased_pair(tmp_path, seed=0, n=6000, C=12):
     """A zero-shot model with a label bias of its own, and a fine-tuned one that learned long-tailed classes."""
     rng = np.random.default_rng(seed)
@@ -222,7 +278,7 @@ def test_wise_ft_is_chosen_on_held_out_images(tmp_path):
     test[order[np.argsort(labels[order], kind="stable")][::2]] = False
     held = [np.mean([(x[~test].argmax(1) == c)[labels[~test] == c].mean() for c in range(12)]) for x in mixed]
     best = int(np.argmax(held))
-    assert result["chosen"]["WiSE-FT"] == paths[best] and np.ptp(held) > 0
+    assert result["chosen"]["WiSE-FT"]["value"] == paths[best] and np.ptp(held) > 0
     expected = (mixed[best].argmax(1) == labels)[test].mean()
     assert result["rows"]["WiSE-FT"]["top1"]["value"] == pytest.approx(expected)
 
@@ -251,7 +307,7 @@ def test_debias_by_nothing_is_the_model_itself(tmp_path):
             np.arange(400) % 7, logits.argmax(1), rng.integers(4, size=400)))  # fmt: skip
     files = [str(tmp_path / f"{name}.npz") for name in ("zs", "ft")]
     result = evaluate.debias(*files, "", "", {}, [], "uniform", "prior", False, 20, 0)
-    assert result["chosen"]["tau"] == 0
+    assert result["chosen"]["tau"]["value"] == 0
     assert result["rows"]["logit adjustment"] == result["rows"]["fine-tuned"]
     assert result["rows"]["GLA"]["spearman_pred"].keys() == {"value", "low", "high"}
     with pytest.raises(SystemExit, match="no class_counts of 4 classes: pass --group-by prior"):
@@ -274,7 +330,7 @@ def test_nothing_is_chosen_on_test_labels(tmp_path):
     for seed in (0, 1):
         labels = np.random.default_rng(seed).integers(C, size=200)
         sides = [{"logits": f[name], "labels": labels} for name in ("zs", "ft")]
-        outcomes.append(evaluate.debias_logits(*sides, val, np.log(np.full(C, 1 / C)), True))
+        outcomes.append(evaluate.debias_logits(*sides, val, np.log(np.full(C, 1 / C)), True, 20, 0))
     assert str(outcomes[0]) == str(outcomes[1])
 
 
@@ -284,12 +340,12 @@ def test_tau_normalisation_by_hand():
     x = np.array([[1.0, 1], [0, 1], [2, -1], [0.1, 2]])
     val = {"zs": np.zeros((4, 2)), "ft": x @ head.T, "labels": np.array([0, 1, 0, 1]), "ft_features": x}
     ft = {"logits": x @ head.T, "features": x, "prototypes": head}
-    out, chosen = evaluate.debias_logits({"logits": np.zeros((4, 2))}, ft, val, np.zeros(2), False)
-    rows = head / np.linalg.norm(head, axis=1, keepdims=True) ** chosen["tau-norm"]
+    out, chosen = evaluate.debias_logits({"logits": np.zeros((4, 2))}, ft, val, np.zeros(2), False, 0, 0)
+    rows = head / np.linalg.norm(head, axis=1, keepdims=True) ** chosen["tau-norm"]["value"]
     np.testing.assert_allclose(out["tau-normalised"], x @ rows.T)
     np.testing.assert_allclose(head[0] / 5**0.5, [1.3416, 1.7889], atol=1e-4)
     out, _ = evaluate.debias_logits(
-        {"logits": np.zeros((4, 2))}, ft | {"prototypes": evaluate.unit_rows(head)}, val, np.zeros(2), False
+        {"logits": np.zeros((4, 2))}, ft | {"prototypes": evaluate.unit_rows(head)}, val, np.zeros(2), False, 0, 0
     )
     assert "tau-normalised" not in out
 

@@ -21,7 +21,7 @@ def test_nc1_by_hand_and_by_the_textbook():
     """1-d classes {1, 3}, {-3, -1}: NC1 .125 a class. General: mean equals tr(S_w S_b^+) / C from D x D matrices."""
     features, labels = np.array([[1.0], [3], [-3], [-1]]), np.array([0, 0, 1, 1])
     means = evaluate.class_means(features, labels, 3)
-    nc1, rank = evaluate.within_variability(features, labels, means)
+    nc1, rank, _ = evaluate.within_variability(features, labels, means)
     assert nc1[:2] == pytest.approx([0.125, 0.125]) and np.isnan(nc1[2]) and rank == 1
     rng = np.random.default_rng(0)
     labels = rng.integers(6, size=400)
@@ -34,7 +34,7 @@ def test_nc1_by_hand_and_by_the_textbook():
     for c in range(6):
         h = features[labels == c] - means[c]
         expected.append(np.trace(h.T @ h / 400 @ inverse))
-    nc1, rank = evaluate.within_variability(features, labels, means)
+    nc1, rank, _ = evaluate.within_variability(features, labels, means)
     np.testing.assert_allclose(nc1, expected, rtol=1e-8)
     s_w = sum((features[labels == c] - means[c]).T @ (features[labels == c] - means[c]) for c in range(6)) / 400
     assert nc1.mean() == pytest.approx(np.trace(s_w @ inverse) / 6, rel=1e-8) and rank == 5
@@ -320,6 +320,41 @@ def test_collapse_without_logits_has_no_accuracy(tmp_path):
     result = evaluate.collapse([str(tmp_path / "a.npz")], "", 10, 0)
     (model,) = result["models"].values()
     assert np.isnan(model["accuracy"]).all() and result["rows"]["NC1"]["rho(acc)"]["value"] is None
+
+
+def test_intervals_of_collapse_cover_what_so_many_images_have():
+    """NC1 and NC2 of each of 40 classes of 5 to 60 images against their means over 100 simulations."""
+    rng, C = np.random.default_rng(0), 40
+    labels, centers = np.repeat(np.arange(C), np.linspace(5, 60, C).astype(int)), 2 * rng.normal(size=(C, 6))
+    of = lambda m: np.array(evaluate.cosine_gaps(m, True))  # noqa: E731
+    values, ends = [], []
+    for _ in range(100):
+        features = centers[labels] + rng.normal(size=(len(labels), 6))
+        means = evaluate.class_means(features, labels, C)
+        nc1, _, interval = evaluate.within_variability(features, labels, means)
+        gaps, half = of(means), evaluate.jackknife_of_means(features, labels, means, of, rng)
+        values.append([nc1, *gaps])
+        ends.append([interval, *np.stack([gaps - half, gaps + half], -1)])
+    truth, ends = np.mean(values, 0), np.array(ends)
+    covered = ((ends[..., 0] <= truth) & (truth <= ends[..., 1])).mean((0, 2))
+    assert (0.91 <= covered).all() and (covered <= 0.98).all(), covered
+
+
+def test_collapse_gives_each_class_its_interval(tmp_path):
+    """Not class vectors, which are no sample, nor a class of a single image; none without resamples."""
+    rng, labels = np.random.default_rng(0), np.r_[np.arange(120) % 4, 4]
+    np.savez(tmp_path / "a.npz", labels=labels, features=rng.normal(size=(121, 6)) + 3 * np.eye(6)[labels],
+             prototypes=rng.normal(size=(5, 6)))  # fmt: skip
+    (model,) = evaluate.collapse([str(tmp_path / "a.npz")], "", 10, 0)["models"].values()
+    names = [key for key in model if key.startswith("NC") and not key.endswith("_interval")]
+    assert len(names) == 9
+    for name in names:
+        assert (f"{name}_interval" in model) == ("_W" not in name), name
+        low, high = model.get(f"{name}_interval", np.tile([-np.inf, np.inf], (5, 1))).T
+        assert (low[:4] <= model[name][:4]).all() and (model[name][:4] <= high[:4]).all() and (low[:4] < high[:4]).all()
+        assert np.isnan(low[4]) == ("_W" not in name)
+    (model,) = evaluate.collapse([str(tmp_path / "a.npz")], "", 0, 0)["models"].values()
+    assert "NC2_M_interval" not in model
 
 
 def test_nothing_is_chosen_on_test_labels(tmp_path):

@@ -30,9 +30,11 @@ out   a table on the terminal, `--json FILE` with all numbers, `--plot FILE.png|
 
 Every estimate is {"value", "low", "high"}: 95 % percentile intervals of --boot resamples, over images for accuracies
 (within classes where classes weigh equally), over classes for correlations, over models for fits; null where nothing
-can be computed, or nothing was sampled. Accuracies of classes have theirs beside them (accuracy_interval [C, 2]); other
-arrays of classes, counts, what is chosen on held-out images, and what is computed from no sample have none. Fractions
-are in 0..1. The same seed gives the same bytes.
+can be computed, or nothing was sampled. Arrays of classes have theirs beside them (accuracy_interval [C, 2]).
+No interval: counts; p-values; what is computed from no sample (class vectors, prototypes); what is chosen from a grid
+(probe's C; debias gives `wins`, the share of resamples of the held-out images in which it is the best too). Tables mark
+estimates without an interval: * on the terminal, † in a report. Fractions are in 0..1. The same seed gives the same
+bytes.
 
 Dimension key: N images, C classes, D width, K prototypes, S shifts, boot resamples.
 
@@ -527,7 +529,7 @@ def read_metrics(folder: Path) -> dict[str, dict]:
     for name, entry in read_json(path).items():
         refuse(not isinstance(entry, dict | None), f"{path}: {name} is {entry}, expected an object")
         found = {}
-        for key in ("n", *REPORT_KEYS, "retrieval", "knn", "probe") if entry and name != "run" else ():
+        for key in ("n", "chance", *REPORT_KEYS, "retrieval", "knn", "probe") if entry and name != "run" else ():
             value, where = entry.get(key), f"{path}: {name}: {key}"
             if isinstance(value, dict):
                 found[key] = {k: number(v, where) for k, v in value.items() if v is not None}
@@ -2481,9 +2483,30 @@ for (const button of document.querySelectorAll("th button")) button.addEventList
 """
 
 
+def from_metrics(known: dict) -> dict[str, dict]:
+    """Estimates of one set's numbers in metrics.json, with the intervals that can be had from them.
+
+    top-1 equals balanced accuracy where all C = 1 / chance classes have n / C images: then groups of classes have known
+    numbers of them. Correlations over C classes: Fisher's z with the variance of Bonett and Wright (Psychometrika 65,
+    2000), (1 + rho^2 / 2) / (C - 3).
+    """
+    n, C, top1 = known.get("n", math.nan), max(1, round(1 / max(known.get("chance", 1), 1e-9))), known["top1"]
+    is_even = 0 < top1 < 1 and abs(known.get("balanced", math.nan) - top1) < 1e-9 and n % C == 0
+    sizes = {"balanced": C, "head": C // 3, "medium": C // 3, "tail": C - 2 * (C // 3)}
+    images = {"top1": n} | {key: n * size / C if is_even and 0 <= known.get(key, 0) <= 1 else math.nan
+                            for key, size in sizes.items()}
+    row = {key: clopper_pearson(known[key], images[key]) for key in images if key in known}
+    for key, is_over_all in (("spearman_acc", is_even), ("spearman_pred", True)):
+        row[key] = estimate(known.get(key))
+        if key in known and is_over_all and C > 3 and abs(known[key]) < 1:
+            rho, half = known[key], 1.96 * math.sqrt((1 + known[key] ** 2 / 2) / (C - 3))
+            row[key] |= {"low": math.tanh(math.atanh(rho) - half), "high": math.tanh(math.atanh(rho) + half)}
+    return {key: row.get(key, estimate(None)) for key in REPORT_KEYS}
+
+
 def score_run(folder: Path, boot: int, seed: int) -> dict[str, dict]:
-    """{test set: {metric: estimate}} of a run: from its <set>.npz, else metrics.json, where only top-1, k-NN and probe
-    have an interval."""
+    """{test set: {metric: estimate}} of a run: from its <set>.npz, else from metrics.json alone (from_metrics; recalls
+    and what else has no interval there are marked in the tables)."""
     metrics, out = read_metrics(folder), {}
     for name in dict.fromkeys([*metrics, *sorted(p.stem for p in folder.glob("*.npz"))]):
         path, known, row = folder / f"{name}.npz", metrics.get(name, {}), {}
@@ -2500,9 +2523,8 @@ def score_run(folder: Path, boot: int, seed: int) -> dict[str, dict]:
             scored = score_classes(data | {"class_counts": np.zeros(data["n_classes"])}, (100, 20), 0, 10, boot, seed)
             row = {key: scored[0][key] for key in ("n", "top1", "balanced")}
         elif known:
-            row = {"n": known.get("n")} | ({k: estimate(known.get(k)) for k in REPORT_KEYS} | {
-                "top1": clopper_pearson(known["top1"], known.get("n", math.nan))} if "top1" in known else {})
-        row |= {k: clopper_pearson(known[k], known["n"]) for k in ("knn", "probe") if known.get(k) is not None}
+            row = {"n": known.get("n")} | (from_metrics(known) if "top1" in known else {})
+        row |= {k: clopper_pearson(known[k], known.get("n", math.nan)) for k in ("knn", "probe") if k in known}
         recalls = {k: estimate(v) for k, v in (known.get("retrieval") or {}).items()}
         if recalls and path.is_file() and "text_features" in read_npz(path, ("text_features",)):
             ks = sorted({int(k.rpartition("_r")[2]) for k in recalls})
@@ -2511,6 +2533,11 @@ def score_run(folder: Path, boot: int, seed: int) -> dict[str, dict]:
         if row.keys() - {"n"}:
             out[name] = row
     return out
+
+
+def mark(entry: dict | float | str | None, sign: str = " †") -> str:
+    """The sign of an estimate without an interval; nothing for others."""
+    return sign if isinstance(entry, dict) and entry.get("value") is not None and entry.get("low", 0) is None else ""
 
 
 def html_cell(entry: dict | float | str | None) -> str:
@@ -2522,7 +2549,7 @@ def html_cell(entry: dict | float | str | None) -> str:
         return '<td data-v="">-</td>'
     if not isinstance(entry, dict):
         return f'<td data-v="{value:g}">{value:g}</td>'
-    ends = f" <small>{entry['low']:.3f} to {entry['high']:.3f}</small>" if entry.get("low") is not None else ""
+    ends = f" <small>{entry['low']:.3f} to {entry['high']:.3f}</small>" if entry.get("low") is not None else mark(entry)
     return f'<td data-v="{value:.6g}">{value:.3f}{ends}</td>'
 
 
@@ -2532,7 +2559,7 @@ def both_tables(title: str, rows: dict[str, dict], columns: dict[str, str]) -> t
     body = "\n".join(f"<tr>{html_cell(name)}{''.join(html_cell(row.get(c)) for c in columns)}</tr>"
                      for name, row in rows.items())
     lines = [["run", *columns.values()], ["---"] * (len(columns) + 1)]
-    lines += [[name, *(cell(row.get(c)) for c in columns)] for name, row in rows.items()]
+    lines += [[name, *(cell(row.get(c)) + mark(row.get(c)) for c in columns)] for name, row in rows.items()]
     lines = [[text.replace("|", "\\|") for text in line] for line in lines]
     return (f'<h2>{escape(title)}</h2><div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody>'
             "</table></div>", [f"## {title}", "", *(f"| {' | '.join(line)} |" for line in lines), ""])
@@ -2662,8 +2689,8 @@ def report_runs(runs: list[str], id_set: str, out: str, markdown: str, boot: int
     if scores:
         body = [f"<h1>{len(scores)} runs on {len(sets)} test sets</h1>",
                 "<p>Intervals are 95 %: images resampled for accuracies, "
-                f"classes for correlations, {boot} times; what metrics.json alone tells has none but for top-1, k-NN "
-                "and probe. A click on a column's name sorts.</p>"]
+                f"classes for correlations, {boot} times; of runs with metrics.json alone, by formulas. A click on a "
+                "column's name sorts.</p>"]
     for test_set in sets:
         rows = {name: score[test_set] for name, score in scores.items() if test_set in score}
         text, more, columns = set_section(test_set, rows, x_names)
@@ -2681,6 +2708,9 @@ def report_runs(runs: list[str], id_set: str, out: str, markdown: str, boot: int
     for name, path in files.items():
         text, more = file_section(name, path)
         body, lines = [*body, text], lines + more
+    note = "† has no interval: what it needs, as the number of images or their classes, is not in the files."
+    if any("†" in text for text in lines):
+        body, lines = [*body, f"<p>{note}</p>"], [*lines, note, ""]
     write_atomically(Path(out), lambda file: file.write(PAGE.replace("BODY", "\n".join(body)).encode()))
     if markdown:
         write_atomically(Path(markdown), lambda file: file.write("\n".join(lines).encode()))
@@ -2832,7 +2862,8 @@ def cell(value) -> str:
 def show(rows: dict[str, dict], title: str = "", is_turned: bool = False) -> None:
     """Print a table {row: {column: estimate or value}}; turned: one line a column of it."""
     columns = list(dict.fromkeys(c for row in rows.values() for c in row))
-    lines = [[title, *columns]] + [[name] + [cell(row.get(c)) for c in columns] for name, row in rows.items()]
+    lines = [[title, *columns]]
+    lines += [[name] + [cell(row.get(c)) + mark(row.get(c), " *") for c in columns] for name, row in rows.items()]
     lines = list(zip(*lines)) if is_turned else lines
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     for line in lines:

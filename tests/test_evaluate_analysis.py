@@ -13,6 +13,7 @@ import pytest
 import torch
 from programs import run_here
 from scipy.special import logit, softmax
+from scipy.stats import spearmanr
 
 import evaluate
 
@@ -512,6 +513,46 @@ def test_report_of_one_run_has_every_interval(tmp_path):
     assert found["retrieval t2i_r5"] == expected["t2i_r5"] and len(found) == 5
     (tip,) = re.findall(r"<h2>Under shift.*?<title>(.*?)</title>", (tmp_path / "r.html").read_text(), re.S)
     assert re.search(r" 0\.\d+ \[0\.\d+, 0\.\d+\]$", tip), tip
+
+
+def test_report_of_metrics_alone(tmp_path, capsys):
+    """Classes of one size, told by top-1 and balanced accuracy: every interval; of others, and of recalls: a mark, on
+    the terminal one that every encoding has."""
+    even = {"n": 600, "top1": 0.5, "balanced": 0.5, "head": 0.6, "medium": 0.5, "tail": 0.4, "spearman_acc": 0.3,
+            "spearman_pred": -0.4, "chance": 1 / 20, "knn": 0.4}  # fmt: skip
+    sets = {"val": even, "v2": even | {"balanced": 0.45}, "pairs": {"n": 9, "retrieval": {"i2t_r1": 0.25}},
+            "odd": even | {"chance": 2, "head": 7}, "off": even | {"head": 7}, "bare": {"top1": 0.25, "knn": 0.5}}  # fmt: skip
+    (tmp_path / "metrics.json").write_text(json.dumps(sets))
+    result = evaluate.report_runs([f"a={tmp_path}"], "val", str(tmp_path / "r.html"), str(tmp_path / "r.md"), 20, 0)
+    row = result["sets"]["val"]["a"]
+    for key, n in (("balanced", 600), ("head", 180), ("medium", 180), ("tail", 240)):  # 6, 6 and 8 classes of 30
+        assert row[key] == evaluate.clopper_pearson(even[key], n)
+    half = 1.96 * np.sqrt((1 + 0.3**2 / 2) / 17)
+    assert row["spearman_acc"]["high"] == pytest.approx(np.tanh(np.arctanh(0.3) + half))
+    assert row["spearman_pred"]["low"] < -0.4 < row["spearman_pred"]["high"]
+    row = result["sets"]["v2"]["a"]
+    bare = {key for key, entry in row.items() if key != "n" and entry["low"] is None}
+    assert bare == {"balanced", "head", "medium", "tail", "spearman_acc"}
+    for name in ("r.md", "r.html"):
+        text = (tmp_path / name).read_text()
+        assert "0.450 †" in text and "0.250 †" in text and text.count("† has no interval") == 1
+    evaluate.show({"v2": row})
+    table = capsys.readouterr().out
+    assert "0.450 *" in table and table.isascii()
+    (tmp_path / "metrics.json").write_text(json.dumps({"val": even}))
+    evaluate.report_runs([f"a={tmp_path}"], "val", str(tmp_path / "r.html"), "", 20, 0)
+    assert "†" not in (tmp_path / "r.html").read_text()
+
+
+def test_formula_of_the_rank_correlation_covers_it():
+    """Normal pairs with correlation .6 have the rank correlation 6 / pi asin(.3); 1,000 samples of 30."""
+    rng, inside = np.random.default_rng(0), []
+    for _ in range(1000):
+        x, y = rng.normal(size=(2, 30))
+        rho = float(spearmanr(x, 0.6 * x + 0.8 * y).statistic)
+        entry = evaluate.from_metrics({"top1": 0.5, "chance": 1 / 30, "spearman_pred": rho})["spearman_pred"]
+        inside.append(entry["low"] <= 6 / np.pi * np.arcsin(0.3) <= entry["high"])
+    assert 0.93 <= np.mean(inside) <= 0.97, np.mean(inside)
 
 
 def test_report_under_shift_is_over_the_sets_of_all_runs(tmp_path):

@@ -30,9 +30,11 @@ out   a table on the terminal, `--json FILE` with all numbers, `--plot FILE.png|
 
 Every estimate is {"value", "low", "high"}: 95 % percentile intervals of --boot resamples, over images for accuracies
 (within classes where classes weigh equally), over classes for correlations, over models for fits; null where nothing
-can be computed, or nothing was sampled. Accuracies of classes have theirs beside them (accuracy_interval [C, 2]); other
-arrays of classes, counts, what is chosen on held-out images, and what is computed from no sample have none. Fractions
-are in 0..1. The same seed gives the same bytes.
+can be computed, or nothing was sampled. Arrays of classes have theirs beside them (accuracy_interval [C, 2]).
+No interval: counts; p-values; what is computed from no sample (class vectors, prototypes); what is chosen from a grid
+(probe's C; debias gives `wins`, the share of resamples of the held-out images in which it is the best too). Tables mark
+estimates without an interval: * on the terminal, † in a report. Fractions are in 0..1. The same seed gives the same
+bytes.
 
 Dimension key: N images, C classes, D width, K prototypes, S shifts, boot resamples.
 
@@ -527,7 +529,7 @@ def read_metrics(folder: Path) -> dict[str, dict]:
     for name, entry in read_json(path).items():
         refuse(not isinstance(entry, dict | None), f"{path}: {name} is {entry}, expected an object")
         found = {}
-        for key in ("n", *REPORT_KEYS, "retrieval", "knn", "probe") if entry and name != "run" else ():
+        for key in ("n", "chance", *REPORT_KEYS, "retrieval", "knn", "probe") if entry and name != "run" else ():
             value, where = entry.get(key), f"{path}: {name}: {key}"
             if isinstance(value, dict):
                 found[key] = {k: number(v, where) for k, v in value.items() if v is not None}
@@ -615,6 +617,11 @@ def bootstrap(values: np.ndarray, boot: int, rng: np.random.Generator,
     step, n = max(1, 2**24 // max(1, values.size)), len(values)
     blocks = [of(values[rng.integers(n, size=(min(step, boot - i), n))]) for i in range(0, boot, step)]
     return np.concatenate(blocks or [np.zeros((0, *values.shape[1:]))])
+
+
+def t_quantile(variance: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    """97.5 % quantile of Student's t for an estimated variance that itself varies by `spread` (Satterthwaite)."""
+    return student_t.ppf(0.975, 2 / np.clip(spread / variance**2, 1e-9, 2))
 
 
 def mean_of(cells: list[dict]) -> dict[str, float | None]:
@@ -710,8 +717,9 @@ def class_mean(per_class: np.ndarray, n_test: np.ndarray) -> np.ndarray:
 
     n_test: [C]; classes without images are left out. A resample of n images varies by (n - 1) / n of what n new images
     would: deviations are widened by the root of n / (n - 1). A class of a single image does not vary at all: it is
-    given the mean variance of an image of the others; NaN, no interval, if all classes are so. Where most classes have
-    2 to 5 images, 95 % intervals cover 92 to 93 % (simulated).
+    given the mean variance of an image of the others; NaN, no interval, if all classes are so. A sum of few variances
+    is uncertain itself: deviations are widened by the t quantile at the degrees of freedom that the variances' spread
+    over classes tells (Satterthwaite). Of classes with 2 to 5 images, 95 % intervals cover 93 to 95 % (simulated).
     """
     has = n_test > 0
     if not has.any():
@@ -719,9 +727,11 @@ def class_mean(per_class: np.ndarray, n_test: np.ndarray) -> np.ndarray:
     draws, n, several = per_class[:, has], n_test[has], n_test[has] > 1
     deviation = (draws[1:] - draws[:1])[:, several] * np.sqrt(n[several] / (n[several] - 1))
     total = deviation.sum(1) if several.any() else np.full(len(deviation), np.nan)
-    if len(deviation) and not several.all() and deviation.any():
-        variance = deviation.var(0)
+    variance = deviation.var(0) if len(deviation) else np.zeros(0)
+    if variance.any():
         total *= math.sqrt(1 + (~several).sum() * (variance @ n[several]) / several.sum() / variance.sum())
+        spread = variance.var() * len(variance) ** 2 / max(1, len(variance) - 1)
+        total *= t_quantile(variance.sum(), spread) / norm.ppf(0.975)
     return np.r_[draws[0].mean(), draws[0].mean() + total / len(n)]
 
 
@@ -802,7 +812,7 @@ def score_classes(data: dict, cuts: tuple[int, int], tail_classes: int, worst: i
     k = min(worst, int(np.isfinite(accuracy).sum()))
     return row | {
         f"worst {k}": from_draws(np.sort(draws, 1)[:, :k].mean(1), biased_up_to=1),  # NaN sort last
-        "never right": mean_over(np.where(test[0] > 0, right[0] == 0, np.nan), boot, rng),
+        "never right": mean_over((right[0] == 0)[test[0] > 0], boot, rng),
         "spearman_acc": spearman(counts, accuracy, boot, rng),
         "spearman_pred": spearman(counts, n_predicted, boot, rng),
         "spearman_acc_pred": spearman(accuracy, n_predicted.astype(float), boot, rng),
@@ -827,6 +837,7 @@ def imbalance(paths: list[str], counts: str, subset: str, cuts: tuple[int, int],
         bins = frequency_bins(class_counts, n_bins, is_equal_count)
         models[name] = {"class_names": data.get("class_names", np.arange(data["n_classes"]).astype(str)),
                         "class_counts": class_counts, "predictions_per_image": share,
+                        "predictions_per_image_interval": ratio(classes["predictions_interval"], n_test[:, None]),
                         "rarest": np.argsort(class_counts, kind="stable")[:tail_classes],
                         "bins": binned_statistics(bins, class_counts, classes["accuracy"], share, boot,
                                                   np.random.default_rng(seed))} | classes
@@ -1665,8 +1676,10 @@ def class_means(features: np.ndarray, labels: np.ndarray, n_classes: int) -> np.
     return ratio(total, np.bincount(labels, minlength=n_classes)[:, None])
 
 
-def within_variability(features: np.ndarray, labels: np.ndarray, means: np.ndarray) -> tuple[np.ndarray, int]:
-    """NC1 of each class [C], tr(S_w(c) S_b^+) with S_w(c) over the number of all images, and the rank kept of S_b.
+def within_variability(features: np.ndarray, labels: np.ndarray,
+                       means: np.ndarray) -> tuple[np.ndarray, int, np.ndarray]:
+    """NC1 of each class [C], tr(S_w(c) S_b^+) with S_w(c) over the number of all images; the rank kept of S_b; and the
+    95 % t-intervals [C, 2] of NC1 over the images of the class, at this S_b: NaN for a single image.
 
     features: [N, D] before normalisation; means: [C, D], NaN without images (left out). Memory O(N D + D C): with the
     thin SVD of the centred means U S V^T, NC1_c sums |S^-1 V^T (h - mean)|^2. Eigenvalues of S_b below 1.19e-7 D of the
@@ -1678,12 +1691,16 @@ def within_variability(features: np.ndarray, labels: np.ndarray, means: np.ndarr
     _, s, vt = np.linalg.svd(centred / math.sqrt(tested.sum()), full_matrices=False)
     keep = s**2 > features.shape[1] * 1.19e-7 * s.max(initial=0) ** 2
     project = vt[keep].T / s[keep]  # [D, rank]
-    total = np.zeros(len(means))
+    distance, n = np.empty(len(labels)), np.bincount(labels, minlength=len(means))
     for start in range(0, len(labels), 4096):
-        part = labels[start : start + 4096]
-        distance = (((features[start : start + 4096] - means[part]) @ project) ** 2).sum(1)
-        total += np.bincount(part, distance, len(means))
-    return np.where(tested & keep.any(), total / len(labels), np.nan), int(keep.sum())
+        part = slice(start, start + 4096)
+        distance[part] = (((features[part] - means[labels[part]]) @ project) ** 2).sum(1)
+    total = np.bincount(labels, distance, len(means))
+    variance = ratio(np.bincount(labels, (distance - ratio(total, n)[labels]) ** 2, len(means)), n - 1)
+    half = student_t.ppf(0.975, n - 1) * np.sqrt(n * variance)  # NaN without degrees of freedom
+    total = np.where(tested & keep.any(), total, np.nan)
+    ends = np.maximum(0, total[:, None] + half[:, None] * [-1, 1])
+    return total / len(labels), int(keep.sum()), ends / len(labels)
 
 
 def cosine_gaps(vectors: np.ndarray, is_centred: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -1706,21 +1723,49 @@ def cosine_gaps(vectors: np.ndarray, is_centred: bool) -> tuple[np.ndarray, np.n
     return mean, nearest
 
 
+def jackknife_of_means(features: np.ndarray, labels: np.ndarray, means: np.ndarray, of: Callable,
+                       rng: np.random.Generator) -> np.ndarray:
+    """[..., C] half widths of the 95 % intervals of of(class means [C, D]) over images: 20 random groups of every class
+    (a group an image of smaller ones, so a little wide), each left out once. NaN for classes of a single image."""
+    C, n, order = len(means), np.bincount(labels, minlength=len(means)), rng.permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]
+    y, group, values = labels[order], np.empty(len(labels), int), []
+    place = np.arange(len(y)) - np.searchsorted(y, y) + rng.integers(20, size=C)[y]
+    group[order] = np.where(n[y] > 1, place % 20, 20)  # a class keeps its only image
+    for g in range(20):
+        rows = np.flatnonzero(group == g)
+        n_out = np.bincount(labels[rows], minlength=C)[:, None]
+        total = np.nan_to_num(class_means(features[rows], labels[rows], C)) * n_out
+        values.append(of(ratio(means * n[:, None] - total, n[:, None] - n_out)))
+    half = student_t.ppf(0.975, 19) * math.sqrt(19) * np.std(values, 0)
+    return np.where(n > 1, half, np.nan)
+
+
 def collapse(paths: list[str], counts: str, boot: int, seed: int) -> dict:
-    """NC1 and NC2 of each class, their means, and Spearman's correlation with frequency and accuracy."""
+    """NC1 and NC2 of each class, their means, and Spearman's correlation with frequency and accuracy.
+
+    Intervals of a class are over its images; class vectors are no sample: theirs have none. NC1's leave out the noise
+    of S_b, which is shared: they cover 88 to 94 % with 5 to 30 images a class (simulated), those of NC2_M 95 to 98 %.
+    """
     rows, models = {}, {}
     for name, path in zip(short_names(paths), paths):
         data = read_predictions(path, "features", counts=counts, with_logits=True)
         labels, C, rng = data["labels"], data["n_classes"], np.random.default_rng(seed)
         means = class_means(data["features"], labels, C)
-        nc1, rank = within_variability(data["features"], labels, means)
-        metrics = {"NC1": nc1}
+        nc1, rank, ends = within_variability(data["features"], labels, means)
+        metrics, intervals = {"NC1": nc1}, {"NC1_interval": ends}
+        if boot:
+            halves = jackknife_of_means(data["features"], labels, means, lambda m: np.array(
+                [cosine_gaps(m, True), cosine_gaps(m, False)]), rng)
         for vectors, letter in ((means, "M"), (data.get("prototypes"), "W")):
             for is_centred in (letter == "M", letter != "M") if vectors is not None else ():
                 # The paper centres means and leaves class vectors as they are; the other way round is marked.
                 suffix = "" if is_centred == (letter == "M") else " centred" if is_centred else " uncentred"
                 gaps = cosine_gaps(np.asarray(vectors, np.float64), is_centred)
                 metrics |= {f"NC2_{letter}{suffix}": gaps[0], f"NC2_{letter} nn{suffix}": gaps[1]}
+                if boot and letter == "M":
+                    intervals |= {f"{name}_interval": np.maximum(0, value[:, None] + half[:, None] * [-1, 1])
+                                  for name, value, half in zip(list(metrics)[-2:], gaps, halves[int(not is_centred)])}
         accuracy, frequency = np.full(C, np.nan), data.get("class_counts", np.full(C, np.nan))
         if "logits" in data or "predictions" in data:
             accuracy = class_accuracy(labels, predict(data)[0] == labels, C)
@@ -1730,7 +1775,7 @@ def collapse(paths: list[str], counts: str, boot: int, seed: int) -> dict:
                 "rho(acc)": spearman(accuracy, values, boot, rng)}
         n_test = np.bincount(labels, minlength=C)
         models[name] = {"rank of S_b": rank, "accuracy": accuracy,
-                        "accuracy_interval": binomial_interval(accuracy * n_test, n_test)} | metrics
+                        "accuracy_interval": binomial_interval(accuracy * n_test, n_test)} | metrics | intervals
     return {"rows": rows, "models": models}
 
 
@@ -1738,7 +1783,7 @@ def plot_collapse(results: dict, path: str) -> None:
     """Correlations of the collapse metrics with accuracy and frequency."""
     figure, axes = new_figure(2, 5)
     names, rows = list(results["models"]), results["rows"]
-    metrics = [k for k in results["models"][names[0]] if k.startswith("NC")]
+    metrics = [k for k in results["models"][names[0]] if k.startswith("NC") and not k.endswith("_interval")]
     for axis, key, title in zip(axes, ("rho(acc)", "rho(freq)"), ("accuracy", "frequency")):
         interval_panel(axis, metrics, {name: [rows[f"{name} {m}" if len(names) > 1 else m][key] for m in metrics]
                                        for name in names}, f"Spearman with {title}")
@@ -2096,14 +2141,45 @@ def label_prior(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return softmax(found.x)
 
 
-def best_of(values: list[float], make: Callable, labels: np.ndarray) -> float:
-    """The value whose make(value) [N, C] has the best balanced accuracy on held-out labels; the first among equals."""
-    C = int(labels.max()) + 1
-    return values[int(np.argmax([nan_mean(class_accuracy(labels, make(v).argmax(1) == labels, C)) for v in values]))]
+def prior_interval(logits: np.ndarray, labels: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """[C, 2] 95 % interval of label_prior's q over the images within their classes; NaN where the optimum is not
+    unique, as for a model that is never in doubt (of one that hardly ever is, the intervals are too short).
+
+    What an image adds to ln q is a Newton step; the sum of their squared deviations within classes is the variance of
+    log odds, n / (n - 1) times as in class_mean, with its t quantile. Classes with a single image count as one class.
+    """
+    (N, C), n_images, log_q = logits.shape, np.bincount(labels, minlength=len(q)), np.log(np.maximum(q, 1e-300))
+    with np.errstate(all="ignore"):
+        p = softmax(logits.astype(np.float64) - log_q + np.log(n_images / N), axis=1)
+        # Shifts of all ln q change nothing: 1 / C fixes them. The ridge is label_prior's.
+        curvature = np.diag(p.mean(0)) - p.T @ p / N + 1 / C
+        curvature += 2e-4 * (np.eye(C) - 1 / C) if (n_images == 0).any() else 0
+        try:
+            inverse = scipy.linalg.cho_solve(scipy.linalg.cho_factor(curvature - 1e-9 * np.eye(C)), np.eye(C))
+        except np.linalg.LinAlgError:
+            return np.full((C, 2), np.nan)
+        strata = np.where(n_images[labels] > 1, labels, C)
+        n = np.bincount(strata)[strata, None]
+        p[np.arange(N), labels] -= 1
+        step = (p - class_means(p, strata, C + 1)[strata]) * np.sqrt(n / np.maximum(n - 1, 1)) / N
+        square = (step @ (inverse - np.outer(inverse @ q, np.ones(C)))) ** 2  # [N, C], of ln q: z less its mean over q
+        variance = square.sum(0)
+        half = t_quantile(variance, (square**2).sum(0) - variance**2 / N) * np.sqrt(variance) / (1 - q)
+        return expit(logit(q)[:, None] + half[:, None] * [-1, 1])
 
 
-def debias_logits(zs: dict, ft: dict, val: dict[str, np.ndarray], log_prior: np.ndarray,
-                  is_calibrated: bool) -> tuple[dict[str, np.ndarray], dict]:
+def best_of(values: list, make: Callable, labels: np.ndarray, boot: int, seed: int) -> dict:
+    """The value whose make(value) [N, C] has the best balanced accuracy on held-out labels, the first among equals; and
+    the share of resamples in which it has: a choice has no interval."""
+    right = np.array([make(v).argmax(1) == labels for v in values]) / np.bincount(labels)[labels]  # [values, N]
+    rows, rng = np.arange(len(labels)), np.random.default_rng(seed)
+    best = np.array([(right @ np.bincount(rows[i], minlength=len(rows))).round(9).argmax()
+                     for i in resamples(labels, boot, rng)])
+    return {"value": values[best[0]], "wins": float((best[1:] == best[0]).mean()) if boot else None}
+
+
+def debias_logits(zs: dict, ft: dict, val: dict[str, np.ndarray], log_prior: np.ndarray, is_calibrated: bool,
+                  boot: int, seed: int) -> tuple[dict[str, np.ndarray], dict]:
     """Logits [N, C] of every method on the test images, and what was chosen on the held-out ones.
 
     zs, ft: test predictions of the zero-shot and the fine-tuned model. val: `zs`, `ft`, `labels` and perhaps
@@ -2112,26 +2188,27 @@ def debias_logits(zs: dict, ft: dict, val: dict[str, np.ndarray], log_prior: np.
     f_zs, f_ft, y = zs["logits"].astype(np.float32), ft["logits"].astype(np.float32), val["labels"]
     v_zs, v_ft, chosen = val["zs"].astype(np.float32), val["ft"].astype(np.float32), {}
     if is_calibrated:
-        chosen |= {"T zero-shot": fit_temperature(v_zs, y), "T fine-tuned": fit_temperature(v_ft, y)}
-        f_zs, v_zs = (f / chosen["T zero-shot"] for f in (f_zs, v_zs))
-        f_ft, v_ft = (f / chosen["T fine-tuned"] for f in (f_ft, v_ft))
+        chosen = {f"T {name}": estimate(t, temperature_draws(v, y, t, boot, np.random.default_rng(seed)))
+                  for name, v in (("zero-shot", v_zs), ("fine-tuned", v_ft)) for t in [fit_temperature(v, y)]}
+        f_zs, v_zs = (f / chosen["T zero-shot"]["value"] for f in (f_zs, v_zs))
+        f_ft, v_ft = (f / chosen["T fine-tuned"]["value"] for f in (f_ft, v_ft))
     q = label_prior(v_zs, y)
     log_mean = np.log(np.maximum(softmax(v_zs.astype(np.float64), axis=1).mean(0), 1e-12))
     grid = [round(0.1 * i, 1) for i in range(21)]
-    chosen |= {"lambda": best_of(grid, lambda t: v_zs - t * log_mean, y),
-               "tau": best_of(grid, lambda t: v_ft - t * log_prior, y)}
+    chosen |= {"lambda": best_of(grid, lambda t: v_zs - t * log_mean, y, boot, seed),
+               "tau": best_of(grid, lambda t: v_ft - t * log_prior, y, boot, seed)}
     out = {"zero-shot": f_zs, "fine-tuned": f_ft, "zero-shot - ln q": f_zs - np.log(q),
-           "zero-shot - lambda ln mean": f_zs - chosen["lambda"] * log_mean,
-           "logit adjustment": f_ft - chosen["tau"] * log_prior, "sum": f_zs + f_ft,
+           "zero-shot - lambda ln mean": f_zs - chosen["lambda"]["value"] * log_mean,
+           "logit adjustment": f_ft - chosen["tau"]["value"] * log_prior, "sum": f_zs + f_ft,
            "GLA": f_ft + f_zs - np.log(q) - log_prior}
     norms = np.linalg.norm(ft.get("prototypes", np.ones((1, 1))).astype(np.float64), axis=1, keepdims=True)
     # A cosine head has tau 1 already.
     widths = {v.shape[1] for v in (val.get("ft_features"), ft.get("features"), ft.get("prototypes")) if v is not None}
     if "ft_features" in val and "features" in ft and len(widths) == 1 and np.ptp(norms) > 1e-2 * norms.mean():
         head = lambda x, t: x.astype(np.float64) @ (ft["prototypes"] / norms**t).T  # noqa: E731
-        chosen["tau-norm"] = best_of(grid[:11], lambda t: head(val["ft_features"], t), y)
-        out["tau-normalised"] = head(ft["features"], chosen["tau-norm"])
-    return out, chosen | {"q": q}
+        chosen["tau-norm"] = best_of(grid[:11], lambda t: head(val["ft_features"], t), y, boot, seed)
+        out["tau-normalised"] = head(ft["features"], chosen["tau-norm"]["value"])
+    return out, chosen | {"q": q, "q_interval": prior_interval(v_zs, y, q)}
 
 
 def debias(zeroshot: str, finetuned: str, val_zeroshot: str, val_finetuned: str, more: dict[str, str],
@@ -2167,16 +2244,17 @@ def debias(zeroshot: str, finetuned: str, val_zeroshot: str, val_finetuned: str,
     val = {"zs": held_out[0]["logits"], "ft": held_out[1]["logits"], "labels": held_out[0]["labels"]}
     val |= {"ft_features": held_out[1]["features"]} if "features" in held_out[1] else {}
     cut = [with_rows(data, test) for data in (zs, ft)]
-    outcome, chosen = debias_logits(*cut, val, np.log(share / share.sum()), is_calibrated)
+    outcome, chosen = debias_logits(*cut, val, np.log(share / share.sum()), is_calibrated, boot, seed)
     refuse(mixed and "WiSE-FT" in extra, "--more: --wiseft makes the row WiSE-FT")
     if mixed:
-        best = best_of(list(range(len(mixed))), lambda i: mixed[i]["logits"][~test], val["labels"])
-        extra, chosen = extra | {"WiSE-FT": mixed[best]}, chosen | {"WiSE-FT": wiseft[best]}
+        best = best_of(wiseft, lambda path: mixed[wiseft.index(path)]["logits"][~test], val["labels"], boot, seed)
+        extra, chosen = extra | {"WiSE-FT": mixed[wiseft.index(best["value"])]}, chosen | {"WiSE-FT": best}
     refuse(set(outcome) & set(extra), f"--more: the table has {', '.join(set(outcome) & set(extra))} already")
     predictions = {name: f.argmax(1) for name, f in outcome.items()}
     predictions |= {"zero-shot": predict(cut[0])[0], "fine-tuned": predict(cut[1])[0]}
     same = {"lambda": ("zero-shot - lambda ln mean", "zero-shot"), "tau": ("logit adjustment", "fine-tuned")}
-    predictions |= {a: predictions[b] for key, (a, b) in same.items() if chosen[key] == 0}  # the model itself, ties too
+    # By nothing it is the model itself, ties too.
+    predictions |= {a: predictions[b] for key, (a, b) in same.items() if chosen[key]["value"] == 0}
     predictions |= {name: predict(data)[0][test] for name, data in extra.items()}
     order_by = chosen["q"] if group_by == "prior" else counts
     rows, draws = {}, {}
@@ -2405,9 +2483,30 @@ for (const button of document.querySelectorAll("th button")) button.addEventList
 """
 
 
+def from_metrics(known: dict) -> dict[str, dict]:
+    """Estimates of one set's numbers in metrics.json, with the intervals that can be had from them.
+
+    top-1 equals balanced accuracy where all C = 1 / chance classes have n / C images: then groups of classes have known
+    numbers of them. Correlations over C classes: Fisher's z with the variance of Bonett and Wright (Psychometrika 65,
+    2000), (1 + rho^2 / 2) / (C - 3).
+    """
+    n, C, top1 = known.get("n", math.nan), max(1, round(1 / max(known.get("chance", 1), 1e-9))), known["top1"]
+    is_even = 0 < top1 < 1 and abs(known.get("balanced", math.nan) - top1) < 1e-9 and n % C == 0
+    sizes = {"balanced": C, "head": C // 3, "medium": C // 3, "tail": C - 2 * (C // 3)}
+    images = {"top1": n} | {key: n * size / C if is_even and 0 <= known.get(key, 0) <= 1 else math.nan
+                            for key, size in sizes.items()}
+    row = {key: clopper_pearson(known[key], images[key]) for key in images if key in known}
+    for key, is_over_all in (("spearman_acc", is_even), ("spearman_pred", True)):
+        row[key] = estimate(known.get(key))
+        if key in known and is_over_all and C > 3 and abs(known[key]) < 1:
+            rho, half = known[key], 1.96 * math.sqrt((1 + known[key] ** 2 / 2) / (C - 3))
+            row[key] |= {"low": math.tanh(math.atanh(rho) - half), "high": math.tanh(math.atanh(rho) + half)}
+    return {key: row.get(key, estimate(None)) for key in REPORT_KEYS}
+
+
 def score_run(folder: Path, boot: int, seed: int) -> dict[str, dict]:
-    """{test set: {metric: estimate}} of a run: from its <set>.npz, else metrics.json, where only top-1, k-NN and probe
-    have an interval."""
+    """{test set: {metric: estimate}} of a run: from its <set>.npz, else from metrics.json alone (from_metrics; recalls
+    and what else has no interval there are marked in the tables)."""
     metrics, out = read_metrics(folder), {}
     for name in dict.fromkeys([*metrics, *sorted(p.stem for p in folder.glob("*.npz"))]):
         path, known, row = folder / f"{name}.npz", metrics.get(name, {}), {}
@@ -2424,9 +2523,8 @@ def score_run(folder: Path, boot: int, seed: int) -> dict[str, dict]:
             scored = score_classes(data | {"class_counts": np.zeros(data["n_classes"])}, (100, 20), 0, 10, boot, seed)
             row = {key: scored[0][key] for key in ("n", "top1", "balanced")}
         elif known:
-            row = {"n": known.get("n")} | ({k: estimate(known.get(k)) for k in REPORT_KEYS} | {
-                "top1": clopper_pearson(known["top1"], known.get("n", math.nan))} if "top1" in known else {})
-        row |= {k: clopper_pearson(known[k], known["n"]) for k in ("knn", "probe") if known.get(k) is not None}
+            row = {"n": known.get("n")} | (from_metrics(known) if "top1" in known else {})
+        row |= {k: clopper_pearson(known[k], known.get("n", math.nan)) for k in ("knn", "probe") if k in known}
         recalls = {k: estimate(v) for k, v in (known.get("retrieval") or {}).items()}
         if recalls and path.is_file() and "text_features" in read_npz(path, ("text_features",)):
             ks = sorted({int(k.rpartition("_r")[2]) for k in recalls})
@@ -2435,6 +2533,11 @@ def score_run(folder: Path, boot: int, seed: int) -> dict[str, dict]:
         if row.keys() - {"n"}:
             out[name] = row
     return out
+
+
+def mark(entry: dict | float | str | None, sign: str = " †") -> str:
+    """The sign of an estimate without an interval; nothing for others."""
+    return sign if isinstance(entry, dict) and entry.get("value") is not None and entry.get("low", 0) is None else ""
 
 
 def html_cell(entry: dict | float | str | None) -> str:
@@ -2446,7 +2549,7 @@ def html_cell(entry: dict | float | str | None) -> str:
         return '<td data-v="">-</td>'
     if not isinstance(entry, dict):
         return f'<td data-v="{value:g}">{value:g}</td>'
-    ends = f" <small>{entry['low']:.3f} to {entry['high']:.3f}</small>" if entry.get("low") is not None else ""
+    ends = f" <small>{entry['low']:.3f} to {entry['high']:.3f}</small>" if entry.get("low") is not None else mark(entry)
     return f'<td data-v="{value:.6g}">{value:.3f}{ends}</td>'
 
 
@@ -2456,7 +2559,7 @@ def both_tables(title: str, rows: dict[str, dict], columns: dict[str, str]) -> t
     body = "\n".join(f"<tr>{html_cell(name)}{''.join(html_cell(row.get(c)) for c in columns)}</tr>"
                      for name, row in rows.items())
     lines = [["run", *columns.values()], ["---"] * (len(columns) + 1)]
-    lines += [[name, *(cell(row.get(c)) for c in columns)] for name, row in rows.items()]
+    lines += [[name, *(cell(row.get(c)) + mark(row.get(c)) for c in columns)] for name, row in rows.items()]
     lines = [[text.replace("|", "\\|") for text in line] for line in lines]
     return (f'<h2>{escape(title)}</h2><div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody>'
             "</table></div>", [f"## {title}", "", *(f"| {' | '.join(line)} |" for line in lines), ""])
@@ -2586,8 +2689,8 @@ def report_runs(runs: list[str], id_set: str, out: str, markdown: str, boot: int
     if scores:
         body = [f"<h1>{len(scores)} runs on {len(sets)} test sets</h1>",
                 "<p>Intervals are 95 %: images resampled for accuracies, "
-                f"classes for correlations, {boot} times; what metrics.json alone tells has none but for top-1, k-NN "
-                "and probe. A click on a column's name sorts.</p>"]
+                f"classes for correlations, {boot} times; of runs with metrics.json alone, by formulas. A click on a "
+                "column's name sorts.</p>"]
     for test_set in sets:
         rows = {name: score[test_set] for name, score in scores.items() if test_set in score}
         text, more, columns = set_section(test_set, rows, x_names)
@@ -2605,6 +2708,9 @@ def report_runs(runs: list[str], id_set: str, out: str, markdown: str, boot: int
     for name, path in files.items():
         text, more = file_section(name, path)
         body, lines = [*body, text], lines + more
+    note = "† has no interval: what it needs, as the number of images or their classes, is not in the files."
+    if any("†" in text for text in lines):
+        body, lines = [*body, f"<p>{note}</p>"], [*lines, note, ""]
     write_atomically(Path(out), lambda file: file.write(PAGE.replace("BODY", "\n".join(body)).encode()))
     if markdown:
         write_atomically(Path(markdown), lambda file: file.write("\n".join(lines).encode()))
@@ -2756,7 +2862,8 @@ def cell(value) -> str:
 def show(rows: dict[str, dict], title: str = "", is_turned: bool = False) -> None:
     """Print a table {row: {column: estimate or value}}; turned: one line a column of it."""
     columns = list(dict.fromkeys(c for row in rows.values() for c in row))
-    lines = [[title, *columns]] + [[name] + [cell(row.get(c)) for c in columns] for name, row in rows.items()]
+    lines = [[title, *columns]]
+    lines += [[name] + [cell(row.get(c)) + mark(row.get(c), " *") for c in columns] for name, row in rows.items()]
     lines = list(zip(*lines)) if is_turned else lines
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     for line in lines:

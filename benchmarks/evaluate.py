@@ -50,8 +50,10 @@ def collapse():
 
     def work():
         means = evaluate.class_means(features, labels, 1000)
-        nc1, rank = evaluate.within_variability(features, labels, means)
-        return nc1.mean(), rank, [evaluate.cosine_gaps(v, c) for v in (means, centers) for c in (True, False)]
+        nc1, rank, _ = evaluate.within_variability(features, labels, means)
+        of = lambda m: np.array([evaluate.cosine_gaps(m, is_centred) for is_centred in (True, False)])  # noqa: E731
+        evaluate.jackknife_of_means(features, labels, means, of, rng)
+        return nc1.mean(), rank, (of(means), of(centers))
 
     nc1, rank, _ = timed("NC1 and NC2, N = 50,000, D = 1,024, C = 1,000", work)
     print(f"  NC1 {nc1:.4f}, rank {rank}")

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from programs import run_here
-from scipy.special import softmax
+from scipy.special import logit, softmax
+from scipy.stats import spearmanr
 
 import evaluate
 
@@ -21,7 +22,7 @@ def test_nc1_by_hand_and_by_the_textbook():
     """1-d classes {1, 3}, {-3, -1}: NC1 .125 a class. General: mean equals tr(S_w S_b^+) / C from D x D matrices."""
     features, labels = np.array([[1.0], [3], [-3], [-1]]), np.array([0, 0, 1, 1])
     means = evaluate.class_means(features, labels, 3)
-    nc1, rank = evaluate.within_variability(features, labels, means)
+    nc1, rank, _ = evaluate.within_variability(features, labels, means)
     assert nc1[:2] == pytest.approx([0.125, 0.125]) and np.isnan(nc1[2]) and rank == 1
     rng = np.random.default_rng(0)
     labels = rng.integers(6, size=400)
@@ -34,7 +35,7 @@ def test_nc1_by_hand_and_by_the_textbook():
     for c in range(6):
         h = features[labels == c] - means[c]
         expected.append(np.trace(h.T @ h / 400 @ inverse))
-    nc1, rank = evaluate.within_variability(features, labels, means)
+    nc1, rank, _ = evaluate.within_variability(features, labels, means)
     np.testing.assert_allclose(nc1, expected, rtol=1e-8)
     s_w = sum((features[labels == c] - means[c]).T @ (features[labels == c] - means[c]) for c in range(6)) / 400
     assert nc1.mean() == pytest.approx(np.trace(s_w @ inverse) / 6, rel=1e-8) and rank == 5
@@ -185,6 +186,62 @@ def test_label_prior_by_hand_and_of_a_biased_classifier():
     assert np.isfinite(evaluate.label_prior(logits[labels > 0], labels[labels > 0])).all()  # a class without images
 
 
+def zero_shot(rng, n, prior):
+    """Labels, and the log p(x | y) of x up to a constant, plus the log of a wrong prior."""
+    labels = rng.integers(len(prior), size=n)
+    return labels, 1.5 * (rng.normal(size=(n, len(prior))) + 1.5 * np.eye(len(prior))[labels]) + np.log(prior)
+
+
+def test_interval_of_the_label_prior_is_that_of_refits():
+    """Width against 600 refits to resamples within classes, to 10 % (their own error is 3 %)."""
+    rng, prior = np.random.default_rng(0), np.array([0.5, 0.3, 0.12, 0.07, 0.01])
+    labels, logits = zero_shot(rng, 500, prior)
+    q = evaluate.label_prior(logits, labels)
+    refits = [evaluate.label_prior(logits[i], labels[i]) for i in list(evaluate.resamples(labels, 600, rng))[1:]]
+    ends = evaluate.prior_interval(logits, labels, q)
+    assert np.diff(logit(ends), axis=1)[:, 0] == pytest.approx(2 * 1.96 * logit(refits).std(0), rel=0.1)
+    assert (ends[:, 0] < q).all() and (q < ends[:, 1]).all() and (0 < ends).all() and (ends < 1).all()
+
+
+def test_interval_of_the_label_prior_covers_it():
+    """200 simulations of 300 images, some classes of a few; a class without images, single images, no doubt at all."""
+    rng, inside = np.random.default_rng(0), []
+    for _ in range(200):
+        prior = rng.dirichlet(np.full(5, 2.0))
+        labels, logits = zero_shot(rng, 300, prior)
+        low, high = evaluate.prior_interval(logits, labels, evaluate.label_prior(logits, labels)).T
+        inside.append((low <= prior) & (prior <= high))
+    assert 0.92 <= np.mean(inside) <= 0.98, np.mean(inside)
+    for keep in (labels > 0, np.r_[np.unique(labels, return_index=True)[1], np.flatnonzero(labels > 1)]):
+        q = evaluate.label_prior(logits[keep], labels[keep])
+        low, high = evaluate.prior_interval(logits[keep], labels[keep], q).T
+        assert (0 <= low).all() and (low < q).all() and (q < high).all() and (high <= 1).all()
+    assert np.isnan(evaluate.prior_interval(100 * np.eye(3), np.arange(3), np.full(3, 1 / 3))).all()
+
+
+def test_wins_are_the_share_of_resamples():
+    """Balanced accuracy of three columns, image by image, in the same resamples."""
+    rng, labels = np.random.default_rng(0), np.repeat([0, 1, 2], [5, 20, 40])
+    predicted = np.where(rng.random((3, 65)) < [[0.6], [0.65], [0.5]], labels, (labels + 1) % 3)
+    found = evaluate.best_of([0, 1, 2], lambda v: np.eye(3)[predicted[v]], labels, 100, 7)
+    best = []
+    for i in evaluate.resamples(labels, 100, np.random.default_rng(7)):
+        y, right = labels[i], (predicted == labels)[:, i]
+        best.append(int(np.mean([right[:, y == c].mean(1) for c in range(3)], 0).round(9).argmax()))
+    assert found == {"value": best[0], "wins": np.mean(np.array(best[1:]) == best[0])} and 0.2 < found["wins"] < 1
+    assert evaluate.best_of([0, 1], lambda v: np.eye(3)[labels], labels, 0, 7) == {"value": 0, "wins": None}
+
+
+def test_what_debias_chose_has_intervals(tmp_path):
+    zs, ft = biased_pair(tmp_path, n=1200)
+    chosen = evaluate.debias(zs, ft, "", "", {}, [], "", "counts", True, 50, 0)["chosen"]
+    for key in ("T zero-shot", "T fine-tuned"):
+        assert chosen[key]["low"] < chosen[key]["value"] < chosen[key]["high"]
+    assert all(0 < chosen[key]["wins"] <= 1 for key in ("lambda", "tau"))
+    low, high = chosen["q_interval"].T
+    assert (low < chosen["q"]).all() and (chosen["q"] < high).all()
+
+
 def biased_pair(tmp_path, seed=0, n=6000, C=12):
     """A zero-shot model with a label bias of its own, and a fine-tuned one that learned long-tailed classes."""
     rng = np.random.default_rng(seed)
@@ -222,7 +279,7 @@ def test_wise_ft_is_chosen_on_held_out_images(tmp_path):
     test[order[np.argsort(labels[order], kind="stable")][::2]] = False
     held = [np.mean([(x[~test].argmax(1) == c)[labels[~test] == c].mean() for c in range(12)]) for x in mixed]
     best = int(np.argmax(held))
-    assert result["chosen"]["WiSE-FT"] == paths[best] and np.ptp(held) > 0
+    assert result["chosen"]["WiSE-FT"]["value"] == paths[best] and np.ptp(held) > 0
     expected = (mixed[best].argmax(1) == labels)[test].mean()
     assert result["rows"]["WiSE-FT"]["top1"]["value"] == pytest.approx(expected)
 
@@ -251,7 +308,7 @@ def test_debias_by_nothing_is_the_model_itself(tmp_path):
             np.arange(400) % 7, logits.argmax(1), rng.integers(4, size=400)))  # fmt: skip
     files = [str(tmp_path / f"{name}.npz") for name in ("zs", "ft")]
     result = evaluate.debias(*files, "", "", {}, [], "uniform", "prior", False, 20, 0)
-    assert result["chosen"]["tau"] == 0
+    assert result["chosen"]["tau"]["value"] == 0
     assert result["rows"]["logit adjustment"] == result["rows"]["fine-tuned"]
     assert result["rows"]["GLA"]["spearman_pred"].keys() == {"value", "low", "high"}
     with pytest.raises(SystemExit, match="no class_counts of 4 classes: pass --group-by prior"):
@@ -266,6 +323,41 @@ def test_collapse_without_logits_has_no_accuracy(tmp_path):
     assert np.isnan(model["accuracy"]).all() and result["rows"]["NC1"]["rho(acc)"]["value"] is None
 
 
+def test_intervals_of_collapse_cover_what_so_many_images_have():
+    """NC1 and NC2 of each of 40 classes of 5 to 60 images against their means over 100 simulations."""
+    rng, C = np.random.default_rng(0), 40
+    labels, centers = np.repeat(np.arange(C), np.linspace(5, 60, C).astype(int)), 2 * rng.normal(size=(C, 6))
+    of = lambda m: np.array(evaluate.cosine_gaps(m, True))  # noqa: E731
+    values, ends = [], []
+    for _ in range(100):
+        features = centers[labels] + rng.normal(size=(len(labels), 6))
+        means = evaluate.class_means(features, labels, C)
+        nc1, _, interval = evaluate.within_variability(features, labels, means)
+        gaps, half = of(means), evaluate.jackknife_of_means(features, labels, means, of, rng)
+        values.append([nc1, *gaps])
+        ends.append([interval, *np.stack([gaps - half, gaps + half], -1)])
+    truth, ends = np.mean(values, 0), np.array(ends)
+    covered = ((ends[..., 0] <= truth) & (truth <= ends[..., 1])).mean((0, 2))
+    assert (0.91 <= covered).all() and (covered <= 0.98).all(), covered
+
+
+def test_collapse_gives_each_class_its_interval(tmp_path):
+    """Not class vectors, which are no sample, nor a class of a single image; none without resamples."""
+    rng, labels = np.random.default_rng(0), np.r_[np.arange(120) % 4, 4]
+    np.savez(tmp_path / "a.npz", labels=labels, features=rng.normal(size=(121, 6)) + 3 * np.eye(6)[labels],
+             prototypes=rng.normal(size=(5, 6)))  # fmt: skip
+    (model,) = evaluate.collapse([str(tmp_path / "a.npz")], "", 10, 0)["models"].values()
+    names = [key for key in model if key.startswith("NC") and not key.endswith("_interval")]
+    assert len(names) == 9
+    for name in names:
+        assert (f"{name}_interval" in model) == ("_W" not in name), name
+        low, high = model.get(f"{name}_interval", np.tile([-np.inf, np.inf], (5, 1))).T
+        assert (low[:4] <= model[name][:4]).all() and (model[name][:4] <= high[:4]).all() and (low[:4] < high[:4]).all()
+        assert np.isnan(low[4]) == ("_W" not in name)
+    (model,) = evaluate.collapse([str(tmp_path / "a.npz")], "", 0, 0)["models"].values()
+    assert "NC2_M_interval" not in model
+
+
 def test_nothing_is_chosen_on_test_labels(tmp_path):
     """Other labels of the test images leave every prediction, tau, lambda and q as they are."""
     rng, C = np.random.default_rng(0), 5
@@ -274,7 +366,7 @@ def test_nothing_is_chosen_on_test_labels(tmp_path):
     for seed in (0, 1):
         labels = np.random.default_rng(seed).integers(C, size=200)
         sides = [{"logits": f[name], "labels": labels} for name in ("zs", "ft")]
-        outcomes.append(evaluate.debias_logits(*sides, val, np.log(np.full(C, 1 / C)), True))
+        outcomes.append(evaluate.debias_logits(*sides, val, np.log(np.full(C, 1 / C)), True, 20, 0))
     assert str(outcomes[0]) == str(outcomes[1])
 
 
@@ -284,12 +376,12 @@ def test_tau_normalisation_by_hand():
     x = np.array([[1.0, 1], [0, 1], [2, -1], [0.1, 2]])
     val = {"zs": np.zeros((4, 2)), "ft": x @ head.T, "labels": np.array([0, 1, 0, 1]), "ft_features": x}
     ft = {"logits": x @ head.T, "features": x, "prototypes": head}
-    out, chosen = evaluate.debias_logits({"logits": np.zeros((4, 2))}, ft, val, np.zeros(2), False)
-    rows = head / np.linalg.norm(head, axis=1, keepdims=True) ** chosen["tau-norm"]
+    out, chosen = evaluate.debias_logits({"logits": np.zeros((4, 2))}, ft, val, np.zeros(2), False, 0, 0)
+    rows = head / np.linalg.norm(head, axis=1, keepdims=True) ** chosen["tau-norm"]["value"]
     np.testing.assert_allclose(out["tau-normalised"], x @ rows.T)
     np.testing.assert_allclose(head[0] / 5**0.5, [1.3416, 1.7889], atol=1e-4)
     out, _ = evaluate.debias_logits(
-        {"logits": np.zeros((4, 2))}, ft | {"prototypes": evaluate.unit_rows(head)}, val, np.zeros(2), False
+        {"logits": np.zeros((4, 2))}, ft | {"prototypes": evaluate.unit_rows(head)}, val, np.zeros(2), False, 0, 0
     )
     assert "tau-normalised" not in out
 
@@ -421,6 +513,46 @@ def test_report_of_one_run_has_every_interval(tmp_path):
     assert found["retrieval t2i_r5"] == expected["t2i_r5"] and len(found) == 5
     (tip,) = re.findall(r"<h2>Under shift.*?<title>(.*?)</title>", (tmp_path / "r.html").read_text(), re.S)
     assert re.search(r" 0\.\d+ \[0\.\d+, 0\.\d+\]$", tip), tip
+
+
+def test_report_of_metrics_alone(tmp_path, capsys):
+    """Classes of one size, told by top-1 and balanced accuracy: every interval; of others, and of recalls: a mark, on
+    the terminal one that every encoding has."""
+    even = {"n": 600, "top1": 0.5, "balanced": 0.5, "head": 0.6, "medium": 0.5, "tail": 0.4, "spearman_acc": 0.3,
+            "spearman_pred": -0.4, "chance": 1 / 20, "knn": 0.4}  # fmt: skip
+    sets = {"val": even, "v2": even | {"balanced": 0.45}, "pairs": {"n": 9, "retrieval": {"i2t_r1": 0.25}},
+            "odd": even | {"chance": 2, "head": 7}, "off": even | {"head": 7}, "bare": {"top1": 0.25, "knn": 0.5}}  # fmt: skip
+    (tmp_path / "metrics.json").write_text(json.dumps(sets))
+    result = evaluate.report_runs([f"a={tmp_path}"], "val", str(tmp_path / "r.html"), str(tmp_path / "r.md"), 20, 0)
+    row = result["sets"]["val"]["a"]
+    for key, n in (("balanced", 600), ("head", 180), ("medium", 180), ("tail", 240)):  # 6, 6 and 8 classes of 30
+        assert row[key] == evaluate.clopper_pearson(even[key], n)
+    half = 1.96 * np.sqrt((1 + 0.3**2 / 2) / 17)
+    assert row["spearman_acc"]["high"] == pytest.approx(np.tanh(np.arctanh(0.3) + half))
+    assert row["spearman_pred"]["low"] < -0.4 < row["spearman_pred"]["high"]
+    row = result["sets"]["v2"]["a"]
+    bare = {key for key, entry in row.items() if key != "n" and entry["low"] is None}
+    assert bare == {"balanced", "head", "medium", "tail", "spearman_acc"}
+    for name in ("r.md", "r.html"):
+        text = (tmp_path / name).read_text()
+        assert "0.450 †" in text and "0.250 †" in text and text.count("† has no interval") == 1
+    evaluate.show({"v2": row})
+    table = capsys.readouterr().out
+    assert "0.450 *" in table and table.isascii()
+    (tmp_path / "metrics.json").write_text(json.dumps({"val": even}))
+    evaluate.report_runs([f"a={tmp_path}"], "val", str(tmp_path / "r.html"), "", 20, 0)
+    assert "†" not in (tmp_path / "r.html").read_text()
+
+
+def test_formula_of_the_rank_correlation_covers_it():
+    """Normal pairs with correlation .6 have the rank correlation 6 / pi asin(.3); 1,000 samples of 30."""
+    rng, inside = np.random.default_rng(0), []
+    for _ in range(1000):
+        x, y = rng.normal(size=(2, 30))
+        rho = float(spearmanr(x, 0.6 * x + 0.8 * y).statistic)
+        entry = evaluate.from_metrics({"top1": 0.5, "chance": 1 / 30, "spearman_pred": rho})["spearman_pred"]
+        inside.append(entry["low"] <= 6 / np.pi * np.arcsin(0.3) <= entry["high"])
+    assert 0.93 <= np.mean(inside) <= 0.97, np.mean(inside)
 
 
 def test_report_under_shift_is_over_the_sets_of_all_runs(tmp_path):

@@ -283,21 +283,23 @@ def draw_vocab(present: torch.Tensor, draws: Draws, seed: int) -> tuple[torch.Te
 
 
 def vocab_of_batch(labels: torch.Tensor, first: int, B: int, group_size: int, draws: Draws, seed: int,
-                   step: int) -> tuple[Vocab, int, int]:
+                   step: int) -> tuple[Vocab, np.ndarray]:
     """Vocabularies of the groups that hold rows first .. first + B of the global batch, the same for any such split.
 
     labels: [N, J] int64 of all processes, -1 pads. group_size: images of a group, cut from the global batch in order.
-    Returns: the vocabularies; summed over these groups, their sizes and the number of drawn classes.
+    Returns: the vocabularies; [3] summed over the groups whose first image is among these rows, so that each is counted
+    once over all processes: their sizes, the number of drawn classes, the number of groups.
     The union's rows alone are multiplied when they are at most three quarters of the classes: beyond that copying rows
     costs about what it saves (benchmarks/vocab.py).
     """
     C, ids = len(draws.weights), np.arange(first // group_size, (first + B - 1) // group_size + 1)
-    vocabs, n_present = [], 0
+    vocabs, counted = [], np.zeros(3, np.int64)
     for group, luck in zip(ids, uniform_hash(seed, 6, step, ids)):
         present = labels[group * group_size : (group + 1) * group_size].unique()
         present = present[present >= 0]
         vocabs.append(draw_vocab(present, draws, int(luck * 2**53)))
-        n_present += len(present)
+        if group * group_size >= first:
+            counted += (len(vocabs[-1][0]), len(vocabs[-1][0]) - len(present), 1)
     drawn, sizes = torch.cat([classes for classes, _ in vocabs]), torch.tensor([len(classes) for classes, _ in vocabs])
     union, columns = drawn.unique(return_inverse=True)  # [U], sorted, and where in it each drawn class is
     is_whole = 4 * len(union) > 3 * C
@@ -307,7 +309,7 @@ def vocab_of_batch(labels: torch.Tensor, first: int, B: int, group_size: int, dr
     rows = torch.arange(len(ids)).repeat_interleave(sizes)
     inside[rows, columns], log_q[rows, columns] = True, torch.cat([values for _, values in vocabs])
     groups = torch.arange(first, first + B) // group_size - ids[0]
-    return Vocab(None if is_whole else union, inside, log_q, groups), len(drawn), len(drawn) - n_present
+    return Vocab(None if is_whole else union, inside, log_q, groups), counted
 
 
 def vocab_logits(features: torch.Tensor, prototypes: torch.Tensor, scale: torch.Tensor, vocab: Vocab | None,
@@ -2003,8 +2005,8 @@ def main(args: argparse.Namespace) -> None:
             all_labels = labels.repeat(world_size, 1)  # [N, J]
             if world_size > 1:
                 dist.all_gather(list(all_labels.chunk(world_size)), labels, group=control)  # All ranks
-            vocab, size, n_drawn = vocab_of_batch(all_labels, rank * B, B, group_size, draws, args.seed, step)
-            vocab_sizes += (size, n_drawn, len(vocab.inside))
+            vocab, counted = vocab_of_batch(all_labels, rank * B, B, group_size, draws, args.seed, step)
+            vocab_sizes += counted
             if vocab.ids is not None:  # labels as columns of the union
                 labels = torch.searchsorted(vocab.ids, labels).masked_fill(labels < 0, -1)
             vocab = Vocab(*(x if x is None else x.to(device, non_blocking=True) for x in vocab))

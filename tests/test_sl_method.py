@@ -113,7 +113,7 @@ def test_a_vocabulary_of_many_classes_costs_no_pass_over_them(kind, monkeypatch)
     draws = sl.draws_of(counts, M, 0.0 if kind == "even" else 1.0)
     labels, estimates = torch.randint(0, C, (20, 1), generator=torch.Generator().manual_seed(0)), []
     for step in range(100):
-        vocab, size, n_drawn = sl.vocab_of_batch(labels, 0, 20, 20, draws, 0, step)
+        vocab, (size, n_drawn, _) = sl.vocab_of_batch(labels, 0, 20, 20, draws, 0, step)
         assert size == len(vocab.ids) == M and n_drawn == M - 20
         assert vocab.inside.all() and torch.isin(labels, vocab.ids).all()
         estimates.append(float((draws.weights[vocab.ids] / vocab.log_q[0].double().exp()).sum()))
@@ -133,8 +133,8 @@ def batch(N=24, C=9, D=5, J=1, seed=0):
 def test_full_vocabulary_is_plain_softmax_bit_for_bit():
     features, prototypes, labels = batch()
     plain = sl.vocab_logits(features, prototypes, torch.tensor(10.0), None)
-    vocab, size, _ = sl.vocab_of_batch(labels, 0, 24, 8, sl.draws_of(torch.ones(9), 9, 1.0), seed=0, step=0)
-    assert size == 3 * 9 and vocab.ids is None
+    vocab, (size, _, n_groups) = sl.vocab_of_batch(labels, 0, 24, 8, sl.draws_of(torch.ones(9), 9, 1.0), 0, step=0)
+    assert size == 3 * 9 and n_groups == 3 and vocab.ids is None
     sampled = sl.vocab_logits(features, prototypes, torch.tensor(10.0), vocab)
     assert torch.equal(sl.cross_entropy(plain, labels), sl.cross_entropy(sampled, labels))
     expected = F.cross_entropy(10 * features @ F.normalize(prototypes, dim=1).T, labels[:, 0])

@@ -268,7 +268,8 @@ def table_of(tmp_path, labels):
 def test_label_sets(tmp_path):
     table = table_of(tmp_path, ["2", "", "0|2", "dog", "dog | 0"])
     assert sl.read_label_sets(table, ["cat", "dog", "cow"]).tolist() == [[2, -1], [-1, -1], [0, 2], [1, -1], [1, 0]]
-    for wrong in ("3", "-1", "bird", "0|9"):
+    assert sl.read_label_sets(table_of(tmp_path, ["1|1|0|dog"]), ["cat", "dog"]).tolist() == [[1, 0]]  # none twice
+    for wrong in ("3", "-1", "bird", "0|9", "9" * 5_000):
         with pytest.raises(SystemExit, match="row 1 has label"):
             sl.read_label_sets(table_of(tmp_path, [wrong]), ["cat", "dog", "cow"])
 
@@ -314,6 +315,10 @@ def test_prototypes_are_matched_by_name(tmp_path):
     assert sl.read_prototypes(str(tmp_path / "w.npy"), ["x", "y"]).shape == (2, 7)
     np.save(tmp_path / "nan.npy", np.full((2, 7), np.nan))
     np.save(tmp_path / "flat.npy", np.ones(2))
+    np.save(tmp_path / "width0.npy", np.ones((2, 0)))
+    np.save(tmp_path / "complex.npy", np.ones((2, 3), complex))
+    np.save(tmp_path / "zero.npy", np.diag([1.0, 0.0]))
+    torch.save({"prototypes": vectors, "class_names": 5}, tmp_path / "number.pt")
     np.save(tmp_path / "object.npy", np.array([{}], object), allow_pickle=True)
     (tmp_path / "broken.pt").write_bytes(b"PK no archive")
     torch.save({"prototypes": vectors, "class_names": ["a", "b", "a"]}, tmp_path / "twice.pt")
@@ -326,6 +331,10 @@ def test_prototypes_are_matched_by_name(tmp_path):
         ("w.npy", ["x", "y", "z"], "2 rows for 3 classes"),
         ("nan.npy", ["x", "y"], "not finite"),
         ("flat.npy", ["x", "y"], "expected an array"),
+        ("width0.npy", ["x", "y"], r"holds \(2, 0\), expected an array"),
+        ("complex.npy", ["x", "y"], r"holds \(2, 3\) complex numbers, expected an array"),
+        ("zero.npy", ["x", "y"], "1 classes have a vector of length 0, which has no direction: y"),
+        ("number.pt", ["a", "b", "c"], "class_names must be a list of names, it is a int"),
         ("object.npy", ["x"], "Object arrays"),
         ("broken.pt", ["x"], "cannot be read"),
         ("missing.pt", ["x"], "cannot be read"),

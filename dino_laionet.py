@@ -1893,21 +1893,23 @@ class RunLog:
 
     def __init__(self, out: Path, start: int, tensorboard: bool, wandb: str, flags: dict):
         path, self.writer, self.wandb = out / "log.jsonl", None, None
-        lines = path.read_text().splitlines(keepends=True) if start and path.is_file() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
-        write_atomically(path, lambda file: file.write("".join(kept).encode()))
-        self.file = open(path, "a", buffering=1)
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise SystemExit("--tensorboard needs tensorboard: pip install tensorboard") from None
-            self.writer = SummaryWriter(out)
         if wandb:
             try:
                 import wandb as client
             except ImportError:
                 raise SystemExit("--wandb needs wandb: pip install wandb") from None
+        lines = path.read_text().splitlines(keepends=True) if start and path.is_file() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+        write_atomically(path, lambda file: file.write("".join(kept).encode()))
+        self.file = open(path, "a", buffering=1)
+        if tensorboard:
+            self.writer = SummaryWriter(out)
+        if wandb:
             run_id = hashlib.sha1(str(path.resolve()).encode()).hexdigest()[:12]  # the same for a continued run
             self.wandb = client.init(project=wandb, name=out.name, config=flags, id=run_id, resume="allow")
 

@@ -837,7 +837,11 @@ def read_classes(root: Path) -> list[dict[str, str]]:
     path = root / "classes.tsv"
     if not path.is_file():
         return []
-    lines = [line.split("\t") for line in path.read_text("utf-8").splitlines() if line.strip()]
+    try:
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SystemExit(f"{path} is not UTF-8: {error}; save it as UTF-8") from None
+    lines = [line.split("\t") for line in text.split("\n") if line.strip()]  # splitlines() cuts at more than newlines
     if not lines or "name" not in lines[0]:
         raise SystemExit(f"{path}: no column name in {lines[:1]}")
     return [dict(zip(lines[0], line + [""] * len(lines[0]))) for line in lines[1:]]
@@ -850,10 +854,10 @@ def read_labels(table: Table, class_names: list[str]) -> np.ndarray:
     for row in range(len(table)):
         field = table.get(row, "label").split("|")[0].strip()
         if field:
-            label = int(field) if field.isdecimal() else ids.get(field, -1)
+            label = int(field) if field.isdecimal() and len(field) < 19 else ids.get(field, -1)  # of 64 bits
             if not 0 <= label < (len(class_names) or label + 1):
-                raise SystemExit(f"{table.path}: row {row + 1} has label {field!r}; classes.tsv has {len(class_names)} "
-                                 "classes")
+                raise SystemExit(f"{table.path}: row {row + 1} has label {field[:100]!r}; classes.tsv has "
+                                 f"{len(class_names)} classes")
             labels[row] = label
     return labels
 
@@ -2099,21 +2103,23 @@ class RunLog:
 
     def __init__(self, out: Path, start: int, tensorboard: bool, wandb: str, flags: dict):
         path, self.writer, self.wandb = out / "log.jsonl", None, None
-        lines = path.read_text().splitlines(keepends=True) if start and path.is_file() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
-        write_atomically(path, lambda file: file.write("".join(kept).encode()))
-        self.file = open(path, "a", buffering=1)
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise SystemExit("--tensorboard needs tensorboard: pip install tensorboard") from None
-            self.writer = SummaryWriter(out)
         if wandb:
             try:
                 import wandb as client
             except ImportError:
                 raise SystemExit("--wandb needs wandb: pip install wandb") from None
+        lines = path.read_text().splitlines(keepends=True) if start and path.is_file() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+        write_atomically(path, lambda file: file.write("".join(kept).encode()))
+        self.file = open(path, "a", buffering=1)
+        if tensorboard:
+            self.writer = SummaryWriter(out)
+        if wandb:
             run_id = hashlib.sha1(str(path.resolve()).encode()).hexdigest()[:12]  # the same for a continued run
             self.wandb = client.init(project=wandb, name=out.name, config=flags, id=run_id, resume="allow")
 

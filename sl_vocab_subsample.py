@@ -17,8 +17,8 @@ softmax). With --head frozen the classes are fixed vectors of a pretrained CLIP,
 
 The defaults are the matched protocol: a run differs from one of clip.py in the loss only (same tower, AdamW, steps,
 batch, warm-up, crops, batch norm, evaluation). The paper's protocol, on ImageNet-Captions or LAIONet, is instead
-    torchrun --nproc-per-node 4 sl_vocab_subsample.py --root ROOT --data incaps --arch RN50 --batch-size 256 --epochs 90
-with --optimizer sgd --weight-decay 1e-4 --warmup-steps 0 --bn local --vocab 200 --vocab-group 64
+    torchrun --nproc-per-node 4 sl_vocab_subsample.py --root ROOT --data incaps --arch RN50 --batch-size 256 \\
+        --epochs 90 --optimizer sgd --weight-decay 1e-4 --warmup-steps 0 --bn local --vocab 200 --vocab-group 64
 Self-supervised weights to classification: --init backbone.pt (of clip.py, torchvision, and
 dino_laionet.py but for its ViT-S-16, which has DINO's parameter names).
 
@@ -283,21 +283,23 @@ def draw_vocab(present: torch.Tensor, draws: Draws, seed: int) -> tuple[torch.Te
 
 
 def vocab_of_batch(labels: torch.Tensor, first: int, B: int, group_size: int, draws: Draws, seed: int,
-                   step: int) -> tuple[Vocab, int, int]:
+                   step: int) -> tuple[Vocab, np.ndarray]:
     """Vocabularies of the groups that hold rows first .. first + B of the global batch, the same for any such split.
 
     labels: [N, J] int64 of all processes, -1 pads. group_size: images of a group, cut from the global batch in order.
-    Returns: the vocabularies; summed over these groups, their sizes and the number of drawn classes.
+    Returns: the vocabularies; [3] summed over the groups whose first image is among these rows, so that each is counted
+    once over all processes: their sizes, the number of drawn classes, the number of groups.
     The union's rows alone are multiplied when they are at most three quarters of the classes: beyond that copying rows
     costs about what it saves (benchmarks/vocab.py).
     """
     C, ids = len(draws.weights), np.arange(first // group_size, (first + B - 1) // group_size + 1)
-    vocabs, n_present = [], 0
+    vocabs, counted = [], np.zeros(3, np.int64)
     for group, luck in zip(ids, uniform_hash(seed, 6, step, ids)):
         present = labels[group * group_size : (group + 1) * group_size].unique()
         present = present[present >= 0]
         vocabs.append(draw_vocab(present, draws, int(luck * 2**53)))
-        n_present += len(present)
+        if group * group_size >= first:
+            counted += (len(vocabs[-1][0]), len(vocabs[-1][0]) - len(present), 1)
     drawn, sizes = torch.cat([classes for classes, _ in vocabs]), torch.tensor([len(classes) for classes, _ in vocabs])
     union, columns = drawn.unique(return_inverse=True)  # [U], sorted, and where in it each drawn class is
     is_whole = 4 * len(union) > 3 * C
@@ -307,7 +309,7 @@ def vocab_of_batch(labels: torch.Tensor, first: int, B: int, group_size: int, dr
     rows = torch.arange(len(ids)).repeat_interleave(sizes)
     inside[rows, columns], log_q[rows, columns] = True, torch.cat([values for _, values in vocabs])
     groups = torch.arange(first, first + B) // group_size - ids[0]
-    return Vocab(None if is_whole else union, inside, log_q, groups), len(drawn), len(drawn) - n_present
+    return Vocab(None if is_whole else union, inside, log_q, groups), counted
 
 
 def vocab_logits(features: torch.Tensor, prototypes: torch.Tensor, scale: torch.Tensor, vocab: Vocab | None,
@@ -765,7 +767,8 @@ def read_prototypes(path: str, class_names: list[str]) -> torch.Tensor:
     """[C, D] float32 class vectors of a file, in the order of class_names.
 
     A checkpoint has `prototypes` and `class_names`, by which rows are matched; an array (.npy, .pt) has a row for each
-    class in label order. Raises: SystemExit for an unreadable file, classes that are missing, a wrong shape, NaN.
+    class in label order. Raises: SystemExit for an unreadable file, classes that are missing, a wrong shape, NaN, a
+    vector of length 0, which has no direction.
     """
     names = None
     if path.endswith(".npy"):
@@ -780,9 +783,13 @@ def read_prototypes(path: str, class_names: list[str]) -> torch.Tensor:
             raise SystemExit(f"--head-init {path}: cannot be read: {str(error)[:200]}") from None
         if isinstance(prototypes, dict):
             names, prototypes = prototypes.get("class_names"), prototypes.get("prototypes")
-    if not isinstance(prototypes, torch.Tensor) or prototypes.ndim != 2:
+    is_array = isinstance(prototypes, torch.Tensor) and prototypes.ndim == 2
+    if not is_array or prototypes.is_complex() or not prototypes.numel():
         found = "no prototypes" if prototypes is None else f"{tuple(getattr(prototypes, 'shape', ()))}"
-        raise SystemExit(f"--head-init {path} holds {found}, expected an array (classes, width)")
+        found += " complex numbers" * (is_array and prototypes.is_complex())
+        raise SystemExit(f"--head-init {path} holds {found}, expected an array (classes, width) of real numbers")
+    if not isinstance(names, list | None) or not all(isinstance(name, str) for name in names or []):
+        raise SystemExit(f"--head-init {path}: class_names must be a list of names, it is a {type(names).__name__}")
     if names and (len(names) != len(prototypes) or names != class_names and len(set(names)) < len(names)):
         raise SystemExit(f"--head-init {path}: {len(names)} class names, {len(set(names))} of them different, for "
                          f"{len(prototypes)} rows: they cannot be matched by name")
@@ -798,6 +805,10 @@ def read_prototypes(path: str, class_names: list[str]) -> torch.Tensor:
     prototypes = prototypes.float()
     if not bool(prototypes.isfinite().all()):
         raise SystemExit(f"--head-init {path} holds values that are not finite")
+    zero = [name for name, is_zero in zip(class_names, (prototypes == 0).all(1).tolist()) if is_zero]
+    if zero:
+        raise SystemExit(f"--head-init {path}: {len(zero)} classes have a vector of length 0, which has no direction: "
+                         f"{', '.join(zero[:10])}")
     return prototypes
 
 
@@ -876,7 +887,11 @@ def read_classes(root: Path) -> list[dict[str, str]]:
     path = root / "classes.tsv"
     if not path.is_file():
         return []
-    lines = [line.split("\t") for line in path.read_text("utf-8").splitlines() if line.strip()]
+    try:
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SystemExit(f"{path} is not UTF-8: {error}; save it as UTF-8") from None
+    lines = [line.split("\t") for line in text.split("\n") if line.strip()]  # splitlines() cuts at more than newlines
     if not lines or "name" not in lines[0]:
         raise SystemExit(f"{path}: no column name in {lines[:1]}")
     return [dict(zip(lines[0], line + [""] * len(lines[0]))) for line in lines[1:]]
@@ -890,25 +905,26 @@ def read_labels(table: Table, class_names: list[str]) -> np.ndarray:
     for row in range(len(table)):
         field = table.get(row, "label").split("|")[0].strip()
         if field:
-            label = int(field) if field.isdecimal() else ids.get(field, -1)
+            label = int(field) if field.isdecimal() and len(field) < 19 else ids.get(field, -1)  # of 64 bits
             if not 0 <= label < (len(class_names) or label + 1):
-                raise SystemExit(f"{table.path}: row {row + 1} has label {field!r}; classes.tsv has {len(class_names)} "
-                                 "classes")
+                raise SystemExit(f"{table.path}: row {row + 1} has label {field[:100]!r}; classes.tsv has "
+                                 f"{len(class_names)} classes")
             labels[row] = label
     return labels
 
 
 def read_label_sets(table: Table, class_names: list[str]) -> np.ndarray:
-    """[n, J] int64 labels of each row, -1 pads; a field is empty, a class number or name, or several (`3|17`)."""
+    """[n, J] int64 labels of each row, none twice, -1 pads; a field is empty, a class number or name, or `3|17`."""
     ids = {name: i for i, name in enumerate(class_names)}
     rows = []
     for row in range(len(table)):
         fields = [field.strip() for field in table.get(row, "label").split("|")]
-        labels = [int(field) if field.isdecimal() else ids.get(field, -1) for field in fields if field]
+        labels = [int(field) if field.isdecimal() and len(field) < 19 else ids.get(field, -1)
+                  for field in fields if field]
         if any(not 0 <= label < len(class_names) for label in labels):
-            raise SystemExit(f"{table.path}: row {row + 1} has label {'|'.join(fields)!r}; classes.tsv has "
+            raise SystemExit(f"{table.path}: row {row + 1} has label {'|'.join(fields)[:100]!r}; classes.tsv has "
                              f"{len(class_names)} classes")
-        rows.append(labels)
+        rows.append(list(dict.fromkeys(labels)))
     label_sets = np.full((len(rows), max(1, *map(len, rows))), -1)
     for row, labels in enumerate(rows):
         label_sets[row, : len(labels)] = labels
@@ -1729,21 +1745,23 @@ class RunLog:
 
     def __init__(self, out: Path, start: int, tensorboard: bool, wandb: str, flags: dict):
         path, self.writer, self.wandb = out / "log.jsonl", None, None
-        lines = path.read_text().splitlines(keepends=True) if start and path.is_file() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
-        write_atomically(path, lambda file: file.write("".join(kept).encode()))
-        self.file = open(path, "a", buffering=1)
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise SystemExit("--tensorboard needs tensorboard: pip install tensorboard") from None
-            self.writer = SummaryWriter(out)
         if wandb:
             try:
                 import wandb as client
             except ImportError:
                 raise SystemExit("--wandb needs wandb: pip install wandb") from None
+        lines = path.read_text().splitlines(keepends=True) if start and path.is_file() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+        write_atomically(path, lambda file: file.write("".join(kept).encode()))
+        self.file = open(path, "a", buffering=1)
+        if tensorboard:
+            self.writer = SummaryWriter(out)
+        if wandb:
             run_id = hashlib.sha1(str(path.resolve()).encode()).hexdigest()[:12]  # the same for a continued run
             self.wandb = client.init(project=wandb, name=out.name, config=flags, id=run_id, resume="allow")
 
@@ -1893,8 +1911,9 @@ def main(args: argparse.Namespace) -> None:
         on_one_rank(rank, lambda: ensure_clip_pt(root, args.device, "--head frozen and finetune"))
     class_names, test_sets = [row["name"] for row in read_classes(root)], find_test_sets(args.eval_sets, root)
     tables, label_sets, shares, class_counts, trimmed, left_out = read_labelled_sets(args, root, class_names)
-    for table in test_sets.values():
-        read_labels(table, class_names)  # a wrong one is told before training, not after it
+    for table in test_sets.values():  # what is wrong with them is told before training, not after it
+        read_labels(table, class_names)
+        load_pixels([table])
     C, sizes, counts = len(class_names), [len(table) for table in tables], torch.from_numpy(class_counts)
     has_vocab = 0 < args.vocab < C
     draws = draws_of(counts, args.vocab, args.vocab_power) if has_vocab else None
@@ -2003,8 +2022,8 @@ def main(args: argparse.Namespace) -> None:
             all_labels = labels.repeat(world_size, 1)  # [N, J]
             if world_size > 1:
                 dist.all_gather(list(all_labels.chunk(world_size)), labels, group=control)  # All ranks
-            vocab, size, n_drawn = vocab_of_batch(all_labels, rank * B, B, group_size, draws, args.seed, step)
-            vocab_sizes += (size, n_drawn, len(vocab.inside))
+            vocab, counted = vocab_of_batch(all_labels, rank * B, B, group_size, draws, args.seed, step)
+            vocab_sizes += counted
             if vocab.ids is not None:  # labels as columns of the union
                 labels = torch.searchsorted(vocab.ids, labels).masked_fill(labels < 0, -1)
             vocab = Vocab(*(x if x is None else x.to(device, non_blocking=True) for x in vocab))

@@ -115,13 +115,24 @@ def test_broken_utf8_is_replaced(tmp_path):
     assert table_of(tmp_path, b"image\tcaption\na\tcaf\xe9\n")[0] == ["a", "caf\ufffd"]
 
 
+def test_read_classes(tmp_path):
+    """A byte order mark, Windows line ends and a line separator within a definition do not shift labels."""
+    path = tmp_path / "classes.tsv"
+    path.write_bytes("\ufeffname\tdefinition\r\ncat\tpurrs\u2028\x85and sleeps\r\n\r\ndog\tbarks\r\n".encode())
+    rows = clip.read_classes(tmp_path)
+    assert [row["name"] for row in rows] == ["cat", "dog"] and rows[1]["definition"] == "barks"
+    path.write_bytes("name\ncaf\u00e9\n".encode("latin-1"))
+    with pytest.raises(SystemExit, match="classes.tsv is not UTF-8"):
+        clip.read_classes(tmp_path)
+
+
 def test_read_labels(tmp_path):
     rows = ["3", "0|17", "cat", "", "cat|1", " 1 ", "sea lion"]
     table = table_of(tmp_path, "image\tlabel\n" + "".join(f"x\t{row}\n" for row in rows))
     names = ["a", "sea lion", "cat", "d"]
     labels = clip.read_labels(table, names)
     assert labels.tolist() == [3, 0, 2, -1, 2, 1, 1] and labels.dtype == np.int64
-    for field in ("4", "-1", "dog", "4|1", "1.0"):
+    for field in ("4", "-1", "dog", "4|1", "1.0", "9" * 30):
         bad = table_of(tmp_path, f"image\tlabel\nx\t0\nx\t{field}\n", "bad.tsv")
         with pytest.raises(
             SystemExit, match=rf"bad.tsv: row 2 has label '{field.split('|')[0]}'; classes.tsv has 4 classes"
@@ -129,6 +140,8 @@ def test_read_labels(tmp_path):
             clip.read_labels(bad, names)
     assert clip.read_labels(table_of(tmp_path, "image\nx\n"), names).tolist() == [-1]
     assert clip.read_labels(table_of(tmp_path, "image\tlabel\nx\t900\n"), []).tolist() == [900]  # no classes.tsv
+    with pytest.raises(SystemExit, match="row 1 has label '9{100}'"):
+        clip.read_labels(table_of(tmp_path, f"image\tlabel\nx\t{'9' * 5_000}\n"), [])
 
 
 # ------------------------------------------------------------------------------ read_image

@@ -815,3 +815,12 @@ def test_messages(world, photos, tmp_path, capsys):
             clip.main(clip.parse_args([str(flag) for flag in ("--out", tmp_path / "out", *OWN, *wrong)]))
         is_usage = error.value.code == 2  # argparse prints its own message
         assert message in (capsys.readouterr().err if is_usage else error.value.code), (message, error.value.code)
+
+
+@pytest.mark.parametrize("tensorboard, wandb", [(True, ""), (False, "project")])
+def test_a_logger_that_is_missing_is_told_before_anything_is_written(tensorboard, wandb, tmp_path, monkeypatch):
+    for name in "torch.utils.tensorboard", "wandb":
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit, match="pip install"):
+        clip.RunLog(tmp_path / "out", 0, tensorboard, wandb, {})
+    assert not (tmp_path / "out").exists()

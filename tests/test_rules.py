@@ -106,6 +106,17 @@ def test_same_flag_same_help():
             assert seen.setdefault(flag, text) == text, f"{flag} is explained in two ways"
 
 
+def test_supervised_learning_is_matched_with_clip():
+    """The defaults of both are one protocol: what differs by default is the method alone."""
+    theirs, ours = (vars(parse_args_of(script)([])) for script in ("clip.py", "sl_vocab_subsample.py"))
+    same = theirs.keys() & ours.keys()
+    assert {"arch", "batch_size", "bn", "crop_scale", "lr", "steps", "warmup_steps", "weight_decay"} <= same
+    assert {name for name in same if theirs[name] != ours[name]} == {"out"}
+    assert theirs["beta2"] == 0.98 and "(0.9, 0.98)" in TEXTS["sl_vocab_subsample.py"] and ours["optimizer"] == "adamw"
+    (peak,) = {re.search(r"args.lr or (\(3e-3 if )\w+.arch( == .*)", TEXTS[s]).groups() for s in TRAINERS[:2]}
+    assert peak == ("(3e-3 if ", ' == "tiny" else 1e-3)')
+
+
 @pytest.mark.parametrize("script", TEXTS)
 def test_help_is_instant_and_imports_nothing_heavy(script):
     code = f"import runpy, sys; sys.argv = ['{script}', '--help']\ntry:\n    runpy.run_path('{ROOT / script}', run_name='__main__')\n"
@@ -120,7 +131,7 @@ def commands():
     sources = {"README.md": re.findall(r"```(?:sh|bash)\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)}
     sources |= {name: [ast.get_docstring(tree) or ""] for name, tree in TREES.items()}
     for source, texts in sources.items():
-        for line in "\n".join(texts).split("\n"):
+        for line in "\n".join(texts).replace("\\\n", " ").split("\n"):
             for part in line.split("#")[0].split("&&"):
                 match = re.search(r"(?:python3?|torchrun(?: --\S+ \d+)?|uv run) (\w+\.py)(.*)", part)
                 if match and match[1] in TEXTS:

@@ -113,7 +113,7 @@ def test_a_vocabulary_of_many_classes_costs_no_pass_over_them(kind, monkeypatch)
     draws = sl.draws_of(counts, M, 0.0 if kind == "even" else 1.0)
     labels, estimates = torch.randint(0, C, (20, 1), generator=torch.Generator().manual_seed(0)), []
     for step in range(100):
-        vocab, size, n_drawn = sl.vocab_of_batch(labels, 0, 20, 20, draws, 0, step)
+        vocab, (size, n_drawn, _) = sl.vocab_of_batch(labels, 0, 20, 20, draws, 0, step)
         assert size == len(vocab.ids) == M and n_drawn == M - 20
         assert vocab.inside.all() and torch.isin(labels, vocab.ids).all()
         estimates.append(float((draws.weights[vocab.ids] / vocab.log_q[0].double().exp()).sum()))
@@ -133,8 +133,8 @@ def batch(N=24, C=9, D=5, J=1, seed=0):
 def test_full_vocabulary_is_plain_softmax_bit_for_bit():
     features, prototypes, labels = batch()
     plain = sl.vocab_logits(features, prototypes, torch.tensor(10.0), None)
-    vocab, size, _ = sl.vocab_of_batch(labels, 0, 24, 8, sl.draws_of(torch.ones(9), 9, 1.0), seed=0, step=0)
-    assert size == 3 * 9 and vocab.ids is None
+    vocab, (size, _, n_groups) = sl.vocab_of_batch(labels, 0, 24, 8, sl.draws_of(torch.ones(9), 9, 1.0), 0, step=0)
+    assert size == 3 * 9 and n_groups == 3 and vocab.ids is None
     sampled = sl.vocab_logits(features, prototypes, torch.tensor(10.0), vocab)
     assert torch.equal(sl.cross_entropy(plain, labels), sl.cross_entropy(sampled, labels))
     expected = F.cross_entropy(10 * features @ F.normalize(prototypes, dim=1).T, labels[:, 0])
@@ -268,7 +268,8 @@ def table_of(tmp_path, labels):
 def test_label_sets(tmp_path):
     table = table_of(tmp_path, ["2", "", "0|2", "dog", "dog | 0"])
     assert sl.read_label_sets(table, ["cat", "dog", "cow"]).tolist() == [[2, -1], [-1, -1], [0, 2], [1, -1], [1, 0]]
-    for wrong in ("3", "-1", "bird", "0|9"):
+    assert sl.read_label_sets(table_of(tmp_path, ["1|1|0|dog"]), ["cat", "dog"]).tolist() == [[1, 0]]  # none twice
+    for wrong in ("3", "-1", "bird", "0|9", "9" * 5_000):
         with pytest.raises(SystemExit, match="row 1 has label"):
             sl.read_label_sets(table_of(tmp_path, [wrong]), ["cat", "dog", "cow"])
 
@@ -314,6 +315,10 @@ def test_prototypes_are_matched_by_name(tmp_path):
     assert sl.read_prototypes(str(tmp_path / "w.npy"), ["x", "y"]).shape == (2, 7)
     np.save(tmp_path / "nan.npy", np.full((2, 7), np.nan))
     np.save(tmp_path / "flat.npy", np.ones(2))
+    np.save(tmp_path / "width0.npy", np.ones((2, 0)))
+    np.save(tmp_path / "complex.npy", np.ones((2, 3), complex))
+    np.save(tmp_path / "zero.npy", np.diag([1.0, 0.0]))
+    torch.save({"prototypes": vectors, "class_names": 5}, tmp_path / "number.pt")
     np.save(tmp_path / "object.npy", np.array([{}], object), allow_pickle=True)
     (tmp_path / "broken.pt").write_bytes(b"PK no archive")
     torch.save({"prototypes": vectors, "class_names": ["a", "b", "a"]}, tmp_path / "twice.pt")
@@ -326,6 +331,10 @@ def test_prototypes_are_matched_by_name(tmp_path):
         ("w.npy", ["x", "y", "z"], "2 rows for 3 classes"),
         ("nan.npy", ["x", "y"], "not finite"),
         ("flat.npy", ["x", "y"], "expected an array"),
+        ("width0.npy", ["x", "y"], r"holds \(2, 0\), expected an array"),
+        ("complex.npy", ["x", "y"], r"holds \(2, 3\) complex numbers, expected an array"),
+        ("zero.npy", ["x", "y"], "1 classes have a vector of length 0, which has no direction: y"),
+        ("number.pt", ["a", "b", "c"], "class_names must be a list of names, it is a int"),
         ("object.npy", ["x"], "Object arrays"),
         ("broken.pt", ["x"], "cannot be read"),
         ("missing.pt", ["x"], "cannot be read"),

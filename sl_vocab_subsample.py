@@ -69,6 +69,7 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 import zlib
 from collections import Counter, OrderedDict, defaultdict
@@ -876,7 +877,11 @@ def read_classes(root: Path) -> list[dict[str, str]]:
     path = root / "classes.tsv"
     if not path.is_file():
         return []
-    lines = [line.split("\t") for line in path.read_text("utf-8").splitlines() if line.strip()]
+    try:
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:  # a name with replaced letters would be another name
+        raise SystemExit(f"{path}: not UTF-8 text: {error}") from None
+    lines = [line.split("\t") for line in text.splitlines() if line.strip()]
     if not lines or "name" not in lines[0]:
         raise SystemExit(f"{path}: no column name in {lines[:1]}")
     return [dict(zip(lines[0], line + [""] * len(lines[0]))) for line in lines[1:]]
@@ -1269,10 +1274,12 @@ def setup_distributed(device: str) -> tuple[int, int, torch.device]:
     """Rank, number of processes and device; joins the process group when started by torchrun."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise SystemExit(f"--device {device}: this torch finds no CUDA device")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such name or number, or nothing that this torch can use
+        raise SystemExit(f"--device {device}: {str(error).splitlines()[0][:200]}") from None
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
@@ -1579,6 +1586,10 @@ def print_table(metrics: dict[str, dict]) -> None:
         print(f"{'retrieval':<14}{'n':>9}" + "".join(f"{key:>9}" for key in next(iter(rows.values()))["retrieval"]))
     for name, m in rows.items():
         print(f"{name:<14}{m['n']:>9}" + "".join(f"{100 * value:>8.1f}%" for value in m["retrieval"].values()))
+    for name, m in metrics.items():
+        if m.get("bad_images"):
+            reasons = ", ".join(f"{n} {reason}" for reason, n in m["bad_images"].items())
+            print(f"{name}: {sum(m['bad_images'].values())} images left out, they cannot be read ({reasons})")
 
 
 @torch.no_grad()
@@ -1925,6 +1936,7 @@ def main(args: argparse.Namespace) -> None:
     device_ids = [device] if device.type == "cuda" else None
     net = model
     if world_size > 1:
+        warnings.filterwarnings("ignore", "`broadcast_buffers`")  # older torch does not know its new name
         net = DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
     adjustment = adjustment_of(args.loss, args.tau, counts)
     adjustment = None if adjustment is None else adjustment.to(device)

@@ -1199,7 +1199,10 @@ def render_world(folder, seed, size, names, workers):
             style = TRAIN_SETS[name]
         path = os.path.join(folder, f"{'adversarial.pool' if name == 'adversarial' else stem[name]}.npy")
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(len(concepts[name]), SIDE, SIDE, 3))
+        with whole_file(path) as f:  # zeros take the room: a worker that writes to the map of a full disk is killed
+            header = dict(descr="|u1", fortran_order=False, shape=(len(concepts[name]), SIDE, SIDE, 3))
+            np.lib.format.write_array_header_1_0(f, header)
+            f.write(bytes(math.prod(header["shape"])))
         jobs += [(path, name, style, concepts[name][first : first + CHUNK], first, seed, names)
                  for first in range(0, len(concepts[name]), CHUNK)]  # fmt: skip
 

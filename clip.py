@@ -69,6 +69,7 @@ import subprocess
 import sys
 import time
 import unicodedata
+import warnings
 import zipfile
 import zlib
 from collections import Counter, OrderedDict, defaultdict
@@ -1025,9 +1026,13 @@ def read_merges(path: str | Path) -> list[str]:
     """Lines of a merges file in CLIP's format (first line a version), plain or gzipped; at most CLIP's 48,894."""
     try:
         raw = gzip.open(path).read() if str(path).endswith(".gz") else Path(path).read_bytes()
-    except OSError as error:
+        lines = raw.decode("utf-8").split("\n")[1 : 49152 - 256 - 2 + 1]
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise SystemExit(f"--bpe {path}: {error}") from None
-    return [line for line in raw.decode("utf-8").split("\n")[1 : 49152 - 256 - 2 + 1] if len(line.split()) == 2]
+    for number, line in enumerate(lines, 2):
+        if line.strip() and len(line.split()) != 2:
+            raise SystemExit(f"--bpe {path}: line {number} is no merge of two: {line[:60]!r}; expected CLIP's format")
+    return [line for line in lines if line.strip()]
 
 
 def uniform_hash(*keys: int | np.ndarray) -> np.ndarray:
@@ -1406,10 +1411,12 @@ def setup_distributed(device: str) -> tuple[int, int, torch.device]:
     """Rank, number of processes and device; joins the process group when started by torchrun."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise SystemExit(f"--device {device}: this torch finds no CUDA device")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such name or number, or nothing that this torch can use
+        raise SystemExit(f"--device {device}: {str(error).splitlines()[0][:200]}") from None
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
@@ -1760,6 +1767,10 @@ def print_table(metrics: dict[str, dict]) -> None:
         print(f"{'retrieval':<14}{'n':>9}" + "".join(f"{key:>9}" for key in next(iter(rows.values()))["retrieval"]))
     for name, m in rows.items():
         print(f"{name:<14}{m['n']:>9}" + "".join(f"{100 * value:>8.1f}%" for value in m["retrieval"].values()))
+    for name, m in metrics.items():
+        if m.get("bad_images"):
+            reasons = ", ".join(f"{n} {reason}" for reason, n in m["bad_images"].items())
+            print(f"{name}: {sum(m['bad_images'].values())} images left out, they cannot be read ({reasons})")
 
 
 @torch.no_grad()
@@ -1857,21 +1868,33 @@ def read_lines(path: str) -> list[str]:
         lines = [line.strip() for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
     except OSError as error:
         raise SystemExit(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise SystemExit(f"{path}: not UTF-8 text: {error}") from None
     if not lines:
         raise SystemExit(f"{path}: no templates in it")
     return lines
 
 
+def map_embeddings(path: str, n: int, owners: str) -> np.ndarray:
+    """Memory map of a file of --text-embeddings, [n, width]. owners: what has a row each, for the message."""
+    try:
+        rows = np.lib.format.open_memmap(path, mode="r")
+    except FileNotFoundError:
+        raise SystemExit(f"--text-embeddings {path}: no such file") from None
+    except (OSError, ValueError, EOFError) as error:  # no .npy file, one of objects, or cut
+        raise SystemExit(f"--text-embeddings {path}: cannot be read as .npy: {error}") from None
+    if rows.ndim != 2 or len(rows) != n or not rows.shape[1] or rows.dtype.kind not in "fiu":
+        raise SystemExit(f"--text-embeddings {path} is {rows.dtype} {rows.shape}, expected ({n}, width), numbers: a "
+                         f"row for each of {owners}")
+    return rows
+
+
 def read_world(args: argparse.Namespace, root: Path) -> World:
     """Classes, test sets and prompts of a root; class counts are still zero."""
     classes = read_classes(root)
-    for path in args.text_embeddings:
-        if not Path(path).is_file():
-            raise SystemExit(f"--text-embeddings {path}: no such file")
-    class_embeddings = np.load(args.text_embeddings[1]) if len(args.text_embeddings) > 1 else None
-    if class_embeddings is not None and (class_embeddings.ndim != 2 or len(class_embeddings) != len(classes)):
-        raise SystemExit(f"{args.text_embeddings[1]} is {class_embeddings.shape}, expected a row for each of "
-                         f"{len(classes)} classes")
+    class_embeddings = None
+    if len(args.text_embeddings) > 1:
+        class_embeddings = map_embeddings(args.text_embeddings[1], len(classes), f"{len(classes)} classes")
     if class_embeddings is not None and not np.isfinite(class_embeddings).all():
         raise SystemExit(f"{args.text_embeddings[1]} holds values that are not finite")
     templates = TEMPLATES if args.templates == "auto" else read_lines(args.templates)
@@ -1935,7 +1958,7 @@ def caption_statistics(pairs: Pairs, sampler: Sampler) -> str:
     The latter is counted up to COUNT_CAPTIONS rows.
     """
     same = []
-    for step in range(min(4, sampler.stop)):
+    for step in range(min(4, sampler.stop) or 1):
         ids = [caption_id(pairs.caption(*example)) for example in sampler.batch(step).tolist()]
         same.append(sum(n for n in Counter(ids).values() if n > 1) / len(ids))
     line = f"captions: {np.mean(same):.1%} of a batch share theirs with another pair"
@@ -1944,6 +1967,23 @@ def caption_statistics(pairs: Pairs, sampler: Sampler) -> str:
         ids = {caption_id(captions(row, 0)) for captions in pairs.captions for row in range(len(captions.table))}
         line += f", {len(ids):,} distinct in {n_rows:,} rows (first epoch)"
     return line
+
+
+def allocate_npy(path: Path, shape: tuple[int, ...], dtype: type) -> None:
+    """An .npy file of zeros whose room is taken at once: on a full disk a write to its map would kill the process.
+
+    Raises: SystemExit if there is no room, or no permission.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
+        if hasattr(os, "posix_fallocate"):
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        raise SystemExit(f"cannot write {path}: {error.strerror or error}") from None
 
 
 @torch.no_grad()
@@ -1979,9 +2019,7 @@ def embed_captions(model: CLIP, pairs: Pairs, n_epochs: list[int], out: Path, de
     path, rank, world_size = out / "text_features.npy", 0, 1
     if dist.is_initialized():
         rank, world_size = dist.get_rank(), dist.get_world_size()
-    out.mkdir(parents=True, exist_ok=True)
-    shape = (len(ids), model.embed_dim + 1)
-    on_one_rank(rank, lambda: np.lib.format.open_memmap(path, "w+", np.float16, shape).flush())
+    on_one_rank(rank, lambda: allocate_npy(path, (len(ids), model.embed_dim + 1), np.float16))
     features = np.load(path, mmap_mode="r+")
     for start in range(rank * EVAL_BATCH, len(ids), world_size * EVAL_BATCH):
         stop = min(start + EVAL_BATCH, len(ids))
@@ -2225,11 +2263,8 @@ def main(args: argparse.Namespace) -> None:
     pixels = load_pixels(tables, ARCHS[args.arch]["image_size"])  # [rows of all sets, H, W, 3] uint8, or None
     text_width, text_features = 0, None
     if args.text_embeddings:
-        text_features = np.load(args.text_embeddings[0], mmap_mode="r")
-        text_width = text_features.shape[-1]
-        if text_features.shape != (sizes[0], text_width):
-            raise SystemExit(f"{args.text_embeddings[0]} is {text_features.shape}, expected ({sizes[0]}, width): a row "
-                             f"for each of {tables[0].path}")
+        text_features = map_embeddings(args.text_embeddings[0], sizes[0], f"the rows of {tables[0].path}")
+        text_width = text_features.shape[1]
         if world.class_embeddings is not None and world.class_embeddings.shape[1] != text_width:
             raise SystemExit(f"{args.text_embeddings[1]} is {world.class_embeddings.shape[1]} wide, "
                              f"{args.text_embeddings[0]} {text_width}")
@@ -2252,6 +2287,7 @@ def main(args: argparse.Namespace) -> None:
     device_ids = [device] if device.type == "cuda" else None
     net = model
     if world_size > 1:
+        warnings.filterwarnings("ignore", "`broadcast_buffers`")  # older torch does not know its new name
         net = DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     # --- optimizer

@@ -69,6 +69,7 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 import zlib
 from collections import Counter, defaultdict
@@ -1333,10 +1334,12 @@ def setup_distributed(device: str) -> tuple[int, int, torch.device]:
     """Rank, number of processes and device; joins the process group when started by torchrun."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise SystemExit(f"--device {device}: this torch finds no CUDA device")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such name or number, or nothing that this torch can use
+        raise SystemExit(f"--device {device}: {str(error).splitlines()[0][:200]}") from None
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
@@ -2103,6 +2106,7 @@ def main(args: argparse.Namespace) -> None:
     device_ids = [device] if device.type == "cuda" else None
     net = student
     if world_size > 1:
+        warnings.filterwarnings("ignore", "`broadcast_buffers`")  # older torch does not know its new name
         net = DistributedDataParallel(student, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     # --- optimizer

@@ -69,6 +69,7 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 import zlib
 from collections import Counter, OrderedDict, defaultdict
@@ -1285,10 +1286,12 @@ def setup_distributed(device: str) -> tuple[int, int, torch.device]:
     """Rank, number of processes and device; joins the process group when started by torchrun."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise SystemExit(f"--device {device}: this torch finds no CUDA device")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such name or number, or nothing that this torch can use
+        raise SystemExit(f"--device {device}: {str(error).splitlines()[0][:200]}") from None
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
@@ -1595,6 +1598,10 @@ def print_table(metrics: dict[str, dict]) -> None:
         print(f"{'retrieval':<14}{'n':>9}" + "".join(f"{key:>9}" for key in next(iter(rows.values()))["retrieval"]))
     for name, m in rows.items():
         print(f"{name:<14}{m['n']:>9}" + "".join(f"{100 * value:>8.1f}%" for value in m["retrieval"].values()))
+    for name, m in metrics.items():
+        if m.get("bad_images"):
+            reasons = ", ".join(f"{n} {reason}" for reason, n in m["bad_images"].items())
+            print(f"{name}: {sum(m['bad_images'].values())} images left out, they cannot be read ({reasons})")
 
 
 @torch.no_grad()
@@ -1944,6 +1951,7 @@ def main(args: argparse.Namespace) -> None:
     device_ids = [device] if device.type == "cuda" else None
     net = model
     if world_size > 1:
+        warnings.filterwarnings("ignore", "`broadcast_buffers`")  # older torch does not know its new name
         net = DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
     adjustment = adjustment_of(args.loss, args.tau, counts)
     adjustment = None if adjustment is None else adjustment.to(device)

@@ -227,6 +227,20 @@ def test_read_merges(tmp_path):
     (tmp_path / "b.gz").write_bytes(b"no gzip")
     with pytest.raises(SystemExit, match="--bpe .*b.gz"):
         clip.read_merges(tmp_path / "b.gz")
+    whole = clip.gzip.compress(b"#version: 0.2\n" + np.random.default_rng(0).bytes(500))
+    for content, name in ((whole[:300], "cut.txt.gz"), (b"\x90\xff", "bytes.txt"), (b"#\na b\nno merge here\n", "prose.txt")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(SystemExit, match=f"--bpe .*{name}: "):
+            clip.read_merges(tmp_path / name)
+
+
+def test_texts_in_other_encodings_are_one_line(tmp_path):
+    (tmp_path / "classes.tsv").write_bytes("name\ncafé\n".encode("latin-1"))
+    for read, path in ((clip.read_lines, str(tmp_path / "classes.tsv")), (clip.read_classes, tmp_path)):
+        with pytest.raises(SystemExit, match="classes.tsv is not UTF-8"):
+            read(path)
+    (tmp_path / "classes.tsv").write_text("\ufeffname\ncafé\n", "utf-8")  # a byte order mark, as Windows writes it
+    assert clip.read_classes(tmp_path) == [{"name": "café"}]
 
 
 def test_every_text_can_be_encoded_without_merges():

@@ -503,6 +503,14 @@ def test_text_embeddings(world, tmp_path):
     np.save(tmp_path / "train.npy", np.zeros((n - 1, 96), np.float32))
     with pytest.raises(SystemExit, match=re.escape(f"expected ({n}, width)")):
         run_here(*flags, "--resume", "off", "--text-embeddings", tmp_path / "train.npy")
+    np.savez(tmp_path / "z.npz", a=np.zeros((n, 96)))
+    (tmp_path / "text.npy").write_text("no array")
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "train.npy").read_bytes()[:999])
+    for name, rows in {"o": np.array([{}] * n), "flat": np.zeros(n), "s": np.full((n, 2), "a"), "0": np.zeros((n, 0))}.items():
+        np.save(tmp_path / f"{name}.npy", rows)
+    for name, of in (*((x, n) for x in ("z.npz", "text.npy", "cut.npy", "o.npy", "flat.npy", "s.npy", "0.npy")), ("s.npy", 9)):
+        with pytest.raises(SystemExit, match=rf"--text-embeddings .*{name}.* (cannot be read|expected \({of}, )"):
+            clip.map_embeddings(str(tmp_path / name), of, "the rows of a table")
     np.save(tmp_path / "train.npy", np.zeros((n, 96), np.float32))
     for classes, message in ((np.zeros((120, 95)), "is 95 wide"), (np.full((120, 96), np.nan), "not finite")):
         np.save(tmp_path / "classes.npy", classes.astype(np.float32))
@@ -531,6 +539,21 @@ def test_full_disk_keeps_the_last_checkpoint(world, tmp_path):
         *flags[:2], "--out", tmp_path / "file" / "run", "--steps", "2", "--eval-sets", "val", *FLAGS, check=False
     )
     assert result.returncode == 2 and "cannot write" in result.stdout and "Traceback" not in result.stdout
+
+
+def test_cached_captions_on_a_full_disk_are_one_line(tmp_path, monkeypatch):
+    """Room is taken before the file is mapped: a write to the map of a full disk would be a SIGBUS."""
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    clip.allocate_npy(tmp_path / "new" / "x.npy", (300, 5), np.float16)
+    assert np.load(tmp_path / "new" / "x.npy").shape == (300, 5)
+    assert os.stat(tmp_path / "new" / "x.npy").st_blocks * 512 >= 3000
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(SystemExit, match="cannot write .*y.npy: No space left"):
+        clip.allocate_npy(tmp_path / "y.npy", (300, 5), np.float16)
+    assert not (tmp_path / "y.npy").exists()
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a disk that is always full")
@@ -682,6 +705,7 @@ def test_broken_images_are_replaced_and_counted(photos):
     assert log_of(photos / "run")[-1]["bad_images"] >= 6
     val = json.loads((photos / "run" / "metrics.json").read_text())["val"]
     assert val["n"] == 9 and val["bad_images"] == {"not an image": 1, "truncated": 1, "missing file": 1}
+    assert "val: 3 images left out, they cannot be read (1 " in result.stdout
     result = run(*flags[:-4], "--epochs", "60", "--max-bad", "0.001", "--resume", "off", check=False)
     assert result.returncode == 2 and "more than --max-bad 0.001" in result.stdout
 
@@ -776,6 +800,19 @@ def test_a_file_here_does_not_stand_in_for_the_roots(world, tmp_path, monkeypatc
     assert len(clip.find_test_sets(["val"], world)["val"]) > 1 == len(clip.find_test_sets(["val.tsv"], world)["val"])
 
 
+def test_the_first_run_renders_the_world_once(world, tmp_path):
+    """Beside build_datasets.py, here one that copies: one of three processes calls it, the others wait for the end."""
+    shutil.copy(ROOT / "clip.py", tmp_path)
+    (tmp_path / "build_datasets.py").write_text(
+        "import os, shutil, sys, time\n"
+        "print('rendering', *sys.argv[1:], os.environ.get('RANK'), flush=True)\n"
+        f"time.sleep(1)\nshutil.copytree({str(world)!r}, sys.argv[3])\n")  # fmt: skip
+    flags = ["--steps", "0", "--batch-size", "12", "--eval-sets", "val", "--device", "cpu", "--workers", "0"]
+    printed = run(*flags, folder=tmp_path, cwd=tmp_path, processes=3).stdout
+    assert printed.count("rendering shapes --out data/shapes None\n") == 1 and "rho(freq,pred)" in printed
+    assert "Warning" not in printed and "nan" not in printed  # no step, so nothing to take a mean of
+
+
 def test_copied_alone(photos, tmp_path):
     """The script alone in a folder trains on one's own data, and says what to pass when there is none."""
     alone = tmp_path / "alone"
@@ -809,6 +846,8 @@ def test_messages(world, photos, tmp_path, capsys):
         "no {} for the class name in 'a photo of a {class}'": ["--root", world, "--templates", photos / "t.txt"],
         "row 1 has label '999'": ["--root", world, "--eval-sets", photos / "wrong.tsv"],
         "choose one": ["--root", world, "--word-dropout", "0.5", "--text-head", "frozen"],
+        "--device abacus: ": ["--root", world, "--device", "abacus"],
+        "--device xpu:99: ": ["--root", world, "--device", "xpu:99"],
     }
     for message, wrong in cases.items():
         with pytest.raises(SystemExit) as error:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -113,6 +114,14 @@ def test_killed_call_is_redone_whole(world, tmp_path):
     for child in children:  # a worker that waits for ever would hold memory and perhaps the lock
         status = Path(f"/proc/{child}/status")
         assert not status.exists() or "(zombie)" in status.read_text()
+
+
+def test_full_disk_is_one_line(tmp_path):
+    """Found before rendering begins, since the room for all pixels is taken first."""
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))  # noqa: E731
+    done = subprocess.run(command(tmp_path / "shapes"), preexec_fn=limit, capture_output=True, text=True)
+    assert done.returncode == 2 and re.fullmatch(r"\S+\.partial/\S+\.npy: File too large\n", done.stderr)
+    assert not (tmp_path / "shapes").exists()
 
 
 @pytest.mark.parametrize("content", ["notes.txt", "world.json", "val.tsv"])

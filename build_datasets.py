@@ -145,7 +145,7 @@ def parse_args(argv=None):
     shapes.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; the bytes do not depend on it")
 
     index = add("index", "table of the images in tars, class folders or a flat folder",
-                "shards/ --holdout 0.1 --out data/web/train.tsv",
+                "tests/samples/shards --holdout 0.3 --out data/web/train.tsv",
                 "In: tars as img2dataset and webdataset write them, folders of them, class folders, or a flat folder "
                 "of pictures with .txt and .json of the same names. Out: a table of image, label, caption and the "
                 "keys of the .json; images stay where they are.")
@@ -157,10 +157,13 @@ def parse_args(argv=None):
     index.add_argument("--seed", type=int, default=0, help="redraws which rows --holdout takes")
 
     classes = add("classes", "classes.tsv from a list of wnids or names",
-                  "wnids.txt --wordnet /usr/share/wordnet --out classes.tsv")
+                  "data/shapes/classes.tsv --out names.tsv",
+                  "In: a text file of wnids, which need --wordnet, or of names, which may do without. Out: classes.tsv, "
+                  "row i is label i; on the screen the names that several classes or several synsets have.")
     classes.add_argument("list", help="text file, a class a line in label order: wnid or name, perhaps a tab and the "
                          "name to show (wnid) or synonyms with | and a definition (name); a line `#`, or one that "
-                         "begins with # and a blank, is a comment, `#1 pencil` is a class")
+                         "begins with # and a blank, is a comment, `#1 pencil` is a class; a header `name synonyms "
+                         "definition` is none")
     classes.add_argument("--out", required=True,
                          help="classes.tsv to write: name, synonyms, definition, wnid, negative, match, query")
     classes.add_argument("--wordnet", help="folder of WordNet 3.0's data.noun, index.noun, noun.exc")
@@ -170,7 +173,10 @@ def parse_args(argv=None):
                          "first synonym, else the name)")
 
     incaps = add("incaps", "ImageNet-Captions: its JSON joined with the images",
-                 "imagenet_captions.json --images imagenet/train --classes classes.tsv --out incaps/train.tsv")
+                 "tests/samples/imagenet_captions.json --images tests/samples/imagenet --classes "
+                 "tests/samples/imagenet_classes.tsv --out incaps.tsv",
+                 "In: the JSON, ImageNet's pictures, classes.tsv with wnids. Out: a row for each picture that is there, "
+                 "with label, title, tags, description, and all three as caption; counts of what each join lost.")
     incaps.add_argument("json", help="imagenet_captions.json, perhaps .gz: list of filename, wnid, title, description, "
                         "tags")  # fmt: skip
     incaps.add_argument("--images", required=True, help="folder of class folders, or index's table of it")
@@ -201,7 +207,7 @@ def parse_args(argv=None):
                          "file TABLE; without this and --clip the column similarity is taken")
 
     curate = add("curate", "MetaCLIP: captions balanced over the entries of a metadata",
-                 "data/shapes/web/train.tsv --metadata entries.tsv --cap 200 --out curated.tsv",
+                 "data/shapes/web/train.tsv --metadata tests/samples/entries.tsv --cap 200 --out curated.tsv",
                  "In: tables with texts, and entries. Out: the rows that are kept, all their columns; OUT.entries.tsv "
                  "has entry, count, probability (of a row to be kept by it) and kept.")
     curate.add_argument("--metadata", required=True, help="table with the column entry (see metadata)")
@@ -256,7 +262,7 @@ def parse_args(argv=None):
         command.add_argument("--skip-bad", action="store_true", help="leave out and count rows that cannot be read")
 
     status = add("status", "what img2dataset got: successes by class and cause, rows to try again",
-                 "shards/ --out retry.tsv",
+                 "tests/samples/shards --out retry.tsv",
                  "In: img2dataset's folder. Out: the rows to try again: key, url, caption, label, status, "
                  "error_message; OUT.classes.tsv has label, name, rows, count and success of each class.")
     status.add_argument("folder", help="output folder of img2dataset: NNNNN.parquet, NNNNN_stats.json (needs pyarrow)")
@@ -359,7 +365,7 @@ def parse_args(argv=None):
     subset.add_argument("--seed", type=int, default=0, help="redraws the rows")
 
     mix = add("mix", "join data sets in proportions, or whole",
-              "data/shapes/laionet/train.tsv data/shapes/incaps/train.tsv --rows 4000 --out mix.tsv",
+              "data/shapes/laionet/train.tsv data/shapes/incaps/train.tsv --rows 500 --out mix.tsv",
               "In: tables, each a source. Out: one table with a column source. A row whose key is in an earlier "
               "source is a copy and goes.")
     add_common(mix)
@@ -371,7 +377,7 @@ def parse_args(argv=None):
     mix.add_argument("--seed", type=int, default=0, help="redraws the rows")
 
     stats = add("stats", "class frequencies, imbalance and captions of data sets, side by side",
-                "data/shapes/incaps/train.tsv data/shapes/laionet/train.tsv --out stats.tsv --plot stats.png",
+                "data/shapes/incaps/train.tsv data/shapes/laionet/train.tsv --out stats.tsv",
                 "In: tables with labels, or with columns name and count. Out: a table on the screen and in --out: "
                 "rows, classes, Gini, head share, tail counts, caption lengths; Spearman correlation of the class "
                 "counts of each two.")
@@ -3047,6 +3053,12 @@ def class_of_line(line, where, wordnet, synsets, ambiguous):
 def build_classes(path, out, wordnet, extra):
     """Write classes.tsv. path: list, one class a line in label order; extra: table of columns that replace, or None."""
     lines = [(number, line) for number, line in text_lines(path) if line.split(" ")[0] != "#"]
+    header = lines[0][1].split("\t") if lines else []
+    if header[:2] == ["name", "synonyms"]:
+        if header[2:] not in ([], ["definition"]):
+            raise SystemExit(f"{path}:1: got columns {', '.join(header)}; a list has name, synonyms, definition alone; "
+                             "cut the others off, and give the table as --extra")  # fmt: skip
+        del lines[0]
     synsets = read_synsets(wordnet) if wordnet else {}
     rows, seen, senses = [], {}, {}
     for number, line in lines:

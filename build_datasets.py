@@ -124,8 +124,15 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------ flags
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """An example stays in one line, so that it can be copied."""
+
+    def _fill_text(self, text, width, indent):
+        return text if text.startswith("example: ") else super()._fill_text(text, width, indent)
+
+
 def parse_args(argv=None):
-    style = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    style = dict(formatter_class=HelpFormatter, allow_abbrev=False)
     parser = argparse.ArgumentParser(description="Build data sets for the training scripts.", **style)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -145,7 +152,7 @@ def parse_args(argv=None):
     shapes.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; the bytes do not depend on it")
 
     index = add("index", "table of the images in tars, class folders or a flat folder",
-                "tests/samples/shards --holdout 0.3 --out data/web/train.tsv",
+                "tests/samples/shards --holdout 0.5 --out data/web/train.tsv",
                 "In: tars as img2dataset and webdataset write them, folders of them, class folders, or a flat folder "
                 "of pictures with .txt and .json of the same names. Out: a table of image, label, caption and the "
                 "keys of the .json; images stay where they are.")
@@ -158,8 +165,8 @@ def parse_args(argv=None):
 
     classes = add("classes", "classes.tsv from a list of wnids or names",
                   "data/shapes/classes.tsv --out names.tsv",
-                  "In: a text file of wnids, which need --wordnet, or of names, which may do without. Out: classes.tsv, "
-                  "row i is label i; on the screen the names that several classes or several synsets have.")
+                  "In: a text file of wnids, which need --wordnet, or of names, which may do without. Out: "
+                  "classes.tsv, row i is label i; on the screen the names that several classes or synsets have.")
     classes.add_argument("list", help="text file, a class a line in label order: wnid or name, perhaps a tab and the "
                          "name to show (wnid) or synonyms with | and a definition (name); a line `#`, or one that "
                          "begins with # and a blank, is a comment, `#1 pencil` is a class; a header `name synonyms "
@@ -175,8 +182,8 @@ def parse_args(argv=None):
     incaps = add("incaps", "ImageNet-Captions: its JSON joined with the images",
                  "tests/samples/imagenet_captions.json --images tests/samples/imagenet --classes "
                  "tests/samples/imagenet_classes.tsv --out incaps.tsv",
-                 "In: the JSON, ImageNet's pictures, classes.tsv with wnids. Out: a row for each picture that is there, "
-                 "with label, title, tags, description, and all three as caption; counts of what each join lost.")
+                 "In: the JSON, ImageNet's pictures, classes.tsv with wnids. Out: a row for each picture that is "
+                 "there, with label, title, tags, description, all three as caption; counts of what each join lost.")
     incaps.add_argument("json", help="imagenet_captions.json, perhaps .gz: list of filename, wnid, title, description, "
                         "tags")  # fmt: skip
     incaps.add_argument("--images", required=True, help="folder of class folders, or index's table of it")

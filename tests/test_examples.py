@@ -19,12 +19,12 @@ import build_datasets as bd
 
 
 def helps():
-    """{command: its --help in one line}."""
+    """{command: its --help}."""
     found = {}
 
     def parse_known_args(parser, *_):
         (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-        found.update({name: " ".join(sub.format_help().split()) for name, sub in commands.choices.items()})
+        found.update({name: sub.format_help() for name, sub in commands.choices.items()})
         raise SystemExit
 
     with pytest.MonkeyPatch.context() as patch:
@@ -35,7 +35,7 @@ def helps():
 
 
 HELPS = helps()
-EXAMPLES = {name: re.search(rf"example: (python build_datasets.py {name} .*)$", text)[1] for name, text in HELPS.items()}
+EXAMPLES = {name: re.search(rf"example: (python build_datasets.py {name} .*)$", text, re.M)[1] for name, text in HELPS.items()}
 
 
 @pytest.fixture(scope="module")

@@ -50,17 +50,19 @@ order of the sources, sorted, and inside them of the tar or of the file names, w
 classes, incaps, label, laionet, metadata, curate, frequency and status build tables from texts; each --help says what
 goes in and has an example. Inputs are TSV, CSV, JSONL (each perhaps .gz), parquet and tars: files, folders and globs.
 Beside OUT.tsv comes OUT.tsv.json with flags, what was lost at each step and size and hash of each file that was read,
-class lists, embeddings and WordNet's too; of a tar, which is not read whole, the hash of its first and last MiB. Input
-files are the unit of work: each leaves a part in OUT.tsv.parts, named by what it was made from, so a killed run goes on
-where it was unless an input has changed, and shards of it merge to the same bytes.
+class lists, embeddings and WordNet's too; of a tar, which is not read whole, the hash of its first and last MiB, of a
+folder of pictures that of names, sizes and texts. Input files are the unit of work: each leaves a part in
+OUT.tsv.parts, named by what it was made from, so a killed run goes on where it was unless an input has changed, and
+shards of it merge to the same bytes.
 
     python build_datasets.py label data/shapes/yfcc/train.tsv --classes data/shapes/classes.tsv --out yfcc_cls.tsv
     python build_datasets.py metadata data/shapes/web/train.tsv --min-pmi 3 --out entries.tsv
     python build_datasets.py curate data/shapes/web/train.tsv --metadata entries.tsv --cap 200 --out curated.tsv
 
 check, dedup, prune, subset, mix and stats work on tables of images, with the same reports; what is drawn hangs on a
-hash of the row, so a cut is the same for any order and repeated calls. All commands read a folder of img2dataset's tars
-(with what lies beside them) as the table that index writes of it; for texts alone shards/*.parquet is read faster.
+hash of the row, so a cut is the same for any order and repeated calls. All commands read img2dataset's folder, of tars
+or of folders of files, with what lies beside these, as the table that index writes of it; one shard, and a flat folder
+of pictures with texts, too. For texts alone shards/*.parquet is read faster, and is all there is of the format parquet.
 
     python build_datasets.py check data/shapes/laionet/train.tsv --out bad.tsv
     python build_datasets.py dedup data/shapes/web/train.tsv --by pixels phash --out web.tsv
@@ -257,7 +259,7 @@ def parse_args(argv=None):
                              help="classes.tsv: name, synonyms, definition, negative, match, query")
     for command in (label, laionet, curate, metadata, frequency):
         command.add_argument("inputs", nargs="+", metavar="TABLE",
-                             help="TSV, CSV, JSONL (or .gz), parquet, tars of img2dataset; folders, globs")
+                             help="TSV, CSV, JSONL (or .gz), parquet, img2dataset's tars or folders; folders, globs")
         command.add_argument("--columns", nargs="+", default=["caption"],
                              help="columns whose texts are joined and searched")
     for command in (label, laionet, curate, frequency):
@@ -278,7 +280,7 @@ def parse_args(argv=None):
         command.add_argument("--out", required=True, help="table to write, ending in .tsv; its report is OUT.json")
     def add_common(sub, out="table to write; its report is OUT.json, with what came in, what was lost and why"):
         sub.add_argument("tables", nargs="+", metavar="DATA", help="tables (.tsv .csv .jsonl, .gz of them, .parquet), "
-                         "tars of img2dataset, patterns, or folders of tables or of tars")  # fmt: skip
+                         "tars of img2dataset, patterns, folders of these, img2dataset's folders of files")  # fmt: skip
         sub.add_argument("--out", required=True, help=out)
 
     check = add("check", "decode every image, list bad rows, show what is in a table",
@@ -1524,6 +1526,12 @@ def folder_samples(folder, prefix, is_recursive, counts):
             yield inside + stem, None, 0, {}
 
 
+def sample_bytes(sample):
+    """What tells one sample from another, for a hash: its key, the image's size and the texts."""
+    key, _, n_bytes, texts = sample
+    return b"\0".join([os.fsencode(key), str(n_bytes).encode(), *texts.values(), b""])
+
+
 def parquet_columns(path):
     """The columns of a shard's parquet. Returns: ({key: row}, {column: list}), or None without pyarrow."""
     try:
@@ -1632,9 +1640,9 @@ def index_source(job):
             beside = ({}, {}) if job["is_recursive"] else read_beside(job["path"], result)
         with open(job["rows"] + ".train", "wb") as train, open(job["rows"] + ".val", "wb") as val:
             for sample in samples:
-                key, image, n_bytes, texts = sample
+                key, image, n_bytes, _ = sample
                 n_image_bytes += n_bytes
-                names.update(b"\0".join([os.fsencode(key), str(n_bytes).encode(), *texts.values(), b""]))
+                names.update(sample_bytes(sample))
                 loss, label, caption, fields = sample_row(sample, job["label"], job["classes"], beside, counts)
                 if not loss:
                     is_val = unit_hash(job["seed"], f"{job['key']}/{key}") < job["holdout"]
@@ -1719,6 +1727,12 @@ def has_images(folder):
     return False
 
 
+def shard_folders(folder, names):
+    """Those of a folder's subfolders that are img2dataset's; one that it was killed at has nothing beside it."""
+    shards = {n for n in names if shard_files(os.path.join(folder, n))}
+    return [n for n in names if n in shards or shards and n.isdigit()]
+
+
 def look_into(folder):
     """What a folder holds: ("tars", paths), ("class folders", names) or ("flat folder", [folder]).
 
@@ -1729,9 +1743,7 @@ def look_into(folder):
     folders = [n for n in names if n not in set(files) and os.path.isdir(os.path.join(folder, n))]
     tars = [os.path.join(folder, n) for n in files if TAR_NAME.search(n)]
     images = [n for n in files if os.path.splitext(n)[1][1:].lower() in IMAGE_SUFFIXES]
-    shards = [n for n in folders if shard_files(os.path.join(folder, n))]
-    if shards:  # one that img2dataset was killed at has nothing beside it
-        shards = [n for n in folders if n in set(shards) or n.isdigit()]
+    shards = shard_folders(folder, folders)
     classes = [n for n in folders if n not in set(shards) and has_images(os.path.join(folder, n))]
     kinds = {"tars": tars, "flat folder": images, "shards in folders": shards, "class folders": classes}
     found = [(kind, of) for kind, of in kinds.items() if of]
@@ -1958,20 +1970,30 @@ def matches_of(pattern):
 
 
 def find_tables(paths):
-    """The table files that paths, globs and folders name, in sorted order. Raises: SystemExit if there are none."""
+    """The tables that paths, globs and folders name, in sorted order: files, and folders of pictures with texts.
+
+    Raises: SystemExit if there are none.
+    """
     found = []
     for path in paths:
         if os.path.isdir(path):
-            names = [n for n in sorted(os.listdir(path)) if n.endswith(TABLE_SUFFIXES) and not n.startswith(".")]
-            if any(n.endswith(".tar") for n in names):  # img2dataset's: what its .parquet tells is read with the tar
-                names = [n for n in names if not n.endswith(".parquet")]
-            elif any(n.endswith(".parquet") and os.path.isdir(os.path.join(path, n[:-8])) for n in names):
-                raise SystemExit(f"{path}: img2dataset's folders of files: run `index` on it and give the table "
-                                 f"that it writes, or for texts alone '{os.path.join(path, '*.parquet')}'")  # fmt: skip
-            kinds = {os.path.splitext(n.removesuffix(".gz"))[1] for n in names}
+            path = path.rstrip("/") or "/"
+            with os.scandir(path) as entries:
+                is_folder = {entry.name: entry.is_dir() for entry in entries if not entry.name.startswith(".")}
+            names = sorted(n for n in is_folder if n.endswith(TABLE_SUFFIXES))
+            has_tars = any(n.endswith(".tar") for n in names)
+            folders = [] if has_tars else shard_folders(path, sorted(filter(is_folder.get, is_folder)))
+            if has_tars or folders:  # img2dataset's: what its .parquet tells is read with the tar or the folder
+                names = [n for n in names if not n.endswith(".parquet")] + folders
+            elif not names and any(os.path.splitext(n)[1][1:].lower() in IMAGE_SUFFIXES for n in is_folder):
+                is_named = os.path.basename(path) not in (".", "..")  # images are named by the folder
+                found.append(path if is_named else os.path.abspath(path))
+                continue
+            kinds = {"folder" if n in folders else os.path.splitext(n.removesuffix(".gz"))[1] for n in names}
             if len(kinds) != 1:
                 what = f"tables of kinds {', '.join(sorted(kinds))}: name the files" if kinds else "no table"
-                raise SystemExit(f"{path}: a folder with {what} (expected one kind of {', '.join(TABLE_SUFFIXES)})")
+                raise SystemExit(f"{path}: a folder with {what} (expected one kind of {', '.join(TABLE_SUFFIXES)}, or "
+                                 "folders of img2dataset's; of class folders `index` makes a table)")  # fmt: skip
             found += [os.path.join(path, n) for n in names]
         elif os.path.exists(path):
             if not path.endswith(TABLE_SUFFIXES):
@@ -2100,7 +2122,10 @@ def parquet_rows(path, wanted, bad=None, has_failed=False):
     except (pa.ArrowException, OSError) as error:
         raise SystemExit(f"{path}:1: not readable as parquet ({str(error).splitlines()[0]})") from None
     columns = [name for name in file.schema_arrow.names if wanted is None or name in wanted]
-    is_shard = {"key", "status", "error_message"} <= set(file.schema_arrow.names) and not has_failed
+    is_shard = {"key", "status", "error_message"} <= set(file.schema_arrow.names)
+    if is_shard:  # in its format parquet the pictures are a column, and no text
+        columns = [name for name in columns if name not in IMAGE_SUFFIXES]
+    is_shard = is_shard and not has_failed
     status = columns.index("status") if "status" in columns else -1
 
     def rows():
@@ -2126,17 +2151,24 @@ def parquet_rows(path, wanted, bad=None, has_failed=False):
     return file.schema_arrow.names, columns, rows()
 
 
+def has_samples(path):
+    """Whether a table is a tar or a folder, of samples: pictures with texts."""
+    return path.endswith(".tar") or os.path.isdir(path)
+
+
 def tar_rows(path, bad):
-    """(number of the sample, {column: text}) of a tar as `index` reads it, with what lies beside; labels may be names.
+    """(number of the sample, {column: text}) of a tar or a folder of files as `index` reads it, with what lies beside;
+    labels may be names.
 
     bad: Counter or list, as of note_bad, of samples that are left out and of what is wrong with the tar.
     """
     counts, result = Counter(), dict(path=path, warnings=[], stats=None)
+    reader = None if os.path.isdir(path) else TarReader(path)
     try:
-        reader = TarReader(path)
-        with reader.file:
-            beside = read_beside(path, result)
-            for sample in tar_samples(reader, os.path.basename(path), counts):
+        with reader.file if reader else contextlib.nullcontext():
+            beside, name = read_beside(path, result), os.path.basename(path)
+            samples = tar_samples(reader, name, counts) if reader else folder_samples(path, name, False, counts)
+            for sample in samples:
                 loss, label, caption, fields = sample_row(sample, None, (None, 0), beside, counts)
                 if loss:
                     note_bad(bad, path, counts["samples"], loss)
@@ -2146,14 +2178,14 @@ def tar_rows(path, bad):
                     yield counts["samples"], {tsv_field(name): tsv_field(value) for name, value in fields.items()}
     except NotATarError as error:
         raise SystemExit(f"{path}: {error}") from None
-    check_tar(reader.problem, result | dict(counts=counts))
+    check_tar(reader.problem if reader else "", result | dict(counts=counts))
     for warning in result["warnings"]:
         note_bad(bad, path, counts["samples"], warning)
 
 
 @functools.lru_cache(2**16)
 def tar_facts(path):
-    """Columns of the rows of a tar, which takes a pass over it; {what is left out or wrong: how often}, printed too."""
+    """Columns of the rows of tar_rows, which takes a pass; {what is left out or wrong: how often}, printed too."""
     columns, lost = set(), Counter()
     for _, row in tar_rows(path, lost):
         columns.update(row)
@@ -2177,21 +2209,21 @@ def our_names(columns, path):
 
 
 def read_table(path, needed=(), bad=None, is_all=True):
-    """One table, TSV, CSV, JSONL (each perhaps .gz), parquet or a tar of img2dataset's, as a stream.
+    """One table, TSV, CSV, JSONL (each perhaps .gz), parquet, or a tar or folder of img2dataset's, as a stream.
 
     needed: columns that must be there; is_all: False reads only these; bad: as in text_lines.
     Returns: (names of the columns, iterator of (line, list of strings)). None and NaN are empty, nested values JSON.
     Raises: SystemExit "file:line: reason".
     """
     kind, lines = os.path.splitext(path.removesuffix(".gz"))[1], None
-    if kind == ".parquet":
+    if has_samples(path):
+        header, found = tar_facts(path)[0], tar_rows(path, bad if isinstance(bad, list) else Counter())
+        rows = ((n, [row.get(name, "") for name in header]) for n, row in found)
+    elif kind == ".parquet":
         found, header, rows = parquet_rows(path, None, bad)
     elif kind == ".jsonl":  # rows may differ in their keys: one more pass finds all of them
         header = list(dict.fromkeys(key for _, row in json_objects(path, Counter()) for key in row))
         rows = ((n, [tsv_field(row.get(key)) for key in header]) for n, row in json_objects(path, bad))
-    elif kind == ".tar":
-        header, found = tar_facts(path)[0], tar_rows(path, bad if isinstance(bad, list) else Counter())
-        rows = ((n, [row.get(name, "") for name in header]) for n, row in found)
     else:
         lines = text_lines(path)  # a header that cannot be read is never passed over
         first = next(lines if kind == ".tsv" else csv_rows(lines, 0, path, None), None)
@@ -2201,8 +2233,8 @@ def read_table(path, needed=(), bad=None, is_all=True):
     names = our_names(header, path)
     missing = [name for name in needed if name not in names]
     if "image" in missing and {"key", "status", "error_message"} <= set(names):
-        raise SystemExit(f"{path}:1: no column image: img2dataset's own table; give the folder of its tars, "
-                         "or the table that `index` writes of its folders")  # fmt: skip
+        raise SystemExit(f"{path}:1: no column image: img2dataset's own table; give the folder of its tars or folders "
+                         "of files (--output_format webdataset or files; parquet, tfrecord: texts alone)")  # fmt: skip
     if missing:
         found = (name if name == ours else f"{name} (read as {ours})" for name, ours in zip(header, names))
         raise SystemExit(f"{path}:1: no column {', '.join(missing)}; found {', '.join(found)}")
@@ -2276,15 +2308,21 @@ def hash_of_version(path, *_):
 
 
 def with_beside(paths):
-    """Files that are given (not None), each once, and behind each tar those of img2dataset's that are read with it."""
+    """Tables that are given (not None), each once, and behind a tar or folder those of img2dataset's read with it."""
     for path in dict.fromkeys(filter(None, paths)):
         yield path
-        if path.endswith(".tar"):
+        if has_samples(path):
             yield from shard_files(path)
 
 
 def facts_of(path):
     """What OUT.json tells of an input. Of a tar only headers and texts are read, so neither is it hashed as a whole."""
+    if os.path.isdir(path):  # as index has it
+        samples, n_bytes = hashlib.sha256(), 0
+        for sample in folder_samples(path, "", False, Counter()):
+            samples.update(sample_bytes(sample))
+            n_bytes += sample[2]
+        return dict(path=path, image_bytes=n_bytes, sha256_of_names_sizes_texts=samples.hexdigest())
     stat = os.stat(path)
     facts = dict(path=path, bytes=stat.st_size)
     if not path.endswith(".tar"):
@@ -2857,7 +2895,7 @@ def in_chunks(rows, texts, size=4096):
 def count_lost(path, bad, counts):
     """Add to counts the rows of a table that were not read: bad ones, what img2dataset had not got or a tar lacks."""
     lost = Counter(bad)
-    if path.endswith(".tar"):
+    if has_samples(path):
         lost += tar_facts(path)[1]
     elif path.endswith(".parquet"):
         names, _, rows = parquet_rows(path, {"status"}, None, True)
@@ -2890,7 +2928,9 @@ def save_part(part, funnel_counts, **arrays):
 
 def part_of(path, out, settings):
     """Where the result of an input file lies: named by the file's path, size and time, and the settings."""
-    stats = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, with_beside([path]))]
+    inside = sorted(glob.glob(os.path.join(glob.escape(path), "*"))) if os.path.isdir(path) else []
+    files = filter(os.path.exists, [*with_beside([path]), *inside])  # a folder may have dead links
+    stats = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, files)]
     facts = [os.path.abspath(path), stats, settings, file_hash(os.path.abspath(__file__))]
     return os.path.join(f"{out}.parts", f"{hash64(json.dumps(facts)):016x}.npz")
 

@@ -41,7 +41,7 @@ index lists images where they lie; nothing is unpacked, copied or decoded.
                          caption, then every further key, sorted; nested values as compact JSON
           val.tsv        beside it, with --holdout: the rows whose hash of seed and key is below that fraction
           classes.tsv    beside it, for class folders, if there is none yet
-          OUT.tsv.json   flags, inputs, counts of all that was dropped or repaired, warnings, date
+          OUT.tsv.json   command line, flags, inputs, counts of all that was dropped or repaired, warnings, date
 
 The caption is the .txt, else the JSON's caption, text or title; the label is the .cls, else the JSON's label. The
 JSON's own image, label and caption make no columns; a key in JSON and parquet is taken from the JSON. Rows are in the
@@ -49,10 +49,10 @@ order of the sources, sorted, and inside them of the tar or of the file names, w
 
 classes, incaps, label, laionet, metadata, curate, frequency and status build tables from texts; each --help says what
 goes in and has an example. Inputs are TSV, CSV, JSONL (each perhaps .gz), parquet and tars: files, folders and globs.
-Beside OUT.tsv comes OUT.tsv.json with flags, what was lost at each step and size and hash of each file that was read,
-class lists, embeddings and WordNet's too; of a tar, which is not read whole, the hash of its first and last MiB, of a
-folder of pictures that of names, sizes and texts. Input files are the unit of work: each leaves a part in
-OUT.tsv.parts, named by what it was made from, so a killed run goes on where it was unless an input has changed, and
+Beside OUT.tsv comes OUT.tsv.json with command line, flags, what was lost at each step and size and hash of each file
+that was read, class lists, embeddings and WordNet's too; of a tar, which is not read whole, the hash of its first and
+last MiB, of a folder of pictures that of names, sizes and texts. Input files are the unit of work: each leaves a part
+in OUT.tsv.parts, named by what it was made from, so a killed run goes on where it was unless an input has changed, and
 shards of it merge to the same bytes.
 
     python build_datasets.py label data/shapes/yfcc/train.tsv --classes data/shapes/classes.tsv --out yfcc_cls.tsv
@@ -102,6 +102,7 @@ import os
 import pickle
 import random
 import re
+import shlex
 import shutil
 import struct
 import sys
@@ -2333,14 +2334,15 @@ def facts_of(path):
 
 
 def write_report(out, inputs, flags, steps, **more):
-    """Write OUT.json, what a table was made from and how: equal for equal inputs and flags but for the date at its end.
+    """Write OUT.json, what a table was made from and how: equal for equal inputs and flags but for command and date.
 
     inputs: all files that were read, None for those not given; flags: dict of those that change the result, seed
     included; steps: the funnel, an ordered dict from what came in over what was lost, and why, to what came out; more:
     further facts, as histograms.
     """
+    command = ["python", *(arg for arg in sys.argv if arg != "--merge")]  # makes the table again, from nothing
     content = dict(
-        script=file_hash(os.path.abspath(__file__)),
+        command=shlex.join(command), script=file_hash(os.path.abspath(__file__)),
         versions=dict(python=sys.version.split()[0], numpy=np.__version__), flags=flags, funnel=steps, **more,
         inputs=list(map(facts_of, with_beside(inputs))),
         outputs=[dict(path=out, bytes=os.path.getsize(out), sha256=file_hash(out))],

@@ -68,6 +68,7 @@ def test_examples_run(root, command):
         if not table.name.endswith("leaks.tsv"):
             report = json.loads(Path(f"{table}.json").read_text("utf-8"))
             assert {Path(entry["path"]).name for entry in report["outputs"]} == {table.name}
+            assert shlex.split(report["command"]) == [python, *argv]  # what is pasted makes it again
 
 
 def test_a_class_list_may_have_the_header_of_a_table(tmp_path):

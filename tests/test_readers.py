@@ -203,7 +203,7 @@ def test_writer_and_reader_round_trip(tmp_path_factory, pairs):
     assert read == [{k: bd.tsv_field(v) for k, v in row.items()} for row in rows]
 
 
-def test_report_and_half_written_tables(tmp_path):
+def test_report_and_half_written_tables(tmp_path, monkeypatch):
     out, source = tmp_path / "out.tsv", write(tmp_path, ".csv")
 
     def rows():
@@ -214,12 +214,14 @@ def test_report_and_half_written_tables(tmp_path):
         bd.write_tsv(out, ("image",), rows())
     assert sorted(os.listdir(tmp_path)) == ["plain", "rows.csv"]
     bd.write_tsv(out, ("image",), ROWS)
+    monkeypatch.setattr(sys, "argv", ["b.py", "label", "a b.csv", "--merge"])
     bd.write_report(str(out), [str(source)], {"seed": 0}, {"rows in": 3, "lost": -1, "rows out": 2}, extra=[1])
     report = json.loads(Path(f"{out}.json").read_text())
     digest = subprocess.run(["sha256sum", source], capture_output=True, text=True, check=True).stdout.split()[0]
     assert report["inputs"] == [{"path": str(source), "bytes": source.stat().st_size, "sha256": digest}]
     assert list(report)[-1] == "date" and report["funnel"] == {"rows in": 3, "lost": -1, "rows out": 2}
     assert report["extra"] == [1] and len(report["script"]) == 64
+    assert report["command"] == "python b.py label 'a b.csv'"  # without the shards' parts there is nothing to merge
 
 
 COMMANDS = "shapes index classes incaps label laionet metadata curate frequency status check dedup prune subset mix stats"

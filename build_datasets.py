@@ -488,22 +488,49 @@ def tsv_field(value) -> str:
 @contextlib.contextmanager
 def whole_file(path):
     """A new file, open for writing bytes, that appears whole or not at all; a full disk is an OSError with its path."""
-    partial = f"{path}.partial"
+    partial, is_whole = f"{path}.partial", False
     try:
         with open(partial, "wb") as f:
             yield f
-        os.replace(partial, path)
+        os.replace(partial, place_of(path))
+        is_whole = True
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             error.filename = path  # write() does not say which file found the disk full
         raise
     finally:
-        if os.path.exists(partial):  # bad input or a full disk
+        if not is_whole and os.path.exists(partial):  # bad input or a full disk
             os.remove(partial)
 
 
+@contextlib.contextmanager
+def with_reports(tables, others):
+    """What these tables' reports are to tell of appears with them: until write_report has written TABLE.json, its
+    place is taken by an empty TABLE.json.partial, and TABLE.partial is the table. others: tables without a report."""
+    taken = [f"{path}.json.partial" for path in tables]
+    for path in (*tables, *(f"{path}.json" for path in tables), *others):
+        if os.path.isdir(path):
+            raise SystemExit(f"{path}: is a folder, expected the name of a file to write")
+        if path in tables and os.path.exists(f"{path}.partial"):
+            print(f"note: {path}.partial is of a run that was killed, or goes on; it is made anew", file=sys.stderr)
+    try:
+        for path in taken:
+            open(path, "wb").close()  # now, not after all the work
+        for path in others:  # of a killed run that called its table so
+            Path(f"{path}.json.partial").unlink(missing_ok=True)
+        yield
+    finally:  # what has no report by now will have none
+        for path in (*taken, *(f"{path}.partial" for path in tables)):
+            Path(path).unlink(missing_ok=True)
+
+
+def place_of(path):
+    """Where a table is, or is written to: PATH.partial while its report is to come, else PATH."""
+    return f"{path}.partial" if os.path.exists(f"{path}.json.partial") else path
+
+
 def write_tsv(path, columns, rows):
-    """A table with a header, tabs between fields, no quoting. It appears whole or not at all.
+    """A table with a header, tabs between fields, no quoting. It appears whole, and with its report, or not at all.
 
     rows: iterable of dicts; a missing key is an empty field. Returns: number of rows.
     """
@@ -1878,8 +1905,6 @@ def build_index(sources, out, holdout, classes, workers, seed):
     start = time.perf_counter()
     kind, found = find_sources(sources)
     folder = os.path.dirname(os.path.abspath(out))
-    if os.path.isdir(out):
-        raise SystemExit(f"--out: {out} is a folder, expected a file name, e.g. {os.path.join(out, 'train.tsv')}")
     beside, val = os.path.join(folder, "classes.tsv"), os.path.join(folder, "val.tsv")
     if classes is None and kind == "class folders" and os.path.exists(beside):
         classes = beside
@@ -1998,7 +2023,8 @@ def find_tables(paths):
             found += [os.path.join(path, n) for n in names]
         elif os.path.exists(path):
             if not path.endswith(TABLE_SUFFIXES):
-                raise SystemExit(f"{path}: expected a name that ends in one of {', '.join(TABLE_SUFFIXES)}")
+                why = "what a killed run left; " if path.endswith(".partial") else ""
+                raise SystemExit(f"{path}: {why}expected a name that ends in one of {', '.join(TABLE_SUFFIXES)}")
             found.append(path)
         else:
             matches = matches_of(path)
@@ -2122,12 +2148,10 @@ def parquet_rows(path, wanted, bad=None, has_failed=False):
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
         raise SystemExit(f"{path}:1: not readable as parquet ({str(error).splitlines()[0]})") from None
-    columns = [name for name in file.schema_arrow.names if wanted is None or name in wanted]
     is_shard = {"key", "status", "error_message"} <= set(file.schema_arrow.names)
-    if is_shard:  # in its format parquet the pictures are a column, and no text
-        columns = [name for name in columns if name not in IMAGE_SUFFIXES]
-    is_shard = is_shard and not has_failed
-    status = columns.index("status") if "status" in columns else -1
+    pictures = IMAGE_SUFFIXES if is_shard else ()  # in img2dataset's format parquet they are a column, and no text
+    columns = [name for name in file.schema_arrow.names if (wanted is None or name in wanted) and name not in pictures]
+    is_shard, status = is_shard and not has_failed, columns.index("status") if "status" in columns else -1
 
     def rows():
         number = 0
@@ -2216,7 +2240,7 @@ def read_table(path, needed=(), bad=None, is_all=True):
     Returns: (names of the columns, iterator of (line, list of strings)). None and NaN are empty, nested values JSON.
     Raises: SystemExit "file:line: reason".
     """
-    kind, lines = os.path.splitext(path.removesuffix(".gz"))[1], None
+    kind, lines = os.path.splitext(path.removesuffix(".gz").removesuffix(".partial"))[1], None
     if has_samples(path):
         header, found = tar_facts(path)[0], tar_rows(path, bad if isinstance(bad, list) else Counter())
         rows = ((n, [row.get(name, "") for name in header]) for n, row in found)
@@ -2340,15 +2364,17 @@ def write_report(out, inputs, flags, steps, **more):
     included; steps: the funnel, an ordered dict from what came in over what was lost, and why, to what came out; more:
     further facts, as histograms.
     """
+    table = place_of(out)
     command = ["python", *(arg for arg in sys.argv if arg != "--merge")]  # makes the table again, from nothing
     content = dict(
         command=shlex.join(command), script=file_hash(os.path.abspath(__file__)),
         versions=dict(python=sys.version.split()[0], numpy=np.__version__), flags=flags, funnel=steps, **more,
         inputs=list(map(facts_of, with_beside(inputs))),
-        outputs=[dict(path=out, bytes=os.path.getsize(out), sha256=file_hash(out))],
+        outputs=[dict(path=out, bytes=os.path.getsize(table), sha256=file_hash(table))],
         date=time.strftime("%Y-%m-%d %H:%M:%S"))  # fmt: skip
     with whole_file(f"{out}.json") as f:
         f.write(json.dumps(content, indent=1, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+    os.replace(table, out)  # last: a table that is there has its report
 
 
 def print_funnel(counts):
@@ -4741,7 +4767,7 @@ def subset_tables(tables, out, threshold, class_list, match_frequency, fill, sho
         place = {label: str(i) for i, label in enumerate(wanted)}
         chosen = (row | {"subset_label": place[label_number(row["label"], known[1], n_classes)]} for row in chosen)
     write_tsv(out, [*columns, *["subset_label"][: len(wanted)]], chosen)
-    written = class_counts(scan_rows([out], key if key != "image" else columns[0], 0, known)[1], n_classes)
+    written = class_counts(scan_rows([place_of(out)], key if key != "image" else columns[0], 0, known)[1], n_classes)
     assert (written == after).all(), "the table written does not have the counts that were planned"
     flags = dict(threshold=threshold, class_list=class_list, match_frequency=match_frequency, fill=fill, shots=shots,
                  trim_tail=trim_tail, profile=profile, imbalance=imbalance, fraction=fraction, rows=rows,
@@ -4904,15 +4930,21 @@ def plot_counts(names, counts, path):
 # ------------------------------------------------------------------------------ main
 
 
-def check_out(args):
-    """SystemExit if a table to be written is one to be read: a second call would read what the first has written."""
-    beside = dict(laionet="all", dedup="pairs", curate="entries", status="classes")
-    beside["frequency"] = "sample" if getattr(args, "sample", 0) else ""
-    names = [args.out, *(f"{args.out.removesuffix('.tsv')}.{kind}.tsv" for kind in [beside.get(args.command)] if kind)]
+def outputs_of(args):
+    """Tables that a command writes: those with a report, those without."""
     if args.command == "prune":
         sets = [*(test.partition("=")[0] for test in args.tests), "combined", "near", "far", "rand", "leaks"]
         names = [args.out.replace("{set}", name) for name in sets]
-    written = {os.path.realpath(path) for path in names}
+        return names[:-1], names[-1:]
+    beside = dict(laionet="all", dedup="pairs", curate="entries", status="classes")
+    beside["frequency"] = "sample" if getattr(args, "sample", 0) else ""
+    kind = beside.get(args.command)
+    return [args.out], [f"{args.out.removesuffix('.tsv')}.{kind}.tsv"] if kind else []
+
+
+def check_out(args):
+    """SystemExit if a table to be written is one to be read: a second call would read what the first has written."""
+    written = {os.path.realpath(path) for path in sum(outputs_of(args), [])}
     files = []
     for name in ("inputs", "tables", "against", "fill", "match_frequency"):
         given = getattr(args, name, None) or []
@@ -4940,6 +4972,15 @@ def main(args):
             torch.zeros(1, device=args.device).item()
         except (RuntimeError, AssertionError) as error:
             raise SystemExit(f"--device {args.device}: {str(error).splitlines()[0][:100]}") from None
+    is_share = hasattr(args, "shard") and not args.merge and (args.shard or os.environ.get("RANK", "0") != "0")
+    if args.command == "shapes" or getattr(args, "dry_run", False) or is_share:  # a share leaves parts, no table
+        run_command(args)
+    else:
+        with with_reports(*outputs_of(args)):
+            run_command(args)
+
+
+def run_command(args):
     if args.command == "shapes":
         build_shapes(args.out, args.seed, args.size, args.names, args.workers)
     elif args.command == "index":

@@ -534,11 +534,19 @@ def write_tsv(path, columns, rows):
 
     rows: iterable of dicts; a missing key is an empty field. Returns: number of rows.
     """
-    n = 0
+    n, place = 0, {column: i for i, column in enumerate(columns)}
     with whole_file(path) as f:
         f.write("\t".join(map(tsv_field, columns)).encode("utf-8", "replace") + b"\n")
         for n, row in enumerate(rows, 1):  # noqa: B007 (n is the number of rows)
-            f.write("\t".join([tsv_field(row.get(c)) for c in columns]).encode("utf-8", "replace") + b"\n")
+            if len(row) * 8 > len(columns):
+                line = "\t".join([tsv_field(row.get(c)) for c in columns])
+            else:  # most fields are empty: their tabs at once
+                parts, at = [], 0
+                for i, column in sorted((place[c], c) for c in row if c in place):
+                    parts += "\t" * (i - at), tsv_field(row[column])
+                    at = i
+                line = "".join(parts) + "\t" * (len(columns) - 1 - at)
+            f.write(line.encode("utf-8", "replace") + b"\n")
     return n
 
 
@@ -1876,7 +1884,8 @@ def rows_of(results, jobs, suffix):
         columns = list(result["columns"])
         with open(job["rows"] + suffix, encoding="utf-8", newline="\n") as f:
             for line in f:  # rows from before a column was first seen are shorter
-                yield dict(zip(columns, line[:-1].split("\t"), strict=False))
+                fields = line[:-1].split("\t")
+                yield dict(compress(zip(columns, fields, strict=False), fields))
 
 
 def funnel(counts):
@@ -1996,10 +2005,7 @@ def matches_of(pattern):
 
 
 def find_tables(paths):
-    """The tables that paths, globs and folders name, in sorted order: files, and folders of pictures with texts.
-
-    Raises: SystemExit if there are none.
-    """
+    """The tables that paths, globs and folders name, files and folders of pictures, sorted. Raises: SystemExit."""
     found = []
     for path in paths:
         if os.path.isdir(path):
@@ -2182,8 +2188,7 @@ def has_samples(path):
 
 
 def tar_rows(path, bad):
-    """(number of the sample, {column: text}) of a tar or a folder of files as `index` reads it, with what lies beside;
-    labels may be names.
+    """(number of the sample, {column: text}) of a tar or folder as `index` reads it; labels may be names.
 
     bad: Counter or list, as of note_bad, of samples that are left out and of what is wrong with the tar.
     """
@@ -2233,22 +2238,29 @@ def our_names(columns, path):
     return names
 
 
-def read_table(path, needed=(), bad=None, is_all=True):
+class Row(dict):
+    """A row of a table that may have thousands of columns, most of them empty: these need no keys."""
+
+    def __missing__(self, column):
+        return ""
+
+
+def read_table(path, needed=(), bad=None, is_all=True, is_dict=False):
     """One table, TSV, CSV, JSONL (each perhaps .gz), parquet, or a tar or folder of img2dataset's, as a stream.
 
     needed: columns that must be there; is_all: False reads only these; bad: as in text_lines.
-    Returns: (names of the columns, iterator of (line, list of strings)). None and NaN are empty, nested values JSON.
+    Returns: (names of the columns, iterator of (line, list of strings, or with is_dict {column: string}, a Row where
+    most fields are empty)). None and NaN are empty, nested values JSON.
     Raises: SystemExit "file:line: reason".
     """
-    kind, lines = os.path.splitext(path.removesuffix(".gz").removesuffix(".partial"))[1], None
+    kind, lines, found = os.path.splitext(path.removesuffix(".gz").removesuffix(".partial"))[1], None, None
     if has_samples(path):
         header, found = tar_facts(path)[0], tar_rows(path, bad if isinstance(bad, list) else Counter())
-        rows = ((n, [row.get(name, "") for name in header]) for n, row in found)
     elif kind == ".parquet":
-        found, header, rows = parquet_rows(path, None, bad)
+        _, header, rows = parquet_rows(path, None, bad)
     elif kind == ".jsonl":  # rows may differ in their keys: one more pass finds all of them
         header = list(dict.fromkeys(key for _, row in json_objects(path, Counter()) for key in row))
-        rows = ((n, [tsv_field(row.get(key)) for key in header]) for n, row in json_objects(path, bad))
+        found = json_objects(path, bad)
     else:
         lines = text_lines(path)  # a header that cannot be read is never passed over
         first = next(lines if kind == ".tsv" else csv_rows(lines, 0, path, None), None)
@@ -2261,8 +2273,8 @@ def read_table(path, needed=(), bad=None, is_all=True):
         raise SystemExit(f"{path}:1: no column image: img2dataset's own table; give the folder of its tars or folders "
                          "of files (--output_format webdataset or files; parquet, tfrecord: texts alone)")  # fmt: skip
     if missing:
-        found = (name if name == ours else f"{name} (read as {ours})" for name, ours in zip(header, names))
-        raise SystemExit(f"{path}:1: no column {', '.join(missing)}; found {', '.join(found)}")
+        there = (name if name == ours else f"{name} (read as {ours})" for name, ours in zip(header, names))
+        raise SystemExit(f"{path}:1: no column {', '.join(missing)}; found {', '.join(there)}")
     if lines is not None:
         lines.close()
         lines = text_lines(path, bad)
@@ -2272,9 +2284,20 @@ def read_table(path, needed=(), bad=None, is_all=True):
         else:
             rows = csv_rows(lines, len(header), path, bad)
             next(rows)
+    usual = [(name, "") for name in COLUMN_ALIASES if name in names]  # a Row tells that its table has these
+    if is_dict and found:
+        ours = dict(zip(header, names))
+        return names, ((n, Row(usual, **{ours[k]: tsv_field(v) for k, v in row.items()})) for n, row in found)
+    if is_dict and len(names) > 256:
+        return names, ((n, Row(itertools.chain(usual, compress(zip(names, fields), fields)))) for n, fields in rows)
+    if is_dict:
+        return names, ((n, dict(zip(names, fields))) for n, fields in rows)
+    places = range(len(names)) if is_all else [names.index(name) for name in needed]
+    if found:
+        keys = [header[place] for place in places]
+        return [names[place] for place in places], ((n, [tsv_field(row.get(key)) for key in keys]) for n, row in found)
     if is_all:
         return names, rows
-    places = [names.index(name) for name in needed]
     if kind == ".parquet":
         _, read, rows = parquet_rows(path, {header[place] for place in places}, bad)
         places = [read.index(header[place]) for place in places]
@@ -2299,11 +2322,12 @@ def open_tables(paths, needed=(), bad=None, out=None):
 
     def rows():
         for path in paths:
-            names, table = read_table(path, needed, bad)
+            names, table = read_table(path, needed, bad, is_dict=True)
             source, target = (os.path.realpath(os.path.dirname(p or path) or ".") for p in (path, out))
             empty = dict.fromkeys(columns, "")
-            for _, fields in table:
-                row = empty | dict(zip(names, fields))
+            for _, row in table:
+                if type(row) is dict and len(names) < len(columns):
+                    row = empty | row
                 if source != target and "image" in row:
                     row["image"] = relocate(row["image"], source, target)
                 yield row
@@ -2313,8 +2337,7 @@ def open_tables(paths, needed=(), bad=None, out=None):
 
 def numbered_rows(path, needed=(), bad=None):
     """(line, row as a dict) of one table."""
-    names, rows = read_table(path, needed, bad)
-    return ((line, dict(zip(names, fields))) for line, fields in rows)
+    return read_table(path, needed, bad, is_dict=True)[1]
 
 
 def file_hash(path):

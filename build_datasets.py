@@ -41,7 +41,7 @@ index lists images where they lie; nothing is unpacked, copied or decoded.
                          caption, then every further key, sorted; nested values as compact JSON
           val.tsv        beside it, with --holdout: the rows whose hash of seed and key is below that fraction
           classes.tsv    beside it, for class folders, if there is none yet
-          OUT.tsv.json   flags, inputs, counts of all that was dropped or repaired, warnings, date
+          OUT.tsv.json   command line, flags, inputs, counts of all that was dropped or repaired, warnings, date
 
 The caption is the .txt, else the JSON's caption, text or title; the label is the .cls, else the JSON's label. The
 JSON's own image, label and caption make no columns; a key in JSON and parquet is taken from the JSON. Rows are in the
@@ -49,18 +49,20 @@ order of the sources, sorted, and inside them of the tar or of the file names, w
 
 classes, incaps, label, laionet, metadata, curate, frequency and status build tables from texts; each --help says what
 goes in and has an example. Inputs are TSV, CSV, JSONL (each perhaps .gz), parquet and tars: files, folders and globs.
-Beside OUT.tsv comes OUT.tsv.json with flags, what was lost at each step and size and hash of each file that was read,
-class lists, embeddings and WordNet's too; of a tar, which is not read whole, the hash of its first and last MiB. Input
-files are the unit of work: each leaves a part in OUT.tsv.parts, named by what it was made from, so a killed run goes on
-where it was unless an input has changed, and shards of it merge to the same bytes.
+Beside OUT.tsv comes OUT.tsv.json with command line, flags, what was lost at each step and size and hash of each file
+that was read, class lists, embeddings and WordNet's too; of a tar, which is not read whole, the hash of its first and
+last MiB, of a folder of pictures that of names, sizes and texts. Input files are the unit of work: each leaves a part
+in OUT.tsv.parts, named by what it was made from, so a killed run goes on where it was unless an input has changed, and
+shards of it merge to the same bytes.
 
     python build_datasets.py label data/shapes/yfcc/train.tsv --classes data/shapes/classes.tsv --out yfcc_cls.tsv
     python build_datasets.py metadata data/shapes/web/train.tsv --min-pmi 3 --out entries.tsv
     python build_datasets.py curate data/shapes/web/train.tsv --metadata entries.tsv --cap 200 --out curated.tsv
 
 check, dedup, prune, subset, mix and stats work on tables of images, with the same reports; what is drawn hangs on a
-hash of the row, so a cut is the same for any order and repeated calls. All commands read a folder of img2dataset's tars
-(with what lies beside them) as the table that index writes of it; for texts alone shards/*.parquet is read faster.
+hash of the row, so a cut is the same for any order and repeated calls. All commands read img2dataset's folder, of tars
+or of folders of files, with what lies beside these, as the table that index writes of it; one shard, and a flat folder
+of pictures with texts, too. For texts alone shards/*.parquet is read faster, and is all there is of the format parquet.
 
     python build_datasets.py check data/shapes/laionet/train.tsv --out bad.tsv
     python build_datasets.py dedup data/shapes/web/train.tsv --by pixels phash --out web.tsv
@@ -100,6 +102,7 @@ import os
 import pickle
 import random
 import re
+import shlex
 import shutil
 import struct
 import sys
@@ -124,8 +127,15 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------ flags
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """An example stays in one line, so that it can be copied."""
+
+    def _fill_text(self, text, width, indent):
+        return text if text.startswith("example: ") else super()._fill_text(text, width, indent)
+
+
 def parse_args(argv=None):
-    style = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    style = dict(formatter_class=HelpFormatter, allow_abbrev=False)
     parser = argparse.ArgumentParser(description="Build data sets for the training scripts.", **style)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -145,7 +155,7 @@ def parse_args(argv=None):
     shapes.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; the bytes do not depend on it")
 
     index = add("index", "table of the images in tars, class folders or a flat folder",
-                "shards/ --holdout 0.1 --out data/web/train.tsv",
+                "tests/samples/shards --holdout 0.5 --out data/web/train.tsv",
                 "In: tars as img2dataset and webdataset write them, folders of them, class folders, or a flat folder "
                 "of pictures with .txt and .json of the same names. Out: a table of image, label, caption and the "
                 "keys of the .json; images stay where they are.")
@@ -157,10 +167,13 @@ def parse_args(argv=None):
     index.add_argument("--seed", type=int, default=0, help="redraws which rows --holdout takes")
 
     classes = add("classes", "classes.tsv from a list of wnids or names",
-                  "wnids.txt --wordnet /usr/share/wordnet --out classes.tsv")
+                  "data/shapes/classes.tsv --out names.tsv",
+                  "In: a text file of wnids, which need --wordnet, or of names, which may do without. Out: "
+                  "classes.tsv, row i is label i; on the screen the names that several classes or synsets have.")
     classes.add_argument("list", help="text file, a class a line in label order: wnid or name, perhaps a tab and the "
                          "name to show (wnid) or synonyms with | and a definition (name); a line `#`, or one that "
-                         "begins with # and a blank, is a comment, `#1 pencil` is a class")
+                         "begins with # and a blank, is a comment, `#1 pencil` is a class; a header `name synonyms "
+                         "definition` is none")
     classes.add_argument("--out", required=True,
                          help="classes.tsv to write: name, synonyms, definition, wnid, negative, match, query")
     classes.add_argument("--wordnet", help="folder of WordNet 3.0's data.noun, index.noun, noun.exc")
@@ -170,7 +183,10 @@ def parse_args(argv=None):
                          "first synonym, else the name)")
 
     incaps = add("incaps", "ImageNet-Captions: its JSON joined with the images",
-                 "imagenet_captions.json --images imagenet/train --classes classes.tsv --out incaps/train.tsv")
+                 "tests/samples/imagenet_captions.json --images tests/samples/imagenet --classes "
+                 "tests/samples/imagenet_classes.tsv --out incaps.tsv",
+                 "In: the JSON, ImageNet's pictures, classes.tsv with wnids. Out: a row for each picture that is "
+                 "there, with label, title, tags, description, all three as caption; counts of what each join lost.")
     incaps.add_argument("json", help="imagenet_captions.json, perhaps .gz: list of filename, wnid, title, description, "
                         "tags")  # fmt: skip
     incaps.add_argument("--images", required=True, help="folder of class folders, or index's table of it")
@@ -201,7 +217,7 @@ def parse_args(argv=None):
                          "file TABLE; without this and --clip the column similarity is taken")
 
     curate = add("curate", "MetaCLIP: captions balanced over the entries of a metadata",
-                 "data/shapes/web/train.tsv --metadata entries.tsv --cap 200 --out curated.tsv",
+                 "data/shapes/web/train.tsv --metadata tests/samples/entries.tsv --cap 200 --out curated.tsv",
                  "In: tables with texts, and entries. Out: the rows that are kept, all their columns; OUT.entries.tsv "
                  "has entry, count, probability (of a row to be kept by it) and kept.")
     curate.add_argument("--metadata", required=True, help="table with the column entry (see metadata)")
@@ -244,7 +260,7 @@ def parse_args(argv=None):
                              help="classes.tsv: name, synonyms, definition, negative, match, query")
     for command in (label, laionet, curate, metadata, frequency):
         command.add_argument("inputs", nargs="+", metavar="TABLE",
-                             help="TSV, CSV, JSONL (or .gz), parquet, tars of img2dataset; folders, globs")
+                             help="TSV, CSV, JSONL (or .gz), parquet, img2dataset's tars or folders; folders, globs")
         command.add_argument("--columns", nargs="+", default=["caption"],
                              help="columns whose texts are joined and searched")
     for command in (label, laionet, curate, frequency):
@@ -256,7 +272,7 @@ def parse_args(argv=None):
         command.add_argument("--skip-bad", action="store_true", help="leave out and count rows that cannot be read")
 
     status = add("status", "what img2dataset got: successes by class and cause, rows to try again",
-                 "shards/ --out retry.tsv",
+                 "tests/samples/shards --out retry.tsv",
                  "In: img2dataset's folder. Out: the rows to try again: key, url, caption, label, status, "
                  "error_message; OUT.classes.tsv has label, name, rows, count and success of each class.")
     status.add_argument("folder", help="output folder of img2dataset: NNNNN.parquet, NNNNN_stats.json (needs pyarrow)")
@@ -265,7 +281,7 @@ def parse_args(argv=None):
         command.add_argument("--out", required=True, help="table to write, ending in .tsv; its report is OUT.json")
     def add_common(sub, out="table to write; its report is OUT.json, with what came in, what was lost and why"):
         sub.add_argument("tables", nargs="+", metavar="DATA", help="tables (.tsv .csv .jsonl, .gz of them, .parquet), "
-                         "tars of img2dataset, patterns, or folders of tables or of tars")  # fmt: skip
+                         "tars of img2dataset, patterns, folders of these, img2dataset's folders of files")  # fmt: skip
         sub.add_argument("--out", required=True, help=out)
 
     check = add("check", "decode every image, list bad rows, show what is in a table",
@@ -359,7 +375,7 @@ def parse_args(argv=None):
     subset.add_argument("--seed", type=int, default=0, help="redraws the rows")
 
     mix = add("mix", "join data sets in proportions, or whole",
-              "data/shapes/laionet/train.tsv data/shapes/incaps/train.tsv --rows 4000 --out mix.tsv",
+              "data/shapes/laionet/train.tsv data/shapes/incaps/train.tsv --rows 500 --out mix.tsv",
               "In: tables, each a source. Out: one table with a column source. A row whose key is in an earlier "
               "source is a copy and goes.")
     add_common(mix)
@@ -371,7 +387,7 @@ def parse_args(argv=None):
     mix.add_argument("--seed", type=int, default=0, help="redraws the rows")
 
     stats = add("stats", "class frequencies, imbalance and captions of data sets, side by side",
-                "data/shapes/incaps/train.tsv data/shapes/laionet/train.tsv --out stats.tsv --plot stats.png",
+                "data/shapes/incaps/train.tsv data/shapes/laionet/train.tsv --out stats.tsv",
                 "In: tables with labels, or with columns name and count. Out: a table on the screen and in --out: "
                 "rows, classes, Gini, head share, tail counts, caption lengths; Spearman correlation of the class "
                 "counts of each two.")
@@ -472,30 +488,65 @@ def tsv_field(value) -> str:
 @contextlib.contextmanager
 def whole_file(path):
     """A new file, open for writing bytes, that appears whole or not at all; a full disk is an OSError with its path."""
-    partial = f"{path}.partial"
+    partial, is_whole = f"{path}.partial", False
     try:
         with open(partial, "wb") as f:
             yield f
-        os.replace(partial, path)
+        os.replace(partial, place_of(path))
+        is_whole = True
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             error.filename = path  # write() does not say which file found the disk full
         raise
     finally:
-        if os.path.exists(partial):  # bad input or a full disk
+        if not is_whole and os.path.exists(partial):  # bad input or a full disk
             os.remove(partial)
 
 
+@contextlib.contextmanager
+def with_reports(tables, others):
+    """What these tables' reports are to tell of appears with them: until write_report has written TABLE.json, its
+    place is taken by an empty TABLE.json.partial, and TABLE.partial is the table. others: tables without a report."""
+    taken = [f"{path}.json.partial" for path in tables]
+    for path in (*tables, *(f"{path}.json" for path in tables), *others):
+        if os.path.isdir(path):
+            raise SystemExit(f"{path}: is a folder, expected the name of a file to write")
+        if path in tables and os.path.exists(f"{path}.partial"):
+            print(f"note: {path}.partial is of a run that was killed, or goes on; it is made anew", file=sys.stderr)
+    try:
+        for path in taken:
+            open(path, "wb").close()  # now, not after all the work
+        for path in others:  # of a killed run that called its table so
+            Path(f"{path}.json.partial").unlink(missing_ok=True)
+        yield
+    finally:  # what has no report by now will have none
+        for path in (*taken, *(f"{path}.partial" for path in tables)):
+            Path(path).unlink(missing_ok=True)
+
+
+def place_of(path):
+    """Where a table is, or is written to: PATH.partial while its report is to come, else PATH."""
+    return f"{path}.partial" if os.path.exists(f"{path}.json.partial") else path
+
+
 def write_tsv(path, columns, rows):
-    """A table with a header, tabs between fields, no quoting. It appears whole or not at all.
+    """A table with a header, tabs between fields, no quoting. It appears whole, and with its report, or not at all.
 
     rows: iterable of dicts; a missing key is an empty field. Returns: number of rows.
     """
-    n = 0
+    n, place = 0, {column: i for i, column in enumerate(columns)}
     with whole_file(path) as f:
         f.write("\t".join(map(tsv_field, columns)).encode("utf-8", "replace") + b"\n")
         for n, row in enumerate(rows, 1):  # noqa: B007 (n is the number of rows)
-            f.write("\t".join([tsv_field(row.get(c)) for c in columns]).encode("utf-8", "replace") + b"\n")
+            if len(row) * 8 > len(columns):
+                line = "\t".join([tsv_field(row.get(c)) for c in columns])
+            else:  # most fields are empty: their tabs at once
+                parts, at = [], 0
+                for i, column in sorted((place[c], c) for c in row if c in place):
+                    parts += "\t" * (i - at), tsv_field(row[column])
+                    at = i
+                line = "".join(parts) + "\t" * (len(columns) - 1 - at)
+            f.write(line.encode("utf-8", "replace") + b"\n")
     return n
 
 
@@ -1514,6 +1565,12 @@ def folder_samples(folder, prefix, is_recursive, counts):
             yield inside + stem, None, 0, {}
 
 
+def sample_bytes(sample):
+    """What tells one sample from another, for a hash: its key, the image's size and the texts."""
+    key, _, n_bytes, texts = sample
+    return b"\0".join([os.fsencode(key), str(n_bytes).encode(), *texts.values(), b""])
+
+
 def parquet_columns(path):
     """The columns of a shard's parquet. Returns: ({key: row}, {column: list}), or None without pyarrow."""
     try:
@@ -1622,9 +1679,9 @@ def index_source(job):
             beside = ({}, {}) if job["is_recursive"] else read_beside(job["path"], result)
         with open(job["rows"] + ".train", "wb") as train, open(job["rows"] + ".val", "wb") as val:
             for sample in samples:
-                key, image, n_bytes, texts = sample
+                key, image, n_bytes, _ = sample
                 n_image_bytes += n_bytes
-                names.update(b"\0".join([os.fsencode(key), str(n_bytes).encode(), *texts.values(), b""]))
+                names.update(sample_bytes(sample))
                 loss, label, caption, fields = sample_row(sample, job["label"], job["classes"], beside, counts)
                 if not loss:
                     is_val = unit_hash(job["seed"], f"{job['key']}/{key}") < job["holdout"]
@@ -1709,6 +1766,12 @@ def has_images(folder):
     return False
 
 
+def shard_folders(folder, names):
+    """Those of a folder's subfolders that are img2dataset's; one that it was killed at has nothing beside it."""
+    shards = {n for n in names if shard_files(os.path.join(folder, n))}
+    return [n for n in names if n in shards or shards and n.isdigit()]
+
+
 def look_into(folder):
     """What a folder holds: ("tars", paths), ("class folders", names) or ("flat folder", [folder]).
 
@@ -1719,9 +1782,7 @@ def look_into(folder):
     folders = [n for n in names if n not in set(files) and os.path.isdir(os.path.join(folder, n))]
     tars = [os.path.join(folder, n) for n in files if TAR_NAME.search(n)]
     images = [n for n in files if os.path.splitext(n)[1][1:].lower() in IMAGE_SUFFIXES]
-    shards = [n for n in folders if shard_files(os.path.join(folder, n))]
-    if shards:  # one that img2dataset was killed at has nothing beside it
-        shards = [n for n in folders if n in set(shards) or n.isdigit()]
+    shards = shard_folders(folder, folders)
     classes = [n for n in folders if n not in set(shards) and has_images(os.path.join(folder, n))]
     kinds = {"tars": tars, "flat folder": images, "shards in folders": shards, "class folders": classes}
     found = [(kind, of) for kind, of in kinds.items() if of]
@@ -1826,7 +1887,8 @@ def rows_of(results, jobs, suffix):
         columns = list(result["columns"])
         with open(job["rows"] + suffix, encoding="utf-8", newline="\n") as f:
             for line in f:  # rows from before a column was first seen are shorter
-                yield dict(zip(columns, line[:-1].split("\t"), strict=False))
+                fields = line[:-1].split("\t")
+                yield dict(compress(zip(columns, fields, strict=False), fields))
 
 
 def funnel(counts):
@@ -1855,8 +1917,6 @@ def build_index(sources, out, holdout, classes, workers, seed):
     start = time.perf_counter()
     kind, found = find_sources(sources)
     folder = os.path.dirname(os.path.abspath(out))
-    if os.path.isdir(out):
-        raise SystemExit(f"--out: {out} is a folder, expected a file name, e.g. {os.path.join(out, 'train.tsv')}")
     beside, val = os.path.join(folder, "classes.tsv"), os.path.join(folder, "val.tsv")
     if classes is None and kind == "class folders" and os.path.exists(beside):
         classes = beside
@@ -1948,24 +2008,32 @@ def matches_of(pattern):
 
 
 def find_tables(paths):
-    """The table files that paths, globs and folders name, in sorted order. Raises: SystemExit if there are none."""
+    """The tables that paths, globs and folders name, files and folders of pictures, sorted. Raises: SystemExit."""
     found = []
     for path in paths:
         if os.path.isdir(path):
-            names = [n for n in sorted(os.listdir(path)) if n.endswith(TABLE_SUFFIXES) and not n.startswith(".")]
-            if any(n.endswith(".tar") for n in names):  # img2dataset's: what its .parquet tells is read with the tar
-                names = [n for n in names if not n.endswith(".parquet")]
-            elif any(n.endswith(".parquet") and os.path.isdir(os.path.join(path, n[:-8])) for n in names):
-                raise SystemExit(f"{path}: img2dataset's folders of files: run `index` on it and give the table "
-                                 f"that it writes, or for texts alone '{os.path.join(path, '*.parquet')}'")  # fmt: skip
-            kinds = {os.path.splitext(n.removesuffix(".gz"))[1] for n in names}
+            path = path.rstrip("/") or "/"
+            with os.scandir(path) as entries:
+                is_folder = {entry.name: entry.is_dir() for entry in entries if not entry.name.startswith(".")}
+            names = sorted(n for n in is_folder if n.endswith(TABLE_SUFFIXES))
+            has_tars = any(n.endswith(".tar") for n in names)
+            folders = [] if has_tars else shard_folders(path, sorted(filter(is_folder.get, is_folder)))
+            if has_tars or folders:  # img2dataset's: what its .parquet tells is read with the tar or the folder
+                names = [n for n in names if not n.endswith(".parquet")] + folders
+            elif not names and any(os.path.splitext(n)[1][1:].lower() in IMAGE_SUFFIXES for n in is_folder):
+                is_named = os.path.basename(path) not in (".", "..")  # images are named by the folder
+                found.append(path if is_named else os.path.abspath(path))
+                continue
+            kinds = {"folder" if n in folders else os.path.splitext(n.removesuffix(".gz"))[1] for n in names}
             if len(kinds) != 1:
                 what = f"tables of kinds {', '.join(sorted(kinds))}: name the files" if kinds else "no table"
-                raise SystemExit(f"{path}: a folder with {what} (expected one kind of {', '.join(TABLE_SUFFIXES)})")
+                raise SystemExit(f"{path}: a folder with {what} (expected one kind of {', '.join(TABLE_SUFFIXES)}, or "
+                                 "folders of img2dataset's; of class folders `index` makes a table)")  # fmt: skip
             found += [os.path.join(path, n) for n in names]
         elif os.path.exists(path):
             if not path.endswith(TABLE_SUFFIXES):
-                raise SystemExit(f"{path}: expected a name that ends in one of {', '.join(TABLE_SUFFIXES)}")
+                why = "what a killed run left; " if path.endswith(".partial") else ""
+                raise SystemExit(f"{path}: {why}expected a name that ends in one of {', '.join(TABLE_SUFFIXES)}")
             found.append(path)
         else:
             matches = matches_of(path)
@@ -2089,9 +2157,10 @@ def parquet_rows(path, wanted, bad=None, has_failed=False):
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
         raise SystemExit(f"{path}:1: not readable as parquet ({str(error).splitlines()[0]})") from None
-    columns = [name for name in file.schema_arrow.names if wanted is None or name in wanted]
-    is_shard = {"key", "status", "error_message"} <= set(file.schema_arrow.names) and not has_failed
-    status = columns.index("status") if "status" in columns else -1
+    is_shard = {"key", "status", "error_message"} <= set(file.schema_arrow.names)
+    pictures = IMAGE_SUFFIXES if is_shard else ()  # in img2dataset's format parquet they are a column, and no text
+    columns = [name for name in file.schema_arrow.names if (wanted is None or name in wanted) and name not in pictures]
+    is_shard, status = is_shard and not has_failed, columns.index("status") if "status" in columns else -1
 
     def rows():
         number = 0
@@ -2116,17 +2185,23 @@ def parquet_rows(path, wanted, bad=None, has_failed=False):
     return file.schema_arrow.names, columns, rows()
 
 
+def has_samples(path):
+    """Whether a table is a tar or a folder, of samples: pictures with texts."""
+    return path.endswith(".tar") or os.path.isdir(path)
+
+
 def tar_rows(path, bad):
-    """(number of the sample, {column: text}) of a tar as `index` reads it, with what lies beside; labels may be names.
+    """(number of the sample, {column: text}) of a tar or folder as `index` reads it; labels may be names.
 
     bad: Counter or list, as of note_bad, of samples that are left out and of what is wrong with the tar.
     """
     counts, result = Counter(), dict(path=path, warnings=[], stats=None)
+    reader = None if os.path.isdir(path) else TarReader(path)
     try:
-        reader = TarReader(path)
-        with reader.file:
-            beside = read_beside(path, result)
-            for sample in tar_samples(reader, os.path.basename(path), counts):
+        with reader.file if reader else contextlib.nullcontext():
+            beside, name = read_beside(path, result), os.path.basename(path)
+            samples = tar_samples(reader, name, counts) if reader else folder_samples(path, name, False, counts)
+            for sample in samples:
                 loss, label, caption, fields = sample_row(sample, None, (None, 0), beside, counts)
                 if loss:
                     note_bad(bad, path, counts["samples"], loss)
@@ -2136,14 +2211,14 @@ def tar_rows(path, bad):
                     yield counts["samples"], {tsv_field(name): tsv_field(value) for name, value in fields.items()}
     except NotATarError as error:
         raise SystemExit(f"{path}: {error}") from None
-    check_tar(reader.problem, result | dict(counts=counts))
+    check_tar(reader.problem if reader else "", result | dict(counts=counts))
     for warning in result["warnings"]:
         note_bad(bad, path, counts["samples"], warning)
 
 
 @functools.lru_cache(2**16)
 def tar_facts(path):
-    """Columns of the rows of a tar, which takes a pass over it; {what is left out or wrong: how often}, printed too."""
+    """Columns of the rows of tar_rows, which takes a pass; {what is left out or wrong: how often}, printed too."""
     columns, lost = set(), Counter()
     for _, row in tar_rows(path, lost):
         columns.update(row)
@@ -2166,22 +2241,29 @@ def our_names(columns, path):
     return names
 
 
-def read_table(path, needed=(), bad=None, is_all=True):
-    """One table, TSV, CSV, JSONL (each perhaps .gz), parquet or a tar of img2dataset's, as a stream.
+class Row(dict):
+    """A row of a table that may have thousands of columns, most of them empty: these need no keys."""
+
+    def __missing__(self, column):
+        return ""
+
+
+def read_table(path, needed=(), bad=None, is_all=True, is_dict=False):
+    """One table, TSV, CSV, JSONL (each perhaps .gz), parquet, or a tar or folder of img2dataset's, as a stream.
 
     needed: columns that must be there; is_all: False reads only these; bad: as in text_lines.
-    Returns: (names of the columns, iterator of (line, list of strings)). None and NaN are empty, nested values JSON.
+    Returns: (names of the columns, iterator of (line, list of strings, or with is_dict {column: string}, a Row where
+    most fields are empty)). None and NaN are empty, nested values JSON.
     Raises: SystemExit "file:line: reason".
     """
-    kind, lines = os.path.splitext(path.removesuffix(".gz"))[1], None
-    if kind == ".parquet":
-        found, header, rows = parquet_rows(path, None, bad)
+    kind, lines, found = os.path.splitext(path.removesuffix(".gz").removesuffix(".partial"))[1], None, None
+    if has_samples(path):
+        header, found = tar_facts(path)[0], tar_rows(path, bad if isinstance(bad, list) else Counter())
+    elif kind == ".parquet":
+        _, header, rows = parquet_rows(path, None, bad)
     elif kind == ".jsonl":  # rows may differ in their keys: one more pass finds all of them
         header = list(dict.fromkeys(key for _, row in json_objects(path, Counter()) for key in row))
-        rows = ((n, [tsv_field(row.get(key)) for key in header]) for n, row in json_objects(path, bad))
-    elif kind == ".tar":
-        header, found = tar_facts(path)[0], tar_rows(path, bad if isinstance(bad, list) else Counter())
-        rows = ((n, [row.get(name, "") for name in header]) for n, row in found)
+        found = json_objects(path, bad)
     else:
         lines = text_lines(path)  # a header that cannot be read is never passed over
         first = next(lines if kind == ".tsv" else csv_rows(lines, 0, path, None), None)
@@ -2191,11 +2273,11 @@ def read_table(path, needed=(), bad=None, is_all=True):
     names = our_names(header, path)
     missing = [name for name in needed if name not in names]
     if "image" in missing and {"key", "status", "error_message"} <= set(names):
-        raise SystemExit(f"{path}:1: no column image: img2dataset's own table; give the folder of its tars, "
-                         "or the table that `index` writes of its folders")  # fmt: skip
+        raise SystemExit(f"{path}:1: no column image: img2dataset's own table; give the folder of its tars or folders "
+                         "of files (--output_format webdataset or files; parquet, tfrecord: texts alone)")  # fmt: skip
     if missing:
-        found = (name if name == ours else f"{name} (read as {ours})" for name, ours in zip(header, names))
-        raise SystemExit(f"{path}:1: no column {', '.join(missing)}; found {', '.join(found)}")
+        there = (name if name == ours else f"{name} (read as {ours})" for name, ours in zip(header, names))
+        raise SystemExit(f"{path}:1: no column {', '.join(missing)}; found {', '.join(there)}")
     if lines is not None:
         lines.close()
         lines = text_lines(path, bad)
@@ -2205,9 +2287,20 @@ def read_table(path, needed=(), bad=None, is_all=True):
         else:
             rows = csv_rows(lines, len(header), path, bad)
             next(rows)
+    usual = [(name, "") for name in COLUMN_ALIASES if name in names]  # a Row tells that its table has these
+    if is_dict and found:
+        ours = dict(zip(header, names))
+        return names, ((n, Row(usual, **{ours[k]: tsv_field(v) for k, v in row.items()})) for n, row in found)
+    if is_dict and len(names) > 256:
+        return names, ((n, Row(itertools.chain(usual, compress(zip(names, fields), fields)))) for n, fields in rows)
+    if is_dict:
+        return names, ((n, dict(zip(names, fields))) for n, fields in rows)
+    places = range(len(names)) if is_all else [names.index(name) for name in needed]
+    if found:
+        keys = [header[place] for place in places]
+        return [names[place] for place in places], ((n, [tsv_field(row.get(key)) for key in keys]) for n, row in found)
     if is_all:
         return names, rows
-    places = [names.index(name) for name in needed]
     if kind == ".parquet":
         _, read, rows = parquet_rows(path, {header[place] for place in places}, bad)
         places = [read.index(header[place]) for place in places]
@@ -2232,11 +2325,12 @@ def open_tables(paths, needed=(), bad=None, out=None):
 
     def rows():
         for path in paths:
-            names, table = read_table(path, needed, bad)
+            names, table = read_table(path, needed, bad, is_dict=True)
             source, target = (os.path.realpath(os.path.dirname(p or path) or ".") for p in (path, out))
             empty = dict.fromkeys(columns, "")
-            for _, fields in table:
-                row = empty | dict(zip(names, fields))
+            for _, row in table:
+                if type(row) is dict and len(names) < len(columns):
+                    row = empty | row
                 if source != target and "image" in row:
                     row["image"] = relocate(row["image"], source, target)
                 yield row
@@ -2246,8 +2340,7 @@ def open_tables(paths, needed=(), bad=None, out=None):
 
 def numbered_rows(path, needed=(), bad=None):
     """(line, row as a dict) of one table."""
-    names, rows = read_table(path, needed, bad)
-    return ((line, dict(zip(names, fields))) for line, fields in rows)
+    return read_table(path, needed, bad, is_dict=True)[1]
 
 
 def file_hash(path):
@@ -2266,15 +2359,21 @@ def hash_of_version(path, *_):
 
 
 def with_beside(paths):
-    """Files that are given (not None), each once, and behind each tar those of img2dataset's that are read with it."""
+    """Tables that are given (not None), each once, and behind a tar or folder those of img2dataset's read with it."""
     for path in dict.fromkeys(filter(None, paths)):
         yield path
-        if path.endswith(".tar"):
+        if has_samples(path):
             yield from shard_files(path)
 
 
 def facts_of(path):
     """What OUT.json tells of an input. Of a tar only headers and texts are read, so neither is it hashed as a whole."""
+    if os.path.isdir(path):  # as index has it
+        samples, n_bytes = hashlib.sha256(), 0
+        for sample in folder_samples(path, "", False, Counter()):
+            samples.update(sample_bytes(sample))
+            n_bytes += sample[2]
+        return dict(path=path, image_bytes=n_bytes, sha256_of_names_sizes_texts=samples.hexdigest())
     stat = os.stat(path)
     facts = dict(path=path, bytes=stat.st_size)
     if not path.endswith(".tar"):
@@ -2285,20 +2384,23 @@ def facts_of(path):
 
 
 def write_report(out, inputs, flags, steps, **more):
-    """Write OUT.json, what a table was made from and how: equal for equal inputs and flags but for the date at its end.
+    """Write OUT.json, what a table was made from and how: equal for equal inputs and flags but for command and date.
 
     inputs: all files that were read, None for those not given; flags: dict of those that change the result, seed
     included; steps: the funnel, an ordered dict from what came in over what was lost, and why, to what came out; more:
     further facts, as histograms.
     """
+    table = place_of(out)
+    command = ["python", *(arg for arg in sys.argv if arg != "--merge")]  # makes the table again, from nothing
     content = dict(
-        script=file_hash(os.path.abspath(__file__)),
+        command=shlex.join(command), script=file_hash(os.path.abspath(__file__)),
         versions=dict(python=sys.version.split()[0], numpy=np.__version__), flags=flags, funnel=steps, **more,
         inputs=list(map(facts_of, with_beside(inputs))),
-        outputs=[dict(path=out, bytes=os.path.getsize(out), sha256=file_hash(out))],
+        outputs=[dict(path=out, bytes=os.path.getsize(table), sha256=file_hash(table))],
         date=time.strftime("%Y-%m-%d %H:%M:%S"))  # fmt: skip
     with whole_file(f"{out}.json") as f:
         f.write(json.dumps(content, indent=1, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+    os.replace(table, out)  # last: a table that is there has its report
 
 
 def print_funnel(counts):
@@ -2847,7 +2949,7 @@ def in_chunks(rows, texts, size=4096):
 def count_lost(path, bad, counts):
     """Add to counts the rows of a table that were not read: bad ones, what img2dataset had not got or a tar lacks."""
     lost = Counter(bad)
-    if path.endswith(".tar"):
+    if has_samples(path):
         lost += tar_facts(path)[1]
     elif path.endswith(".parquet"):
         names, _, rows = parquet_rows(path, {"status"}, None, True)
@@ -2880,7 +2982,9 @@ def save_part(part, funnel_counts, **arrays):
 
 def part_of(path, out, settings):
     """Where the result of an input file lies: named by the file's path, size and time, and the settings."""
-    stats = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, with_beside([path]))]
+    inside = sorted(glob.glob(os.path.join(glob.escape(path), "*"))) if os.path.isdir(path) else []
+    files = filter(os.path.exists, [*with_beside([path]), *inside])  # a folder may have dead links
+    stats = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, files)]
     facts = [os.path.abspath(path), stats, settings, file_hash(os.path.abspath(__file__))]
     return os.path.join(f"{out}.parts", f"{hash64(json.dumps(facts)):016x}.npz")
 
@@ -3050,6 +3154,12 @@ def class_of_line(line, where, wordnet, synsets, ambiguous):
 def build_classes(path, out, wordnet, extra):
     """Write classes.tsv. path: list, one class a line in label order; extra: table of columns that replace, or None."""
     lines = [(number, line) for number, line in text_lines(path) if line.split(" ")[0] != "#"]
+    header = lines[0][1].split("\t") if lines else []
+    if header[:2] == ["name", "synonyms"]:
+        if header[2:] not in ([], ["definition"]):
+            raise SystemExit(f"{path}:1: got columns {', '.join(header)}; a list has name, synonyms, definition alone; "
+                             "cut the others off, and give the table as --extra")  # fmt: skip
+        del lines[0]
     synsets = read_synsets(wordnet) if wordnet else {}
     rows, seen, senses = [], {}, {}
     for number, line in lines:
@@ -4683,7 +4793,7 @@ def subset_tables(tables, out, threshold, class_list, match_frequency, fill, sho
         place = {label: str(i) for i, label in enumerate(wanted)}
         chosen = (row | {"subset_label": place[label_number(row["label"], known[1], n_classes)]} for row in chosen)
     write_tsv(out, [*columns, *["subset_label"][: len(wanted)]], chosen)
-    written = class_counts(scan_rows([out], key if key != "image" else columns[0], 0, known)[1], n_classes)
+    written = class_counts(scan_rows([place_of(out)], key if key != "image" else columns[0], 0, known)[1], n_classes)
     assert (written == after).all(), "the table written does not have the counts that were planned"
     flags = dict(threshold=threshold, class_list=class_list, match_frequency=match_frequency, fill=fill, shots=shots,
                  trim_tail=trim_tail, profile=profile, imbalance=imbalance, fraction=fraction, rows=rows,
@@ -4846,15 +4956,21 @@ def plot_counts(names, counts, path):
 # ------------------------------------------------------------------------------ main
 
 
-def check_out(args):
-    """SystemExit if a table to be written is one to be read: a second call would read what the first has written."""
-    beside = dict(laionet="all", dedup="pairs", curate="entries", status="classes")
-    beside["frequency"] = "sample" if getattr(args, "sample", 0) else ""
-    names = [args.out, *(f"{args.out.removesuffix('.tsv')}.{kind}.tsv" for kind in [beside.get(args.command)] if kind)]
+def outputs_of(args):
+    """Tables that a command writes: those with a report, those without."""
     if args.command == "prune":
         sets = [*(test.partition("=")[0] for test in args.tests), "combined", "near", "far", "rand", "leaks"]
         names = [args.out.replace("{set}", name) for name in sets]
-    written = {os.path.realpath(path) for path in names}
+        return names[:-1], names[-1:]
+    beside = dict(laionet="all", dedup="pairs", curate="entries", status="classes")
+    beside["frequency"] = "sample" if getattr(args, "sample", 0) else ""
+    kind = beside.get(args.command)
+    return [args.out], [f"{args.out.removesuffix('.tsv')}.{kind}.tsv"] if kind else []
+
+
+def check_out(args):
+    """SystemExit if a table to be written is one to be read: a second call would read what the first has written."""
+    written = {os.path.realpath(path) for path in sum(outputs_of(args), [])}
     files = []
     for name in ("inputs", "tables", "against", "fill", "match_frequency"):
         given = getattr(args, name, None) or []
@@ -4882,6 +4998,15 @@ def main(args):
             torch.zeros(1, device=args.device).item()
         except (RuntimeError, AssertionError) as error:
             raise SystemExit(f"--device {args.device}: {str(error).splitlines()[0][:100]}") from None
+    is_share = hasattr(args, "shard") and not args.merge and (args.shard or os.environ.get("RANK", "0") != "0")
+    if args.command == "shapes" or getattr(args, "dry_run", False) or is_share:  # a share leaves parts, no table
+        run_command(args)
+    else:
+        with with_reports(*outputs_of(args)):
+            run_command(args)
+
+
+def run_command(args):
     if args.command == "shapes":
         build_shapes(args.out, args.seed, args.size, args.names, args.workers)
     elif args.command == "index":

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -490,6 +491,7 @@ def crawl(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.parametrize("form", ["webdataset", "files"])
 @pytest.mark.parametrize(
     "command",
     [
@@ -507,8 +509,13 @@ def crawl(tmp_path, monkeypatch):
         "metadata --min-count 1",
     ],
 )
-def test_a_folder_of_tars_is_the_table_that_index_writes(crawl, command):
+def test_img2dataset_s_folder_is_the_table_that_index_writes(crawl, command, form):
     found = []
+    if form == "files":
+        as_files("shards", crawl / "f")
+        shutil.rmtree("shards")
+        os.rename("f", "shards")
+        index("shards", out=Path("t.tsv"))
     for source in ("shards", "t.tsv"):
         name, *flags = command.split()
         out = "o-{set}.tsv" if name == "prune" else "o.tsv"
@@ -588,15 +595,64 @@ def test_img2dataset_folders_of_files_are_the_table_of_its_tars(crawl, capsys):
         index(files, out=out)
 
 
-@pytest.mark.parametrize("command", ["check", "label --classes classes.tsv", "stats", "dedup --by caption", "mix"])
-def test_folders_of_files_as_tables_ask_for_index(crawl, command):
-    files, (name, *flags) = as_files("shards", crawl / "f"), command.split()
-    for source in (files, "f*"):
-        with pytest.raises(SystemExit, match="f: img2dataset's folders of files: run `index` on it"):
-            bd.main(bd.parse_args([name, str(source), *flags, "--out", "o.tsv"]))
-    if name == "check":
-        with pytest.raises(SystemExit, match="or the table that `index` writes of its folders"):
-            bd.main(bd.parse_args([name, "f/00000.parquet", "--workers", "1", "--out", "o.tsv"]))
+def test_one_shard_of_files_and_flat_folders_are_tables(crawl):
+    """f/00001, a pattern of such, the shard's own folder as `.`: all the rows that index writes, wherever OUT lies."""
+    as_files("shards", crawl / "f")
+    (crawl / "f" / "00001").rename(crawl / "f" / "00002")  # nothing lies beside it: killed
+    for table, source in (("f/00000", "f/00000"), ("f/00002/", "f/00002"), ("f/0000?", "f"), ("f*", "f")):
+        want = index(source, out=Path("o/t.tsv"))
+        bd.main(bd.parse_args(["mix", table, "--out", "o/m.tsv"]))
+        got = read(crawl / "o" / "m.tsv")
+        assert len(got) == len(want) >= 6
+        assert [row | {"source": ""} for row in got] == [row | {"source": ""} for row in want], table
+    bd.main(bd.parse_args(["mix", "f/00000", "--out", "o/m.tsv"]))
+    (inputs,) = {json.dumps(report(crawl / "o" / "m.tsv")["inputs"])}
+    index("f/00000", out=Path("o/t.tsv"))
+    (source,) = report(crawl / "o" / "t.tsv")["sources"]
+    folder, *beside = json.loads(inputs)
+    assert folder == dict(path="f/00000", **{k: source[k] for k in ("image_bytes", "sha256_of_names_sizes_texts")})
+    assert [entry["path"] for entry in beside] == ["f/00000.parquet", "f/00000_stats.json"]
+    os.chdir("f/00000")
+    with pytest.raises(SystemExit) as stopped:
+        bd.main(bd.parse_args("check . --workers 1 --out ../../bad.tsv".split()))
+    assert stopped.value.code == 1 and [row["reason"] for row in read(crawl / "bad.tsv")] == ["not an image"]
+
+
+def test_folders_that_are_no_tables(crawl):
+    as_files("shards", crawl / "f")
+    for name in ("cats", "dogs"):
+        write(crawl / "classes" / name / "1.jpg")
+    write(crawl / "f" / "t.tsv", b"image\n")
+    for source, message in (
+        ("classes", "classes: a folder with no table .*of class folders `index` makes a table"),
+        ("f", r"f: a folder with tables of kinds .tsv, folder: name the files"),
+        ("f/00000.parquet", "no column image: .*folder of its tars or folders of files"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            bd.main(bd.parse_args(["check", source, "--workers", "1", "--out", "o.tsv"]))
+
+
+def test_a_changed_text_of_a_folder_is_read_anew(crawl):
+    as_files("shards", crawl / "f")
+    command = "label f --classes classes.tsv --workers 1 --out o.tsv".split()
+    bd.main(bd.parse_args([*command, "--shard", "0/2"]))
+    (first,) = (path.name for path in (crawl / "o.tsv.parts").glob("*.npz"))
+    bd.main(bd.parse_args([*command, "--shard", "0/2"]))
+    assert [path.name for path in (crawl / "o.tsv.parts").glob("*.npz")] == [first]
+    write(crawl / "f" / "00000" / "000000000.txt", b"a lion")
+    bd.tar_facts.cache_clear()
+    bd.main(bd.parse_args(command))
+    assert read(crawl / "o.tsv")[0]["caption"] == "a lion"
+
+
+def test_img2dataset_s_format_parquet_has_texts(crawl):
+    """Its pictures are a column of bytes, which no table can hold."""
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    row = dict(key="0", status="success", error_message=None, caption="a lion", url="x", jpg=b"\xff\xd8\n\t")
+    write(crawl / "p" / "00000_stats.json", b"{}")
+    parquet.write_table(pyarrow.Table.from_pylist([row]), "p/00000.parquet")
+    bd.main(bd.parse_args("label p --classes classes.tsv --workers 1 --out o.tsv".split()))
+    assert list(read(crawl / "o.tsv")[0]) == ["key", "status", "error_message", "caption", "url", "label"]
 
 
 # ------------------------------------------------------------------------------ messages

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from programs import ENV
 
 import build_datasets as bd
 
@@ -81,6 +82,7 @@ def test_full_disk(data, command, kinds):
             assert not [path.name for path in there if path.name.endswith(".partial")]
             if error is None:
                 break
+            assert not (data / "out" / "x.tsv").exists()  # without its report
             assert error.errno == errno.EFBIG and error.filename.startswith("out/x."), (n, error)
             assert all(path.stat().st_size <= n and str(path.relative_to(data)) != error.filename for path in there)
             failed.add(Path(error.filename).name.split(".", 1)[1])
@@ -88,6 +90,76 @@ def test_full_disk(data, command, kinds):
         assert error is None and (data / "out" / "x.tsv").read_bytes() == (data / "whole" / "x.tsv").read_bytes()
         shutil.rmtree("out")
     assert failed == set(kinds.split())
+
+
+REPORTED = [
+    "label im/t.tsv --classes im/classes.tsv --workers 1",
+    "classes list.txt",
+    "incaps captions.json --images im/t.tsv --classes im/classes.tsv",
+    "metadata im/t.tsv",
+    "dedup im/t.tsv --by caption --workers 1",
+    "subset im/t.tsv --fraction 0.5",
+    "mix im/t.tsv",
+    "stats im/t.tsv",
+]
+
+
+@pytest.mark.parametrize("command", REPORTED)
+def test_no_table_without_its_report(data, command, monkeypatch):
+    """If the report fails the old table and the old report stay; a report that has no place is said before the work."""
+    (data / "list.txt").write_text("lion\ncat\n")
+    run(*command.split(), "--out", "x.tsv")
+    old = {path.name: path.read_bytes() for path in data.glob("x.tsv*")}
+    assert set(old) == {"x.tsv", "x.tsv.json"}
+    (data / "list.txt").write_text("lion\n")
+    with open(data / "im" / "t.tsv", "a") as f:
+        f.write("new.jpg\t0\ta new lion\n")
+
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device", "x.tsv.json")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bd, "facts_of", full)
+        with pytest.raises(OSError, match="No space"):
+            run(*command.split(), "--out", "x.tsv")
+    assert {path.name: path.read_bytes() for path in data.glob("x.tsv*") if path.is_file()} == old
+    (data / "y.tsv.json").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(bd, "run_command", lambda args: pytest.fail("work was begun"))
+        with pytest.raises(SystemExit, match="y.tsv.json: is a folder, expected the name of a file"):
+            run(*command.split(), "--out", "y.tsv")
+    assert [path.name for path in data.glob("y.tsv*")] == ["y.tsv.json"]
+
+
+def test_what_a_killed_run_leaves_is_no_table(data, monkeypatch, capsys):
+    code = "import os, build_datasets as b; {}; b.main(b.parse_args('label im/t.tsv --classes im/classes.tsv --out x.tsv'.split()))"
+    for killed, there in (
+        ("b.facts_of = lambda path: os._exit(9)", {"x.tsv.partial", "x.tsv.json.partial", "x.tsv.parts"}),
+        ("move = os.replace; os.replace = lambda a, b: os._exit(9) if b == 'x.tsv' else move(a, b)",
+         {"x.tsv.partial", "x.tsv.json", "x.tsv.parts"}),
+    ):  # fmt: skip
+        command = [sys.executable, "-c", code.format(killed)]
+        done = subprocess.run(command, env={**ENV, "PYTHONPATH": str(Path(bd.__file__).parent)})
+        assert done.returncode == 9 and {path.name for path in data.glob("x.tsv*")} == there
+        with pytest.raises(SystemExit, match="x.tsv.partial: what a killed run left; expected a name"):
+            bd.find_tables(["x.tsv.partial"])
+        run("label", "im/t.tsv", "--classes", "im/classes.tsv", "--workers", 1, "--out", "x.tsv")
+        assert capsys.readouterr().err == "note: x.tsv.partial is of a run that was killed, or goes on; it is made anew\n"
+        assert {path.name for path in data.glob("x.tsv*")} == {"x.tsv", "x.tsv.json"}
+        shutil.rmtree("x.tsv.parts", ignore_errors=True)
+        (data / "x.tsv").unlink()
+        (data / "x.tsv.json").unlink()
+
+
+def test_a_share_takes_no_place(data):
+    """What other shards hold open stays; the table is of the process that merges."""
+    (data / "x.tsv.json.partial").touch()
+    (data / "x.tsv.partial").touch()
+    flags = ["label", "im/t.tsv", "--classes", "im/classes.tsv", "--workers", 1, "--out", "x.tsv"]
+    run(*flags, "--shard", "0/2")
+    assert {path.name for path in data.glob("x.tsv*")} == {"x.tsv.partial", "x.tsv.json.partial", "x.tsv.parts"}
+    run(*flags, "--merge")
+    assert {path.name for path in data.glob("x.tsv*")} == {"x.tsv", "x.tsv.json"}
 
 
 def test_full_disk_is_one_line(data):

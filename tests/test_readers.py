@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -203,7 +204,7 @@ def test_writer_and_reader_round_trip(tmp_path_factory, pairs):
     assert read == [{k: bd.tsv_field(v) for k, v in row.items()} for row in rows]
 
 
-def test_report_and_half_written_tables(tmp_path):
+def test_report_and_half_written_tables(tmp_path, monkeypatch):
     out, source = tmp_path / "out.tsv", write(tmp_path, ".csv")
 
     def rows():
@@ -214,12 +215,60 @@ def test_report_and_half_written_tables(tmp_path):
         bd.write_tsv(out, ("image",), rows())
     assert sorted(os.listdir(tmp_path)) == ["plain", "rows.csv"]
     bd.write_tsv(out, ("image",), ROWS)
+    monkeypatch.setattr(sys, "argv", ["b.py", "label", "a b.csv", "--merge"])
     bd.write_report(str(out), [str(source)], {"seed": 0}, {"rows in": 3, "lost": -1, "rows out": 2}, extra=[1])
     report = json.loads(Path(f"{out}.json").read_text())
     digest = subprocess.run(["sha256sum", source], capture_output=True, text=True, check=True).stdout.split()[0]
     assert report["inputs"] == [{"path": str(source), "bytes": source.stat().st_size, "sha256": digest}]
     assert list(report)[-1] == "date" and report["funnel"] == {"rows in": 3, "lost": -1, "rows out": 2}
     assert report["extra"] == [1] and len(report["script"]) == 64
+    assert report["command"] == "python b.py label 'a b.csv'"  # without the shards' parts there is nothing to merge
+
+
+def write_keys(path, n, empty=()):
+    """A JSONL of rows that each have three keys of their own. Returns: the rows."""
+    rows = [dict(image=f"{i}.jpg", label=i % 3, caption=f"a lion {i}", url=f"http://x/{i}") for i in range(n)]
+    for i, row in enumerate(rows):
+        row.update({f"k{i}_{j}": [None, "", f"v{i}"][j] for j in range(3)}, **dict.fromkeys(empty, "") if i % 2 == 0 else {})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def test_rows_of_thousands_of_keys(tmp_path, monkeypatch):
+    """Empty fields are not held, but the tables are those of rows that hold all."""
+    monkeypatch.chdir(tmp_path)
+    rows = write_keys(tmp_path / "a.jsonl", 300, empty=["image"])
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    want = [{c: bd.tsv_field(row.get(c)) for c in columns} for row in rows]
+    run_here(bd, "mix", "a.jsonl", "--out", "o.tsv")
+    (tmp_path / "classes.tsv").write_text("name\nlion\ncat\nstar\n")
+    run_here(bd, "label", "a.jsonl", "--classes", "classes.tsv", "--workers", 1, "--out", "l.tsv")
+    for path in ("o.tsv", "l.tsv"):
+        header, *lines = (line.split("\t") for line in Path(path).read_text().splitlines())
+        got = [dict(zip(header, line, strict=True)) for line in lines]
+        assert [{c: row[c] for c in columns} for row in got] == [
+            row | ({} if path == "o.tsv" else {"label": "0"}) for row in want
+        ]  # fmt: skip
+        for line, (_, row) in zip(got, bd.numbered_rows(path), strict=True):  # 900 columns, read as rows of few
+            assert len(row) < 12 and "image" in row and row["k0_0"] == line["k0_0"] and {**row}.items() <= line.items()
+    for path in ("o.tsv", "a.jsonl"):
+        with pytest.raises(SystemExit):
+            run_here(bd, "check", path, "--workers", 1, "--out", "bad.tsv")
+        assert len((tmp_path / "bad.tsv").read_text().splitlines()) == 301  # the first row's image is empty, not no column
+
+
+def test_time_is_in_proportion_to_rows_not_to_rows_times_keys(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "classes.tsv").write_text("name\nlion\ncat\nstar\n")
+    for n in (1000, 2000):
+        write_keys(tmp_path / f"{n}.jsonl", n)
+    for command in ("frequency {}.jsonl --classes classes.tsv --match word --workers 1", "mix {}.jsonl", "stats {}.jsonl"):
+        seconds = {}
+        for n in (1000, 2000) * 3:
+            start = time.process_time()
+            run_here(bd, *command.format(n).split(), "--out", "o.tsv")
+            seconds[n] = min(seconds.get(n, 99), time.process_time() - start)
+        assert seconds[2000] < 3 * seconds[1000], (command, seconds)
 
 
 COMMANDS = "shapes index classes incaps label laionet metadata curate frequency status check dedup prune subset mix stats"

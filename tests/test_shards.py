@@ -35,7 +35,7 @@ def results(shards, out):
     """Bytes of all tables that a command wrote as `out`, and its report without what tells the run."""
     tables = {path.name.removeprefix(out): path.read_bytes() for path in sorted(shards.glob(f"{out}.*tsv"))}
     report = json.loads((shards / f"{out}.tsv.json").read_text())
-    return tables, json.dumps({k: v for k, v in report.items() if k not in ("date", "outputs")}).replace(out, "OUT")
+    return tables, json.dumps({k: v for k, v in report.items() if k not in ("command", "date", "outputs")}).replace(out, "OUT")
 
 
 def build(shards, command, out, *flags, **kwargs):

@@ -1869,7 +1869,7 @@ def read_lines(path: str) -> list[str]:
     except OSError as error:
         raise SystemExit(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise SystemExit(f"{path}: not UTF-8 text: {error}") from None
+        raise SystemExit(f"{path} is not UTF-8: {error}; save it as UTF-8") from None
     if not lines:
         raise SystemExit(f"{path}: no templates in it")
     return lines

@@ -84,9 +84,8 @@ TEST_SETS = ("val", "v2", "sketch", "rendition", "objectnet", "adversarial")
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags of dino_laionet.py; wrong combinations end here."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(usage="%(prog)s [FLAGS]; --help lists them", description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     data = parser.add_argument_group("data")
     data.add_argument("--root", default="auto",
                       help=f"folder of the world: classes.tsv, test sets, SET/train.tsv, clip.pt; auto is "

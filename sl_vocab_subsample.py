@@ -19,8 +19,8 @@ The defaults are the matched protocol: a run differs from one of clip.py in the 
 batch, warm-up, crops, batch norm, evaluation). The paper's protocol, on ImageNet-Captions or LAIONet, is instead
     torchrun --nproc-per-node 4 sl_vocab_subsample.py --root ROOT --data incaps --arch RN50 --batch-size 256 \\
         --epochs 90 --optimizer sgd --weight-decay 1e-4 --warmup-steps 0 --bn local --vocab 200 --vocab-group 64
-Self-supervised weights to classification: --init backbone.pt (of clip.py, torchvision, and
-dino_laionet.py but for its ViT-S-16, which has DINO's parameter names).
+Self-supervised weights to classification: --init backbone.pt (of clip.py, torchvision, SimCLR and
+MoCo with its resnet50, and dino_laionet.py but for its ViT-S-16, which has DINO's parameter names).
 
 A data set is a TSV with columns image and label (clip.py's docstring has the formats); rows without a label are
 dropped, several labels are written 3|17. Written to --out: args.json, log.jsonl, checkpoint.pt, metrics.json and
@@ -85,9 +85,8 @@ TEST_SETS = ("val", "v2", "sketch", "rendition", "objectnet", "adversarial")
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags of sl_vocab_subsample.py; wrong combinations end here."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(usage="%(prog)s [FLAGS]; --help lists them", description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     data = parser.add_argument_group("data")
     data.add_argument("--root", default="auto",
                       help=f"folder of the world: classes.tsv, test sets, SET/train.tsv, clip.pt; auto is "
@@ -734,7 +733,8 @@ def load_weights(path: str) -> dict:
 
 
 def load_tower(model: Classifier, path: str) -> str:
-    """Load the image tower of a checkpoint: keys visual.* (clip.py, this script, dino_laionet.py) or without.
+    """Load the image tower of a checkpoint: keys visual.* (clip.py, this script, dino_laionet.py), backbone.*,
+    encoder.* or encoder_q.* (SimCLR's and MoCo's), or without.
 
     Returns: the layer between tower and head that the file has not trained, or "". torchvision's classification layer
     (fc) is another one than ours, DINO has none for resnet50 and does not use tiny's: ours keeps its random start.
@@ -746,13 +746,16 @@ def load_tower(model: Classifier, path: str) -> str:
     if model.arch.startswith("ViT") and activation != "gelu":
         raise SystemExit(f"--init {path} was trained with {activation}, the ViT of this script has gelu; clip.py with "
                          "--eval-only, --activation gelu and --export writes a file that names it")
-    is_ours = any(name.startswith("visual.") for name in weights)
-    if is_ours:
-        weights = {name[len("visual.") :]: value for name, value in weights.items() if name.startswith("visual.")}
+    prefixes = [p for p in ("visual.", "backbone.", "encoder.", "encoder_q.") if any(k.startswith(p) for k in weights)]
+    if prefixes:
+        weights = {k[len(prefixes[0]) :]: v for k, v in weights.items() if k.startswith(prefixes[0])}
+    is_ours = prefixes[:1] == ["visual."]
     fresh = "proj" if model.arch == "tiny" and "dino_prototypes" in loaded else ""
     if model.arch == "resnet50" and not (is_ours and "fc.weight" in weights):
         fresh = "fc"
-    weights |= {name: value for name, value in own.items() if fresh and name.startswith(f"{fresh}.")}
+    if fresh:  # the file's last layer, a projection in SimCLR's and MoCo's, goes
+        weights = {k: v for k, v in weights.items() if not k.startswith(f"{fresh}.")}
+        weights |= {k: v for k, v in own.items() if k.startswith(f"{fresh}.")}
     missing, unexpected = sorted(own.keys() - weights), sorted(weights.keys() - own)
     shapes = [f"{k} {tuple(weights[k].shape)} for {tuple(own[k].shape)}" for k in own.keys() & weights.keys()
               if own[k].shape != weights[k].shape]

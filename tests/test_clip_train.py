@@ -853,7 +853,9 @@ def test_messages(world, photos, tmp_path, capsys):
         with pytest.raises(SystemExit) as error:
             clip.main(clip.parse_args([str(flag) for flag in ("--out", tmp_path / "out", *OWN, *wrong)]))
         is_usage = error.value.code == 2  # argparse prints its own message
-        assert message in (capsys.readouterr().err if is_usage else error.value.code), (message, error.value.code)
+        printed = capsys.readouterr().err
+        assert message in (printed if is_usage else error.value.code), (message, error.value.code)
+        assert not is_usage or printed.startswith("usage: ") and printed.count("\n") == 2, printed
 
 
 @pytest.mark.parametrize("tensorboard, wandb", [(True, ""), (False, "project")])

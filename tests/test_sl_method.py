@@ -370,6 +370,13 @@ def test_towers_load_from_other_checkpoints(tmp_path):
     assert torch.equal(model.visual.layer4[2].conv3.weight, ssl.visual.layer4[2].conv3.weight)
     sl.load_tower(other := sl.Classifier("resnet50", 9, None, False), save(model.state_dict(), tmp_path / "ours.pt"))
     assert torch.equal(model.visual.fc.weight, other.visual.fc.weight)  # our own fc belongs to the tower
+    for prefix in "backbone.", "encoder.", "module.encoder_q.":  # SimCLR's and MoCo's files, with a projection as fc
+        weights = {f"{prefix}{k}": v for k, v in standard.state_dict().items()}
+        weights |= {f"{prefix}fc.{i}.weight": torch.ones(8, 8) for i in (0, 2)}
+        found = sl.Classifier("resnet50", 7, None, False)
+        assert sl.load_tower(found, save(weights, tmp_path / "simclr.pt")) == "fc"
+        assert torch.equal(found.visual.layer4[2].conv3.weight, standard.layer4[2].conv3.weight)
+        assert found.visual.fc.weight.shape == other.visual.fc.weight.shape
 
 
 def test_pixels_are_standardised_as_the_weights_expect(tmp_path):

@@ -149,7 +149,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="batch norm statistics over all processes or over each one's own part")
 
     optimization = parser.add_argument_group("optimization")
-    optimization.add_argument("--steps", type=int, default=1800,
+    optimization.add_argument("--steps", type=int, default=1700,
                               help="optimiser steps; --epochs takes its place when given")
     optimization.add_argument("--epochs", type=float, default=0, help="passes over the data; 0 leaves it to --steps")
     optimization.add_argument("--batch-size", type=int, default=128, help="examples of a step over all processes")

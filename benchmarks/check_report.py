@@ -21,7 +21,8 @@ except ImportError:
     raise SystemExit("pip install PyQt6-WebEngine") from None
 
 CLICK = """(() => { const table = document.querySelector("table"), key = () => [...table.tBodies[0].rows].map(
-  r => Number(r.children[2].dataset.v)); table.querySelectorAll("th button")[2].click(); const down = key();
+  r => r.children[2].dataset.v).filter(v => v).map(Number);
+  table.querySelectorAll("th button")[2].click(); const down = key();
   table.querySelectorAll("th button")[2].click(); const up = key();
   const sorted = a => a.every((v, i) => !i || a[i - 1] <= v);
   return [sorted(up) && sorted([...down].reverse()), document.documentElement.scrollWidth - innerWidth]; })()"""

@@ -68,7 +68,7 @@ def main(wnids, wordnet, minutes, what):
         classes = bd.class_rows(f"{folder}/classes.tsv")
         for rule in ("bag", "word") if "frequency" in what else ():
             settings = dict(bd.match_settings(classes, rule, False, "nltk", wordnet), columns=["caption"], out="",
-                            skip_bad=False, n_sample=0, seed=0, n_classes=len(classes))  # fmt: skip
+                            skip_bad=False, n_sample=0, seed=0, n_classes=len(classes), weights="")  # fmt: skip
             table, read_table = stream(captions_of(wordnet), minutes), bd.read_table
             print(f"frequency --match {rule}, {minutes:g} minutes")
             bd.read_table = lambda *_, table=table, **__: table

@@ -5,6 +5,8 @@ import os
 import random
 import re
 import string
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -318,3 +320,15 @@ def test_bag_of_words_on_real_sentences():
 
     expected = [slow_match(gloss, names, negatives, "bag", lemma_of) for gloss in glosses]
     assert matcher.match(glosses) == expected and sum(map(bool, expected)) > 20
+
+
+@needs_wordnet
+def test_the_benchmark_of_a_stream_runs(tmp_path):
+    """benchmarks/stream.py calls the inside of frequency: a second of its captions."""
+    ids = [line.split(" ")[0] for line in open(f"{WORDNET}/data.noun", encoding="utf-8") if line[0] != " "]
+    (tmp_path / "wnids.txt").write_text("".join(f"n{number}\n" for number in ids[:50]))
+    script = os.path.join(os.path.dirname(bd.__file__), "benchmarks", "stream.py")
+    command = [sys.executable, script, str(tmp_path / "wnids.txt"), WORDNET, "0.01", "frequency"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" MiB") >= 2 and done.stdout.count("a projection") == 2

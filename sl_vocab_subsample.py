@@ -30,7 +30,7 @@ Dimension key: B images of this process, N = B * world_size images of the step, 
 of a vocabulary, G images of a group, U classes in the union of this process's vocabularies, J labels of an image.
 
 Expected on the default world: val top-1 near 0.84, Spearman(frequency, predictions) near 0.6, where a CLIP on the same
-images has 0.75 and 0 (README).
+images has 0.76 and 0 (README).
 
 Deviations from the paper and its code:
  1. Vocabularies belong to groups of G images of the global batch, not to processes: M has one meaning for any number

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from scipy.sparse import coo_array
+from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 import build_datasets as bd
@@ -66,7 +66,7 @@ def test_components_equal_scipy(pairs, size):
     i, j = np.array(pairs, np.int64).reshape(-1, 2).T
     blocks = [(i[s : s + size], j[s : s + size], np.zeros(len(i[s : s + size]))) for s in range(0, len(i), size)]
     roots, edges = bd.connect(30, {"x": iter(blocks)})
-    n, labels = connected_components(coo_array((np.ones(len(i)), (i, j)), shape=(30, 30)), directed=False)
+    n, labels = connected_components(coo_matrix((np.ones(len(i)), (i, j)), shape=(30, 30)), directed=False)
     assert all((roots[labels == c] == np.flatnonzero(labels == c)[0]).all() for c in range(n))
     assert len(edges) == 30 - n  # a spanning forest, no edge more
 

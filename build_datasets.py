@@ -4475,7 +4475,7 @@ def prune_rows(arrays, queries, limits, device):
             for k, limit in enumerate(limits[name]):
                 cosines = block @ queries[name][k].T
                 # on a CPU NumPy finds the same columns several times faster than torch, for it uses vector units
-                index = cosines.argmax(dim=1) if cosines.is_cuda else place.new_tensor(cosines.numpy().argmax(axis=1))
+                index = place.new_tensor(cosines.numpy().argmax(axis=1)) if cosines.is_cpu else cosines.argmax(dim=1)
                 value = cosines.gather(1, index[:, None])[:, 0]
                 place = (index + k * BLOCK).where(value > top, place)  # of equal ones the first query
                 top, excess = top.maximum(value), excess.maximum(cosines.sub_(limit).amax(dim=1))

@@ -2365,7 +2365,9 @@ def main(args: argparse.Namespace) -> None:
 
         is_log_step = (step + 1) % args.log_every == 0 or step + 1 == steps
         scaler.unscale_(optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(params, args.clip_grad or math.inf)
+        grad_norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        if args.clip_grad:
+            nn.utils.clip_grads_with_norm_(params, args.clip_grad, grad_norm)
         skipped_in_a_row = torch.where(grad_norm.isfinite(), 0, skipped_in_a_row + 1)  # equal on all ranks
         for buffer, before in zip(running, kept):  # a step that is left out leaves no trace in batch norm either
             torch.where(grad_norm.isfinite(), buffer, before, out=buffer)

@@ -2181,7 +2181,8 @@ def main(args: argparse.Namespace) -> None:
         temperature = first_temp + warm * (args.teacher_temp - first_temp)
         momentum = cosine_at(args.ema, 1.0, step, steps)
         counts = usage.cpu().numpy() if args.prototype_power else None  # Sync
-        proto_ids = draw_prototypes(K, M, args.seed, step, counts, args.prototype_power).to(device)
+        proto_ids = draw_prototypes(K, M, args.seed, step, counts, args.prototype_power)
+        proto_ids = proto_ids.to(device, non_blocking=True)
         table.load(proto_ids, student.head.prototypes, optimizer)
         if M < K:
             teacher.head.prototypes.copy_(teacher_prototypes[proto_ids])

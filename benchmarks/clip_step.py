@@ -1,14 +1,19 @@
 """Training step of clip.py against open_clip's: python benchmarks/clip_step.py [--arch RN50] [--batch-sizes 8 16]
 
+On a GPU: python benchmarks/clip_step.py --device cuda --arch ViT-B-16 --batch-sizes 256 --pairs 20 [--compile]
+
 Both sides: same shapes, real caption lengths (WordNet's glosses from --captions), forward, symmetric InfoNCE, backward,
 AdamW. open_clip's side is its model, ClipLoss and torch.optim.AdamW as its trainer builds it, with texts of 77 tokens.
 Sides alternate within one run, since the speed of a shared machine drifts; printed is the median of paired ratios.
 Each side has a process of its own, since clip.py sets how memory is kept between steps (keep_freed_memory).
 A `frozen` step of clip.py has cached caption embeddings; open_clip's locked text tower runs without gradient.
+On a GPU both run in bf16 autocast, as their trainers do, and what is printed too is images/s and the share of the rate
+of a large bf16 matrix product, measured first, that the step's own operations need (torch counts them).
 """
 
 import argparse
-import contextlib
+import functools
+import math
 import os
 import statistics
 import subprocess
@@ -20,6 +25,7 @@ if any(arg.startswith("clip.py") for arg in sys.argv):
     os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # before torch is imported, as clip.py does when it is run
 import open_clip  # noqa: E402
 import torch  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import clip  # noqa: E402
@@ -31,9 +37,9 @@ def gloss_tokens(path: str, batch_size: int) -> torch.Tensor:
     return open_clip.SimpleTokenizer()(glosses[:: len(glosses) // batch_size][:batch_size])
 
 
-def open_clip_step(arch: str, images: torch.Tensor, texts: torch.Tensor, is_locked: bool):
+def open_clip_step(arch: str, images: torch.Tensor, texts: torch.Tensor, is_locked: bool, is_compiled: bool):
     torch.manual_seed(0)
-    model = open_clip.create_model(arch)
+    model = open_clip.create_model(arch, device=images.device)
     if is_locked:
         model.lock_text_tower()
 
@@ -47,20 +53,25 @@ def open_clip_step(arch: str, images: torch.Tensor, texts: torch.Tensor, is_lock
     ]
     optimizer, loss_of = torch.optim.AdamW(groups, lr=1e-5), open_clip.ClipLoss()
     model.train()
+    net = torch.compile(model) if is_compiled else model
 
     def step():
         optimizer.zero_grad()
-        image_features, text_features, scale = model(images, texts)[:3]
-        loss_of(image_features, text_features, scale).backward()
+        with autocast(images.device):
+            image_features, text_features, scale = net(images, texts)[:3]
+            loss = loss_of(image_features, text_features, scale)
+        loss.backward()
         optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(100))
 
     return step
 
 
-def our_step(arch: str, images: torch.Tensor, texts: torch.Tensor, is_frozen: bool):
+def our_step(arch: str, images: torch.Tensor, texts: torch.Tensor, is_frozen: bool, is_compiled: bool):
     torch.manual_seed(0)
     text = dict(arch="transformer", width=clip.ARCHS[arch]["text_width"], vocab_size=49408, context_length=77)
-    model = clip.CLIP(arch, clip.ARCHS[arch]["embed_dim"], text, "gelu")
+    model = clip.CLIP(arch, clip.ARCHS[arch]["embed_dim"], text, "gelu").to(images.device)
     if arch == "RN50":
         model.visual.to(memory_format=torch.channels_last)
     texts = texts[:, : int(texts.argmax(1).max()) + 1]  # as pad_tokens does
@@ -70,49 +81,106 @@ def our_step(arch: str, images: torch.Tensor, texts: torch.Tensor, is_frozen: bo
         with torch.no_grad():
             texts = model.encode_text(texts)
     optimizer = torch.optim.AdamW(clip.param_groups(model, 0.2), lr=1e-5, fused=True)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=2**31 - 1)
+    scaler = torch.amp.GradScaler(images.device.type, init_scale=1.0, growth_interval=2**31 - 1)
     model.train()
+    if is_compiled:
+        model.visual.compile()
+        model.transformer.compile()
+    precision = functools.partial(autocast, images.device)
 
     def step():
-        clip.backward_in_chunks(model, images, texts, clip.info_nce, 1, contextlib.nullcontext, scaler.scale)
+        clip.backward_in_chunks(model, images, texts, clip.info_nce, 1, precision, scaler.scale)
         scaler.unscale_(optimizer)
         scaler.step(optimizer)
-        scaler.update()
+        scaler.update(1.0)
         optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(100))
 
     return step
 
 
-def run_side(side: str, arch: str, batch_size: int, captions: str) -> None:
-    """Answer each line on stdin with the seconds of one step."""
-    images = torch.randint(0, 256, (batch_size, 3, 224, 224), dtype=torch.uint8)
-    texts = gloss_tokens(captions, batch_size)
-    if side.startswith("clip.py"):
+def autocast(device: torch.device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def matmul_rate(device: torch.device, n: int = 8192) -> float:
+    """Operations/s of a bf16 product of two [n, n] matrices of normal numbers: ten in a row, the median of 10 times."""
+    a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16)
+    times = []
+    for _ in range(12):
+        wait(device)
+        start = time.perf_counter()
+        for _ in range(10):
+            a @ b
+        wait(device)
+        times.append(time.perf_counter() - start)
+    return 20 * n**3 / statistics.median(times[2:])
+
+
+def run_side(side: str, args: argparse.Namespace) -> None:
+    """Answer the first line on stdin with the operations of a step, and each other with the seconds of one."""
+    arch, batch_size, device = args.arch, args.batch_sizes[0], torch.device(args.device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    images = torch.randint(0, 256, (batch_size, 3, 224, 224), dtype=torch.uint8).to(device)
+    texts = gloss_tokens(args.captions, batch_size).to(device)
+
+    def make(is_compiled):
+        if side.startswith("clip.py"):
+            return our_step(arch, images, texts, side.endswith("frozen"), is_compiled)
+        return open_clip_step(arch, images.float() / 255, texts, side.endswith("locked"), is_compiled)
+
+    if side.startswith("clip.py") and device.type == "cpu":
         clip.keep_freed_memory()
-        step = our_step(arch, images, texts, side.endswith("frozen"))
-    else:
-        step = open_clip_step(arch, images.float() / 255, texts, side.endswith("locked"))
+    sys.stdin.readline()
+    operations = 0
+    if device.type == "cuda":
+        with FlopCounterMode(display=False) as counter:
+            make(False)()
+        operations = counter.get_total_flops()
+    step = make(args.compile)
+    print(operations, flush=True)
     for _ in sys.stdin:
+        wait(device)
         start = time.perf_counter()
         step()
+        wait(device)
         print(time.perf_counter() - start, flush=True)
 
 
 def main(args: argparse.Namespace) -> None:
     if args.side:
-        run_side(args.side, args.arch, args.batch_sizes[0], args.captions)
+        run_side(args.side, args)
         return
-    threads = torch.get_num_threads()
-    print(f"torch {torch.__version__}, open_clip {open_clip.__version__}, {threads} threads, {args.arch}")
+    device = torch.device(args.device)
+    is_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if is_gpu else f"{torch.get_num_threads()} threads"
+    print(
+        f"torch {torch.__version__}, open_clip {open_clip.__version__}, {name}, {args.arch}"
+        + (", compiled" if args.compile else "")
+    )
+    rate = matmul_rate(device) if is_gpu else 0
+    if is_gpu:
+        print(f"bf16 product of 8192 x 8192 matrices: {rate / 1e12:.0f} TFLOP/s")
     sides = ("open_clip", "open_clip locked", "clip.py", "clip.py frozen")
     for batch_size in args.batch_sizes:
         length = int(gloss_tokens(args.captions, batch_size).argmax(1).max()) + 1
         print(f"batch {batch_size}: texts of {length} of 77 tokens")
         command = [sys.executable, __file__, "--arch", args.arch, "--batch-sizes", str(batch_size)]
-        command += ["--captions", args.captions, "--side"]
+        command += ["--captions", args.captions, "--device", args.device, *(["--compile"] if args.compile else [])]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        processes = {side: subprocess.Popen([*command, side], **pipes) for side in sides}
-        times = {side: [] for side in sides}
+        processes = {side: subprocess.Popen([*command, "--side", side], **pipes) for side in sides}
+        times, operations = {side: [] for side in sides}, {}
+        for _ in range(2 if is_gpu else 1):  # all at once: counting on a GPU, and the first step, which compiles
+            for process in processes.values():
+                print(file=process.stdin, flush=True)
+            for side, process in processes.items():
+                operations.setdefault(side, float(process.stdout.readline()))
         for i in range(args.pairs + 2):
             for side, process in processes.items():
                 print(file=process.stdin, flush=True)
@@ -122,7 +190,12 @@ def main(args: argparse.Namespace) -> None:
         for process in processes.values():
             process.communicate()
         for name, values in times.items():
-            print(f"  {name:<17} {statistics.median(values):6.2f} s a step (of {min(values):.2f} to {max(values):.2f})")
+            median = statistics.median(values)
+            line = f"  {name:<17} {median:7.4f} s a step (of {min(values):.4f} to {max(values):.4f})"
+            if is_gpu:
+                share = operations[name] / median / rate
+                line += f", {batch_size / median:5.0f} images/s, {operations[name] / 1e12:.1f} TFLOP, {share:.0%}"
+            print(line)
         for ours, theirs in ((2, 0), (3, 1), (3, 0)):
             ratios = [b / a for a, b in zip(times[sides[ours]], times[sides[theirs]], strict=True)]
             bounds = f"{min(ratios):.2f} to {max(ratios):.2f}"
@@ -139,5 +212,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--captions", default="/usr/share/wordnet/data.noun", help="WordNet data file (Debian: wordnet-base)"
     )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--compile", action="store_true", help="torch.compile both")
     parser.add_argument("--side", default="", help="used by the script itself: the one side that this process times")
     main(parser.parse_args())

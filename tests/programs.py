@@ -55,10 +55,10 @@ def ranks_of(pid):
     return [rank_of[rank] for rank in sorted(rank_of)]
 
 
-def kill_after(n_lines, out, script, *flags, processes=1):
+def kill_after(n_lines, out, script, *flags, processes=1, env=ENV):
     """Start a script and kill -9 it, with all its children, when its log has n_lines."""
     command = [*launcher(processes), ROOT / script, *map(str, flags), "--out", str(out)]
-    process = subprocess.Popen(command, env=ENV, stdout=-3, stderr=-3, start_new_session=True)
+    process = subprocess.Popen(command, env=env, stdout=-3, stderr=-3, start_new_session=True)
     log = out / "log.jsonl"
     while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < n_lines):
         time.sleep(0.01)

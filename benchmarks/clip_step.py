@@ -140,8 +140,9 @@ def run_side(side: str, args: argparse.Namespace) -> None:
     sys.stdin.readline()
     operations = 0
     if device.type == "cuda":
+        step = make(False)
         with FlopCounterMode(display=False) as counter:
-            make(False)()
+            step()
         operations = counter.get_total_flops()
     step = make(args.compile)
     print(operations, flush=True)

@@ -804,8 +804,8 @@ prototypes changed after them.
   interval over seeds lies above 0; no: below; open: it holds 0. **reproduces**: all yes. **partly**: some yes.
   **does not**: none yes and one no. **inconclusive**: else. With three seeds a t interval is 2.5 standard deviations
   wide each way, with five 1.2: open often means that more seeds are needed.
-- Seeds 0 to 2 ran on CPUs. Seeds 3 and 4 were run later, of experiments 1, 2, 5, 6, 7 and 12 alone and for all of their
-  differences, on an NVIDIA H200 (fp32 with TF32 products, torch 2.11; five runs of seed 4's experiment 5 on a CPU).
+- Seeds 0 to 2 ran on CPUs. Seeds 3 and 4 were run later: experiments 1, 2, 5, 6 and 7, and of 12 what is not a
+  vocabulary's, on an NVIDIA H200 (fp32 with TF32 products, torch 2.11; five runs of seed 4's experiment 5 on a CPU).
 - Rule and differences were written when four runs of the first seed were known (experiment 1). Those marked * were
   added later, after a review that looked for what speaks against the claims, and after results of 1, 2, 4, 6, 8 and 12
   were seen; before those of 3, 5, 7, 9, 10 and 11 (in 9, K = 8,192 and steep: after its other arms had run for a seed,

@@ -790,8 +790,8 @@ EXPERIMENTS = [
 HEAD = """# The study on the shapes world
 
 What the paper (Wen et al., NeurIPS 2024, arXiv 2405.21070) claims, and what comes out on the built-in world of 120
-classes at 32 px: {} seeds, {} trainings. `bash recipes/shapes.sh` makes all of it again; this page is drawn from the
-JSON files in `results/seed*/`, one for each run that was started for it. Two DINO runs of seed 0
+classes at 32 px: {} seeds, {} trainings. `bash recipes/shapes.sh 0 1 2 3 4` makes all of it again; this page is drawn
+from the JSON files in `results/seed*/`, one for each run that was started for it. Two DINO runs of seed 0
 (long-tailed: probe 27.7 %, sampled: 26.4 %) were taken out, since the augmentation's arithmetic and the draws of
 prototypes changed after them.
 
@@ -805,7 +805,8 @@ prototypes changed after them.
   **does not**: none yes and one no. **inconclusive**: else. With three seeds a t interval is 2.5 standard deviations
   wide each way, with five 1.2: open often means that more seeds are needed.
 - Seeds 0 to 2 ran on CPUs. Seeds 3 and 4 were run later: experiments 1, 2, 5, 6 and 7, and of 12 what is not a
-  vocabulary's, on an NVIDIA H200 (fp32 with TF32 products, torch 2.11; five runs of seed 4's experiment 5 on a CPU).
+  vocabulary's, on an NVIDIA H200 (fp32 with TF32 products, torch 2.11; five runs of seed 4's experiment 5 on a CPU),
+  as was the CLIP of `web` that gives them their frozen texts and heads.
 - Rule and differences were written when four runs of the first seed were known (experiment 1). Those marked * were
   added later, after a review that looked for what speaks against the claims, and after results of 1, 2, 4, 6, 8 and 12
   were seen; before those of 3, 5, 7, 9, 10 and 11 (in 9, K = 8,192 and steep: after its other arms had run for a seed,

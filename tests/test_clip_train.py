@@ -23,6 +23,7 @@ from programs import ENV, ROOT, assert_bit_equal, log_of, weights_of
 
 import clip
 import evaluate
+import sl_vocab_subsample
 
 FLAGS = ["--batch-size", "32", "--log-every", "1", "--warmup-steps", "2", "--precision", "fp32", "--device", "cpu"]
 run, run_here = functools.partial(programs.run, "clip.py"), functools.partial(programs.run_here, clip)
@@ -865,3 +866,21 @@ def test_a_logger_that_is_missing_is_told_before_anything_is_written(tensorboard
     with pytest.raises(SystemExit, match="pip install"):
         clip.RunLog(tmp_path / "out", 0, tensorboard, wandb, {})
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("module", [clip, sl_vocab_subsample])
+def test_clip_grad_scales_the_step(world, tmp_path, module):
+    """Gradients of a norm far below Adam's epsilon of 1e-8 move nothing; the logged norm is the one before."""
+    weights, norms = {}, {}
+    for limit, lr in (("0", "1e-12"), ("0", "1e-3"), ("1e-14", "1e-3")):
+        out = tmp_path / f"{limit}_{lr}"
+        flags = ["--root", world, "--out", out, "--steps", "2", "--lr", lr, "--clip-grad", limit, "--weight-decay", "0"]
+        programs.run_here(module, *flags, *FLAGS, "--eval-sets")
+        weights[limit, lr], norms[limit, lr] = weights_of(out), log_of(out)[0]["grad_norm"]
+    start, free, clipped = weights.values()
+    moved = {True: 0.0, False: 0.0}
+    for is_clipped, end in ((False, free), (True, clipped)):
+        for name in (n for n in start if n.endswith("weight")):
+            moved[is_clipped] = max(moved[is_clipped], float((end[name] - start[name]).abs().max()))
+    assert moved[False] > 5e-4 and moved[True] < 1e-7
+    assert norms["0", "1e-3"] == norms["1e-14", "1e-3"] > 0.01

@@ -1,4 +1,4 @@
-"""The three training scripts on a GPU; skipped where there is none (`pytest tests/test_gpu.py -n 4` on a machine with one)."""
+"""The training scripts on a GPU; skipped where there is none: pytest tests/test_gpu.py -n 4 --dist load"""
 
 import contextlib
 import copy
@@ -120,7 +120,7 @@ def test_one_process_under_torchrun_uses_nccl(world, tmp_path, script):
 
 
 def test_gradcache_on_a_gpu():
-    """Chunks give the gradients of the whole batch, dropout-free and norm-free, and with the random state replayed."""
+    """Chunks give the gradients of the whole batch, of a model without batch norm."""
     torch.manual_seed(0)
     text = dict(arch="transformer", width=64, vocab_size=100, context_length=16)
     model = clip.CLIP("ViT-B-32", 64, text, "gelu", image_size=64).cuda()

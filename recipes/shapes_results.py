@@ -366,9 +366,9 @@ EXPERIMENTS = [
             + [
                 ("15,000: m32_g32, drawn evenly", "voc_m32_g32_even", ".49, .42, 54.5 % (100, frozen head)"),
                 ("15,000, 32 epochs: all 120", "sl_long", ""),
-                ("15,000, 32 epochs: m32_g32", "voc_m32_g32_long", ""),
-                ("4,000: all 120", "voc4k", ""),
             ]
+            + [(f"15,000, 32 epochs: {name}", f"voc_{name}_long", "") for name in VOCABULARIES]
+            + [("4,000: all 120", "voc4k", "")]
             + [(f"4,000: m{m}_g{g}", f"voc4k_m{m}_g{g}", "") for g in (64, 32) for m in (64, 32, 16)]
             + [(f"4,000: m{m}_g32, drawn evenly", f"voc4k_m{m}_g32_even", "") for m in (64, 32)]
             + [
@@ -388,9 +388,15 @@ EXPERIMENTS = [
             ("top-1, 4,000: m32_g32 - all", minus("voc4k_m32_g32", "voc4k", "top1")),
             ("rho(freq, pred), 15,000: evenly - by frequency", minus("voc_m32_g32_even", "voc_m32_g32", "pred")),
             ("rho(freq, pred), 4,000: evenly - by frequency", minus("voc4k_m32_g32_even", "voc4k_m32_g32", "pred")),
-            ("rho(freq, pred), 15,000, 32 epochs: all - m32_g32 **", minus("sl_long", "voc_m32_g32_long", "pred")),
-            ("top-1, 15,000, 32 epochs: m32_g32 - all **", minus("voc_m32_g32_long", "sl_long", "top1")),
-            ("tail third, 15,000, 32 epochs: m32_g32 - all **", minus("voc_m32_g32_long", "sl_long", "tail")),
+        ]
+        + [
+            (f"{what}, 15,000, 32 epochs: {name} - all **", minus(f"voc_{name}_long", "sl_long", metric))
+            for what, metric in (("top-1", "top1"), ("tail third", "tail"))
+            for name in VOCABULARIES
+        ]
+        + [
+            (f"rho(freq, pred), 15,000, 32 epochs: all - {name} **", minus("sl_long", f"voc_{name}_long", "pred"))
+            for name in VOCABULARIES
         ],
     ),
     dict(

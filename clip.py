@@ -2296,9 +2296,7 @@ def main(args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), peak_lr, (0.9, args.beta2), eps=1e-8,
                                   fused=True)
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    # One path for all precisions: the scaler skips steps with non-finite gradients, on the device; only fp16 is scaled.
-    init_scale, growth_interval = (2.0**16, 2000) if precision == "fp16" else (1.0, 2**31 - 1)
-    scaler = torch.amp.GradScaler(device.type, init_scale=init_scale, growth_interval=growth_interval)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     # --- resume
     start, seconds_before, started = 0, 0.0, time.time()
@@ -2375,8 +2373,10 @@ def main(args: argparse.Namespace) -> None:
         if is_log_step or device.type == "cpu":  # Sync
             check_finite(step, dict(zip(("loss", "image_features", "text_features"), parts)), int(skipped_in_a_row),
                          control)
+        if precision != "fp16":  # as GradScaler has a fused optimizer leave a step out, on the device
+            optimizer.found_inf = (~grad_norm.isfinite()).float()
         scaler.step(optimizer)
-        scaler.update(None if precision == "fp16" else 1.0)  # a step that was left out halves the scale of fp16 only
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))  # CLIP section 2.5

@@ -2121,9 +2121,7 @@ def main(args: argparse.Namespace) -> None:
         optimizer = torch.optim.AdamW(groups, peak_lr, (0.9, 0.98), eps=1e-8, fused=True)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     decay_end = args.weight_decay if args.weight_decay_end < 0 else args.weight_decay_end
-    # One path for all precisions: the scaler skips steps with non-finite gradients, on the device; only fp16 is scaled.
-    init_scale, growth_interval = (2.0**16, 2000) if precision == "fp16" else (1.0, 2**31 - 1)
-    scaler = torch.amp.GradScaler(device.type, init_scale=init_scale, growth_interval=growth_interval)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     # --- resume
     start, seconds_before, started = 0, 0.0, time.time()
@@ -2210,8 +2208,10 @@ def main(args: argparse.Namespace) -> None:
             torch.where(grad_norm.isfinite(), buffer, before, out=buffer)
         if is_log_step or device.type == "cpu":  # Sync
             check_finite(step, {"loss": loss, "teacher_logits": teacher_logits}, int(skipped_in_a_row), control)
+        if precision != "fp16":  # as GradScaler has a fused optimizer leave a step out, on the device
+            optimizer.found_inf = (~grad_norm.isfinite()).float()
         scaler.step(optimizer)
-        scaler.update(None if precision == "fp16" else 1.0)  # a step that was left out halves the scale of fp16 only
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
         table.store(proto_ids, student.head.prototypes, optimizer)
         with torch.no_grad():

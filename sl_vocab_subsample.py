@@ -1971,9 +1971,7 @@ def main(args: argparse.Namespace) -> None:
         peak_lr = args.lr or (3e-3 if args.arch == "tiny" else 1e-3)
         optimizer = torch.optim.AdamW(groups, peak_lr, (0.9, 0.98), eps=1e-8, fused=True)
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    # One path for all precisions: the scaler skips steps with non-finite gradients, on the device; only fp16 is scaled.
-    init_scale, growth_interval = (2.0**16, 2000) if precision == "fp16" else (1.0, 2**31 - 1)
-    scaler = torch.amp.GradScaler(device.type, init_scale=init_scale, growth_interval=growth_interval)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     # --- resume
     start, seconds_before, started = 0, 0.0, time.time()
@@ -2061,8 +2059,10 @@ def main(args: argparse.Namespace) -> None:
             torch.where(grad_norm.isfinite(), buffer, before, out=buffer)
         if is_log_step or device.type == "cpu":  # Sync
             check_finite(step, {"loss": loss, "image_features": features}, int(skipped_in_a_row), control)
+        if precision != "fp16":  # as GradScaler has a fused optimizer leave a step out, on the device
+            optimizer.found_inf = (~grad_norm.isfinite()).float()
         scaler.step(optimizer)
-        scaler.update(None if precision == "fp16" else 1.0)  # a step that was left out halves the scale of fp16 only
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))  # CLIP section 2.5

@@ -81,7 +81,7 @@ def our_step(arch: str, images: torch.Tensor, texts: torch.Tensor, is_frozen: bo
         with torch.no_grad():
             texts = model.encode_text(texts)
     optimizer = torch.optim.AdamW(clip.param_groups(model, 0.2), lr=1e-5, fused=True)
-    scaler = torch.amp.GradScaler(images.device.type, init_scale=1.0, growth_interval=2**31 - 1)
+    params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     model.train()
     if is_compiled:
         model.visual.compile()
@@ -89,10 +89,10 @@ def our_step(arch: str, images: torch.Tensor, texts: torch.Tensor, is_frozen: bo
     precision = functools.partial(autocast, images.device)
 
     def step():
-        clip.backward_in_chunks(model, images, texts, clip.info_nce, 1, precision, scaler.scale)
-        scaler.unscale_(optimizer)
-        scaler.step(optimizer)
-        scaler.update(1.0)
+        clip.backward_in_chunks(model, images, texts, clip.info_nce, 1, precision, lambda loss: loss)
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+        optimizer.found_inf = (~grad_norm.isfinite()).float()
+        optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))

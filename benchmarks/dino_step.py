@@ -83,7 +83,6 @@ def our_step(K, crops):
     last_won = torch.zeros(K, dtype=torch.int64)
     optimizer = torch.optim.AdamW(dino.param_groups(student, DECAY), LR, (0.9, 0.98), eps=1e-8, fused=True)
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=2**31 - 1)
     n_global = len(crops[0]) * 2
     crops = [torch.cat([x for x in crops if x.shape[2] == size]) for size in dict.fromkeys(x.shape[2] for x in crops)]
 
@@ -95,12 +94,11 @@ def our_step(K, crops):
         student_logits, _ = student(crops)
         targets = dino.center_and_sharpen(teacher_logits, center, proto_ids, TEACHER_TEMP)
         loss = dino.dino_loss(student_logits, targets, STUDENT_TEMP)
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
+        loss.backward()
         grad_norm = dino.clip_gradients(params, CLIP, True)
         dino.check_finite(0, {"loss": loss}, int(~grad_norm.isfinite()), None)
-        scaler.step(optimizer)
-        scaler.update()
+        optimizer.found_inf = (~grad_norm.isfinite()).float()
+        optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         table.store(proto_ids, student.head.prototypes, optimizer)
         with torch.no_grad():

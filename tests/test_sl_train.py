@@ -269,7 +269,7 @@ def test_sgd_as_in_the_paper(world, tmp_path):
 
 @pytest.mark.parametrize("module", [sl, dino])
 def test_momentum_starts_at_zero_when_the_first_step_is_skipped(module, world, tmp_path, monkeypatch):
-    """The scaler skips a step with an infinite gradient; torch's fused SGD then has a buffer of whatever was there."""
+    """A step with an infinite gradient is left out; torch's fused SGD then has a buffer of whatever was there."""
     method = {sl: "cross_entropy", dino: "dino_loss"}[module]
     right, calls = getattr(module, method), []
 

@@ -119,6 +119,18 @@ def test_one_process_under_torchrun_uses_nccl(world, tmp_path, script):
     assert len(log_of(tmp_path)) == 4
 
 
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_found_inf_leaves_a_fused_step_out(kind):
+    """What the scripts rely on for steps that are not finite, without GradScaler's loss scale."""
+    weight = torch.nn.Parameter(torch.ones(3, device="cuda"))
+    optimizer = kind([weight], lr=0.1, fused=True)
+    for gradient, expected in ((torch.nan, True), (1.0, False)):
+        weight.grad = torch.full_like(weight, gradient)
+        optimizer.found_inf = (~weight.grad.norm().isfinite()).float()
+        optimizer.step()
+        assert bool((weight == 1).all()) == expected
+
+
 def test_gradcache_on_a_gpu():
     """Chunks give the gradients of the whole batch, of a model without batch norm."""
     torch.manual_seed(0)

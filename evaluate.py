@@ -13,9 +13,9 @@
     python evaluate.py debias --zeroshot runs/zs/val.npz --finetuned runs/ft/val.npz
     python evaluate.py wiseft zeroshot.pt finetuned.pt --alpha 0 0.5 1 --out runs/wise
     python evaluate.py wiseft --results runs/wise --plot wise.png
-    python evaluate.py probe runs/dino/train.npz runs/dino/val.npz --sweep transfer
-    python evaluate.py knn runs/dino runs/dino4096 --sets cifar10 pets          # RUN/cifar10_train.npz, _test.npz
-    python evaluate.py fewshot runs/dino/train.npz runs/dino/val.npz --shots 1 4 16
+    python evaluate.py probe runs/dino/transfer/unseen_train.npz runs/dino/transfer/unseen_test.npz
+    python evaluate.py knn runs/dino/transfer runs/sampled/transfer --sets unseen    # unseen_train.npz, _test.npz
+    python evaluate.py fewshot runs/dino/transfer/unseen_train.npz runs/dino/transfer/unseen_test.npz --shots 1 4
     python evaluate.py retrieval pairs.npz                                      # features, text_features, image_ids
     python evaluate.py calibration runs/clip/val.npz --plot reliability.png
     python evaluate.py concepts shared laion.tsv yfcc.tsv cc12m.tsv --plot tail.png

@@ -86,6 +86,8 @@ def main(args: argparse.Namespace) -> None:
             out = folder / arm.replace(" ", "_").replace("/", "per")
             command = [sys.executable, str(ROOT / "sl_vocab_subsample.py"), "--data", str(folder / "train.tsv")]
             command += [
+                "--lr",
+                "3e-3",
                 "--steps",
                 str(args.steps),
                 "--batch-size",

@@ -184,7 +184,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--eval-only", default="", help="evaluate this checkpoint on --eval-sets and end")
     run.add_argument("--baselines", action=argparse.BooleanOptionalAction, default=True,
                      help="at the end also probe a random network and raw pixels")
-    run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto is cuda where there is one")
+    run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto is cuda where there is one")
     run.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
                      help="of the towers; auto is bf16 on CUDA and on CPUs with AMX, else fp32; normalisation, logits "
                           "and loss are always fp32")
@@ -709,7 +709,10 @@ class Head(nn.Module):
         self.prototypes = nn.Parameter(torch.zeros(M, D))
 
     def forward(self, embed: torch.Tensor) -> torch.Tensor:  # [n, embed_dim] -> [n, M] float32
-        z = self.mlp(embed).float()
+        return self.logits(self.mlp(embed).float())
+
+    @torch.compiler.disable  # a compiled graph would leave out what exact_matmul sets
+    def logits(self, z: torch.Tensor) -> torch.Tensor:
         with torch.autocast(z.device.type, enabled=False), exact_matmul():
             # DINO's weight norm with gain 1: one pass over the rows each way, where F.normalize makes several.
             prototypes = torch._weight_norm(self.prototypes, z.new_ones(len(self.prototypes), 1), 0)
@@ -1337,7 +1340,8 @@ def setup_distributed(device: str) -> tuple[int, int, torch.device]:
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda have all that is used here")
     except (RuntimeError, AssertionError) as error:  # no such name or number, or nothing that this torch can use
         raise SystemExit(f"--device {device}: {str(error).splitlines()[0][:200]}") from None
     if device.startswith("cuda"):
@@ -1367,7 +1371,8 @@ def pick_precision(precision: str, device: torch.device) -> tuple[str, str]:
     if precision != "auto":
         return precision, "--precision"
     if device.type == "cuda":
-        return ("bf16", "CUDA") if torch.cuda.is_bf16_supported() else ("fp16", "CUDA without bf16")
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("bf16", "CUDA") if has_bf16 else ("fp16", "CUDA without bf16")
     if device.type == "cpu" and os.path.exists("/proc/cpuinfo") and "amx_bf16" in Path("/proc/cpuinfo").read_text():
         return "bf16", "CPU with AMX"
     return "fp32", f"{device.type} without fast bf16"
@@ -1596,7 +1601,8 @@ def imbalance_metrics(predictions: np.ndarray, labels: np.ndarray, class_counts:
     per_class = np.full(C, np.nan)
     per_class[tested] = accuracy
     thirds = np.split(per_class[np.argsort(-class_counts, kind="stable")], [C // 3, 2 * (C // 3)])
-    head, medium, tail = (float(np.nanmean(third)) if np.isfinite(third).any() else None for third in thirds)
+    is_known = class_counts.any()
+    head, medium, tail = (float(np.nanmean(x)) if is_known and np.isfinite(x).any() else None for x in thirds)
     return {
         "n": len(labels),
         "top1": float((predictions == labels).mean()),
@@ -1737,7 +1743,7 @@ def evaluate_dino(model: Network, worlds: list[tuple[Table, dict[str, Table], li
                 write_atomically(npz_folder / f"{name}.npz", lambda file, arrays=arrays: np.savez(file, **arrays))
         if bank is None:
             continue
-        counts = np.zeros(len(class_names), np.int64) if is_transfer else class_counts
+        counts = np.zeros(len(class_names), np.int64) if is_transfer else class_counts  # none is rare there
         for kind, probed in models.items():
             for name, found in probe_features(probed, bank, test_sets, class_names, args, device,
                                               is_transfer and not kind).items():
@@ -1752,8 +1758,6 @@ def evaluate_dino(model: Network, worlds: list[tuple[Table, dict[str, Table], li
                                                        "probe_decay": found["decay"]}
                 if labelled.any():
                     metrics[name] |= imbalance_metrics(guesses["probe"][labelled], labels[labelled], counts)
-                    if is_transfer:  # no class is rare there
-                        metrics[name] |= dict.fromkeys(("head", "medium", "tail"))
                 metrics[name] |= right
                 if npz_folder is not None and is_main:
                     half = {"logits": found["probe"], "features": found["features"], "prototypes": found["weights"]}
@@ -1999,7 +2003,7 @@ def report_dino(teacher: Network, prototypes: torch.Tensor, worlds: list, class_
     print(f"metrics: {out / 'metrics.json'}", flush=True)
 
 
-def evaluate_teacher(args: argparse.Namespace, worlds: list, rank: int, device: torch.device, precision: str) -> None:
+def evaluate_teacher(args: argparse.Namespace, worlds: list, rank: int, device: torch.device) -> None:
     """--eval-only: the teacher of a checkpoint."""
     loaded = load_weights(args.eval_only)
     if "dino_prototypes" not in loaded:
@@ -2012,7 +2016,7 @@ def evaluate_teacher(args: argparse.Namespace, worlds: list, rank: int, device: 
     if worlds and loaded["class_names"] != worlds[0][2]:
         loaded["class_counts"] = torch.zeros(len(worlds[0][2]), dtype=torch.int64)
     report_dino(model.to(device), prototypes, worlds, loaded["class_counts"].numpy(), args, loaded["step"], 0.0, rank,
-                device, precision)
+                device, "fp32")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -2043,7 +2047,7 @@ def main(args: argparse.Namespace) -> None:
     on_one_rank(rank, lambda: ensure_shapes(root))
     worlds = find_worlds(args, root)
     if args.eval_only:
-        evaluate_teacher(args, worlds, rank, device, precision)
+        evaluate_teacher(args, worlds, rank, device)
         return
     class_names = [row["name"] for row in read_classes(root)]
     paths, weights = find_sets(args.data, root)
@@ -2136,7 +2140,8 @@ def main(args: argparse.Namespace) -> None:
             own.copy_(checkpoint[name])
         table.state = {name: rows.to(device) for name, rows in checkpoint["prototype_state"].items()}
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:  # empty but for fp16
+            scaler.load_state_dict(checkpoint["scaler"])
         set_rng_state(checkpoint["rng"], device)
         start, seconds_before = checkpoint["step"], checkpoint["seconds"]
 
@@ -2167,7 +2172,8 @@ def main(args: argparse.Namespace) -> None:
     student.train()
     teacher.train()  # as published: the teacher normalises by its own batches
     bad, n_seen, n_logged, logged_at, has_warned = Counter(), 0, 0, time.time(), False
-    loss_sum, skipped_in_a_row = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device)
+    loss_sum = torch.zeros((), device=device)
+    left_out, left_out_in_a_row = torch.zeros(2, dtype=torch.int64, device=device)  # steps, for gradients not finite
     running = [b for m in (student, teacher) for name, b in m.named_buffers() if "running_" in name]
     progress = tqdm(total=steps, initial=start, disable=not (is_main and sys.stderr.isatty()), unit="step")
     for step, batch in enumerate(loader, start):
@@ -2204,13 +2210,14 @@ def main(args: argparse.Namespace) -> None:
         if step < args.freeze_prototypes:
             student.head.prototypes.grad = None
         grad_norm = clip_gradients(params, args.clip_grad, args.clip_of == "tensor")
-        skipped_in_a_row = torch.where(grad_norm.isfinite(), 0, skipped_in_a_row + 1)  # equal on all ranks
+        is_taken = grad_norm.isfinite()  # equal on all ranks
+        left_out, left_out_in_a_row = left_out + ~is_taken, torch.where(is_taken, 0, left_out_in_a_row + 1)
         for buffer, before in zip(running, kept):  # a step that is left out leaves no trace in batch norm either
-            torch.where(grad_norm.isfinite(), buffer, before, out=buffer)
+            torch.where(is_taken, buffer, before, out=buffer)
         if is_log_step or device.type == "cpu":  # Sync
-            check_finite(step, {"loss": loss, "teacher_logits": teacher_logits}, int(skipped_in_a_row), control)
+            check_finite(step, {"loss": loss, "teacher_logits": teacher_logits}, int(left_out_in_a_row), control)
         if precision != "fp16":  # as GradScaler has a fused optimizer leave a step out, on the device
-            optimizer.found_inf = (~grad_norm.isfinite()).float()
+            optimizer.found_inf = (~is_taken).float()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -2220,27 +2227,28 @@ def main(args: argparse.Namespace) -> None:
             teacher_prototypes.lerp_(table.weight, 1 - momentum)
             winners = proto_ids[targets.argmax(1)]
             won = torch.zeros_like(usage).index_add_(0, winners, torch.ones_like(winners))
-            won *= grad_norm.isfinite()  # targets of NaN name none
+            won *= is_taken  # targets of NaN name none
             if world_size > 1:
                 dist.all_reduce(won)  # All ranks
             usage += won
             last_won.masked_fill_(won > 0, step)
-            loss_sum += loss.detach().nan_to_num(0, 0, 0)  # of a step that was left out
+            loss_sum += torch.where(is_taken, loss.detach(), 0)
         n_seen += len(batch["draws"][0])
         note_bad_images(bad, batch["bad"])
         progress.update()
 
         if is_log_step:
-            n_bad, n_steps = total(sum(bad.values()), control), (n_seen - n_logged) // len(batch["draws"][0])
+            n_bad, n_left_out = total(sum(bad.values()), control), int(left_out)  # Sync
+            n_taken = (n_seen - n_logged) // len(batch["draws"][0]) - n_left_out
             signs = {name: total(float(x), control) / world_size for name, x in
                      diagnostics(loss.detach(), teacher_logits, targets, teacher_embed, temperature).items()}  # Sync
             line = {"step": step + 1, "samples": (step + 1) * args.batch_size,
                     "epoch": round((step + 1) * args.batch_size / sum(sizes), 4),
-                    "loss": total(float(loss_sum), control) / world_size / n_steps, "lr": lr,
+                    "loss": total(float(loss_sum), control) / world_size / max(1, n_taken), "lr": lr,
                     "grad_norm": float(grad_norm), "temperature": temperature, "ema": momentum, **signs,
                     "won_1000": float((last_won > step - 1000).float().mean()),
                     "images_per_s": round((n_seen - n_logged) * world_size / (time.time() - logged_at), 1),
-                    "bad_images": int(n_bad)}
+                    "left_out": n_left_out, "bad_images": int(n_bad)}
             if is_main:
                 log.write(line)
             collapsed = [name for name, is_bad in (
@@ -2256,6 +2264,7 @@ def main(args: argparse.Namespace) -> None:
                                  f"process), more than --max-bad {args.max_bad}")
             n_logged, logged_at = n_seen, time.time()
             loss_sum.zero_()
+            left_out.zero_()
         if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < steps:
             metrics = evaluate_dino(teacher, worlds, class_counts, args, device)
             if is_main:
@@ -2288,10 +2297,9 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         main(ARGS)
+        if dist.is_initialized():  # only then: NCCL's waits for the other processes, which may wait for one that failed
+            dist.destroy_process_group()
     except SystemExit as error:  # a message to the user: the input cannot be used, or the disk is full
         if isinstance(error.code, str):
             print(error.code, file=sys.stderr)
         raise SystemExit(2 if isinstance(error.code, str) else error.code) from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()

@@ -138,7 +138,7 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
     done; done
     sl voc_m32_g32_even --vocab 32 --vocab-group 32 --vocab-power 0
     sl sl_long --steps 3750 # 32 epochs here too
-    for m in 16 32 64; do sl "voc_m${m}_g32_long" --steps 3750 --vocab $m --vocab-group 32; done
+    for m in 16 32; do sl "voc_m${m}_g32_long" --steps 3750 --vocab $m --vocab-group 32; done
     sl voc_m64_g64_long --steps 3750 --vocab 64 --vocab-group 64
     few=(--data laionet4k --steps $STEPS_4K --eval-sets val v2)
     sl voc4k "${few[@]}"

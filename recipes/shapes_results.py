@@ -183,7 +183,7 @@ def standard(rows):
 
 
 VOCABULARIES = ("m64_g64", "m32_g64", "m16_g64", "m64_g32", "m32_g32", "m16_g32")
-LONG = ("m64_g64", "m64_g32", "m32_g32", "m16_g32")  # at 32 epochs
+LONG = ("m64_g64", "m32_g32", "m16_g32")  # at 32 epochs
 CAPTIONS = ("template", "synonym", "title", "tags", "description", "full")
 PAPER_CAPTIONS = {
     "template": ".50, .47, 49.5 %",

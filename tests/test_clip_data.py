@@ -626,7 +626,7 @@ def slow_metrics(predictions, labels, counts):
         "n": len(labels),
         "top1": sum(K[c][c] for c in range(C)) / len(labels),
         "balanced": mean(range(C)),
-        **{name: mean(classes) for name, classes in groups.items()},
+        **{name: mean(classes) if any(counts) else None for name, classes in groups.items()},
         "spearman_acc": slow_spearman([counts[c] for c in accuracy], list(accuracy.values())),
         "spearman_pred": slow_spearman(counts, [sum(K[t][p] for t in range(C)) for p in range(C)]),
         "chance": 1 / C,
@@ -667,6 +667,8 @@ def test_a_collapsed_model_has_no_correlation():
     perfect = clip.imbalance_metrics(labels, labels, counts)
     assert perfect["spearman_acc"] is None and perfect["spearman_pred"] is None  # all accuracies, all predictions equal
     assert clip.imbalance_metrics(labels[::-1], labels, np.full(4, 7))["spearman_pred"] is None  # no imbalance
+    unknown = clip.imbalance_metrics(labels, labels, np.zeros(4, int))
+    assert unknown["balanced"] == 1 and unknown["head"] is unknown["tail"] is unknown["spearman_acc"] is None
 
 
 def test_thirds():

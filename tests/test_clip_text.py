@@ -423,9 +423,7 @@ def captions_of(table, *templates, labels=None, seed=0, classes=CLASSES):
 def test_captions_fill_in_fields(table):
     assert captions_of(table, "{caption}")(7, 0) == "caption 7"
     assert captions_of(table, "a {class}: {tags}, {caption}!")(1, 5) == "a sea lion: tags of 1, caption 1!"
-    assert (
-        captions_of(table, "{odd}{}{ x } {{caption}}")(2, 0) == "{caption}{}{ x } {caption 2}"
-    )  # only {word} is a field
+    assert captions_of(table, "{odd} {caption}")(2, 0) == "{caption} caption 2"  # braces of a column stay
 
 
 def test_captions_errors(table):
@@ -433,6 +431,9 @@ def test_captions_errors(table):
         SystemExit, match=r"--caption names \['nothing'\].*train.tsv has \['caption', .*class and synonym"
     ):
         captions_of(table, "{caption} {nothing}")
+    for template in ("a photo of a {}", "{alt text}", "{{caption}}", "{caption", "caption}"):
+        with pytest.raises(SystemExit, match="--caption names"):
+            captions_of(table, template)
     labels = np.arange(300) % 2
     labels[4] = -1
     for template in ("a {class}", "a {synonym}"):

@@ -248,6 +248,7 @@ def test_one_process_equals_two(world, tmp_path):
         "logit_scale",
         "grad_norm",
         "images_per_s",
+        "left_out",
         "bad_images",
         "truncated",
     }
@@ -587,6 +588,12 @@ def test_non_finite_steps_are_left_out(world, tmp_path, monkeypatch, capsys):
     train_here(world, tmp_path / "a", "--steps", "4", "--lr", "1e-3")
     printed = capsys.readouterr().out
     assert "step 3: loss not finite: step left out (1 in a row)" in printed and "(2 in a row)" in printed
+    assert [line["left_out"] for line in log_of(tmp_path / "a")] == [0, 0, 1, 1]
+    losses = [line["loss"] for line in log_of(tmp_path / "a")]
+    calls.clear()
+    train_here(world, tmp_path / "one", "--steps", "4", "--lr", "1e-3", "--log-every", "4")
+    (line,) = log_of(tmp_path / "one")
+    assert line["left_out"] == 2 and line["loss"] == pytest.approx(sum(losses) / 2)  # of the steps that were taken
     calls.clear()
     bad_calls = set()
     train_here(world, tmp_path / "b", "--steps", "4", "--lr", "1e-3")
@@ -781,16 +788,18 @@ def test_init_decides_the_architecture(world, tmp_path):
     """Learning rate and dropout follow the tower that was loaded, not the default of --arch; a kind of text must fit."""
     torch.manual_seed(0)
     text = dict(arch="transformer", width=64, vocab_size=514, context_length=77, n_layers=1)
-    model = clip.CLIP("ViT-S-16", 64, text, "gelu", 32)
+    model = clip.CLIP("ViT-S-16", 64, text, "gelu")
     merges = {"state_dict": model.state_dict(), "arch": "tiny", "activation": "gelu", "bpe": ""}
     torch.save(merges, tmp_path / "vit.pt")
     args = clip.parse_args(["--init", str(tmp_path / "vit.pt"), "--text-arch", "cbow"])
     with pytest.raises(SystemExit, match="text tower of another kind"):
         clip.build_model(args, tmp_path, [], 0)
-    run_here("--root", world, "--steps", "1", "--eval-sets", "--out", tmp_path / "tiny", *FLAGS)
-    flags = ["--root", world, "--steps", "3", "--eval-sets", "--arch", "RN50", "--init", tmp_path / "tiny/checkpoint.pt"]
-    run_here(*flags, "--out", tmp_path / "on", *FLAGS)
-    assert max(line["lr"] for line in log_of(tmp_path / "on")) == 4.5e-3  # tiny's, not RN50's 1e-3
+    torch.save(merges | {"arch": "ViT-S-16"}, tmp_path / "vit.pt")
+    flags = ["--root", world, "--steps", "1", "--eval-sets", "--init", tmp_path / "vit.pt", *FLAGS]
+    run_here(*flags, "--out", tmp_path / "on", "--batch-size", "2", "--warmup-steps", "0")
+    assert log_of(tmp_path / "on")[0]["lr"] == 1e-3  # not tiny's 4.5e-3
+    with pytest.raises(SystemExit, match="--arch RN50: .*vit.pt has ViT-S-16"):
+        clip.build_model(clip.parse_args(["--init", str(tmp_path / "vit.pt"), "--arch", "RN50"]), tmp_path, [], 0)
 
 
 def test_a_file_here_does_not_stand_in_for_the_roots(world, tmp_path, monkeypatch):
@@ -847,6 +856,7 @@ def test_messages(world, photos, tmp_path, capsys):
         "choose one": ["--root", world, "--word-dropout", "0.5", "--text-head", "frozen"],
         "--device abacus: ": ["--root", world, "--device", "abacus"],
         "--device xpu:99: ": ["--root", world, "--device", "xpu:99"],
+        "only cpu and cuda": ["--root", world, "--device", "meta"],
     }
     for message, wrong in cases.items():
         with pytest.raises(SystemExit) as error:

@@ -8,7 +8,7 @@ Paper: Radford et al., arXiv 2103.00020, section 2. The study this file serves i
 is a small vocabulary drawn anew at every step, and that makes CLIP far less biased by long-tailed data than supervised
 learning. Everything is here: data, towers, loss, optimisation, zero-shot evaluation.
 
-    python clip.py                                           # the built-in shapes world, 2 to 4 minutes on 2 CPU cores
+    python clip.py                                           # the built-in shapes world, 2 to 5 minutes on 2 CPU cores
     torchrun clip.py --data laionet --text-head frozen       # the image tower learns towards a frozen text tower
     torchrun --nproc-per-node 2 clip.py --data laionet:2,incaps:1 --caption "{title} {tags}"
     python clip.py --data my_pairs.tsv --arch RN50 --batch-size 1024 --epochs 32       # one's own pairs

@@ -328,6 +328,9 @@ def read_predictions(path: str | Path, *need: str, counts: str = "", multi_label
     data = read_npz(path, tuple(key for key in ROW_KEYS + CLASS_KEYS if key not in unread))
     if counts:
         data["class_counts"] = read_counts(counts, data.get("class_names"))
+    frequencies = data.get("class_counts", np.empty(0))
+    if frequencies.size and not frequencies.any():  # the scripts write zeros where frequencies are not known
+        del data["class_counts"]
     missing = {*need, "labels"} - set(data) - ({"predictions"} if "logits" in data else set())
     refuse(missing, f"{path}: no array {', '.join(sorted(missing))}; found {', '.join(sorted(data)) or 'nothing'}"
            f"{'; --counts names a table of them' if 'class_counts' in missing else ''}")
@@ -2510,16 +2513,16 @@ def score_run(folder: Path, boot: int, seed: int) -> dict[str, dict]:
     metrics, out = read_metrics(folder), {}
     for name in dict.fromkeys([*metrics, *sorted(p.stem for p in folder.glob("*.npz"))]):
         path, known, row = folder / f"{name}.npz", metrics.get(name, {}), {}
-        if ("top1" in known or not known) and path.is_file() and has_predictions(path, "class_counts"):
-            data = read_predictions(path, "predictions")
+        is_scored = ("top1" in known or not known) and path.is_file() and has_predictions(path)
+        data = read_predictions(path, "predictions") if is_scored else {}
+        if "class_counts" in data:
             row, classes = score_classes(data, (100, 20), 0, 10, boot, seed)
             bins = binned_statistics(frequency_bins(data["class_counts"], 8, False), data["class_counts"],
                                      classes["accuracy"], classes["predictions"].astype(float), boot,
                                      np.random.default_rng(seed))
             row["bins"] = [(math.log10(max(b["count"], 0.5)), *b["accuracy"].values(), f"{b['n_classes']} classes")
                            for b in bins if b["accuracy"]["value"] is not None]
-        elif not known and path.is_file() and has_predictions(path):  # frequencies are not known
-            data = read_predictions(path, "predictions")
+        elif data and not known:  # nor are the frequencies
             scored = score_classes(data | {"class_counts": np.zeros(data["n_classes"])}, (100, 20), 0, 10, boot, seed)
             row = {key: scored[0][key] for key in ("n", "top1", "balanced")}
         elif known:

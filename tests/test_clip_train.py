@@ -744,6 +744,15 @@ def test_evaluation_workers_leave_sigterm_to_the_training_process(photos, monkey
     assert len(killed) == 2 and readable.all() and (embed > 0).any(1).all()
 
 
+def test_automatic_precision(monkeypatch):
+    """bf16 where the hardware has it; fp16 where torch only emulates it (GPUs before Ampere)."""
+    for is_native, expected in ((True, "bf16"), (False, "fp16")):
+        answer = lambda including_emulation=True, native=is_native: native or including_emulation  # noqa: E731
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", answer)
+        assert clip.pick_precision("auto", torch.device("cuda"))[0] == expected
+    assert clip.pick_precision("fp16", torch.device("cpu"))[0] == "fp16"
+
+
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_a_set_without_any_image_ends_in_one_line(photos, workers):
     for path in photos.glob("*.jpg"):
@@ -773,6 +782,15 @@ def test_evaluation_with_other_classes(world, photos, tmp_path):
     flags = ["--eval-only", tmp_path / "run/checkpoint.pt", "--eval-sets", "val", *FLAGS[-4:]]
     printed = run_here(*flags, "--root", other, "--out", tmp_path / "a")
     assert "frequencies of the classes are not known" in printed
+    mixed = ",".join(f"{world / name / 'train.tsv'}:1" for name in ("laionet", "incaps"))
+    assert "frequencies of the classes: those of --data" in run_here(
+        *flags, "--root", other, "--data", mixed, "--out", tmp_path / "mixed"
+    )
+    labels = np.concatenate(
+        [clip.read_labels(clip.Table(world / name / "train.tsv"), names) for name in ("laionet", "incaps")]
+    )
+    with np.load(tmp_path / "mixed" / "val.npz") as file:  # the tables' numbers, whatever the root calls them
+        assert np.array_equal(file["class_counts"], np.bincount(labels[labels >= 0], minlength=120))
     run_here(*flags, "--root", bare, "--out", tmp_path / "b")
     first, a, b = (json.loads((tmp_path / x / "metrics.json").read_text())["val"] for x in ("run", "a", "b"))
     assert b == first and a["spearman_pred"] is None and a["top1"] is not None

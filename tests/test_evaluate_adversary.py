@@ -131,7 +131,10 @@ def test_degenerate_models_beside_others(folder, monkeypatch):
 def test_compare_without_frequencies_has_no_tail(folder, monkeypatch):
     monkeypatch.chdir(folder)
     np.savez("plain.npz", **{k: v for k, v in arrays().items() if k in ("labels", "logits")})
-    assert list(evaluate.compare(["plain.npz"], ["plain.npz"], "", 10, 0)["rows"]) == ["top1", "balanced"]
+    np.savez("zeros.npz", **arrays() | {"class_counts": np.zeros(4, int)})  # as the scripts write what is not known
+    for name in "plain.npz", "zeros.npz":
+        assert list(evaluate.compare([name], [name], "", 10, 0)["rows"]) == ["top1", "balanced"]
+        assert "no array class_counts" in error_of(f"imbalance {name}", folder, monkeypatch)
 
 
 COUNTS = {
@@ -378,10 +381,13 @@ def test_report_of_arrays_without_frequencies(folder, tmp_path):
     """Any model can be scored by one file: top-1 and balanced accuracy; a | in a name leaves the table whole."""
     kept = {k: v for k, v in arrays().items() if k in ("labels", "logits")}
     (tmp_path / "a").mkdir()
-    np.savez(tmp_path / "a" / "val.npz", **kept)
+    np.savez(tmp_path / "a" / "val.npz", **kept, class_counts=np.zeros(4, int))
     out = str(tmp_path / "r.html"), str(tmp_path / "r.md")
+    rows = [evaluate.report_runs([f"x|y={tmp_path / 'a'}"], "val", *out, 10, 0)["sets"]["val"]["x|y"]]
+    np.savez(tmp_path / "a" / "val.npz", **kept)
     result = evaluate.report_runs([f"x|y={tmp_path / 'a'}"], "val", *out, 10, 0)
     row = result["sets"]["val"]["x|y"]
     assert row["n"] == 60 and row["balanced"]["low"] < row["top1"]["high"] and set(row) == {"n", "top1", "balanced"}
+    assert rows == [row]
     lines = (tmp_path / "r.md").read_text().splitlines()
     assert [line.replace("\\|", "").count("|") for line in lines if line.startswith("|")] == [5, 5, 5]

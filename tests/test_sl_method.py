@@ -312,7 +312,10 @@ def test_prototypes_are_matched_by_name(tmp_path):
     read = sl.read_prototypes(str(tmp_path / "clip.pt"), ["c", "a"])
     assert torch.equal(read, vectors[[2, 0]])
     np.save(tmp_path / "w.npy", np.eye(2, 7))
-    assert sl.read_prototypes(str(tmp_path / "w.npy"), ["x", "y"]).shape == (2, 7)
+    np.save(tmp_path / "columns.npy", np.eye(2, 7, order="F"))
+    for name in "w.npy", "columns.npy":
+        read = sl.read_prototypes(str(tmp_path / name), ["x", "y"])
+        assert read.shape == (2, 7) and read.is_contiguous()  # processes cannot broadcast what is not
     np.save(tmp_path / "nan.npy", np.full((2, 7), np.nan))
     np.save(tmp_path / "flat.npy", np.ones(2))
     np.save(tmp_path / "width0.npy", np.ones((2, 0)))

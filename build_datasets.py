@@ -347,7 +347,8 @@ def parse_args(argv=None):
     subset = add("subset", "cut a data set: fraction, shots, classes, frequencies",
                  "data/shapes/laionet/train.tsv --fraction 0.25 --out small.tsv",
                  "In: tables. Out: one table with a part of the rows. Rows are chosen by the hash of seed and key: "
-                 "whatever their order, and the smaller cut lies inside the larger. Steps in this order: --threshold, "
+                 "whatever their order (equal image names in several folders share a draw), and the smaller cut lies "
+                 "inside the larger, but for --rows with --rescue or --profile. Steps in this order: --threshold, "
                  "--class-list, rows per class (--match-frequency, --shots, --profile), rows in all (--fraction or "
                  "--rows).")
     add_common(subset)
@@ -459,6 +460,8 @@ def parse_args(argv=None):
             subset.error("--trim-tail needs --shots, --fill needs --match-frequency")
         if args.threshold and not re.fullmatch(r".+=-?(\d+\.?\d*|\.\d+)", args.threshold, re.A):
             subset.error(f"--threshold: got {args.threshold}, expected COLUMN=NUMBER")
+    if args.command == "mix" and args.weights and not args.rows:
+        mix.error("--weights are of --rows, which is not given")
     if args.command == "mix" and args.weights and (len(args.weights) != len(args.tables) or min(args.weights) <= 0):
         mix.error(f"--weights: got {args.weights}, expected a positive number for each of {len(args.tables)} sources")
     if args.command == "stats" and os.path.splitext(args.plot or "")[1] not in ("", ".png", ".pdf", ".svg", ".jpg"):
@@ -507,21 +510,28 @@ def whole_file(path):
 def with_reports(tables, others):
     """What these tables' reports are to tell of appears with them: until write_report has written TABLE.json, its
     place is taken by an empty TABLE.json.partial, and TABLE.partial is the table. others: tables without a report."""
-    taken = [f"{path}.json.partial" for path in tables]
+    locks = {}
     for path in (*tables, *(f"{path}.json" for path in tables), *others):
         if os.path.isdir(path):
             raise SystemExit(f"{path}: is a folder, expected the name of a file to write")
-        if path in tables and os.path.exists(f"{path}.partial"):
-            print(f"note: {path}.partial is of a run that was killed, or goes on; it is made anew", file=sys.stderr)
     try:
-        for path in taken:
-            open(path, "wb").close()  # now, not after all the work
+        for path in tables:  # now, not after all the work
+            lock = open(f"{path}.json.partial", "ab")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise SystemExit(f"{path}: another process is writing it; give another --out, or wait") from None
+            locks[path] = lock
+            if os.path.exists(f"{path}.partial"):
+                print(f"note: {path}.partial is of a run that was killed; it is made anew", file=sys.stderr)
         for path in others:  # of a killed run that called its table so
             Path(f"{path}.json.partial").unlink(missing_ok=True)
         yield
     finally:  # what has no report by now will have none
-        for path in (*taken, *(f"{path}.partial" for path in tables)):
-            Path(path).unlink(missing_ok=True)
+        for path, lock in locks.items():
+            Path(f"{path}.json.partial").unlink(missing_ok=True)
+            Path(f"{path}.partial").unlink(missing_ok=True)
+            lock.close()
 
 
 def place_of(path):
@@ -1317,7 +1327,7 @@ def is_built(out, wanted):
     try:
         with open(os.path.join(out, "world.json"), encoding="utf-8") as f:
             found = json.load(f)
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # no JSON, or no UTF-8
         found = {}
     if not isinstance(found, dict) or found.get("world") != "shapes":
         raise SystemExit(f"--out: {out} exists and is not a shapes world; give another --out (nothing was changed)")
@@ -1329,7 +1339,7 @@ def is_built(out, wanted):
 
 def build_shapes(out, seed, size, names, workers):
     """Render the shapes world into the folder out, or find it there. Two calls at once: the second waits."""
-    out = os.path.abspath(out)
+    out = os.path.realpath(out)
     wanted = dict(world="shapes", version=2, seed=seed, size=size, names=names)
     if is_built(out, wanted):  # before the lock, so that a world on a read-only disk is fine
         print(f"{out} is complete")
@@ -1540,7 +1550,12 @@ def stop(error):
 
 def folder_samples(folder, prefix, is_recursive, counts):
     """The images of a folder in the order of their names, as tar_samples. prefix: the folder, seen from the table."""
+    seen = set()  # a link may lead back
     for parent, folders, files in os.walk(folder, onerror=stop, followlinks=True):
+        if os.path.realpath(parent) in seen:
+            folders[:] = []
+            continue
+        seen.add(os.path.realpath(parent))
         folders[:] = sorted(f for f in folders if not f.startswith(".")) if is_recursive else []
         relative = os.path.relpath(parent, folder).replace(os.sep, "/")
         inside = "" if relative == "." else relative + "/"
@@ -1562,7 +1577,7 @@ def folder_samples(folder, prefix, is_recursive, counts):
             path = os.path.join(parent, name)
             n_bytes = os.path.getsize(path) if os.path.exists(path) else 0  # 0: a dead link
             yield inside + name, f"{prefix}/{inside}{name}".removeprefix("./"), n_bytes, texts
-        for stem in {os.path.splitext(name)[0] for name in files if name.endswith(".txt")} - stems:
+        for stem in sorted({os.path.splitext(name)[0] for name in files if name.endswith(".txt")} - stems):
             yield inside + stem, None, 0, {}
 
 
@@ -1618,8 +1633,8 @@ def sample_fields(texts, label, classes, n_classes, counts):
         caption = next(filter(None, captions), "")
     if label is None:
         named = decode(texts["cls"], counts) if "cls" in texts else tsv_field(own_label).strip()
-        is_number = named.isascii() and named.isdigit()
-        label = int(named) if is_number else named if classes is None else classes.get(named)
+        number = re.fullmatch(r"(\d{1,18})(\.0*)?", named, re.A)  # as in label_number
+        label = int(number[1]) if number else named if classes is None else classes.get(named)
         if label is None or n_classes and label >= n_classes:
             counts["label that is neither a number nor in --classes, or beyond it (left empty)"] += bool(named)
             label = ""
@@ -1918,7 +1933,7 @@ def build_index(sources, out, holdout, classes, workers, seed):
     start = time.perf_counter()
     kind, found = find_sources(sources)
     folder = os.path.dirname(os.path.abspath(out))
-    beside, val = os.path.join(folder, "classes.tsv"), os.path.join(folder, "val.tsv")
+    beside, val = (os.path.join(os.path.dirname(out), name) for name in ("classes.tsv", "val.tsv"))
     if classes is None and kind == "class folders" and os.path.exists(beside):
         classes = beside
     if classes and not os.path.isfile(classes):
@@ -1973,6 +1988,8 @@ def build_index(sources, out, holdout, classes, workers, seed):
                  dict(sources=sources, holdout=holdout, classes=classes, seed=seed, columns=columns), {}, kind=kind,
                  rows=n_train, rows_in_val=n_val, counts={k: n for k, n in sorted(counts.items()) if n},
                  img2dataset=stats, sources=read, warnings=warnings)  # fmt: skip
+    if holdout:
+        os.replace(place_of(val), val)
     for warning in warnings[:20]:
         print(f"warning: {warning}", file=sys.stderr)
     if len(warnings) > 20:
@@ -2180,8 +2197,8 @@ def parquet_rows(path, wanted, bad=None, has_failed=False):
                             note_bad(bad, path, number, f"a row of more than {MAX_LINE // 2**20} MiB")
                             continue
                     yield number, fields
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise SystemExit(f"{path}:{number + 1}: damaged parquet ({str(error).splitlines()[0]})") from None
+        except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # text that is none, dates too far
+            raise SystemExit(f"{path}:{number + 1}: cannot be read ({str(error).splitlines()[0]})") from None
 
     return file.schema_arrow.names, columns, rows()
 
@@ -2191,10 +2208,11 @@ def has_samples(path):
     return path.endswith(".tar") or os.path.isdir(path)
 
 
-def tar_rows(path, bad):
+def tar_rows(path, bad, warnings=None):
     """(number of the sample, {column: text}) of a tar or folder as `index` reads it; labels may be names.
 
-    bad: Counter or list, as of note_bad, of samples that are left out and of what is wrong with the tar.
+    bad: Counter or list, as of note_bad, of samples that are left out; warnings: of what is wrong with the tar, else
+    in bad too.
     """
     counts, result = Counter(), dict(path=path, warnings=[], stats=None)
     reader = None if os.path.isdir(path) else TarReader(path)
@@ -2214,16 +2232,16 @@ def tar_rows(path, bad):
         raise SystemExit(f"{path}: {error}") from None
     check_tar(reader.problem if reader else "", result | dict(counts=counts))
     for warning in result["warnings"]:
-        note_bad(bad, path, counts["samples"], warning)
+        note_bad(bad if warnings is None else warnings, path, counts["samples"], warning)
 
 
 @functools.lru_cache(2**16)
 def tar_facts(path):
-    """Columns of the rows of tar_rows, which takes a pass; {what is left out or wrong: how often}, printed too."""
-    columns, lost = set(), Counter()
-    for _, row in tar_rows(path, lost):
+    """Columns of the rows of tar_rows, which takes a pass; {why a sample is left out: how often}, printed too."""
+    columns, lost, warnings = set(), Counter(), Counter()
+    for _, row in tar_rows(path, lost, warnings):
         columns.update(row)
-    for reason, n in lost.items():
+    for reason, n in (lost + warnings).items():
         print(f"warning: {path}: {n} x {reason}", file=sys.stderr)
     return ["image", "label", "caption", *sorted(columns - {"image", "label", "caption"})], lost
 
@@ -2269,6 +2287,8 @@ def read_table(path, needed=(), bad=None, is_all=True, is_dict=False):
         lines = text_lines(path)  # a header that cannot be read is never passed over
         first = next(lines if kind == ".tsv" else csv_rows(lines, 0, path, None), None)
         header = [] if first is None else first[1].split("\t") if kind == ".tsv" else first[1]
+    if not header and kind == ".jsonl":
+        deque(json_objects(path, None), maxlen=0)  # raises, if there are lines
     if not header or header == [""]:
         raise SystemExit(f"{path}:1: an empty file; expected a header and rows")
     names = our_names(header, path)
@@ -3291,8 +3311,11 @@ def load_text_tower(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         weights = {k: v.float() for k, v in checkpoint["state_dict"].items() if not k.startswith("visual.")}
         merges = [tuple(merge.split()) for merge in checkpoint["bpe"].split("\n")]
-        weights["token_embedding.weight"]
-    except (RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        needed = ["token_embedding.weight", "ln_final.weight", "ln_final.bias", "text_projection"]
+        for name in needed + ["positional_embedding"] * any(name.startswith("transformer.") for name in weights):
+            weights[name]
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError,
+            pickle.UnpicklingError) as error:  # fmt: skip
         what = f"--clip: {path} is no checkpoint of clip.py with a text tower and its merges"
         raise SystemExit(f"{what} ({repr(error)[:100]})") from None
     return weights, {merge: i for i, merge in enumerate(merges)}, checkpoint.get("activation", "gelu")
@@ -3494,7 +3517,10 @@ def hash64(*parts):
 
 
 def key_of(row):
-    """What a row's random numbers hang on: the first there is of url, key, image and caption, never a position."""
+    """What a row's random numbers hang on: the first there is of url, key, image and caption, never a position.
+
+    An image is named as in its table, so equal names in several folders share a draw.
+    """
     return next((row[name] for name in ("url", "URL", "key", "image", "caption") if row.get(name)), "")
 
 
@@ -3941,8 +3967,9 @@ def find_classes(given, table):
 
     given: --classes, or None: beside the table or one folder up.
     """
-    folder = os.path.dirname(os.path.abspath(table))
-    paths = [given] if given else [os.path.join(f, "classes.tsv") for f in (folder, os.path.dirname(folder))]
+    folder = os.path.dirname(table)
+    beside = [os.path.normpath(os.path.join(folder, up, "classes.tsv")) for up in ("", "..")]
+    paths = [given] if given else beside
     path = next(filter(os.path.isfile, paths), given)
     if path is None:
         return [], {}, None
@@ -4241,7 +4268,7 @@ def row_features(flag, files, tables, like=()):
     if len(files) > 1 and given != paths:
         raise SystemExit(f"--{flag}: give tables and files in the order of the tables' names: {' '.join(paths)}")
     arrays = load_features(files, like)
-    n_rows = [sum(1 for _ in read_table(path, ["image"], is_all=False)[1]) for path in paths]
+    n_rows = [sum(1 for _ in read_table(path, [naming_column(path)], is_all=False)[1]) for path in paths]
     n_found = list(map(len, arrays))
     if sum(n_found) != sum(n_rows) or len(n_found) == len(n_rows) != 1 and n_found != n_rows:
         found, rows = (" + ".join(map(str, n)) or 0 for n in (n_found, n_rows))
@@ -4410,7 +4437,8 @@ def dedup_tables(tables, out, by, distance, cosine, embeddings, protect, against
         tainted[roots[n:]] = True
         keep = ~tainted[roots[:n]]
     else:
-        keep = np.array([sizes[root] == 1 or best[root] == row for row, root in enumerate(roots.tolist())], bool)
+        keep = sizes[roots] == 1
+        keep[list(best.values())] = True
     n_kept = write_tsv(out, columns, itertools.compress(stream, keep))
     stem = out.removesuffix(".tsv")
     pairs = (dict(image=names[i], other=names[j], by=method, distance=round(d, 6),
@@ -4591,7 +4619,7 @@ def scan_rows(paths, key, seed, classes=None, column=None):
                     values.append(float(row[column] or "nan"))
                 except ValueError:
                     raise SystemExit(f"{path}:{line}: {column} is {row[column]!r}, expected a number") from None
-    return np.array(hashes).reshape(-1, 2), np.array(labels, np.int32), np.array(values)
+    return np.frombuffer(hashes).reshape(-1, 2), np.frombuffer(labels, np.int32), np.frombuffer(values)
 
 
 def ranks_of(hashes):
@@ -4684,10 +4712,10 @@ def table_counts(table, classes, n_classes=0):
     """Class counts of a table by its labels, or of one with the columns name and count. Returns: [C] int64."""
     paths = find_tables([table])
     columns, rows = open_tables(paths)
-    if "label" in columns or "count" not in columns:
+    if "count" not in columns or "label" in columns and not {"image", "caption"}.isdisjoint(columns):
         labels = scan_rows(paths, columns[0], 0, classes)[1]
         return class_counts(labels, n_classes or int(labels.max(initial=-1)) + 1)
-    counts, rows = np.zeros(n_classes, np.int64), list(rows)
+    counts, rows = np.zeros(n_classes, np.int64), [row for row in rows if row.get("label") != "none"]  # of status
     is_in_order = [row.get("name") for row in rows] == classes[0]  # frequency's: two classes may have one name
     for place, row in enumerate(rows):
         label = place if is_in_order else classes[1].get(row.get("name", ""))
@@ -4966,6 +4994,8 @@ def outputs_of(args):
     beside = dict(laionet="all", dedup="pairs", curate="entries", status="classes")
     beside["frequency"] = "sample" if getattr(args, "sample", 0) else ""
     kind = beside.get(args.command)
+    if args.command == "index" and args.holdout:  # they appear together: other cuts may share images
+        return [args.out, os.path.join(os.path.dirname(args.out), "val.tsv")], []
     return [args.out], [f"{args.out.removesuffix('.tsv')}.{kind}.tsv"] if kind else []
 
 

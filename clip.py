@@ -209,8 +209,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
     for flag in ("seed", "steps", "epochs", "lr", "weight_decay", "warmup_steps", "clip_grad", "save_every",
                  "eval_every", "max_bad"):
-        if not getattr(args, flag) >= 0:  # NaN is not
-            parser.error(f"--{flag.replace('_', '-')} must not be negative, got {getattr(args, flag)}")
+        if not 0 <= getattr(args, flag) < math.inf:  # NaN is not
+            parser.error(f"--{flag.replace('_', '-')} must not be negative or infinite, got {getattr(args, flag)}")
     return args
 
 

@@ -206,14 +206,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.prototypes = args.prototypes or (2048 if is_tiny else 65536)
     args.prototype_dim = args.prototype_dim or (64 if is_tiny else 256)
     for flag in ("prototypes", "prototype_dim", "head_hidden", "batch_size", "log_every", "max_pixels", "global_size",
-                 "local_size", "probe_images", "crop_aspect"):
+                 "local_size", "crop_aspect"):
         if not getattr(args, flag) >= 1:
             parser.error(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
     for flag in ("seed", "steps", "epochs", "lr", "weight_decay", "warmup_steps", "clip_grad", "save_every",
                  "eval_every", "max_bad", "local_crops", "sample_prototypes", "warmup_teacher_temp",
                  "warmup_teacher_temp_steps", "freeze_prototypes"):
-        if not getattr(args, flag) >= 0:  # NaN is not
-            parser.error(f"--{flag.replace('_', '-')} must not be negative, got {getattr(args, flag)}")
+        if not 0 <= getattr(args, flag) < math.inf:  # NaN is not
+            parser.error(f"--{flag.replace('_', '-')} must not be negative or infinite, got {getattr(args, flag)}")
     if args.sample_prototypes > args.prototypes:
         parser.error(f"--sample-prototypes {args.sample_prototypes} is more than the {args.prototypes} --prototypes")
     if args.eval_only and args.export:
@@ -222,6 +222,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--student-temp and --teacher-temp must be positive")
     if not (args.weight_decay_end >= 0 or args.weight_decay_end == -1):
         parser.error(f"--weight-decay-end must not be negative, or be -1, got {args.weight_decay_end}")
+    if args.probe_images < 2:
+        parser.error("--probe-images must be at least 2: one class and another")
+    if bool(args.warmup_teacher_temp) != bool(args.warmup_teacher_temp_steps):
+        parser.error("--warmup-teacher-temp and --warmup-teacher-temp-steps go together")
+    if args.prototype_power and not args.sample_prototypes:
+        parser.error("--prototype-power weighs what is drawn: it needs --sample-prototypes")
     if not math.isfinite(args.prototype_power):
         parser.error(f"--prototype-power must be a finite number, got {args.prototype_power}")
     if not 0 <= args.ema <= 1:
@@ -2036,7 +2042,8 @@ def main(args: argparse.Namespace) -> None:
 
     # --- data
     if args.eval_only:  # probed as the run was, where no flag says otherwise
-        made_with = load_weights(args.eval_only).get("args", {})
+        made_with = load_weights(args.eval_only).get("args")
+        made_with = made_with if isinstance(made_with, dict) else {}
         if args.data == parse_args([]).data:
             args.data = made_with.get("data", args.data)
             args.root = made_with.get("root", "auto") if args.root == "auto" else args.root

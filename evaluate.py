@@ -823,7 +823,8 @@ def score_classes(data: dict, cuts: tuple[int, int], tail_classes: int, worst: i
         "gini_pred": from_draws(gini(predicted), biased_up_to=1),
         "chance": 1 / data["n_classes"], "classes without test images": int((test[0] == 0).sum()), "ties": n_ties,
     }, {"accuracy": accuracy, "accuracy_interval": binomial_interval(right[0], test[0]), "predictions": n_predicted,
-        "predictions_interval": np.quantile(predicted[min(boot, 1):], [0.025, 0.975], axis=0).T}
+        "predictions_interval": (np.quantile(predicted[1:], [0.025, 0.975], axis=0).T if boot else
+                                 np.full((data["n_classes"], 2), np.nan))}
 
 
 def imbalance(paths: list[str], counts: str, subset: str, cuts: tuple[int, int], tail_classes: int, worst: int,
@@ -1312,7 +1313,8 @@ def average_precision(scores: np.ndarray, labels: np.ndarray, weights: np.ndarra
 
 
 def transfer_metric(scores: np.ndarray, labels: np.ndarray, metric: str, boot: int, seed: int) -> np.ndarray:
-    """[1 + boot] top1, per_class or map of scores [N, C]: of the images, and of resamples, the same for all models."""
+    """[1 + boot] top1 or map of scores [N, C], of the images, and of resamples, the same for all models; or for
+    per_class [1 + boot, C] accuracies, NaN without images, for mean_of_classes."""
     rng, n = np.random.default_rng(seed), len(labels)
     if metric == "map":
         draws = []
@@ -1325,7 +1327,12 @@ def transfer_metric(scores: np.ndarray, labels: np.ndarray, metric: str, boot: i
     if metric == "top1":
         return np.concatenate([[right.mean()], bootstrap(right.astype(np.float32), boot, rng)])
     n_test, n_right, _ = resample_images(labels, np.where(right, labels, C), C + 1, boot, rng)
-    return class_mean(ratio(n_right, n_test), n_test[0])
+    return ratio(n_right, n_test)[:, :C]
+
+
+def mean_of_classes(draws: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """What transfer_metric gives, or a difference of two, as [1 + boot]: classes are averaged by class_mean."""
+    return draws if draws.ndim == 1 else class_mean(draws, np.bincount(labels, minlength=draws.shape[1]))
 
 
 def read_tasks(inputs: list[str], sets: list[str]) -> Iterator[tuple]:
@@ -1422,7 +1429,7 @@ def metric_of(name: str, labels: np.ndarray, metric: str) -> str:
 def transfer(command: str, inputs: list[str], sets: list[str], ks: list[int], protocol: str, C: float, metric: str,
              shots: list[int], n_draws: int, boot: int, seed: int, device: str) -> dict:
     """Table of models x sets, with the mean and the difference to the first model on the same test images."""
-    rows, details, draws, tests = {}, [], {}, {}
+    rows, details, draws, tests, labels = {}, [], {}, {}, {}
     for model, name, train, val, test in read_tasks(inputs, sets):
         check_same_images(tests.setdefault(name, {k: test[k] for k in ("path", "labels", "rows") if k in test}), test)
         n_classes = max(part["n_classes"] for part in (train, val, test) if part)
@@ -1433,24 +1440,26 @@ def transfer(command: str, inputs: list[str], sets: list[str], ks: list[int], pr
             values = [few_shot(both, test, n_classes, k, C, kind, seed + i, device) for i in range(n_draws)]
             column = f"{name} {k}-shot"
             row[column], draws.setdefault(model, {})[column] = t_interval(values, 0, 1), np.array(values)
+            labels[column] = test["labels"]
             details.append(about | {"shots": k, "draws": values})
         if command == "probe":
             outcomes[name] = probe_scores(train, val, both, test, n_classes, protocol, C, kind, seed, device)
         for k in ks:
             outcomes[f"{name} k={k}"] = knn_scores(both, test, n_classes, k, device), {"k": k}
         for column, (scores, detail) in outcomes.items():
-            draw = transfer_metric(scores, test["labels"], kind, boot, seed)
-            n = 0 if kind == "map" else len(test["labels"])
-            row[column], draws.setdefault(model, {})[column] = from_draws(draw.clip(0, 1), n_images=n), draw
+            draws.setdefault(model, {})[column] = transfer_metric(scores, test["labels"], kind, boot, seed)
+            draw, n = mean_of_classes(draws[model][column], test["labels"]), 0 if kind == "map" else len(test["labels"])
+            row[column], labels[column] = from_draws(draw.clip(0, 1), n_images=n), test["labels"]
             details.append(about | {"value": float(draw[0])} | detail)
+    interval, base = t_interval if command == "fewshot" else from_draws, next(iter(draws))
     for model, columns in draws.items():
-        base = next(iter(draws))
+        own = {c: mean_of_classes(d, labels[c]) for c, d in columns.items()}
         if len(columns) > 1 and command == "probe":
-            columns["mean"] = np.mean(list(columns.values()), 0)
-            rows[model]["mean"] = from_draws(columns["mean"].clip(0, 1))
-        if model != base:
-            interval = t_interval if command == "fewshot" else from_draws
-            rows[f"{model} - {base}"] = {c: interval(d - draws[base][c]) for c, d in columns.items()}
+            rows[model]["mean"] = from_draws(np.mean(list(own.values()), 0).clip(0, 1))
+        if model != base:  # of the differences, not a difference of means: class_mean widens by their own variances
+            gains = {c: mean_of_classes(d - draws[base][c], labels[c]) for c, d in columns.items()}
+            gains |= {"mean": np.mean(list(gains.values()), 0)} if "mean" in rows[model] else {}
+            rows[f"{model} - {base}"] = {c: interval(gain) for c, gain in gains.items()}
     return {"rows": rows, "details": details}
 
 
@@ -1469,7 +1478,8 @@ def few_shot(train: dict, test: dict, n_classes: int, shots: int, C: float, metr
         chosen = order[place < shots]
     model = Logistic(train["features"][chosen], train["labels"][chosen], n_classes, device)
     model.fit(C)
-    return transfer_metric(model.scores(test["features"]), test["labels"], metric, 0, 0)[0]
+    return mean_of_classes(transfer_metric(model.scores(test["features"]), test["labels"], metric, 0, 0),
+                           test["labels"])[0]
 
 
 def plot_transfer(results: dict, path: str) -> None:
@@ -1852,8 +1862,8 @@ def similarity(path_a: str, path_b: str, n_pairs: int, max_images: int, min_pair
             "difference": estimate(difference.mean(), difference[index].mean(1))}
     lows, highs = (np.array([e[end] for e in ends], float) for end in ("low", "high"))
     for label, holds in (("classes less alike in A", highs < 0), ("classes more alike in A", lows > 0)):
-        rows[f"share of {label}"] = mean_over(holds, boot, rng)
-        rows[f"share of {label}, 5 % false discoveries"] = mean_over(found & holds, boot, rng)
+        for what, those in (("", holds), (", 5 % false discoveries", found & holds)):
+            rows[f"share of {label}{what}"] = mean_over(those, boot, rng) if boot else estimate(None)
     return {"rows": {name: {"value": v} for name, v in rows.items()}, "names": names, "classes": classes,
             "class_means": own, "differences": ends, "pairs": [np.concatenate(s) for s in samples]}
 
@@ -2260,18 +2270,21 @@ def debias(zeroshot: str, finetuned: str, val_zeroshot: str, val_finetuned: str,
     predictions |= {a: predictions[b] for key, (a, b) in same.items() if chosen[key]["value"] == 0}
     predictions |= {name: predict(data)[0][test] for name, data in extra.items()}
     order_by = chosen["q"] if group_by == "prior" else counts
-    rows, draws = {}, {}
+    rows, draws, parts = {}, {}, {"balanced": np.arange(C)} | thirds(order_by)
+    tested = np.bincount(labels[test], minlength=C)
+    means = lambda top1, per_class: {"top1": top1} | {  # noqa: E731
+        k: class_mean(per_class[:, ids], tested[ids]) for k, ids in parts.items()}
     for name, predicted in predictions.items():
         n_test, right, n_predicted = resample_images(labels[test], predicted, C, boot, np.random.default_rng(seed))
-        per_class = ratio(right, n_test)
         hit = (labels[test] == predicted).astype(float)
         top1 = np.r_[hit.mean(), bootstrap(hit, boot, np.random.default_rng(seed))]
-        draws[name] = {"top1": top1, "balanced": class_mean(per_class, n_test[0])} | {
-            k: class_mean(per_class[:, ids], n_test[0][ids]) for k, ids in thirds(order_by).items()}
-        n = {"top1": len(hit), "balanced": len(hit)} | {k: n_test[0][ids].sum() for k, ids in thirds(order_by).items()}
-        rows[name] = {k: from_draws(d.clip(0, 1), n_images=n[k]) for k, d in draws[name].items()}
+        draws[name] = top1, ratio(right, n_test)  # [1 + boot], [1 + boot, C]
+        n = {"top1": len(hit)} | {k: tested[ids].sum() for k, ids in parts.items()}
+        rows[name] = {k: from_draws(d.clip(0, 1), n_images=n[k]) for k, d in means(*draws[name]).items()}
         rows[name]["spearman_pred"] = spearman(order_by, n_predicted[0], boot, np.random.default_rng(seed))
-    deltas = {f"minus {base}": {name: {k: from_draws(d - draws[base][k]) for k, d in draws[name].items()}
+    # Of the differences, not differences of means: class_mean widens by their own variances.
+    minus = lambda name, base: means(*(a - b for a, b in zip(draws[name], draws[base])))  # noqa: E731
+    deltas = {f"minus {base}": {name: {k: from_draws(d) for k, d in minus(name, base).items()}
                                 for name in rows if name != base} for base in ("zero-shot", "fine-tuned")}
     return {"rows": rows} | deltas | {"chosen": chosen, "n_test": int(test.sum()), "n_held_out": len(val["labels"])}
 

@@ -198,8 +198,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
     for flag in ("seed", "steps", "epochs", "lr", "weight_decay", "warmup_steps", "clip_grad", "save_every",
                  "eval_every", "max_bad", "vocab_power", "vocab_group", "trim_tail", "trim_shots", "tau"):
-        if not getattr(args, flag) >= 0:  # NaN is not
-            parser.error(f"--{flag.replace('_', '-')} must not be negative, got {getattr(args, flag)}")
+        if not 0 <= getattr(args, flag) < math.inf:  # NaN is not
+            parser.error(f"--{flag.replace('_', '-')} must not be negative or infinite, got {getattr(args, flag)}")
     return args
 
 
@@ -246,6 +246,8 @@ def draws_of(class_counts: torch.Tensor, M: int, power: float) -> Draws:
     """
     weights = class_counts.double() ** power  # 0 ** 0 = 1: classes without images are drawn by power 0 only
     C, n, cumulative = len(weights), M, weights.cumsum(0)
+    if not bool(cumulative[-1].isfinite()):
+        raise SystemExit(f"--vocab-power {power}: (training images) ** {power} is too large a number")
     while 8 * n < C and -torch.expm1(-n / cumulative[-1] * weights).sum() < M + 4 * math.sqrt(M):
         n += n // 8 + 1
     return Draws(weights, cumulative, M, n if 8 * n < C and C > 4096 else 0)
@@ -779,7 +781,7 @@ def read_prototypes(path: str, class_names: list[str]) -> torch.Tensor:
     if path.endswith(".npy"):
         try:
             prototypes = torch.from_numpy(np.load(path))
-        except (OSError, ValueError, TypeError) as error:
+        except (*UNREADABLE, TypeError) as error:  # TypeError: an array of texts
             raise SystemExit(f"--head-init {path}: {error}") from None
     else:
         try:

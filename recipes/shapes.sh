@@ -133,13 +133,12 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
 
   # --- 4: vocabularies in supervised learning (figure 3, crosses)
   if wants 4; then
+    sl sl_long --steps 3750 # 32 epochs here too
     for m in 16 32 64; do for group in 32 64; do
       sl "voc_m${m}_g$group" --vocab $m --vocab-group $group
+      sl "voc_m${m}_g${group}_long" --steps 3750 --vocab $m --vocab-group $group
     done; done
     sl voc_m32_g32_even --vocab 32 --vocab-group 32 --vocab-power 0
-    sl sl_long --steps 3750 # 32 epochs here too
-    for m in 16 32; do sl "voc_m${m}_g32_long" --steps 3750 --vocab $m --vocab-group 32; done
-    sl voc_m64_g64_long --steps 3750 --vocab 64 --vocab-group 64
     few=(--data laionet4k --steps $STEPS_4K --eval-sets val v2)
     sl voc4k "${few[@]}"
     for m in 16 32 64; do for group in 32 64; do

@@ -183,7 +183,6 @@ def standard(rows):
 
 
 VOCABULARIES = ("m64_g64", "m32_g64", "m16_g64", "m64_g32", "m32_g32", "m16_g32")
-LONG = ("m64_g64", "m32_g32", "m16_g32")  # at 32 epochs
 CAPTIONS = ("template", "synonym", "title", "tags", "description", "full")
 PAPER_CAPTIONS = {
     "template": ".50, .47, 49.5 %",
@@ -368,7 +367,7 @@ EXPERIMENTS = [
                 ("15,000: m32_g32, drawn evenly", "voc_m32_g32_even", ".49, .42, 54.5 % (100, frozen head)"),
                 ("15,000, 32 epochs: all 120", "sl_long", ""),
             ]
-            + [(f"15,000, 32 epochs: {name}", f"voc_{name}_long", "") for name in LONG]
+            + [(f"15,000, 32 epochs: {name}", f"voc_{name}_long", "") for name in VOCABULARIES]
             + [("4,000: all 120", "voc4k", "")]
             + [(f"4,000: m{m}_g{g}", f"voc4k_m{m}_g{g}", "") for g in (64, 32) for m in (64, 32, 16)]
             + [(f"4,000: m{m}_g32, drawn evenly", f"voc4k_m{m}_g32_even", "") for m in (64, 32)]
@@ -393,11 +392,11 @@ EXPERIMENTS = [
         + [
             (f"{what}, 15,000, 32 epochs: {name} - all **", minus(f"voc_{name}_long", "sl_long", metric))
             for what, metric in (("top-1", "top1"), ("tail third", "tail"))
-            for name in LONG
+            for name in VOCABULARIES
         ]
         + [
             (f"rho(freq, pred), 15,000, 32 epochs: all - {name} **", minus("sl_long", f"voc_{name}_long", "pred"))
-            for name in LONG
+            for name in VOCABULARIES
         ],
     ),
     dict(

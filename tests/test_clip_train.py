@@ -867,6 +867,7 @@ def test_messages(world, photos, tmp_path, capsys):
         "is read by --text-head frozen": ["--root", world, "--text-init", "some.pt"],
         "nope.npy: no such file": ["--root", world, "--text-head", "frozen", "--text-embeddings", "nope.npy"],
         "--seed must not be negative": ["--root", world, "--seed", "-1"],
+        "--epochs must not be negative or infinite": ["--root", world, "--epochs", "inf"],
         "would be called laionet-train, laionet-train": [
             "--root", world, "--eval-sets", world / "laionet/train.tsv", f"{world}/../shapes/laionet/train.tsv"],
         "no {} for the class name in 'a photo of a {class}'": ["--root", world, "--templates", photos / "t.txt"],

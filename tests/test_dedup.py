@@ -259,6 +259,13 @@ def test_embeddings_go_with_tables(tmp_path):
     assert done.returncode == 0 and "3  rows left" in done.stdout, done.stderr
 
 
+def test_embeddings_of_what_is_not_downloaded(tmp_path):
+    bd.write_tsv(tmp_path / "u.tsv", ("url", "caption"), [dict(url=f"u{i}", caption="c") for i in range(3)])
+    np.save(tmp_path / "u.npy", np.eye(2)[[0, 1, 0]])
+    done = run("dedup", tmp_path / "u.tsv", "--by", "embedding", "--embeddings", tmp_path / "u.npy", "--out", tmp_path / "o.tsv")
+    assert done.returncode == 0 and "2  rows left" in done.stdout, done.stderr
+
+
 def test_pieces_beyond_the_end_are_no_copies(tmp_path):
     (tmp_path / "s.tar").write_bytes(b"x" * 100)
     names = ["s.tar:500:10", "s.tar:600:10", "s.tar:95:10", "s.tar:0:10", "s.tar:10:10", "empty.jpg", "empty2.jpg"]

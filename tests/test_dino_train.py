@@ -1,5 +1,6 @@
 """dino_laionet.py as a program: files, processes, resume, SIGTERM, bad images, export, bad input."""
 
+import argparse
 import functools
 import json
 import re
@@ -97,6 +98,12 @@ def test_eval_only_gives_the_metrics_of_the_run(world, trained, tmp_path):
     again, first = (json.loads((x / "metrics.json").read_text()) for x in (tmp_path, trained[0]))
     assert {**first["val"], **again["val"]} == first["val"] and len(again["val"]) > 10
     assert again["run"]["unique_prototypes"] == first["run"]["unique_prototypes"]
+
+
+def test_a_checkpoint_of_another_program(world, tmp_path):
+    torch.save({"state_dict": {"visual.x": torch.zeros(1)}, "args": argparse.Namespace(a=1)}, tmp_path / "other.pt")
+    with pytest.raises(SystemExit, match="is no checkpoint of this script"):
+        run_here("--root", world, "--eval-only", tmp_path / "other.pt", "--out", tmp_path / "out")
 
 
 def test_probes_are_the_same_for_one_and_two_ranks(world, trained, tmp_path):
@@ -338,6 +345,11 @@ def test_bad_input(world, trained, tmp_path, capsys):
         (["--sample-prototypes", "65"], "--sample-prototypes 65 is more than the 64 --prototypes"),
         (["--sample-prototypes", "-1"], "--sample-prototypes must not be negative"),
         (["--prototypes", "-3"], "--prototypes must be at least 1, got -3"),
+        (["--epochs", "inf"], "--epochs must not be negative or infinite"),
+        (["--probe-images", "1"], "--probe-images must be at least 2"),
+        (["--warmup-teacher-temp", "0.1"], "go together"),
+        (["--warmup-teacher-temp-steps", "9"], "go together"),
+        (["--prototype-power", "1"], "it needs --sample-prototypes"),
         (["--teacher-temp", "0"], "must be positive"),
         (["--student-temp", "0"], "must be positive"),
         (["--teacher-temp", "nan"], "must be positive"),

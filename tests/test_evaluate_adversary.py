@@ -377,6 +377,17 @@ def test_intervals_over_runs_are_possible_values():
     assert found["low"] == -1 and found["high"] == 1 and evaluate.over_runs(cells[:1], "top1") is cells[0]
 
 
+def test_no_resamples_no_intervals(folder, monkeypatch, tmp_path):
+    """--boot 0: what hangs on intervals is null, not 0."""
+    monkeypatch.chdir(folder)
+    run_here(evaluate, *"imbalance ok.npz --boot 0 --json".split(), tmp_path / "i.json")
+    assert json.loads((tmp_path / "i.json").read_text())["models"]["ok"]["predictions_interval"] == [[None, None]] * 4
+    np.savez("more.npz", **arrays(seed=1))
+    run_here(evaluate, *"similarity ok.npz more.npz --min-pairs 2 --boot 0 --json".split(), tmp_path / "s.json")
+    rows = json.loads((tmp_path / "s.json").read_text())["rows"]
+    assert all(row["value"]["value"] is None for name, row in rows.items() if name.startswith("share of"))
+
+
 def test_report_of_arrays_without_frequencies(folder, tmp_path):
     """Any model can be scored by one file: top-1 and balanced accuracy; a | in a name leaves the table whole."""
     kept = {k: v for k, v in arrays().items() if k in ("labels", "logits")}

@@ -266,6 +266,27 @@ def test_debiasing_helps_and_reports_deltas(tmp_path):
     assert result["minus zero-shot"]["GLA"]["tail"]["value"] == pytest.approx(value)
 
 
+def test_debias_has_the_intervals_of_compare(tmp_path):
+    """One difference on the same images by two commands, of few images a class, where class_mean widens most."""
+    rng = np.random.default_rng(0)
+    labels, counts = np.repeat(np.arange(12), 6), 100 - np.arange(12)
+    logits = 2 * np.eye(12)[labels] + rng.normal(size=(72, 12))
+    other = np.where(rng.random((72, 1)) < 0.15, rng.normal(size=(72, 12)), logits)
+    order, test = np.random.default_rng(0).permutation(72), np.ones(72, bool)
+    test[order[np.argsort(labels[order], kind="stable")][::2]] = False
+    for name, values in (("a", logits), ("b", other)):
+        np.savez(tmp_path / f"{name}.npz", labels=labels, logits=values, class_counts=counts)
+        np.savez(tmp_path / f"{name}_test.npz", labels=labels[test], logits=values[test], class_counts=counts)
+    a, b, a_test, b_test = (str(tmp_path / f"{name}.npz") for name in ("a", "b", "a_test", "b_test"))
+    compared = evaluate.compare([a_test], [b_test], "", 2000, 0)["rows"]
+    found = evaluate.debias(a, b, "", "", {"more": b}, [], "", "counts", False, 2000, 0)["minus zero-shot"]["more"]
+    for key in "balanced", "head", "tail":
+        expected = compared[key]["B - A"]
+        assert found[key]["value"] == pytest.approx(expected["value"])
+        width, expected = (x["high"] - x["low"] for x in (found[key], expected))
+        assert width == pytest.approx(expected, rel=0.08) and (width > 0 or key != "balanced")
+
+
 def test_wise_ft_is_chosen_on_held_out_images(tmp_path):
     """Of sums of both models' logits, the one that is best on the half that is not scored, found by hand."""
     zs, ft = biased_pair(tmp_path, n=1200)

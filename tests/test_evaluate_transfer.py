@@ -191,7 +191,9 @@ def test_average_precision_by_hand():
 
 def test_per_class_metric():
     scores, labels = np.eye(3)[[0, 0, 1, 1, 0]], np.array([0, 0, 0, 1, 2])
-    assert evaluate.transfer_metric(scores, labels, "per_class", 10, 0)[0] == pytest.approx((2 / 3 + 1 + 0) / 3)
+    draws = evaluate.transfer_metric(scores, labels, "per_class", 10, 0)
+    assert draws[0] == pytest.approx([2 / 3, 1, 0])
+    assert evaluate.mean_of_classes(draws, labels)[0] == pytest.approx((2 / 3 + 1 + 0) / 3)
     assert evaluate.transfer_metric(scores, labels, "top1", 10, 0)[0] == pytest.approx(3 / 5)
     assert (
         evaluate.metric_of("Pets", labels, "auto") == "per_class"

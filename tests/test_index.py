@@ -405,6 +405,36 @@ def test_holdout(tmp_path):
     assert "val.tsv is older" in report(tmp_path / "a" / "train.tsv")["warnings"][0]
 
 
+def test_a_failed_run_leaves_train_and_val_of_one_cut(tmp_path, monkeypatch):
+    shards, out = make_shards(tmp_path / "shards"), tmp_path / "table" / "train.tsv"
+    index(shards, "--holdout", "0.5", out=out)
+    before = {path: path.read_bytes() for path in out.parent.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(bd, "write_report", lambda *args, **more: (_ for _ in ()).throw(OSError("disk")))
+        with pytest.raises(OSError, match="disk"):
+            index(shards, "--holdout", "0.5", "--seed", 1, out=out)
+    assert {path: path.read_bytes() for path in out.parent.iterdir()} == before
+
+
+def test_labels_that_are_floats_or_too_long(tmp_path):
+    members = sample("0", fields={"label": 1.0}) + sample("1", fields={"label": "2."}) + sample("2", fields={"label": 1.5})
+    make_tar(tmp_path / "s" / "0.tar", members + [("3.jpg", b"x"), ("3.txt", b"x"), ("3.cls", b"7" * 5000)])
+    assert [row["label"] for row in index(tmp_path / "s", out=tmp_path / "t.tsv")] == ["1", "2", "", ""]
+
+
+def test_links_that_lead_back(tmp_path):
+    write(tmp_path / "set" / "dog" / "0.jpg", "p")
+    (tmp_path / "set" / "dog" / "self").symlink_to(".")
+    assert [row["image"] for row in index(tmp_path / "set", out=tmp_path / "t.tsv")] == ["set/dog/0.jpg"]
+
+
+def test_texts_without_images_come_in_order(tmp_path):
+    for i in range(30):
+        write(tmp_path / f"{i:02d}.txt", "x")
+    keys = [key for key, *_ in bd.folder_samples(str(tmp_path), "", False, bd.Counter())]
+    assert keys == [f"{i:02d}" for i in range(30)]  # of a set, whose order is another in each process
+
+
 def test_hash_is_pinned():
     """Rows must not change sides when the code does: the value follows from the definition alone."""
     parts = b"".join(len(p).to_bytes(8, "big") + p for p in (b"0", b"00000.tar/000000001"))
@@ -545,6 +575,7 @@ def test_what_a_tar_lacks_is_listed_counted_and_said(crawl, capsys):
     capsys.readouterr()
     bd.tar_facts.cache_clear()
     bd.main(bd.parse_args("label more --classes classes.tsv --workers 1 --out o.tsv".split()))
+    assert report("o.tsv")["funnel"]["rows"] == 4 and len(read(crawl / "o.tsv")) == 1  # a cut tar is no row that is lost
     assert report("o.tsv")["funnel"]["bad: without an image"] == -1 and "1 x without an image" in capsys.readouterr().err
     (crawl / "more" / "1.tar").write_bytes(b"no tar" * 200)
     with pytest.raises(SystemExit, match=r"more/1.tar: not a tar"):

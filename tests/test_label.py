@@ -565,6 +565,27 @@ def test_img2dataset_tables_count_what_was_downloaded(folder, capsys):
         run("dedup", folder / "00000.parquet", "--by", "caption", "--out", folder / "d.tsv")
 
 
+def test_a_parquet_date_beyond_all_calendars(folder):
+    far = pa.array([2**62], pa.timestamp("us"))
+    pq.write_table(pa.table({"caption": ["a lion"], "date": far}), folder / "a.parquet")
+    with pytest.raises(SystemExit, match=r"a.parquet:1: cannot be read \("):
+        list(bd.open_tables([str(folder / "a.parquet")])[1])
+
+
+@pytest.mark.parametrize("content", ["empty", "list", "part", "number"])
+def test_checkpoints_without_a_text_tower(tmp_path, content):
+    import torch
+
+    path, part = tmp_path / "c.pt", {"token_embedding.weight": torch.zeros(2, 3)}
+    if content == "empty":
+        path.touch()
+    else:
+        torch.save({"list": {"state_dict": part, "bpe": []}, "part": {"state_dict": part, "bpe": "a b"},
+                    "number": {"state_dict": {"a": 1}, "bpe": "a b"}}[content], path)  # fmt: skip
+    with pytest.raises(SystemExit, match="is no checkpoint of clip.py with a text tower"):
+        bd.load_text_tower(str(path))
+
+
 def test_a_parquet_row_that_no_table_can_hold(folder):
     pq.write_table(pa.table({"caption": ["a lion", "lion " * 3_000_000, "crane"]}), folder / "a.parquet")
     flags = [folder / "a.parquet", "--classes", folder / "classes.tsv", "--workers", 1, "--out", folder / "o.tsv"]

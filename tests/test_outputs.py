@@ -144,11 +144,25 @@ def test_what_a_killed_run_leaves_is_no_table(data, monkeypatch, capsys):
         with pytest.raises(SystemExit, match="x.tsv.partial: what a killed run left; expected a name"):
             bd.find_tables(["x.tsv.partial"])
         run("label", "im/t.tsv", "--classes", "im/classes.tsv", "--workers", 1, "--out", "x.tsv")
-        assert capsys.readouterr().err == "note: x.tsv.partial is of a run that was killed, or goes on; it is made anew\n"
+        assert capsys.readouterr().err == "note: x.tsv.partial is of a run that was killed; it is made anew\n"
         assert {path.name for path in data.glob("x.tsv*")} == {"x.tsv", "x.tsv.json"}
         shutil.rmtree("x.tsv.parts", ignore_errors=True)
         (data / "x.tsv").unlink()
         (data / "x.tsv.json").unlink()
+
+
+def test_a_table_is_of_one_process(data):
+    """A second run with the same OUT ends with a line, and the first has its table."""
+    flags = ["label", "im/t.tsv", "--classes", "im/classes.tsv", "--workers", 1, "--out", "x.tsv"]
+    with bd.with_reports(["x.tsv"], []):
+        with pytest.raises(SystemExit, match="x.tsv: another process is writing it"):
+            run(*flags)
+        assert {path.name for path in data.glob("x.tsv*")} == {"x.tsv.json.partial"}
+        with pytest.raises(SystemExit, match="x.tsv: another"), bd.with_reports(["w.tsv", "x.tsv"], []):
+            pytest.fail("it was begun")
+        assert not list(data.glob("w.tsv*"))
+    run(*flags)
+    assert bd.json.loads((data / "x.tsv.json").read_text())["outputs"][0]["sha256"] == bd.file_hash("x.tsv")
 
 
 def test_a_share_takes_no_place(data):

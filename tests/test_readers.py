@@ -80,6 +80,8 @@ BAD = {
     "quote": (".csv", b'image,caption\na,"b\n', 2, "not CSV"),
     "json": (".jsonl", b'{"a": 1}\n{"a": \n', 2, "not JSON"),
     "json list": (".jsonl", b'{"a": 1}\n[1]\n', 2, "a JSON list, expected an object"),
+    "json array": (".jsonl", b'[{"a": 1}]\n', 1, "a JSON list, expected an object"),
+    "json of many lines": (".jsonl", b'{\n "a": 1\n}\n', 1, "not JSON"),
     "double": (".tsv", b"image\tcaption\timage\n", 1, r"no or double names \(image\)"),
     "unnamed": (".csv", b"image,,caption\n", 1, "no or double names"),
     "empty": (".tsv", b"", 1, "an empty file"),

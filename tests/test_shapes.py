@@ -133,6 +133,16 @@ def test_foreign_folder_is_refused_and_kept(tmp_path, content):
     assert (tmp_path / "shapes" / content).read_text() == '{"world": "mine"}'
 
 
+def test_a_folder_reached_by_a_link(world, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "shapes").symlink_to("disk")
+    done = subprocess.run(command(tmp_path / "shapes"), capture_output=True, text=True)
+    assert done.returncode == 0 and hashes(tmp_path / "shapes") == hashes(world), done.stderr
+    (tmp_path / "shapes" / "world.json").write_bytes(b"\xff")
+    done = subprocess.run(command(tmp_path / "shapes"), capture_output=True, text=True)
+    assert done.returncode == 2 and "is not a shapes world" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_foreign_partial_folder_is_refused_and_kept(tmp_path):
     (tmp_path / "shapes.partial").mkdir()
     (tmp_path / "shapes.partial" / "notes.txt").write_text("mine")

@@ -306,6 +306,11 @@ def test_trim_tail():
     assert not np.array_equal(sl.trim_tail(labels, counts, 2, 1, 0)[0], sl.trim_tail(labels, counts, 2, 1, 1)[0])
 
 
+def test_weights_beyond_all_numbers():
+    with pytest.raises(SystemExit, match="--vocab-power 80"):
+        sl.draws_of(torch.arange(1, 21) * 10_000, 5, 80.0)
+
+
 def test_prototypes_are_matched_by_name(tmp_path):
     vectors = torch.eye(3)
     torch.save({"prototypes": vectors, "class_names": ["a", "b", "c"]}, tmp_path / "clip.pt")
@@ -324,6 +329,8 @@ def test_prototypes_are_matched_by_name(tmp_path):
     torch.save({"prototypes": vectors, "class_names": 5}, tmp_path / "number.pt")
     np.save(tmp_path / "object.npy", np.array([{}], object), allow_pickle=True)
     (tmp_path / "broken.pt").write_bytes(b"PK no archive")
+    (tmp_path / "zip.npy").write_bytes(b"PK\x03\x04 no archive")
+    (tmp_path / "empty.npy").touch()
     torch.save({"prototypes": vectors, "class_names": ["a", "b", "a"]}, tmp_path / "twice.pt")
     assert torch.equal(sl.read_prototypes(str(tmp_path / "twice.pt"), ["a", "b", "a"]), vectors)  # ImageNet has two maillots
     torch.save({"prototypes": vectors, "class_names": ["a", "b"]}, tmp_path / "short.pt")
@@ -339,6 +346,8 @@ def test_prototypes_are_matched_by_name(tmp_path):
         ("zero.npy", ["x", "y"], "1 classes have a vector of length 0, which has no direction: y"),
         ("number.pt", ["a", "b", "c"], "class_names must be a list of names, it is a int"),
         ("object.npy", ["x"], "Object arrays"),
+        ("empty.npy", ["x"], "No data left"),
+        ("zip.npy", ["x"], "not a zip file"),
         ("broken.pt", ["x"], "cannot be read"),
         ("missing.pt", ["x"], "cannot be read"),
     ):
@@ -430,6 +439,8 @@ def test_activation_is_compared(tmp_path):
         (["--label-smoothing", "1"], "must be in"),
         (["--vocab-power", "-1"], "must not be negative"),
         (["--trim-tail", "-1"], "must not be negative"),
+        (["--tau", "inf", "--loss", "logit-adjusted"], "must not be negative or infinite"),
+        (["--vocab-power", "inf"], "must not be negative or infinite"),
         (["--trim-tail", "5", "--multi-label", "all"], "cuts by the first label"),
         (["--sampler", "class", "--data", "a:2,b:1"], "no weights in --data"),
     ],

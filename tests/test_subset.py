@@ -1,5 +1,6 @@
 """build_datasets.py subset, mix, stats: hand numbers of the methods, nesting, independence of order, end to end."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -140,6 +141,16 @@ def test_match_frequency_by_hand(tmp_path):
     assert json.loads((tmp_path / "o.tsv.json").read_text())["deficit"] == [0, 1, 0]
 
 
+def test_match_frequency_of_what_status_writes(tmp_path):
+    """Its label is a class's, not a row's; rows of no class do not count."""
+    rows = [dict(label=0, name="a", count=5), dict(label=1, name="b", count=2), dict(label="none", name="", count=9)]
+    bd.write_tsv(tmp_path / "retry.classes.tsv", ("label", "name", "rows", "count", "success"), rows)
+    bd.write_tsv(tmp_path / "classes.tsv", ("name",), [dict(name="a"), dict(name="b")])
+    path, out = table(tmp_path / "a.tsv", {0: 7, 1: 7}), tmp_path / "o.tsv"
+    done = run("subset", path, "--match-frequency", tmp_path / "retry.classes.tsv", "--no-rescue", "--out", out)
+    assert done.returncode == 0 and counts_of(out) == {0: 5, 1: 2}, done.stderr
+
+
 def test_dry_run_and_bad_input(tmp_path):
     path, out = table(tmp_path / "a.tsv", {0: 10, 1: 3}, similarity=lambda i: "x" if i == 5 else i), tmp_path / "o.tsv"
     done = run("subset", path, "--shots", 0, "--trim-tail", 1, "--dry-run", "--out", out)
@@ -174,6 +185,8 @@ def test_mix(tmp_path):
         assert all(row["image"].startswith(f"{row['source']}/") for row in rows)
     done = run("mix", a, b, "--rows", 30, "--out", out)
     assert done.returncode == 2 and "or --spill" in done.stderr
+    done = run("mix", a, b, "--weights", 3, 1, "--out", out)
+    assert done.returncode == 2 and "--weights are of --rows" in done.stderr
     copy = tmp_path / "a" / "copy.tsv"
     copy.write_bytes(a.read_bytes())
     assert run("mix", a, copy, "--out", out).returncode == 0 and len(read(out)) == 10
@@ -212,6 +225,11 @@ def test_reports_name_the_classes_that_were_found(tmp_path):
     for flags in (["subset"], ["stats"], ["check", "--max-bad", 1]):
         assert run(flags[0], path, *flags[1:], "--out", tmp_path / "o.tsv").returncode == 0
         assert json.loads((tmp_path / "o.tsv.json").read_text())["flags"]["classes"] == str(classes)
+    assert bd.find_classes(None, "a.tsv")[2] is None
+    (tmp_path / "in").mkdir()
+    for folder, found in ((tmp_path, "classes.tsv"), (tmp_path / "in", "../classes.tsv")):
+        with contextlib.chdir(folder):  # as given, without private folders
+            assert bd.find_classes(None, "a.tsv")[2] == found
 
 
 def test_tail_is_among_the_listed_classes(tmp_path):

@@ -191,6 +191,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--sampler class and sqrt draw by class over all sets: no weights in --data then")
     if args.trim_tail and args.multi_label in ("all", "random"):
         parser.error("--trim-tail cuts by the first label: it needs --multi-label first or drop")
+    if args.freeze_backbone and not args.init:
+        parser.error("--freeze-backbone keeps the tower of --init, which is not given")
     if not 0 <= args.label_smoothing < 1 or not 0 < args.crop_scale <= 1:
         parser.error("--label-smoothing must be in [0, 1) and --crop-scale in (0, 1]")
     for flag in ("batch_size", "log_every", "max_pixels"):

@@ -439,6 +439,7 @@ def test_activation_is_compared(tmp_path):
         (["--label-smoothing", "1"], "must be in"),
         (["--vocab-power", "-1"], "must not be negative"),
         (["--trim-tail", "-1"], "must not be negative"),
+        (["--freeze-backbone"], "keeps the tower of --init"),
         (["--tau", "inf", "--loss", "logit-adjusted"], "must not be negative or infinite"),
         (["--vocab-power", "inf"], "must not be negative or infinite"),
         (["--trim-tail", "5", "--multi-label", "all"], "cuts by the first label"),

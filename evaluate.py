@@ -328,10 +328,9 @@ def read_predictions(path: str | Path, *need: str, counts: str = "", multi_label
     data = read_npz(path, tuple(key for key in ROW_KEYS + CLASS_KEYS if key not in unread))
     if counts:
         data["class_counts"] = read_counts(counts, data.get("class_names"))
-    frequencies = data.get("class_counts", np.empty(0))
-    if frequencies.size and not frequencies.any():  # the scripts write zeros where frequencies are not known
-        del data["class_counts"]
-    missing = {*need, "labels"} - set(data) - ({"predictions"} if "logits" in data else set())
+    frequencies = data.get("class_counts", np.ones(1))  # the scripts write zeros where they are not known
+    unknown = {"class_counts"} if frequencies.dtype.kind in "fiu" and not frequencies.any() else set()
+    missing = {*need, "labels"} - (set(data) - unknown) - ({"predictions"} if "logits" in data else set())
     refuse(missing, f"{path}: no array {', '.join(sorted(missing))}; found {', '.join(sorted(data)) or 'nothing'}"
            f"{'; --counts names a table of them' if 'class_counts' in missing else ''}")
     labels = data["labels"]
@@ -360,6 +359,8 @@ def read_predictions(path: str | Path, *need: str, counts: str = "", multi_label
                f"{n_classes} classes")
     if "class_counts" in data and data["class_counts"].min() < 0:
         raise SystemExit(f"{path}: class_counts has {data['class_counts'].min()}")
+    for name in unknown & set(data):
+        del data[name]
     if labels.min() < 0 and not is_multi:
         data |= {name: data[name][labels >= 0] for name in ROW_KEYS if name in data}
     return data | {"path": str(path), "n_classes": n_classes, "labels": data["labels"].astype(np.int64)}

@@ -2366,7 +2366,7 @@ def main(args: argparse.Namespace) -> None:
         if pixels is None:
             images = batch["images"]
         else:
-            images = crop_pixels(pixels[batch["pixel_rows"]], batch["boxes"], model.image_size)
+            images = crop_pixels(pixels.index_select(0, batch["pixel_rows"]), batch["boxes"], model.image_size)
         loss_of = functools.partial(info_nce, caption_ids=batch["caption_ids"], dup_captions=args.dup_captions,
                                     directions=args.directions)
         kept = [buffer.clone() for buffer in running]

@@ -2051,7 +2051,7 @@ def main(args: argparse.Namespace) -> None:
             images = batch["images"].to(device, non_blocking=True)
         else:
             rows, boxes = (batch[name].to(device, non_blocking=True) for name in ("pixel_rows", "boxes"))
-            images = crop_pixels(pixels[rows], boxes, model.image_size)
+            images = crop_pixels(pixels.index_select(0, rows), boxes, model.image_size)
         kept = [buffer.clone() for buffer in running]
         with autocast():
             features, class_vectors, scale = net(images)

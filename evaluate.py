@@ -1315,7 +1315,7 @@ def average_precision(scores: np.ndarray, labels: np.ndarray, weights: np.ndarra
 
 def transfer_metric(scores: np.ndarray, labels: np.ndarray, metric: str, boot: int, seed: int) -> np.ndarray:
     """[1 + boot] top1 or map of scores [N, C], of the images, and of resamples, the same for all models; or for
-    per_class [1 + boot, C] accuracies, NaN without images, for mean_of_classes."""
+    per_class [1 + boot, tested classes] accuracies, for mean_of_classes."""
     rng, n = np.random.default_rng(seed), len(labels)
     if metric == "map":
         draws = []
@@ -1328,12 +1328,12 @@ def transfer_metric(scores: np.ndarray, labels: np.ndarray, metric: str, boot: i
     if metric == "top1":
         return np.concatenate([[right.mean()], bootstrap(right.astype(np.float32), boot, rng)])
     n_test, n_right, _ = resample_images(labels, np.where(right, labels, C), C + 1, boot, rng)
-    return ratio(n_right, n_test)[:, :C]
+    return ratio(n_right, n_test)[:, n_test[0] > 0]
 
 
 def mean_of_classes(draws: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """What transfer_metric gives, or a difference of two, as [1 + boot]: classes are averaged by class_mean."""
-    return draws if draws.ndim == 1 else class_mean(draws, np.bincount(labels, minlength=draws.shape[1]))
+    return draws if draws.ndim == 1 else class_mean(draws, np.unique(labels, return_counts=True)[1])
 
 
 def read_tasks(inputs: list[str], sets: list[str]) -> Iterator[tuple]:

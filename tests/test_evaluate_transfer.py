@@ -194,6 +194,8 @@ def test_per_class_metric():
     draws = evaluate.transfer_metric(scores, labels, "per_class", 10, 0)
     assert draws[0] == pytest.approx([2 / 3, 1, 0])
     assert evaluate.mean_of_classes(draws, labels)[0] == pytest.approx((2 / 3 + 1 + 0) / 3)
+    wider = np.pad(scores, [(0, 0), (0, 2)])  # a model that knows two more classes: the same numbers, so a difference
+    assert np.array_equal(evaluate.transfer_metric(wider, labels, "per_class", 10, 0), draws)
     assert evaluate.transfer_metric(scores, labels, "top1", 10, 0)[0] == pytest.approx(3 / 5)
     assert (
         evaluate.metric_of("Pets", labels, "auto") == "per_class"

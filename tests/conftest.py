@@ -12,6 +12,11 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 sys.path.insert(0, str(ROOT))
 
 
+def pytest_xdist_auto_num_workers(config):
+    """Tests wait for programs that start, are killed and go on: 3 workers for 2 cores (-n auto)."""
+    return os.cpu_count() * 3 // 2
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A small shapes world."""

@@ -26,7 +26,7 @@ files. Written to --out: args.json, log.jsonl, checkpoint.pt, metrics.json and <
 Dimension key: B pairs of this process, N = B * world_size pairs of the step, D embedding width, L tokens, P image
 tokens, C classes, H heads. Features are unit vectors unless called *_embed.
 
-Expected on the default world: val top-1 near 0.77, Spearman(frequency, predictions) near 0 (README).
+Expected on the default world: val top-1 0.73 to 0.78, Spearman(frequency, predictions) near 0 (README).
 
 Deviations from the paper and its code:
  1. Gathered features carry gradients between processes: encoders get the one-process gradient (theirs: 1 / processes).
@@ -101,7 +101,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                            "sets with long captions from being memorised; -1 is 0.5 for tiny with a trained text "
                            "tower, else 0")
     data.add_argument("--crop-scale", type=float, default=0.9,
-                      help="smallest area of the random crop, as a fraction of the image; 1 is no crop")
+                      help="smallest area of the random crop, as a fraction of the image; 1 is its middle: an "
+                           "aspect from 3/4 to 4/3 whole")
     data.add_argument("--bpe", default="auto",
                       help="byte-pair merges in CLIP's file format (.txt or .gz); auto: those of the loaded weights, "
                            "else ROOT/bpe.txt, else learned from the captions")
@@ -165,7 +166,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optimization.add_argument("--clip-grad", type=float, default=0.0, help="largest gradient norm; 0 is off")
 
     run = parser.add_argument_group("run")
-    run.add_argument("--out", default="runs/clip", help="folder for log, checkpoint, metrics and predictions")
+    run.add_argument("--out", default="runs/clip",
+                     help="folder for log, checkpoint, metrics and predictions; runs/eval if --eval-only has none")
     run.add_argument("--resume", default="auto",
                      help="auto continues OUT/checkpoint.pt if there is one, off starts over (that one becomes "
                           "checkpoint.old.pt), or a checkpoint to continue")
@@ -190,6 +192,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                      help="also log to this Weights & Biases project (pip install wandb); empty is off")
 
     args = parser.parse_args(argv)
+    if args.eval_only and args.out == parser.get_default("out"):
+        args.out = "runs/eval"  # not over what a training run left
     if args.text_embeddings and args.text_head != "frozen":
         parser.error("--text-embeddings holds fixed embeddings: it needs --text-head frozen")
     if args.text_init != "auto" and (args.text_head == "scratch" or args.init or args.text_embeddings):
@@ -209,8 +213,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
     for flag in ("seed", "steps", "epochs", "lr", "weight_decay", "warmup_steps", "clip_grad", "save_every",
                  "eval_every", "max_bad"):
-        if not 0 <= getattr(args, flag) < math.inf:  # NaN is not
-            parser.error(f"--{flag.replace('_', '-')} must not be negative or infinite, got {getattr(args, flag)}")
+        if not 0 <= getattr(args, flag) < 2**32:  # numpy's seeds; NaN is not
+            parser.error(f"--{flag.replace('_', '-')} must be at least 0 and below 2**32, got {getattr(args, flag)}")
     return args
 
 
@@ -688,6 +692,8 @@ def text_config(state_dict: dict[str, torch.Tensor]) -> tuple[dict, int]:
         if not weights:
             raise ValueError("no text tower in it (no token_embedding.weight)")
         return dict(arch="embeddings", width=weights[0].shape[1]), weights[-1].shape[0]
+    if "text_projection" not in state_dict:
+        raise ValueError("no whole text tower in it (no text_projection)")
     vocab_size, width = state_dict["token_embedding.weight"].shape
     text = dict(arch="cbow", width=width, vocab_size=vocab_size, context_length=77)
     if "positional_embedding" in state_dict:
@@ -734,6 +740,8 @@ def load_weights(path: str) -> dict:
         raise SystemExit(f"{path}: cannot be read as a checkpoint: {str(error)[:300]}") from None
     if "state_dict" not in checkpoint:
         checkpoint = {"state_dict": checkpoint}
+    if not isinstance(checkpoint["state_dict"], dict) or not all(isinstance(k, str) for k in checkpoint["state_dict"]):
+        raise SystemExit(f"{path}: cannot be read as a checkpoint: its state_dict holds no weights by name")
     prefix = re.compile(r"^(module\.|_orig_mod\.)+")
     names = {prefix.sub("", k).replace("._orig_mod", ""): v for k, v in checkpoint["state_dict"].items()}
     return checkpoint | {"state_dict": names}
@@ -1558,10 +1566,12 @@ def write_atomically(path: Path, write: Callable) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, place)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+    except BaseException as error:  # Ctrl-C and SIGTERM too leave no part
         if part is not None:
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
+        if not isinstance(error, OSError | RuntimeError):  # torch.save reports a full disk as RuntimeError
+            raise
         raise SystemExit(f"cannot write {path}: {str(error)[:200]}; a checkpoint written before is kept") from None
 
 
@@ -1575,6 +1585,8 @@ def load_checkpoint(path: Path, args: dict, run_flags: set[str]) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         raise SystemExit(f"{path}: cannot be read ({str(error)[:200]}); --resume off starts over") from None
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("args"), dict):
+        raise SystemExit(f"{path} is no checkpoint of {Path(__file__).name}; --resume off starts over")
     if "optimizer" not in checkpoint:
         raise SystemExit(f"{path} has no optimiser state: it is an export, pass it as --init")
     differing = [k for k in args if k not in run_flags and args[k] != checkpoint["args"].get(k)]
@@ -2060,6 +2072,9 @@ def build_model(
             raise SystemExit(f"{source}: {error}") from None
         if args.text_arch not in ("auto", text["arch"]) or (text_width and text["arch"] != "embeddings"):
             raise SystemExit(f"{source} has a text tower of another kind ({text['arch']}) than the flags ask for")
+        if text_width and text["width"] != text_width:
+            raise SystemExit(f"{source} was trained on embeddings {text['width']} wide, --text-embeddings has "
+                             f"{text_width}")
         if text["arch"] == "embeddings" and not text_width and not args.eval_only:
             raise SystemExit(f"{source} was trained with --text-embeddings: it has no text tower for captions")
     elif text_width:
@@ -2159,7 +2174,10 @@ class RunLog:
             except ImportError:
                 raise SystemExit("--wandb needs wandb: pip install wandb") from None
         lines = path.read_text().splitlines(keepends=True) if start and path.is_file() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+        try:
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+        except (ValueError, LookupError, TypeError) as error:
+            raise SystemExit(f"{path}: a line is no JSON with a step ({error}): move the file away") from None
         write_atomically(path, lambda file: file.write("".join(kept).encode()))
         self.file = open(path, "a", buffering=1)
         if tensorboard:
@@ -2171,7 +2189,8 @@ class RunLog:
     def write(self, line: dict) -> None:
         """line: {"step": int, name: number, ...}; nested dicts are kept in the file, flattened elsewhere."""
         try:
-            self.file.write(json.dumps(line) + "\n")
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+            self.file.write(json.dumps(finite) + "\n")  # JSON has no NaN
         except OSError as error:
             raise SystemExit(f"cannot write {self.file.name}: {error}; a checkpoint written before is kept") from None
         numbers = {k: v for k, v in line.items() if isinstance(v, int | float)}
@@ -2186,6 +2205,12 @@ class RunLog:
         if "loss" in line:
             tqdm.write(f"step {line['step']:>6}  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "step"))
             sys.stdout.flush()
+
+
+def root_of(root: str, data: str) -> Path:
+    """Folder of the world: --root; if that is auto, of the first TSV of --data, else the built-in world's."""
+    files = [part.strip() for part in data.split(",") if re.search(r"\.tsv(:[\d.]+)?$", part.strip())]
+    return Path(root) if root != "auto" else Path(files[0]).parent if files else Path(SHAPES_ROOT)
 
 
 def evaluate_checkpoint(args: argparse.Namespace, world: World, rank: int, device: torch.device) -> None:
@@ -2208,6 +2233,10 @@ def evaluate_checkpoint(args: argparse.Namespace, world: World, rank: int, devic
     elif names and rank == 0:
         print(f"frequencies of the classes are not known: {args.eval_only} has none for the {len(names)} classes of "
               f"{world.root}, and there is no --data {args.data} in it")
+    given = world.class_embeddings
+    if tokenizer is None and given is not None and given.shape[1] != model.text_mlp[0].in_features:
+        raise SystemExit(f"{args.eval_only} was trained on embeddings {model.text_mlp[0].in_features} wide, "
+                         f"--text-embeddings has {given.shape[1]}")
     world.stored = loaded.get("prototypes") if names == loaded.get("class_names") else None
     report(model.to(device), tokenizer, world, args, loaded.get("step", 0), 0.0, rank, device, "fp32")
 
@@ -2226,6 +2255,10 @@ def report(model: CLIP, tokenizer: Tokenizer | None, world: World, args: argpars
         on_one_rank(rank, lambda: write_atomically(Path(args.export), lambda file: torch.save(export, file)))
     if rank == 0:
         print_table(metrics)
+        for name, m in metrics.items():
+            if m["n"] and m["top1"] is None and not m["retrieval"]:
+                print(f"{name}: not scored: labels need classes.tsv (with --text-embeddings CLASSES.npy), retrieval "
+                      "needs captions, no labels and a text tower")
         if not world.test_sets:
             print(f"no test sets: put val.tsv into {world.root} or pass --eval-sets")
         print(f"metrics: {out / 'metrics.json'}" + (f", exported: {args.export}" if args.export else ""), flush=True)
@@ -2247,8 +2280,11 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)  # the same on all processes, so they start from the same weights
 
     # --- data
-    files = [part for part in args.data.split(",") if re.sub(r":[\d.]+$", "", part).endswith(".tsv")]
-    root = Path(args.root) if args.root != "auto" else Path(files[0]).parent if files else Path(SHAPES_ROOT)
+    root = root_of(args.root, args.data)
+    if args.eval_only and args.root == "auto" and ".tsv" not in args.data:  # the world that it was trained in, if here
+        trained = load_weights(args.eval_only).get("args")
+        if isinstance(trained, dict) and "root" in trained and root_of(trained["root"], trained["data"]).is_dir():
+            root = root_of(trained["root"], trained["data"])
     on_one_rank(rank, lambda: ensure_shapes(root))
     has_text_tower = args.text_head == "scratch" or args.text_embeddings or args.eval_only or args.init
     if args.text_init == "auto" and not has_text_tower:
@@ -2311,7 +2347,10 @@ def main(args: argparse.Namespace) -> None:
     resume = out / "checkpoint.pt" if args.resume in ("auto", "off") else Path(args.resume)
     if args.resume != "off" and (resume.is_file() or args.resume != "auto"):
         checkpoint = load_checkpoint(resume, vars(args), RUN_FLAGS)
-        model.load_state_dict(checkpoint["state_dict"])
+        if tokenizer and checkpoint["bpe"] != "\n".join(tokenizer.merges):
+            raise SystemExit(f"{resume} was made with other byte-pair merges than those of now (--data or --bpe has "
+                             "changed): pass another --out, or --resume off to replace it")
+        load_state(model, checkpoint["state_dict"], str(resume))
         optimizer.load_state_dict(checkpoint["optimizer"])
         if checkpoint["scaler"]:  # empty but for fp16
             scaler.load_state_dict(checkpoint["scaler"])
@@ -2325,7 +2364,7 @@ def main(args: argparse.Namespace) -> None:
     pairs.text_features = text_features
     if pixels is not None:
         pixels, pairs.pixel_offsets = pixels.to(device), np.cumsum([0, *sizes[:-1]])
-    if args.text_head == "frozen" and not args.text_embeddings:
+    if args.text_head == "frozen" and not args.text_embeddings and start < steps:
         n_epochs = [math.ceil(steps * args.batch_size * share / size) + 1 for share, size in zip(shares, sizes)]
         pairs.text_ids, cache = embed_captions(model, pairs, n_epochs, out, device, autocast)
         pairs.text_features, pairs.text_cut = cache[:, :-1], cache[:, -1]

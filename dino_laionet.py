@@ -174,7 +174,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                               help="the norm that is limited: each parameter's own, as published, or that of all")
 
     run = parser.add_argument_group("run")
-    run.add_argument("--out", default="runs/dino", help="folder for log, checkpoint, metrics and predictions")
+    run.add_argument("--out", default="runs/dino",
+                     help="folder for log, checkpoint, metrics and predictions; runs/eval if --eval-only has none")
     run.add_argument("--export", default="",
                      help="also write the final model, without optimiser state, to this file; with the class "
                           "prototypes of clip.py it serves as ROOT/clip.pt")
@@ -201,6 +202,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                      help="also log to this Weights & Biases project (pip install wandb); empty is off")
 
     args = parser.parse_args(argv)
+    if args.eval_only and args.out == parser.get_default("out"):
+        args.out = "runs/eval"  # not over what a training run left
     is_tiny = args.arch == "tiny"
     args.head_hidden = args.head_hidden or (256 if is_tiny else 2048)
     args.prototypes = args.prototypes or (2048 if is_tiny else 65536)
@@ -212,8 +215,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for flag in ("seed", "steps", "epochs", "lr", "weight_decay", "warmup_steps", "clip_grad", "save_every",
                  "eval_every", "max_bad", "local_crops", "sample_prototypes", "warmup_teacher_temp",
                  "warmup_teacher_temp_steps", "freeze_prototypes"):
-        if not 0 <= getattr(args, flag) < math.inf:  # NaN is not
-            parser.error(f"--{flag.replace('_', '-')} must not be negative or infinite, got {getattr(args, flag)}")
+        if not 0 <= getattr(args, flag) < 2**32:  # numpy's seeds; NaN is not
+            parser.error(f"--{flag.replace('_', '-')} must be at least 0 and below 2**32, got {getattr(args, flag)}")
     if args.sample_prototypes > args.prototypes:
         parser.error(f"--sample-prototypes {args.sample_prototypes} is more than the {args.prototypes} --prototypes")
     if args.eval_only and args.export:
@@ -806,6 +809,8 @@ def load_weights(path: str) -> dict:
         raise SystemExit(f"{path}: cannot be read as a checkpoint: {str(error)[:300]}") from None
     if "state_dict" not in checkpoint:
         checkpoint = {"state_dict": checkpoint}
+    if not isinstance(checkpoint["state_dict"], dict) or not all(isinstance(k, str) for k in checkpoint["state_dict"]):
+        raise SystemExit(f"{path}: cannot be read as a checkpoint: its state_dict holds no weights by name")
     prefix = re.compile(r"^(module\.|_orig_mod\.)+")
     names = {prefix.sub("", k).replace("._orig_mod", ""): v for k, v in checkpoint["state_dict"].items()}
     return checkpoint | {"state_dict": names}
@@ -1480,10 +1485,12 @@ def write_atomically(path: Path, write: Callable) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, place)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+    except BaseException as error:  # Ctrl-C and SIGTERM too leave no part
         if part is not None:
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
+        if not isinstance(error, OSError | RuntimeError):  # torch.save reports a full disk as RuntimeError
+            raise
         raise SystemExit(f"cannot write {path}: {str(error)[:200]}; a checkpoint written before is kept") from None
 
 
@@ -1499,6 +1506,8 @@ def load_checkpoint(path: Path, args: dict, run_flags: set[str]) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         raise SystemExit(f"{path}: cannot be read ({str(error)[:200]}); --resume off starts over") from None
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("args"), dict):
+        raise SystemExit(f"{path} is no checkpoint of {Path(__file__).name}; --resume off starts over")
     if "optimizer" not in checkpoint:
         raise SystemExit(f"{path} has no optimiser state: it is an export, pass it as --init")
     differing = [k for k in args if k not in run_flags and args[k] != checkpoint["args"].get(k)]
@@ -1917,7 +1926,10 @@ class RunLog:
             except ImportError:
                 raise SystemExit("--wandb needs wandb: pip install wandb") from None
         lines = path.read_text().splitlines(keepends=True) if start and path.is_file() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+        try:
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+        except (ValueError, LookupError, TypeError) as error:
+            raise SystemExit(f"{path}: a line is no JSON with a step ({error}): move the file away") from None
         write_atomically(path, lambda file: file.write("".join(kept).encode()))
         self.file = open(path, "a", buffering=1)
         if tensorboard:
@@ -1929,7 +1941,8 @@ class RunLog:
     def write(self, line: dict) -> None:
         """line: {"step": int, name: number, ...}; nested dicts are kept in the file, flattened elsewhere."""
         try:
-            self.file.write(json.dumps(line) + "\n")
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+            self.file.write(json.dumps(finite) + "\n")  # JSON has no NaN
         except OSError as error:
             raise SystemExit(f"cannot write {self.file.name}: {error}; a checkpoint written before is kept") from None
         numbers = {k: v for k, v in line.items() if isinstance(v, int | float)}
@@ -2049,7 +2062,7 @@ def main(args: argparse.Namespace) -> None:
             args.root = made_with.get("root", "auto") if args.root == "auto" else args.root
         if args.probe_set == "auto":
             args.probe_set = made_with.get("probe_set", "auto")
-    files = [part for part in args.data.split(",") if re.sub(r":[\d.]+$", "", part).endswith(".tsv")]
+    files = [part.strip() for part in args.data.split(",") if re.search(r"\.tsv(:[\d.]+)?$", part.strip())]
     root = Path(args.root) if args.root != "auto" else Path(files[0]).parent if files else Path(SHAPES_ROOT)
     on_one_rank(rank, lambda: ensure_shapes(root))
     worlds = find_worlds(args, root)

@@ -104,7 +104,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                            "them apart")
     data.add_argument("--trim-shots", type=int, default=0, help="images kept of a trimmed class; 0: a zero-shot tail")
     data.add_argument("--crop-scale", type=float, default=0.9,
-                      help="smallest area of the random crop, as a fraction of the image; 1 is no crop")
+                      help="smallest area of the random crop, as a fraction of the image; 1 is its middle: an "
+                           "aspect from 3/4 to 4/3 whole")
     data.add_argument("--eval-sets", nargs="*", default=["auto"],
                       help=f"test sets: names in ROOT or TSV files; auto takes those of {', '.join(TEST_SETS)} that "
                            "ROOT has")
@@ -161,7 +162,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optimization.add_argument("--clip-grad", type=float, default=0.0, help="largest gradient norm; 0 is off")
 
     run = parser.add_argument_group("run")
-    run.add_argument("--out", default="runs/sl", help="folder for log, checkpoint, metrics and predictions")
+    run.add_argument("--out", default="runs/sl",
+                     help="folder for log, checkpoint, metrics and predictions; runs/eval if --eval-only has none")
     run.add_argument("--resume", default="auto",
                      help="auto continues OUT/checkpoint.pt if there is one, off starts over (that one becomes "
                           "checkpoint.old.pt), or a checkpoint to continue")
@@ -183,6 +185,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                      help="also log to this Weights & Biases project (pip install wandb); empty is off")
 
     args = parser.parse_args(argv)
+    if args.eval_only and args.out == parser.get_default("out"):
+        args.out = "runs/eval"  # not over what a training run left
     if args.vocab and args.vocab < 2:
         parser.error(f"--vocab {args.vocab}: a vocabulary needs at least 2 classes (0 is all classes)")
     if args.loss == "log-q" and not args.vocab:
@@ -200,8 +204,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
     for flag in ("seed", "steps", "epochs", "lr", "weight_decay", "warmup_steps", "clip_grad", "save_every",
                  "eval_every", "max_bad", "vocab_power", "vocab_group", "trim_tail", "trim_shots", "tau"):
-        if not 0 <= getattr(args, flag) < math.inf:  # NaN is not
-            parser.error(f"--{flag.replace('_', '-')} must not be negative or infinite, got {getattr(args, flag)}")
+        if not 0 <= getattr(args, flag) < 2**32:  # numpy's seeds; NaN is not
+            parser.error(f"--{flag.replace('_', '-')} must be at least 0 and below 2**32, got {getattr(args, flag)}")
     return args
 
 
@@ -732,6 +736,8 @@ def load_weights(path: str) -> dict:
         raise SystemExit(f"{path}: cannot be read as a checkpoint: {str(error)[:300]}") from None
     if "state_dict" not in checkpoint:
         checkpoint = {"state_dict": checkpoint}
+    if not isinstance(checkpoint["state_dict"], dict) or not all(isinstance(k, str) for k in checkpoint["state_dict"]):
+        raise SystemExit(f"{path}: cannot be read as a checkpoint: its state_dict holds no weights by name")
     prefix = re.compile(r"^(module\.|_orig_mod\.)+")
     names = {prefix.sub("", k).replace("._orig_mod", ""): v for k, v in checkpoint["state_dict"].items()}
     return checkpoint | {"state_dict": names}
@@ -1450,10 +1456,12 @@ def write_atomically(path: Path, write: Callable) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, place)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+    except BaseException as error:  # Ctrl-C and SIGTERM too leave no part
         if part is not None:
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
+        if not isinstance(error, OSError | RuntimeError):  # torch.save reports a full disk as RuntimeError
+            raise
         raise SystemExit(f"cannot write {path}: {str(error)[:200]}; a checkpoint written before is kept") from None
 
 
@@ -1469,6 +1477,8 @@ def load_checkpoint(path: Path, args: dict, run_flags: set[str]) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         raise SystemExit(f"{path}: cannot be read ({str(error)[:200]}); --resume off starts over") from None
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("args"), dict):
+        raise SystemExit(f"{path} is no checkpoint of {Path(__file__).name}; --resume off starts over")
     if "optimizer" not in checkpoint:
         raise SystemExit(f"{path} has no optimiser state: it is an export, pass it as --init")
     differing = [k for k in args if k not in run_flags and args[k] != checkpoint["args"].get(k)]
@@ -1774,7 +1784,10 @@ class RunLog:
             except ImportError:
                 raise SystemExit("--wandb needs wandb: pip install wandb") from None
         lines = path.read_text().splitlines(keepends=True) if start and path.is_file() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+        try:
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+        except (ValueError, LookupError, TypeError) as error:
+            raise SystemExit(f"{path}: a line is no JSON with a step ({error}): move the file away") from None
         write_atomically(path, lambda file: file.write("".join(kept).encode()))
         self.file = open(path, "a", buffering=1)
         if tensorboard:
@@ -1786,7 +1799,8 @@ class RunLog:
     def write(self, line: dict) -> None:
         """line: {"step": int, name: number, ...}; nested dicts are kept in the file, flattened elsewhere."""
         try:
-            self.file.write(json.dumps(line) + "\n")
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+            self.file.write(json.dumps(finite) + "\n")  # JSON has no NaN
         except OSError as error:
             raise SystemExit(f"cannot write {self.file.name}: {error}; a checkpoint written before is kept") from None
         numbers = {k: v for k, v in line.items() if isinstance(v, int | float)}
@@ -1918,7 +1932,7 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)  # the same on all processes, so they start from the same weights
 
     # --- data
-    files = [part for part in args.data.split(",") if re.sub(r":[\d.]+$", "", part).endswith(".tsv")]
+    files = [part.strip() for part in args.data.split(",") if re.search(r"\.tsv(:[\d.]+)?$", part.strip())]
     root = Path(args.root) if args.root != "auto" else Path(files[0]).parent if files else Path(SHAPES_ROOT)
     on_one_rank(rank, lambda: ensure_shapes(root))
     if args.eval_only:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole study on the shapes world, with the five scripts, for each seed; a seed redraws world and training alike.
 #
-#   bash recipes/shapes.sh                  # seeds 0, 1 and 2, about an hour and a quarter each on 2 cores with AMX
+#   bash recipes/shapes.sh                  # seeds 0, 1 and 2: what has no JSON file yet; a whole seed takes 3 hours on 2 cores, half with AMX
 #   bash recipes/shapes.sh 3 4              # further seeds
 #   ONLY="1 12" bash recipes/shapes.sh 0    # some of the experiments; "9b", more of DINO, comes only so
 #   JOBS=8 bash recipes/shapes.sh           # trainings at a time, a thread each (default: the number of cores)

@@ -447,7 +447,7 @@ def test_crops_lie_inside_and_have_the_asked_shape():
         assert (shape["aspect"] > 3 / 4 - 1e-9).all() and (shape["aspect"] < 4 / 3 + 1e-9).all()
         assert shape["area"][inside].min() >= min_area - 1e-9
     whole = clip.crop_boxes(1.0, np.ones(50), 0, np.arange(50))
-    np.testing.assert_allclose(whole, np.tile([0, 0, 1, 1], (50, 1)), atol=1e-12)  # --crop-scale 1 is no crop
+    np.testing.assert_allclose(whole, np.tile([0, 0, 1, 1], (50, 1)), atol=1e-12)  # --crop-scale 1: all of a square
 
 
 def test_crops_depend_on_their_keys_alone():

@@ -502,6 +502,12 @@ def test_text_embeddings(world, tmp_path):
     assert metrics["val"]["top1"] == top1 and metrics["run"]["seed"] == 0  # by the stored class vectors; the run's seed
     export = torch.load(tmp_path / "export.pt", weights_only=True)
     assert export["prototypes"].shape == (120, 64) and export["args"]["steps"] == 3
+    for name, rows in (("narrow.npy", n), ("narrow_classes.npy", 120)):
+        np.save(tmp_path / name, np.zeros((rows, 32), np.float32))
+    narrow = ["--text-head", "frozen", "--text-embeddings", tmp_path / "narrow.npy", tmp_path / "narrow_classes.npy"]
+    for others in again, [*flags, "--resume", "off", "--init", tmp_path / "run/checkpoint.pt"]:
+        with pytest.raises(SystemExit, match="was trained on embeddings 96 wide, --text-embeddings has 32"):
+            run_here(*others, *narrow)
     np.save(tmp_path / "train.npy", np.zeros((n - 1, 96), np.float32))
     with pytest.raises(SystemExit, match=re.escape(f"expected ({n}, width)")):
         run_here(*flags, "--resume", "off", "--text-embeddings", tmp_path / "train.npy")
@@ -802,6 +808,97 @@ def test_evaluation_with_other_classes(world, photos, tmp_path):
     assert json.loads((tmp_path / "c" / "metrics.json").read_text())["val"]["top1"] is not None
 
 
+@pytest.fixture
+def own_pairs(world, tmp_path, monkeypatch):
+    """own/ in the current folder: pairs.tsv and val.tsv with labels and captions, classes in another order, no merges."""
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "own"
+    own.mkdir()
+    shutil.copy(world / "val.npy", own)
+    names = [row["name"] for row in clip.read_classes(world)]
+    header, *rows = [line.split("\t") for line in (world / "val.tsv").read_text().splitlines()]
+    labels = [int(row[header.index("label")]) for row in rows]
+    lines = ["image\tlabel\tcaption", *(f"val.npy:{i}\t{119 - c}\ta {names[c]}" for i, c in enumerate(labels))]
+    for name in "pairs.tsv", "val.tsv":
+        (own / name).write_text("\n".join(lines) + "\n")
+    (own / "classes.tsv").write_text("name\n" + "\n".join(reversed(names)) + "\n")
+    return own
+
+
+def test_eval_only_scores_in_the_world_of_the_training(own_pairs, tmp_path):
+    """Without --root and --out: the classes of the training, not the built-in world's; no training's results replaced."""
+    run_here("--data", "own/pairs.tsv", "--steps", "2", *FLAGS, "--eval-sets", "val")
+    first = (tmp_path / "runs/clip/metrics.json").read_bytes()
+    run_here("--eval-only", "runs/clip/checkpoint.pt", *FLAGS, "--eval-sets", "own/val.tsv")
+    assert (tmp_path / "runs/clip/metrics.json").read_bytes() == first
+    again = json.loads((tmp_path / "runs/eval/metrics.json").read_text())
+    assert next(iter(again.values())) == json.loads(first)["val"] and not (tmp_path / "data").exists()
+
+
+def test_resume_with_other_merges_is_refused(own_pairs, tmp_path):
+    """Merges are learned from the captions where the world has none: other captions, other tokens, the same weights."""
+    flags = ["--data", "own/pairs.tsv", *FLAGS, "--eval-sets", "val"]
+    run_here(*flags, "--steps", "2")
+    run_here(*flags, "--steps", "2")  # with the same captions it reports
+    text = (own_pairs / "pairs.tsv").read_text()
+    (own_pairs / "pairs.tsv").write_text(text.replace("a ", "quite a "))
+    with pytest.raises(SystemExit, match="other byte-pair merges"):
+        run_here(*flags, "--steps", "2")
+
+
+def test_a_set_that_cannot_be_scored_is_named(own_pairs):
+    (own_pairs / "classes.tsv").unlink()
+    assert "val: not scored: labels need classes.tsv" in run_here("--data", "own/pairs.tsv", "--steps", "1", *FLAGS)
+
+
+def test_a_finished_frozen_run_embeds_no_caption_again(world, tmp_path, monkeypatch):
+    text = dict(arch="cbow", width=64, vocab_size=514, context_length=77)
+    model = clip.CLIP("tiny", 64, text, "gelu")
+    torch.save({"state_dict": model.state_dict(), "activation": "gelu", "bpe": ""}, tmp_path / "text.pt")
+    flags = ["--root", world, "--text-head", "frozen", "--text-init", tmp_path / "text.pt", "--steps", "2"]
+    flags += [*FLAGS, "--eval-sets", "val", "--out", tmp_path / "run"]
+    run_here(*flags)
+    monkeypatch.setattr(clip, "embed_captions", lambda *_: pytest.fail("captions are embedded again"))
+    assert "rho(freq,pred)" in run_here(*flags)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError])
+def test_a_write_that_is_interrupted_leaves_no_part(tmp_path, error):
+    def write(file):
+        file.write(b"half")
+        raise error
+
+    (tmp_path / "a.npz").write_bytes(b"before")
+    with pytest.raises(error):
+        clip.write_atomically(tmp_path / "a.npz", write)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"] and (tmp_path / "a.npz").read_bytes() == b"before"
+
+
+def test_checkpoints_of_other_programs_are_named(world, tmp_path):
+    """One line for what is no checkpoint of this script, to continue and to evaluate."""
+    to_continue = {"layout": {"epoch": 1, "state_dict": {}, "optimizer": {}}, "tensor": torch.zeros(3), "list": [1]}
+    to_read = {"numbered": {0: torch.zeros(3)}, "bare": {"state_dict": torch.zeros(3)},
+               "half": {"token_embedding.weight": torch.zeros(514, 8)}}  # fmt: skip
+    for name, content in (to_continue | to_read).items():
+        torch.save(content, tmp_path / f"{name}.pt")
+    for name in to_continue:
+        with pytest.raises(SystemExit, match=f"{name}.pt is no checkpoint of clip.py"):
+            run_here("--root", world, "--resume", tmp_path / f"{name}.pt", "--out", tmp_path / "out", *FLAGS)
+    for name, message in zip(to_read, ("no weights by name", "no weights by name", "no text_projection")):
+        with pytest.raises(SystemExit, match=rf"{name}.pt: .*{message}"):
+            run_here("--root", world, "--eval-only", tmp_path / f"{name}.pt", "--activation", "gelu", *FLAGS[-4:])
+
+
+def test_the_log_is_json_whatever_the_gradient(tmp_path):
+    log = clip.RunLog(tmp_path, 0, False, "", {})
+    log.write({"step": 1, "grad_norm": float("inf"), "loss": float("nan")})
+    log.file.close()
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1, "grad_norm": null, "loss": null}\n'
+    (tmp_path / "log.jsonl").write_text("not JSON\n")
+    with pytest.raises(SystemExit, match="a line is no JSON with a step"):
+        clip.RunLog(tmp_path, 1, False, "", {})
+
+
 def test_init_decides_the_architecture(world, tmp_path):
     """Learning rate and dropout follow the tower that was loaded, not the default of --arch; a kind of text must fit."""
     torch.manual_seed(0)
@@ -866,8 +963,9 @@ def test_messages(world, photos, tmp_path, capsys):
         "needs --text-head frozen": ["--root", world, "--text-embeddings", world / "val.npy"],
         "is read by --text-head frozen": ["--root", world, "--text-init", "some.pt"],
         "nope.npy: no such file": ["--root", world, "--text-head", "frozen", "--text-embeddings", "nope.npy"],
-        "--seed must not be negative": ["--root", world, "--seed", "-1"],
-        "--epochs must not be negative or infinite": ["--root", world, "--epochs", "inf"],
+        "--seed must be at least 0": ["--root", world, "--seed", "-1"],
+        "--epochs must be at least 0 and below 2**32": ["--root", world, "--epochs", "inf"],
+        "--seed must be at least 0 and below 2**32, got 4294967296": ["--root", world, "--seed", "4294967296"],
         "would be called laionet-train, laionet-train": [
             "--root", world, "--eval-sets", world / "laionet/train.tsv", f"{world}/../shapes/laionet/train.tsv"],
         "no {} for the class name in 'a photo of a {class}'": ["--root", world, "--templates", photos / "t.txt"],

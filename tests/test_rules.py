@@ -126,9 +126,11 @@ def test_help_is_instant_and_imports_nothing_heavy(script):
 
 
 def commands():
-    """Every line of a shell block of README.md and of a docstring that runs a script."""
-    found = []
-    sources = {"README.md": re.findall(r"```(?:sh|bash)\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)}
+    """Every line of a shell block of README.md and of a docstring that runs a script, and what README.md has in `...`."""
+    found, text = [], (ROOT / "README.md").read_text("utf-8")
+    blocks = r"```(?:sh|bash)\n(.*?)```"
+    inline = re.findall(r"`((?:python|torchrun) [^`]*)`", re.sub(blocks, "", text, flags=re.S))
+    sources = {"README.md": re.findall(blocks, text, re.S) + [" ".join(command.split()) for command in inline]}
     sources |= {name: [ast.get_docstring(tree) or ""] for name, tree in TREES.items()}
     for source, texts in sources.items():
         for line in "\n".join(texts).replace("\\\n", " ").split("\n"):

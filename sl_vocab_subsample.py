@@ -1456,13 +1456,12 @@ def write_atomically(path: Path, write: Callable) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, place)
-    except BaseException as error:  # Ctrl-C and SIGTERM too leave no part
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        raise SystemExit(f"cannot write {path}: {str(error)[:200]}; a checkpoint written before is kept") from None
+    finally:  # nothing is left of it after Ctrl-C and SIGTERM either
         if part is not None:
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
-        if not isinstance(error, OSError | RuntimeError):  # torch.save reports a full disk as RuntimeError
-            raise
-        raise SystemExit(f"cannot write {path}: {str(error)[:200]}; a checkpoint written before is kept") from None
 
 
 # Copied from clip.py

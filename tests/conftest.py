@@ -13,8 +13,8 @@ sys.path.insert(0, str(ROOT))
 
 
 def pytest_xdist_auto_num_workers(config):
-    """Tests wait for programs that start, are killed and go on: 3 workers for 2 cores (-n auto)."""
-    return os.cpu_count() * 3 // 2
+    """For -n auto: one worker more than cores, since tests wait for programs that start, are killed and go on."""
+    return os.cpu_count() + 1
 
 
 @pytest.fixture(scope="session")

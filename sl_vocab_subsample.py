@@ -154,9 +154,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                               help="AdamW with betas 0.9, 0.98, or SGD with momentum 0.9")
     optimization.add_argument("--lr", type=float, default=0,
                               help="peak learning rate; 0 is what suits tower and optimiser (tiny with AdamW: "
-                                   "4.5e-3, in DINO 3e-3)")
-    optimization.add_argument("--weight-decay", type=float, default=0.1,
-                              help="on matrices only: not on gains, biases, logit_scale")
+                                   "6e-3, in DINO 3e-3)")
+    optimization.add_argument("--weight-decay", type=float, default=-1,
+                              help="on matrices only: not on gains, biases, logit_scale; -1, not in DINO, is 1 for "
+                                   "tiny with AdamW, else 0.1")
     optimization.add_argument("--warmup-steps", type=int, default=50,
                               help="steps of linear warm-up, before the cosine to 0")
     optimization.add_argument("--clip-grad", type=float, default=0.0, help="largest gradient norm; 0 is off")
@@ -199,10 +200,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--freeze-backbone keeps the tower of --init, which is not given")
     if not 0 <= args.label_smoothing < 1 or not 0 < args.crop_scale <= 1:
         parser.error("--label-smoothing must be in [0, 1) and --crop-scale in (0, 1]")
+    if not (0 <= args.weight_decay < 2**32 or args.weight_decay == -1):
+        parser.error(f"--weight-decay must not be negative, or be -1, got {args.weight_decay}")
     for flag in ("batch_size", "log_every", "max_pixels"):
         if not getattr(args, flag) >= 1:
             parser.error(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
-    for flag in ("seed", "steps", "epochs", "lr", "weight_decay", "warmup_steps", "clip_grad", "save_every",
+    for flag in ("seed", "steps", "epochs", "lr", "warmup_steps", "clip_grad", "save_every",
                  "eval_every", "max_bad", "vocab_power", "vocab_group", "trim_tail", "trim_shots", "tau"):
         if not 0 <= getattr(args, flag) < 2**32:  # numpy's seeds; NaN is not
             parser.error(f"--{flag.replace('_', '-')} must be at least 0 and below 2**32, got {getattr(args, flag)}")
@@ -1982,14 +1985,15 @@ def main(args: argparse.Namespace) -> None:
 
     # --- optimizer
     steps = math.ceil(args.epochs * sum(sizes) / args.batch_size) if args.epochs else args.steps
-    groups = param_groups(model, args.weight_decay)
+    is_tiny = args.arch == "tiny" and args.optimizer == "adamw"
+    groups = param_groups(model, args.weight_decay if args.weight_decay >= 0 else 1.0 if is_tiny else 0.1)
     if args.optimizer == "sgd":
         peak_lr = args.lr or 0.1 * args.batch_size / 256  # the paper's appendix C
         optimizer = torch.optim.SGD(groups, peak_lr, 0.9, fused=True)
         for p in (p for group in groups for p in group["params"]):  # torch leaves it unset if the first step is skipped
             optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     else:
-        peak_lr = args.lr or (4.5e-3 if args.arch == "tiny" else 1e-3)
+        peak_lr = args.lr or (6e-3 if is_tiny else 1e-3)
         optimizer = torch.optim.AdamW(groups, peak_lr, (0.9, 0.98), eps=1e-8, fused=True)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")

@@ -88,6 +88,8 @@ def main(args: argparse.Namespace) -> None:
             command += [
                 "--lr",
                 "3e-3",
+                "--weight-decay",
+                "0.1",
                 "--steps",
                 str(args.steps),
                 "--batch-size",

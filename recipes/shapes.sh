@@ -24,8 +24,8 @@ run() {
   shift 2
   printf '%s\t%s\n' "$name" "$(printf '%q ' "$PYTHON" "$script" --root "$root" --seed "$seed" --out "$runs/$name" "$@")" >>"$todo/runs"
 }
-clip() { run "$1" clip.py --steps 1600 --lr 3e-3 "${@:2}"; } # a later --steps or --lr takes its place
-sl() { run "$1" sl_vocab_subsample.py --steps 1600 --lr 3e-3 "${@:2}"; }
+clip() { run "$1" clip.py --steps 1600 --lr 3e-3 --weight-decay 0.1 "${@:2}"; } # a later --steps or --lr takes its place
+sl() { run "$1" sl_vocab_subsample.py --steps 1600 --lr 3e-3 --weight-decay 0.1 "${@:2}"; }
 dino() { run "$1" dino_laionet.py --transfer auto "${real[@]}" "${@:2}"; }
 score() { printf '%s\t%s\t%s\n' "$1" "$2" "${*:3}" >>"$todo/scores"; }
 wants() { [[ " ${ONLY:-1 2 3 4 5 6 7 8 9 10 11 12} " == *" $1 "* ]]; }
@@ -81,7 +81,7 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
   "$PYTHON" build_datasets.py shapes --seed "$seed" --out "$atomic" --names atomic
   mkdir -p "$cuts"
   if [ ! -e "$root/clip.pt" ]; then
-    OMP_NUM_THREADS=$cores "$PYTHON" clip.py --root "$root" --data web --steps 2200 --lr 3e-3 --word-dropout 0 --seed "$seed" --out "$runs/web" --export "$root/clip.pt"
+    OMP_NUM_THREADS=$cores "$PYTHON" clip.py --root "$root" --data web --steps 2200 --lr 3e-3 --weight-decay 0.1 --word-dropout 0 --seed "$seed" --out "$runs/web" --export "$root/clip.pt"
   fi
   table eighth subset "$root/laionet/train.tsv" --fraction 0.125 --seed "$seed"
   table quarter subset "$root/laionet/train.tsv" --fraction 0.25 --seed "$seed"

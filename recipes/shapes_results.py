@@ -823,7 +823,8 @@ augmentation's arithmetic and the draws of prototypes changed after them.
   frequency with accuracy or with the number of predictions; over 120 classes it has a standard error of .09.
 - A correlation of a model below 25 % accuracy is left out (-): it is noise there. A number in brackets: so many seeds.
 - Trainings take 1,600 steps at a learning rate of 3e-3 where the command in their file does not say otherwise: the
-  scripts' defaults at the time, today 1,500 at 4.5e-3, so add `--steps 1600 --lr 3e-3` to run such a command again.
+  scripts' defaults at the time, today 1,500 at 6e-3 with ten times the weight decay, so add `--steps 1600 --lr 3e-3
+  --weight-decay 0.1` to run such a command again.
 - Differences are paired, within a seed. Rows of five seeds and of three ("(3)") can't be subtracted from each other.
 - SL's labels are right; CLIP's captions are vague or wrong for 6.5 % of the images.
 - The rule: for each claim, differences within a seed that are positive where the paper's sign is found. yes: the

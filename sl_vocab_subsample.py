@@ -8,7 +8,7 @@ Paper: Wen et al., arXiv 2405.21070, section 3.3. CLIP's batch is a small vocabu
 classifier gets the same: the classes of a group of images, and others drawn by frequency until there are M (federated
 softmax). With --head frozen the classes are fixed vectors of a pretrained CLIP, so unseen classes have a place too.
 
-    python sl_vocab_subsample.py                                    # plain softmax on the shapes world, about 4 minutes
+    python sl_vocab_subsample.py                                    # plain softmax on the shapes world, 1 to 4 minutes
     python sl_vocab_subsample.py --vocab 32 --vocab-group 32 --out runs/vocab
     torchrun sl_vocab_subsample.py --data laionet --head frozen --vocab 64 --vocab-group 32 --out runs/frozen
     python sl_vocab_subsample.py --trim-tail 30 --trim-shots 0 --head frozen --vocab 32 --vocab-group 32

@@ -622,8 +622,8 @@ EXPERIMENTS = [
         "fixed ones do not.",
         differs="32 px, 3,000 steps of 128 images, K = 2,048 (the paper's: 65,536 for 1,024 images). The probe is "
         "fitted on 6,000 balanced images of the same classes, scored on val; the paper's is a mean over twelve sets. "
-        "Steep: laionet cut to a Pareto law, largest class 1,000 times the smallest. Of K = 8,192 seed 0 alone "
-        "has run; not run yet (-): steep (`ONLY=9b`), probes of digits and stamps of other rows. The random network "
+        "Steep: laionet cut to a Pareto law, largest class 1,000 times the smallest. Not run yet (-): steep "
+        "(`ONLY=9b`), and the probes of digits and stamps of the rows without them. The random network "
         "of these runs had its residual branches at their start, off; with them it has .033 in place of .026 (seed 0; "
         "the best of seven decays on val itself, so at most).",
         columns=["probe, val", "k-NN, val", *(f"probe, {test}" for test in PROBED[1:]), "distinct prototypes"],

@@ -7,6 +7,7 @@
     python build_datasets.py shapes                                          # data/shapes, about a minute
     python build_datasets.py shapes --out data/shapes1 --seed 1              # frequencies, images and words redrawn
     python build_datasets.py shapes --out data/atomic --names atomic         # one invented word per class
+    python build_datasets.py shapes --out data/noisy --caption-noise 0.065   # more captions that are vague or wrong
     python build_datasets.py shapes --out /tmp/small --size 0.02             # a few rows of everything, for tests
     python build_datasets.py index shards/ --out data/web/train.tsv --holdout 0.1      # tars of img2dataset
     python build_datasets.py index imagenet/train --out data/imagenet/train.tsv        # class folders
@@ -152,6 +153,9 @@ def parse_args(argv=None):
     shapes.add_argument("--size", type=float, default=1.0, help="factor on the rows of every set; 0.02 for a test")
     shapes.add_argument("--names", choices=("compositional", "atomic"), default="compositional",
                         help="'striped star', or one invented word per class (then synonyms and definitions matter)")
+    shapes.add_argument("--caption-noise", type=float, default=0.01,
+                        help="share of the captions of laionet, balanced, yfcc and web that do not say what is shown: "
+                             "8 of 13 name nothing, the others another class")
     shapes.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; the bytes do not depend on it")
 
     index = add("index", "table of the images in tars, class folders or a flat folder",
@@ -411,6 +415,8 @@ def parse_args(argv=None):
             shapes.error(f"--seed: got {args.seed}, expected 0 or more")
         if not 0 < args.size <= 1000:
             shapes.error(f"--size: got {args.size}, expected a factor above 0 and at most 1000")
+        if not 0 <= args.caption_noise <= 1:
+            shapes.error(f"--caption-noise: got {args.caption_noise}, expected a share in [0, 1]")
     if args.command == "index":
         if not 0 <= args.holdout < 1:
             index.error(f"--holdout: got {args.holdout}, expected a fraction of at least 0 and below 1")
@@ -978,17 +984,16 @@ N_CANDIDATES = 4  # adversarial: images drawn for each one that is kept
 TEST_SETS = dict(val="plain", v2="harder", sketch="sketch", rendition="rendition", objectnet="objectnet",
                  adversarial="harder")  # fmt: skip
 # zipf: the class at rank r of the set's own random order has a share of r ** -zipf. cut: rows of the smaller copy.
-# odd: share of images drawn as sketch, rendition or objectnet, as a crawl of the web has them too. vague, wrong: share
-# of captions that do not name the class, or name another. is_open: all 210 concepts, no labels.
+# odd: share of images drawn as sketch, rendition or objectnet, as a crawl of the web has them too. is_noisy: some
+# captions do not name the class, or name another (--caption-noise). is_open: all 210 concepts, no labels.
 # balanced is laionet without its imbalance: the control that differs in nothing else.
 TRAIN_SETS = {
-    "imagenet": dict(process="plain", odd=0.0, n_rows=15_000, zipf=0.0, cut=0, vague=0.0, wrong=0.0, is_open=False),
-    "incaps": dict(process="plain", odd=0.0, n_rows=15_000, zipf=0.3, cut=4_000, vague=0.0, wrong=0.0, is_open=False),
-    "laionet": dict(process="wide", odd=0.0, n_rows=15_000, zipf=1.0, cut=4_000, vague=0.04, wrong=0.025,
-                    is_open=False),
-    "balanced": dict(process="wide", odd=0.0, n_rows=15_000, zipf=0.0, cut=0, vague=0.04, wrong=0.025, is_open=False),
-    "yfcc": dict(process="wide", odd=0.0, n_rows=15_000, zipf=1.0, cut=0, vague=0.04, wrong=0.025, is_open=True),
-    "web": dict(process="wide", odd=0.15, n_rows=60_000, zipf=0.7, cut=0, vague=0.04, wrong=0.025, is_open=True),
+    "imagenet": dict(process="plain", odd=0.0, n_rows=15_000, zipf=0.0, cut=0, is_noisy=False, is_open=False),
+    "incaps": dict(process="plain", odd=0.0, n_rows=15_000, zipf=0.3, cut=4_000, is_noisy=False, is_open=False),
+    "laionet": dict(process="wide", odd=0.0, n_rows=15_000, zipf=1.0, cut=4_000, is_noisy=True, is_open=False),
+    "balanced": dict(process="wide", odd=0.0, n_rows=15_000, zipf=0.0, cut=0, is_noisy=True, is_open=False),
+    "yfcc": dict(process="wide", odd=0.0, n_rows=15_000, zipf=1.0, cut=0, is_noisy=True, is_open=True),
+    "web": dict(process="wide", odd=0.15, n_rows=60_000, zipf=0.7, cut=0, is_noisy=True, is_open=True),
 }
 ODD_PROCESSES = ("sketch", "rendition", "objectnet")
 UNSEEN = dict(train=50, test=25)  # images per concept of the open world, to probe features on classes never trained on
@@ -1015,7 +1020,7 @@ def make_chunk(job):
 
     Returns: list of dicts of title, tags, description, caption and similarity (strings).
     """
-    path, set_name, style, concepts, first, seed, names = job
+    path, set_name, style, concepts, first, seed, names, caption_noise = job
     chunk = first // CHUNK
     shapes, patterns = np.array(CONCEPTS)[concepts].T
     images, seen = render(shapes, patterns, style["process"], rng_of(seed, set_name, "pixels", chunk))
@@ -1031,7 +1036,7 @@ def make_chunk(job):
 
     table, texts = concept_table(seed, names), []
     draw = random.Random(f"{seed} {set_name} captions {chunk}")
-    vague, wrong = style["vague"], style["wrong"]
+    noise = caption_noise if style["is_noisy"] else 0.0
     n_named = len(CONCEPTS) if style["is_open"] else N_CLASSES
     for i, number in enumerate(concepts):
         concept, luck = table[number], draw.random()
@@ -1045,7 +1050,7 @@ def make_chunk(job):
             position=("left" if x < 0 else "right") if abs(x) > abs(y) else ("top" if y < 0 else "bottom"),
             size="small" if seen["radius"][i] < 10.5 else "large",
         )
-        is_vague, is_wrong = luck < vague, vague <= luck < vague + wrong
+        is_vague, is_wrong = luck < noise * 8 / 13, noise * 8 / 13 <= luck < noise
         told = table[(number + draw.randrange(1, n_named)) % n_named] if is_wrong else concept
         parts = write_caption(draw, told, words, names == "atomic", is_vague)
         row = dict(zip(("title", "tags", "description"), parts, strict=True), caption=" ".join(parts))
@@ -1219,10 +1224,11 @@ def merge_pair(symbols: list[str], left: str, right: str) -> list[str]:
     return merged
 
 
-def render_world(folder, seed, size, names, workers):
+def render_world(folder, seed, size, names, caption_noise, workers):
     """Write every file of the world except world.json into an empty folder; return what world.json says besides.
 
-    folder: exists and is empty; size: factor on the numbers of rows; names, workers: as the flags.
+    folder: exists and is empty; size: factor on the numbers of rows; names, caption_noise, workers: as the
+        flags.
     Returns: dict with rows ({set: rows}) and plain_model (accuracies, fractions).
     """
     # Workers start fresh and read these when they import numpy: one thread each, so that neither the speed of
@@ -1256,7 +1262,7 @@ def render_world(folder, seed, size, names, workers):
     # One job per chunk. imagenet, val and the adversarial pool go first: the plain model waits for them.
     jobs = []
     for name in sorted(concepts, key=lambda name: name not in ("imagenet", "val", "adversarial")):
-        style = dict(process=TEST_SETS.get(name, "plain"), odd=0.0, vague=0.0, wrong=0.0, is_open=False)
+        style = dict(process=TEST_SETS.get(name, "plain"), odd=0.0, is_noisy=False, is_open=False)
         if name in TRAIN_SETS:
             style = TRAIN_SETS[name]
         path = os.path.join(folder, f"{'adversarial.pool' if name == 'adversarial' else stem[name]}.npy")
@@ -1265,7 +1271,7 @@ def render_world(folder, seed, size, names, workers):
             header = dict(descr="|u1", fortran_order=False, shape=(len(concepts[name]), SIDE, SIDE, 3))
             np.lib.format.write_array_header_1_0(f, header)
             f.write(bytes(math.prod(header["shape"])))
-        jobs += [(path, name, style, concepts[name][first : first + CHUNK], first, seed, names)
+        jobs += [(path, name, style, concepts[name][first : first + CHUNK], first, seed, names, caption_noise)
                  for first in range(0, len(concepts[name]), CHUNK)]  # fmt: skip
 
     texts = {name: [] for name in concepts}
@@ -1337,10 +1343,10 @@ def is_built(out, wanted):
     return True
 
 
-def build_shapes(out, seed, size, names, workers):
+def build_shapes(out, seed, size, names, caption_noise, workers):
     """Render the shapes world into the folder out, or find it there. Two calls at once: the second waits."""
     out = os.path.realpath(out)
-    wanted = dict(world="shapes", version=2, seed=seed, size=size, names=names)
+    wanted = dict(world="shapes", version=3, seed=seed, size=size, names=names, caption_noise=caption_noise)
     if is_built(out, wanted):  # before the lock, so that a world on a read-only disk is fine
         print(f"{out} is complete")
         return
@@ -1358,7 +1364,7 @@ def build_shapes(out, seed, size, names, workers):
             shutil.rmtree(partial)
         os.mkdir(partial)
         open(unfinished, "w").close()
-        facts = render_world(partial, seed, size, names, workers)
+        facts = render_world(partial, seed, size, names, caption_noise, workers)
         with open(unfinished, "w", encoding="utf-8") as f:
             f.write(json.dumps({**wanted, **facts}, indent=1) + "\n")
         os.replace(unfinished, os.path.join(partial, "world.json"))
@@ -5039,7 +5045,7 @@ def main(args):
 
 def run_command(args):
     if args.command == "shapes":
-        build_shapes(args.out, args.seed, args.size, args.names, args.workers)
+        build_shapes(args.out, args.seed, args.size, args.names, args.caption_noise, args.workers)
     elif args.command == "index":
         build_index(args.sources, args.out, args.holdout, args.classes, args.workers, args.seed)
     elif args.command == "classes":

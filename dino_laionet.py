@@ -161,11 +161,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optimization.add_argument("--optimizer", default="adamw", choices=["adamw", "sgd"],
                               help="AdamW with betas 0.9, 0.98, or SGD with momentum 0.9")
     optimization.add_argument("--lr", type=float, default=0,
-                              help="peak learning rate; 0 is what suits tower and optimiser (tiny with AdamW: "
-                                   "6e-3, in DINO 3e-3)")
+                              help="peak learning rate; 0 is what suits tower and optimiser (tiny with AdamW: 3e-3)")
     optimization.add_argument("--weight-decay", type=float, default=0.04,
-                              help="on matrices only: not on gains, biases, logit_scale; -1, not in DINO, is 1 for "
-                                   "tiny with AdamW, else 0.1")
+                              help="on matrices only: not on gains, biases, logit_scale")
     optimization.add_argument("--weight-decay-end", type=float, default=-1,
                               help="weight decay at the last step, by a cosine; -1 is no change")
     optimization.add_argument("--warmup-steps", type=int, default=50,

@@ -86,10 +86,6 @@ def main(args: argparse.Namespace) -> None:
             out = folder / arm.replace(" ", "_").replace("/", "per")
             command = [sys.executable, str(ROOT / "sl_vocab_subsample.py"), "--data", str(folder / "train.tsv")]
             command += [
-                "--lr",
-                "3e-3",
-                "--weight-decay",
-                "0.1",
                 "--steps",
                 str(args.steps),
                 "--batch-size",

@@ -81,7 +81,7 @@ build metadata "$OUT/train.tsv" --wordnet "$WORDNET" --min-count 5 --min-pmi 8 -
 build curate "$OUT/train.tsv" --metadata "$OUT/entries.tsv" --cap 20 --out "$OUT/curated.tsv"
 
 # 6. Train on the curated set; val.tsv lies beside it. Its text tower then gives LAIONet's similarities.
-"$PYTHON" clip.py --data "$OUT/curated.tsv" --lr 3e-3 --weight-decay 0.1 --steps "$STEPS" --out "$OUT/clip"
+"$PYTHON" clip.py --data "$OUT/curated.tsv" --steps "$STEPS" --out "$OUT/clip"
 build laionet "$OUT/train.tsv" --classes "$OUT/classes.tsv" --clip "$OUT/clip/checkpoint.pt" --threshold 0.3 \
     --out "$OUT/laionet.tsv"
 

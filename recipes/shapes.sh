@@ -24,8 +24,8 @@ run() {
   shift 2
   printf '%s\t%s\n' "$name" "$(printf '%q ' "$PYTHON" "$script" --root "$root" --seed "$seed" --out "$runs/$name" "$@")" >>"$todo/runs"
 }
-clip() { run "$1" clip.py --steps 1600 --lr 3e-3 --weight-decay 0.1 "${@:2}"; } # a later --steps or --lr takes its place
-sl() { run "$1" sl_vocab_subsample.py --steps 1600 --lr 3e-3 --weight-decay 0.1 "${@:2}"; }
+clip() { run "$1" clip.py "${@:2}"; }
+sl() { run "$1" sl_vocab_subsample.py "${@:2}"; }
 dino() { run "$1" dino_laionet.py --transfer auto "${real[@]}" "${@:2}"; }
 score() { printf '%s\t%s\t%s\n' "$1" "$2" "${*:3}" >>"$todo/scores"; }
 wants() { [[ " ${ONLY:-1 2 3 4 5 6 7 8 9 10 11 12} " == *" $1 "* ]]; }
@@ -69,19 +69,19 @@ finish() { # all that was noted; runs that a missing score needs are made again 
 }
 
 for seed in "${@:-0 1 2}"; do for seed in $seed; do
-  root=data/shapes$seed atomic=data/atomic$seed runs=runs/shapes$seed results=results/seed$seed
+  root=data/study$seed atomic=data/study_atomic$seed runs=runs/shapes$seed results=results/seed$seed
   cuts=$root/cuts todo=$runs/todo
   rm -rf "$todo"
   mkdir -p "$todo" "$results" "$runs"
   : >"$todo/runs"
   : >"$todo/scores"
 
-  # --- the worlds, a CLIP pretrained on `web`, and cuts of the training sets
-  "$PYTHON" build_datasets.py shapes --seed "$seed" --out "$root"
-  "$PYTHON" build_datasets.py shapes --seed "$seed" --out "$atomic" --names atomic
+  # --- the worlds, with captions as bad as alt text, a CLIP pretrained on `web`, and cuts of the training sets
+  "$PYTHON" build_datasets.py shapes --seed "$seed" --caption-noise 0.065 --out "$root"
+  "$PYTHON" build_datasets.py shapes --seed "$seed" --caption-noise 0.065 --out "$atomic" --names atomic
   mkdir -p "$cuts"
   if [ ! -e "$root/clip.pt" ]; then
-    OMP_NUM_THREADS=$cores "$PYTHON" clip.py --root "$root" --data web --steps 2200 --lr 3e-3 --weight-decay 0.1 --word-dropout 0 --seed "$seed" --out "$runs/web" --export "$root/clip.pt"
+    OMP_NUM_THREADS=$cores "$PYTHON" clip.py --root "$root" --data web --steps 2200 --word-dropout 0 --seed "$seed" --out "$runs/web" --export "$root/clip.pt"
   fi
   table eighth subset "$root/laionet/train.tsv" --fraction 0.125 --seed "$seed"
   table quarter subset "$root/laionet/train.tsv" --fraction 0.25 --seed "$seed"
@@ -156,7 +156,7 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
   # --- 3: descriptiveness of captions (figure 3, dots); the class name stands before natural text, as in the paper
   if wants 3; then
     for names in shapes atomic; do
-      few=(--root "data/$names$seed" --data laionet4k --steps $STEPS_4K --eval-sets val v2)
+      few=(--root "$([ $names = shapes ] && echo "$root" || echo "$atomic")" --data laionet4k --steps $STEPS_4K --eval-sets val v2)
       for dropout in 0.5 0; do
         end=$([ $dropout = 0 ] && echo _whole || true)
         clip "cap_${names}_template$end" "${few[@]}" --word-dropout $dropout --caption "@$cuts/class.txt"

@@ -64,7 +64,7 @@ trap - EXIT
 "$PYTHON" build_datasets.py index "$OUT/shards" --out "$OUT/train.tsv" --holdout 0.1
 
 # 5. Train. val.tsv lies beside train.tsv and is found; the figures are its retrieval.
-"$PYTHON" clip.py --data "$OUT/train.tsv" --lr 3e-3 --weight-decay 0.1 --steps "$STEPS" --out "$OUT/clip"
+"$PYTHON" clip.py --data "$OUT/train.tsv" --steps "$STEPS" --out "$OUT/clip"
 "$PYTHON" - "$OUT/clip/metrics.json" <<'PY'
 import json, sys
 val = json.load(open(sys.argv[1]))["val"]

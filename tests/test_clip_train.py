@@ -467,6 +467,14 @@ def test_missing_clip_pt(world, tmp_path, monkeypatch):
     assert args.data == "web" and args.export == str(world / "clip.pt") and args.root == str(world)
     other = tmp_path / "imagenet"
     shutil.copytree(world, other)
+    for damaged in (b'{"world": "shapes", "see', b"\xff", b"[]"):
+        (other / "world.json").write_bytes(damaged)
+        if b"shapes" in damaged:
+            clip.ensure_clip_pt(other, "cpu", "--text-head frozen")
+            assert len(commands) == 2
+        else:
+            with pytest.raises(SystemExit, match="--eval-only RN50.pt"):
+                clip.ensure_clip_pt(other, "cpu", "--text-head frozen")
     (other / "world.json").unlink()
     with pytest.raises(SystemExit, match="--eval-only RN50.pt"):
         clip.ensure_clip_pt(other, "cpu", "--text-head frozen")
@@ -912,9 +920,7 @@ def test_init_decides_the_architecture(world, tmp_path):
     torch.save(merges | {"arch": "ViT-S-16"}, tmp_path / "vit.pt")
     flags = ["--root", world, "--steps", "1", "--eval-sets", "--init", tmp_path / "vit.pt", *FLAGS]
     run_here(*flags, "--out", tmp_path / "on", "--batch-size", "2", "--warmup-steps", "0")
-    assert log_of(tmp_path / "on")[0]["lr"] == 1e-3  # not tiny's 6e-3
-    groups = torch.load(tmp_path / "on" / "checkpoint.pt", weights_only=False)["optimizer"]["param_groups"]
-    assert [group["weight_decay"] for group in groups] == [0.1, 0]  # not tiny's 1
+    assert log_of(tmp_path / "on")[0]["lr"] == 1e-3  # not tiny's 3e-3
     with pytest.raises(SystemExit, match="--arch RN50: .*vit.pt has ViT-S-16"):
         clip.build_model(clip.parse_args(["--init", str(tmp_path / "vit.pt"), "--arch", "RN50"]), tmp_path, [], 0)
 

@@ -190,8 +190,8 @@ def test_a_misspelt_flag_is_found():
 def test_the_study_in_miniature_parses(tmp_path):
     """recipes/shapes.sh with seed 0, and the part that comes only when it is named."""
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
-    (tmp_path / "data/shapes0").mkdir(parents=True)
-    (tmp_path / "data/shapes0/classes.tsv").write_text("name\tsynonyms\nsolid circle\tdisc\n")  # its names are cut out
+    (tmp_path / "data/study0").mkdir(parents=True)
+    (tmp_path / "data/study0/classes.tsv").write_text("name\tsynonyms\nsolid circle\tdisc\n")  # its names are cut out
     recipe = ROOT / "recipes" / "shapes.sh"
     result, calls, _ = run_recipe(recipe, tmp_path, tmp_path, "0", PYTHON="python", JOBS="2", ONLY=f"{' '.join(map(str, range(1, 13)))} 9b")
     assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-1000:]

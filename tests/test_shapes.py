@@ -269,25 +269,25 @@ def test_unseen_classes_are_those_outside_the_world(world):
         assert exact > 0.6, "labels are places in unseen/classes.tsv"
 
 
-def test_captions_name_the_class_when_clean_and_seldom_not_when_noisy(world):
-    classes = read_tsv(world / "classes.tsv")[1]
+def share_named(world, table, columns=("caption",)):
+    """Share of rows with a word for the class's pattern and one for its shape in each of these columns."""
     words = []  # per class: the set of pattern words, the set of shape words
-    for row in classes:
+    for row in read_tsv(world / "classes.tsv")[1]:
         phrases = [phrase.split() for phrase in (row["name"], *row["synonyms"].split("|"))]
         words.append(({pattern for pattern, _ in phrases}, {shape for _, shape in phrases}))
+    return np.mean([all(words[int(row["label"])][0] & set(row[c].split()) and words[int(row["label"])][1]
+                        & set(row[c].split()) for c in columns)
+                    for row in read_tsv(world / table)[1]])  # fmt: skip
 
-    def share_named(table, columns=("caption",)):
-        rows = read_tsv(world / table)[1]
-        named = [all(words[int(row["label"])][0] & set(row[c].split()) and words[int(row["label"])][1]
-                     & set(row[c].split()) for c in columns) for row in rows]  # fmt: skip
-        return np.mean(named)
 
+def test_captions_name_the_class_when_clean_and_seldom_not_when_noisy(world):
+    classes = read_tsv(world / "classes.tsv")[1]
     for table in ("incaps/train.tsv", "val.tsv", "sketch.tsv", "adversarial.tsv"):
-        assert share_named(table, ("title", "tags", "description")) == 1, table
+        assert share_named(world, table, ("title", "tags", "description")) == 1, table
     exact = [classes[int(row["label"])]["name"] in row["caption"] for row in read_tsv(world / "incaps/train.tsv")[1]]
     assert 0.6 < np.mean(exact) < 1, "the name itself mostly, a synonym at times"
-    # .04 vague + .025 wrong; 750 rows, so three standard errors are .027. A wrong name may share the pattern or shape.
-    assert 0.88 < share_named("laionet/train.tsv") < 0.99
+    # .01 of 750 rows, so three standard errors are .011. A wrong name may share the pattern or shape.
+    assert 0.97 < share_named(world, "laionet/train.tsv") < 1
     # Nuisances are rare: a colour word in each of five places at p .15 or .05 makes about .44 of the captions.
     colours = set("red orange yellow green teal blue purple pink brown black grey white".split())
     rows = read_tsv(world / "incaps/train.tsv")[1]
@@ -295,6 +295,19 @@ def test_captions_name_the_class_when_clean_and_seldom_not_when_noisy(world):
     assert 9 < np.mean([len(row["caption"].split()) for row in rows]) < 13.5
     seen = {word for row in rows for word in row["caption"].split()}
     assert {"a", "the", "of", "photo", "picture"} <= seen, "prompts are not made of unseen words"
+
+
+@pytest.mark.parametrize("noise", [0, 0.5, 1])
+def test_caption_noise_changes_captions_only(noise, world, tmp_path):
+    build(tmp_path / "shapes", "--caption-noise", str(noise))
+    mine, theirs = hashes(tmp_path / "shapes"), hashes(world)
+    differing = {name for name in mine if mine[name] != theirs[name]}
+    noisy = {f"{name}/train.tsv" for name in ("laionet", "laionet4k", "balanced", "yfcc", "web")}
+    assert differing - {"bpe.txt", "world.json"} == noisy
+    for name in "laionet", "balanced":  # three standard errors at one half are .055
+        assert share_named(tmp_path / "shapes", f"{name}/train.tsv") == pytest.approx(1 - noise, abs=0.055)
+        labels = [[row["label"] for row in read_tsv(out / name / "train.tsv")[1]] for out in (tmp_path / "shapes", world)]
+        assert labels[0] == labels[1]
 
 
 def test_atomic_names(atomic_world):
@@ -344,7 +357,8 @@ def test_adversarial_set_fools_the_plain_model(world):
 
 
 def test_flags_are_checked():
-    for flags in (["--size", "0"], ["--workers", "0"], ["--seed", "-1"], ["--siz", "1"], ["--names", "other"]):
+    for flags in (["--size", "0"], ["--workers", "0"], ["--seed", "-1"], ["--siz", "1"], ["--names", "other"],
+                  ["--caption-noise", "1.1"], ["--caption-noise", "nan"]):  # fmt: skip
         done = subprocess.run([sys.executable, str(SCRIPT), "shapes", *flags], capture_output=True, text=True)
         assert done.returncode == 2 and flags[0] in done.stderr, flags
     assert os.path.exists(SCRIPT)

@@ -261,24 +261,6 @@ def test_every_baseline_lowers_its_loss(world, tmp_path):
         assert np.mean(losses[-5:]) < np.mean(losses[:5]), loss
 
 
-@pytest.mark.parametrize(
-    "module, flags, decay",
-    [(clip, (), 1), (sl, (), 1), (sl, ("--optimizer", "sgd"), 0.1), (clip, ("--weight-decay", "0"), 0)],
-)
-def test_decay_follows_tower_and_optimiser(module, flags, decay, world, tmp_path):
-    programs.run_here(module, "--root", world, "--steps", "1", *FLAGS, *flags, "--out", tmp_path)
-    groups = torch.load(tmp_path / "checkpoint.pt", weights_only=False)["optimizer"]["param_groups"]
-    assert [group["weight_decay"] for group in groups] == [decay, 0]
-
-
-@pytest.mark.parametrize("module", [clip, sl])
-@pytest.mark.parametrize("decay", ["-0.1", "nan", "inf"])
-def test_decay_must_be_a_number(module, decay, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        module.parse_args([f"--weight-decay={decay}"])
-    assert "--weight-decay must not be negative, or be -1, got" in capsys.readouterr().err
-
-
 def test_sgd_as_in_the_paper(world, tmp_path):
     flags = ["--optimizer", "sgd", "--weight-decay", "1e-4", "--warmup-steps", "0", "--bn", "local"]
     run_here("--root", world, "--steps", "3", *FLAGS, *flags, "--out", tmp_path)

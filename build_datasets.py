@@ -1227,8 +1227,7 @@ def merge_pair(symbols: list[str], left: str, right: str) -> list[str]:
 def render_world(folder, seed, size, names, caption_noise, workers):
     """Write every file of the world except world.json into an empty folder; return what world.json says besides.
 
-    folder: exists and is empty; size: factor on the numbers of rows; names, caption_noise, workers: as the
-        flags.
+    folder: exists and is empty; size: factor on the numbers of rows; the others: as the flags.
     Returns: dict with rows ({set: rows}) and plain_model (accuracies, fractions).
     """
     # Workers start fresh and read these when they import numpy: one thread each, so that neither the speed of

@@ -12,7 +12,7 @@
 # the runs of this machine that make the study's curves, side by side.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-cores=$(nproc)
+cores=$(env -u OMP_NUM_THREADS nproc) # which follows OMP_NUM_THREADS
 jobs=${JOBS:-$cores}
 export OMP_NUM_THREADS=1 PYTHON="${PYTHON:-python}"
 STEPS_4K=1000 # 32 epochs of 4,000 rows, the paper's number; 15,000 rows get 1,600 steps

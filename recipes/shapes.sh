@@ -3,7 +3,7 @@
 #
 #   bash recipes/shapes.sh                  # seeds 0, 1 and 2: what has no JSON file yet; a whole seed takes 3 hours on 2 cores, half with AMX
 #   bash recipes/shapes.sh 3 4              # further seeds
-#   ONLY="1 12" bash recipes/shapes.sh 0    # some of the experiments; "9b", more of DINO, comes only so
+#   ONLY="1 12" bash recipes/shapes.sh 0    # some of the experiments; "4b" and "9b", longer and more, come only so
 #   JOBS=8 bash recipes/shapes.sh           # trainings at a time, a thread each (default: the number of cores)
 #
 # What a run leaves is results/seedS/NAME.json, a few kB, to be committed: a run that has one is not made again, so the
@@ -133,10 +133,8 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
 
   # --- 4: vocabularies in supervised learning (figure 3, crosses)
   if wants 4; then
-    sl sl_long --steps 3750 # 32 epochs here too
     for m in 16 32 64; do for group in 32 64; do
       sl "voc_m${m}_g$group" --vocab $m --vocab-group $group
-      sl "voc_m${m}_g${group}_long" --steps 3750 --vocab $m --vocab-group $group
     done; done
     sl voc_m32_g32_even --vocab 32 --vocab-group 32 --vocab-power 0
     few=(--data laionet4k --steps $STEPS_4K --eval-sets val v2)
@@ -151,6 +149,16 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
     sl voc4k_balanced "${few[@]}" --loss balanced
     sl voc4k_class "${few[@]}" --sampler class
     sl voc4k_log_q "${few[@]}" --loss log-q --vocab 32 --vocab-group 32
+  fi
+
+  # --- 4b, asked for by name only: longer, as a small vocabulary learns slower; 32 epochs of 15,000 rows, and 64
+  if wants 4b; then
+    sl sl_long --steps 3750
+    for m in 16 32 64; do for group in 32 64; do
+      sl "voc_m${m}_g${group}_long" --steps 3750 --vocab $m --vocab-group $group
+    done; done
+    sl sl_64epochs --steps 7500
+    sl voc_m16_g32_64epochs --steps 7500 --vocab 16 --vocab-group 32
   fi
 
   # --- 3: descriptiveness of captions (figure 3, dots); the class name stands before natural text, as in the paper
@@ -179,6 +187,15 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
       clip "tail${shots}_clip" --data "$cuts/tail$shots.tsv" --steps 1200 --eval-sets val v2
       clip "tail${shots}_clip_frozen" --data "$cuts/tail$shots.tsv" --steps 1200 --eval-sets val v2 --text-head frozen
     done
+    # the same where a class's name is an invented word, which no other class shares
+    if [ ! -e "$atomic/clip.pt" ]; then
+      OMP_NUM_THREADS=$cores "$PYTHON" clip.py --root "$atomic" --data web --steps 2200 --word-dropout 0 --seed "$seed" --out "$runs/web_atomic" --export "$atomic/clip.pt"
+    fi
+    table tail0_atomic subset "$atomic/laionet/train.tsv" --trim-tail 30 --shots 0 --seed "$seed"
+    tail=(--root "$atomic" --trim-tail 30 --trim-shots 0 --steps 1200 --eval-sets val v2)
+    sl tail0_atomic_frozen_head "${tail[@]}" --head frozen
+    sl tail0_atomic_frozen_head_voc "${tail[@]}" --head frozen --vocab 32 --vocab-group 32
+    clip tail0_atomic_clip_frozen --root "$atomic" --data "$cuts/tail0_atomic.tsv" --steps 1200 --eval-sets val v2 --text-head frozen
     for name in sl frozen_head frozen_head_voc clip clip_frozen; do
       score "prototypes_$name" "tail0_$name" "$PYTHON" evaluate.py prototypes "{}/tail0_$name/val.npz" --tail 30 --boot 0
     done

@@ -26,6 +26,19 @@ def test_interval_is_students():
     assert study.interval([None]) == (None, None) and study.interval([1.5]) == (1.5, None)
 
 
+def test_worlds_needed():
+    """Hand: mean 1, deviation 1: t(6 degrees) / sqrt(7) = .925 is the first below 1, t(5) / sqrt(6) = 1.049."""
+    assert study.worlds_needed([0.0, 1.0, 2.0, None]) == 7
+    assert study.worlds_needed([-1.0, 0.0, -2.0]) == 7  # of either sign
+    assert study.worlds_needed([-1.0, 1.0]) == 101 and study.worlds_needed([1.0]) is None
+
+
+def test_the_papers_differences_belong_to_contrasts():
+    for e in study.EXPERIMENTS:
+        texts = {text.rstrip(" *") for text, _ in e["contrasts"]}
+        assert not study.FOUND.get(e["number"], {}).keys() - texts
+
+
 @pytest.mark.parametrize("answers, verdict", [
     (["yes", "yes"], "reproduces"), (["yes", "open"], "partly"), (["yes", "no"], "partly"), (["no", "open"], "does not"),
     (["open", "open"], "inconclusive"), ([], "inconclusive")])  # fmt: skip
@@ -46,8 +59,9 @@ def test_page_of_known_results(tmp_path):
     text = (tmp_path / "shapes.md").read_text()
     assert "| 1 | Supervised learning and CLIP" in text
     assert "| reproduces | 6 | 0 | 0 |" in text.split("| 2 |")[0]
-    assert "| rho(freq, acc): SL matched - CLIP | 0.300 ± 0.025 |" in text
-    assert "| rho(freq, pred), CLIP templates: masked - kept | 0.000 ± 0.745 | -0.300, 0.000, 0.300 | open |" in text
+    assert "| rho(freq, acc): SL matched - CLIP | 0.300 ± 0.025 | 0.120 |" in text
+    row = "| rho(freq, pred), CLIP templates: masked - kept | 0.000 ± 0.745 |  | -0.300, 0.000, 0.300 | open (over 100 worlds) |"
+    assert row in text
     assert (tmp_path / "shapes_1.png").stat().st_size > 5000
 
 

@@ -3930,6 +3930,8 @@ def read_image(table: Table, row: int, min_side: float, max_pixels: int) -> Imag
             return "more pixels than --max-pixels"
         image.draft("RGB", (math.ceil(min_side), math.ceil(min_side)))
         image = ImageOps.exif_transpose(image)
+        if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+            return "values that are not finite"
         if image.mode.startswith("I;16") or image.mode == "I":  # 16-bit grey: Pillow's convert would clip at 255
             image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -3944,6 +3946,8 @@ def read_image(table: Table, row: int, min_side: float, max_pixels: int) -> Imag
         return "not an image"
     except (OSError, ValueError, TypeError, KeyError, SyntaxError, EOFError, struct.error, zlib.error,
             OverflowError) as error:  # Pillow's; odd EXIF data give a TypeError
+        if path.suffix == ".npy":
+            return "no .npy file of uint8 (N, H, W, 3)"
         return "truncated" if "truncated" in str(error).lower() else "cannot be decoded"
 
 

@@ -1167,6 +1167,8 @@ def read_image(table: Table, row: int, min_side: float, max_pixels: int) -> Imag
             return "more pixels than --max-pixels"
         image.draft("RGB", (math.ceil(min_side), math.ceil(min_side)))
         image = ImageOps.exif_transpose(image)
+        if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+            return "values that are not finite"
         if image.mode.startswith("I;16") or image.mode == "I":  # 16-bit grey: Pillow's convert would clip at 255
             image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -1181,6 +1183,8 @@ def read_image(table: Table, row: int, min_side: float, max_pixels: int) -> Imag
         return "not an image"
     except (OSError, ValueError, TypeError, KeyError, SyntaxError, EOFError, struct.error, zlib.error,
             OverflowError) as error:  # Pillow's; odd EXIF data give a TypeError
+        if path.suffix == ".npy":
+            return "no .npy file of uint8 (N, H, W, 3)"
         return "truncated" if "truncated" in str(error).lower() else "cannot be decoded"
 
 
@@ -1587,6 +1591,10 @@ def load_checkpoint(path: Path, args: dict, run_flags: set[str]) -> dict:
         raise SystemExit(f"{path} is no checkpoint of {Path(__file__).name}; --resume off starts over")
     if "optimizer" not in checkpoint:
         raise SystemExit(f"{path} has no optimiser state: it is an export, pass it as --init")
+    unknown = [f"--{k.replace('_', '-')}" for k in args if k not in run_flags and k not in checkpoint["args"]]
+    if unknown:
+        raise SystemExit(f"{path} is no checkpoint of this {Path(__file__).name}: it has no {', '.join(unknown[:5])}; "
+                         "pass another --out, or --resume off to replace it")
     differing = [k for k in args if k not in run_flags and args[k] != checkpoint["args"].get(k)]
     if differing:
         flags = ", ".join(f"--{k.replace('_', '-')} {checkpoint['args'].get(k)}, now {args[k]}" for k in differing)
@@ -2439,7 +2447,7 @@ def main(args: argparse.Namespace) -> None:
             n_left_out = int(left_out)  # Sync
             n_taken = (n_seen - n_logged) // len(images) - n_left_out
             line = {"step": step + 1, "samples": n_done, "epoch": round(n_done / sum(sizes), 4),
-                    "loss": total(float(loss_sum), control) / world_size / max(1, n_taken), "lr": lr,
+                    "loss": total(float(loss_sum), control) / world_size / (n_taken or math.nan), "lr": lr,
                     "logit_scale": float(model.logit_scale.detach().exp()), "grad_norm": float(grad_norm),
                     "images_per_s": round((n_seen - n_logged) * world_size / (time.time() - logged_at), 1),
                     "left_out": n_left_out, "bad_images": int(n_bad),

@@ -137,7 +137,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        help="batch norm statistics over all processes or over each one's own part")
 
     method = parser.add_argument_group("method")
-    method.add_argument("--prototypes", type=int, default=0, help="prototypes K; 0 is 2,048 for tiny, else 65,536")
+    method.add_argument("--prototypes", type=int, default=-1, help="prototypes K; -1 is 2,048 for tiny, else 65,536")
     method.add_argument("--prototype-dim", type=int, default=0, help="their width D; 0 is 64 for tiny, else 256")
     method.add_argument("--sample-prototypes", type=int, default=0, help="prototypes M drawn for a step; 0 is all")
     method.add_argument("--prototype-power", type=float, default=0.0,
@@ -163,7 +163,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optimization.add_argument("--lr", type=float, default=0,
                               help="peak learning rate; 0 is what suits tower and optimiser (tiny with AdamW: 3e-3)")
     optimization.add_argument("--weight-decay", type=float, default=0.04,
-                              help="on matrices only: not on gains, biases, logit_scale")
+                              help="on matrices only: not on gains and biases")
     optimization.add_argument("--weight-decay-end", type=float, default=-1,
                               help="weight decay at the last step, by a cosine; -1 is no change")
     optimization.add_argument("--warmup-steps", type=int, default=50,
@@ -176,8 +176,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--out", default="runs/dino",
                      help="folder for log, checkpoint, metrics and predictions; runs/eval if --eval-only has none")
     run.add_argument("--export", default="",
-                     help="also write the final model, without optimiser state, to this file; with the class "
-                          "prototypes of clip.py it serves as ROOT/clip.pt")
+                     help="also write the final teacher, without optimiser state, to this file, for "
+                          "sl_vocab_subsample.py --init and evaluate.py")
     run.add_argument("--resume", default="auto",
                      help="auto continues OUT/checkpoint.pt if there is one, off starts over (that one becomes "
                           "checkpoint.old.pt), or a checkpoint to continue")
@@ -205,11 +205,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.out = "runs/eval"  # not over what a training run left
     is_tiny = args.arch == "tiny"
     args.head_hidden = args.head_hidden or (256 if is_tiny else 2048)
-    args.prototypes = args.prototypes or (2048 if is_tiny else 65536)
+    if args.prototypes == -1:
+        args.prototypes = 2048 if is_tiny else 65536
     args.prototype_dim = args.prototype_dim or (64 if is_tiny else 256)
+    for flag in ("prototypes", "sample_prototypes"):
+        if getattr(args, flag) == 1:
+            parser.error(f"--{flag.replace('_', '-')} 1: with one prototype there is nothing to tell apart; 2 or more")
     for flag in ("prototypes", "prototype_dim", "head_hidden", "batch_size", "log_every", "max_pixels", "global_size",
                  "local_size", "crop_aspect"):
-        if not getattr(args, flag) >= 1:
+        if not 1 <= getattr(args, flag) < math.inf:
             parser.error(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
     for flag in ("seed", "steps", "epochs", "lr", "weight_decay", "warmup_steps", "clip_grad", "save_every",
                  "eval_every", "max_bad", "local_crops", "sample_prototypes", "warmup_teacher_temp",
@@ -220,8 +224,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--sample-prototypes {args.sample_prototypes} is more than the {args.prototypes} --prototypes")
     if args.eval_only and args.export:
         parser.error("--export writes what was trained: it has no use with --eval-only")
-    if not (args.student_temp > 0 and args.teacher_temp > 0):  # NaN is not
-        parser.error("--student-temp and --teacher-temp must be positive")
+    for flag in ("student_temp", "teacher_temp", "warmup_teacher_temp"):
+        value = getattr(args, flag)
+        if not 1e-6 <= value < math.inf and (value or flag != "warmup_teacher_temp"):  # fp32's logits / T overflow
+            parser.error(f"--{flag.replace('_', '-')} must be positive, from 1e-6 up, got {value}")
     if not (args.weight_decay_end >= 0 or args.weight_decay_end == -1):
         parser.error(f"--weight-decay-end must not be negative, or be -1, got {args.weight_decay_end}")
     if args.probe_images < 2:
@@ -294,7 +300,7 @@ def sinkhorn(logits: torch.Tensor, temperature: float, n_iterations: int = 3) ->
     """Assign samples to prototypes so that each prototype gets an equal share, over the samples of all processes.
 
     logits: [n, K] float32; a column of -inf is a prototype that is not there. temperature: > 0.
-    Returns: [n, K], each row sums to 1. In the log domain: finite at any temperature.
+    Returns: [n, K], each row sums to 1. In the log domain: finite while logits / temperature are.
     Source: SwAV, arXiv 2006.09882, section 3.1. All ranks.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
@@ -325,8 +331,7 @@ def center_and_sharpen(logits: torch.Tensor, center: torch.Tensor, proto_ids: to
     if dist.is_initialized():
         dist.all_reduce(mean)  # All ranks; processes hold equally many rows
         mean /= dist.get_world_size()
-    moved = momentum * center[proto_ids] + (1 - momentum) * mean
-    center[proto_ids] = torch.where(mean.isfinite(), moved, center[proto_ids])  # not by a step that is left out
+    center[proto_ids] = momentum * center[proto_ids] + (1 - momentum) * mean
     return targets
 
 
@@ -419,16 +424,15 @@ def diagnostics(loss: torch.Tensor, teacher_logits: torch.Tensor, targets: torch
                 temperature: float) -> dict:
     """Signs of a collapse, as 0-d tensors; of this process's rows.
 
-    teacher_entropy: mean over rows of H(targets) / ln M; near 1, the targets say nothing; kl_uniform: ln M less
+    teacher_entropy: mean over rows of H(targets) / ln M; near 1, the targets say nothing. kl_uniform: ln M less
     H(targets), nats. teacher_kl: mean KL(targets || student), the loss less H(targets), nats; at 0 there is nothing to
-    learn. spread_entropy: H of the
-    mean of the raw softmax / ln M; near 0, one prototype takes all (Sinkhorn hides it). feature_std: sqrt(d) * mean std
-    of a feature's dimensions, unit features: 1 is spread evenly, 0 a point.
+    learn. spread_entropy: H of the mean of the raw softmax / ln M; near 0, one prototype takes all (Sinkhorn hides it).
+    feature_std: sqrt(d) * mean std of a feature's dimensions, unit features: 1 is spread evenly, 0 a point.
     """
     def entropy(p: torch.Tensor) -> torch.Tensor:
         return -(p * p.clamp_min(1e-30).log()).sum(-1)
 
-    largest = math.log(max(targets.shape[1], 2))
+    largest = math.log(targets.shape[1])
     of_rows = entropy(targets).mean()
     raw = (teacher_logits / temperature).softmax(1).mean(0)
     unit = F.normalize(embed.float(), dim=1)
@@ -823,6 +827,7 @@ def load_backbone(model: Network, path: str) -> None:
     weights = load_weights(path)["state_dict"]
     if isinstance(weights.get("teacher"), dict):  # the public code's full checkpoint
         weights = {name.removeprefix("module."): value for name, value in weights["teacher"].items()}
+    weights = {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}
     for prefix in ("visual.", "backbone."):
         if any(name.startswith(prefix) for name in weights):
             weights = {name[len(prefix) :]: value for name, value in weights.items() if name.startswith(prefix)}
@@ -1003,6 +1008,8 @@ def read_image(table: Table, row: int, min_side: float, max_pixels: int) -> Imag
             return "more pixels than --max-pixels"
         image.draft("RGB", (math.ceil(min_side), math.ceil(min_side)))
         image = ImageOps.exif_transpose(image)
+        if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+            return "values that are not finite"
         if image.mode.startswith("I;16") or image.mode == "I":  # 16-bit grey: Pillow's convert would clip at 255
             image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -1017,6 +1024,8 @@ def read_image(table: Table, row: int, min_side: float, max_pixels: int) -> Imag
         return "not an image"
     except (OSError, ValueError, TypeError, KeyError, SyntaxError, EOFError, struct.error, zlib.error,
             OverflowError) as error:  # Pillow's; odd EXIF data give a TypeError
+        if path.suffix == ".npy":
+            return "no .npy file of uint8 (N, H, W, 3)"
         return "truncated" if "truncated" in str(error).lower() else "cannot be decoded"
 
 
@@ -1508,6 +1517,10 @@ def load_checkpoint(path: Path, args: dict, run_flags: set[str]) -> dict:
         raise SystemExit(f"{path} is no checkpoint of {Path(__file__).name}; --resume off starts over")
     if "optimizer" not in checkpoint:
         raise SystemExit(f"{path} has no optimiser state: it is an export, pass it as --init")
+    unknown = [f"--{k.replace('_', '-')}" for k in args if k not in run_flags and k not in checkpoint["args"]]
+    if unknown:
+        raise SystemExit(f"{path} is no checkpoint of this {Path(__file__).name}: it has no {', '.join(unknown[:5])}; "
+                         "pass another --out, or --resume off to replace it")
     differing = [k for k in args if k not in run_flags and args[k] != checkpoint["args"].get(k)]
     if differing:
         flags = ", ".join(f"--{k.replace('_', '-')} {checkpoint['args'].get(k)}, now {args[k]}" for k in differing)
@@ -1988,6 +2001,11 @@ def find_worlds(args: argparse.Namespace, root: Path) -> list[tuple[Table, dict[
             raise SystemExit(f"{bank.path}: {is_labelled.sum()} rows with a label, so no probe can be fitted; pass "
                              "another --probe-set")
         bank.starts = bank.starts[torch.from_numpy(is_labelled)]
+        for table in (bank, *tests.values()):
+            ends = [read_image(table, row, 1, args.max_pixels) for row in (0, len(table) - 1)]
+            if all(isinstance(image, str) for image in ends):
+                raise SystemExit(f"{table.path}: neither its first nor its last image can be read ({ends[0]}): "
+                                 f"{table.get(0, 'image')}")
     return worlds
 
 
@@ -2015,7 +2033,8 @@ def report_dino(teacher: Network, prototypes: torch.Tensor, worlds: list, class_
         return
     print_probes({name: m for name, m in metrics.items() if m["knn"] is not None})
     if all(m["knn"] is None for m in metrics.values()):
-        print("nothing to probe: no classes.tsv with test sets in the root, and no --transfer")
+        print("nothing to probe: no labelled images that can be read, in test sets of a root with classes.tsv or in "
+              "--transfer")
     print(f"unique prototypes at cosine distance 0.025: {run['unique_prototypes']} of {len(prototypes)}")
     print(f"metrics: {out / 'metrics.json'}", flush=True)
 
@@ -2023,11 +2042,15 @@ def report_dino(teacher: Network, prototypes: torch.Tensor, worlds: list, class_
 def evaluate_teacher(args: argparse.Namespace, worlds: list, rank: int, device: torch.device) -> None:
     """--eval-only: the teacher of a checkpoint."""
     loaded = load_weights(args.eval_only)
-    if "dino_prototypes" not in loaded:
-        raise SystemExit(f"{args.eval_only} is no checkpoint of this script: no dino_prototypes in it")
+    missing = sorted({"dino_prototypes", "arch", "args", "class_names", "class_counts", "step"} - loaded.keys())
+    if missing:
+        raise SystemExit(f"{args.eval_only} is no checkpoint of this script: no {' or '.join(missing)} in it")
     made_with, prototypes = loaded["args"], loaded["dino_prototypes"]
     model = Network(loaded["arch"], made_with["head_hidden"], prototypes.shape[1], 1, made_with["head_bn"])
-    model.load_state_dict(loaded["state_dict"] | {"head.prototypes": prototypes[:1]})
+    try:
+        model.load_state_dict(loaded["state_dict"] | {"head.prototypes": prototypes[:1]})
+    except RuntimeError as error:
+        raise SystemExit(f"{args.eval_only} does not fit its --arch: {' '.join(str(error).split())[:300]}") from None
     for name in ("arch", "data", "seed", "head_hidden", "prototype_dim", "head_bn"):  # also of the random network
         setattr(args, name, made_with[name])
     if worlds and loaded["class_names"] != worlds[0][2]:
@@ -2089,9 +2112,12 @@ def main(args: argparse.Namespace) -> None:
     pixels = load_pixels(tables, args.global_size)  # [rows of all sets, H, W, 3] uint8, or None
     view_sizes = 2 * [args.global_size] + args.local_crops * [args.local_size]
     view_scales = 2 * [tuple(args.global_scale)] + args.local_crops * [tuple(args.local_scale)]
-    if pixels is not None and max(view_sizes) > min(pixels.shape[1:3]):
-        raise SystemExit(f"a crop of {max(view_sizes)} px is larger than the images of {pixels.shape[2]} x "
-                         f"{pixels.shape[1]}: lower --global-size or --local-size")
+    for table in tables:
+        image = read_image(table, 0, 1, args.max_pixels)
+        is_array = locate_image(table, 0)[0].suffix == ".npy" and not isinstance(image, str)
+        if is_array and max(view_sizes) > min(image.size):  # a smaller file, one among others, is enlarged
+            raise SystemExit(f"a crop of {max(view_sizes)} px is larger than the images of {image.width} x "
+                             f"{image.height}: lower --global-size or --local-size")
     if args.arch == "ViT-S-16" and any(size % 16 for size in view_sizes):
         raise SystemExit("ViT-S-16 needs --global-size and --local-size that are multiples of its patches of 16 px")
     if args.arch == "RN50" and min(view_sizes) < 32:
@@ -2211,7 +2237,7 @@ def main(args: argparse.Namespace) -> None:
             teacher.head.prototypes.copy_(teacher_prototypes[proto_ids])
 
         crops = make_crops(batch, pixels, view_sizes, args.augment, device)
-        n_global, kept = 2 * len(batch["draws"][0]), [buffer.clone() for buffer in running]
+        n_global, kept = 2 * len(batch["draws"][0]), [buffer.clone() for buffer in (*running, center)]
         with autocast():
             with torch.no_grad():
                 teacher_logits, teacher_embed = teacher([crops[0][:n_global]])
@@ -2230,7 +2256,7 @@ def main(args: argparse.Namespace) -> None:
         grad_norm = clip_gradients(params, args.clip_grad, args.clip_of == "tensor")
         is_taken = grad_norm.isfinite()  # equal on all ranks
         left_out, left_out_in_a_row = left_out + ~is_taken, torch.where(is_taken, 0, left_out_in_a_row + 1)
-        for buffer, before in zip(running, kept):  # a step that is left out leaves no trace in batch norm either
+        for buffer, before in zip((*running, center), kept):  # a step that is left out leaves no trace in them either
             torch.where(is_taken, buffer, before, out=buffer)
         if is_log_step or device.type == "cpu":  # Sync
             check_finite(step, {"loss": loss, "teacher_logits": teacher_logits}, int(left_out_in_a_row), control)
@@ -2262,7 +2288,7 @@ def main(args: argparse.Namespace) -> None:
                      diagnostics(loss.detach(), teacher_logits, targets, teacher_embed, temperature).items()}  # Sync
             line = {"step": step + 1, "samples": (step + 1) * args.batch_size,
                     "epoch": round((step + 1) * args.batch_size / sum(sizes), 4),
-                    "loss": total(float(loss_sum), control) / world_size / max(1, n_taken), "lr": lr,
+                    "loss": total(float(loss_sum), control) / world_size / (n_taken or math.nan), "lr": lr,
                     "grad_norm": float(grad_norm), "temperature": temperature, "ema": momentum, **signs,
                     "won_1000": float((last_won > step - 1000).float().mean()),
                     "images_per_s": round((n_seen - n_logged) * world_size / (time.time() - logged_at), 1),
@@ -2270,7 +2296,7 @@ def main(args: argparse.Namespace) -> None:
             if is_main:
                 log.write(line)
             collapsed = [name for name, is_bad in (
-                ("targets are near uniform", signs["teacher_entropy"] > 0.95),
+                ("targets are near uniform", signs["teacher_entropy"] > 0.9),
                 ("one prototype takes all", signs["spread_entropy"] < 0.05),
                 ("all features are the same", signs["feature_std"] < 0.05)) if is_bad]
             if collapsed and is_main and not has_warned and step > max(args.warmup_steps, steps // 5):

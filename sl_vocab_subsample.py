@@ -18,7 +18,8 @@ softmax). With --head frozen the classes are fixed vectors of a pretrained CLIP,
 The defaults are the matched protocol: a run differs from one of clip.py in the loss only (same tower, AdamW, steps,
 batch, warm-up, crops, batch norm, evaluation). The paper's protocol, on ImageNet-Captions or LAIONet, is instead
     torchrun --nproc-per-node 4 sl_vocab_subsample.py --root ROOT --data incaps --arch RN50 --batch-size 256 \\
-        --epochs 90 --optimizer sgd --weight-decay 1e-4 --warmup-steps 0 --bn local --vocab 200 --vocab-group 64
+        --epochs 90 --optimizer sgd --weight-decay 1e-4 --warmup-steps 0 --bn local --vocab 200 --vocab-group 64 \\
+        --precision fp32
 Self-supervised weights to classification: --init backbone.pt (of clip.py, torchvision, SimCLR and
 MoCo with its resnet50, and dino_laionet.py but for its ViT-S-16, which has DINO's parameter names).
 
@@ -39,8 +40,9 @@ Deviations from the paper and its code:
     named.
  2. Classes without a training image are never drawn by frequency, and no class twice (theirs could be near M = C).
  3. The default optimiser, augmentation and evaluation are clip.py's, so that the two compare; theirs differ in all.
- 4. Momentum and weight decay act on all rows of a learned head: decay on the length of a row only, which a cosine does
-    not see; momentum carries on the rows that left the vocabulary, as it does in theirs.
+ 4. Momentum and weight decay act on all rows of a learned head: decay on the length of a row only, which logits do not
+    see (its next gradients do: they grow as the row shrinks); momentum carries on the rows that left the vocabulary, as
+    it does in theirs.
  5. The schedule is the cosine (theirs had the names of cosine and step exchanged).
  6. Weight decay is on matrices only (theirs on gains, biases and the scale too).
  7. Rows that compare differ in one flag: theirs trained the vocabulary of figure 8 at four times the baselines' batch
@@ -249,6 +251,8 @@ def draws_of(class_counts: torch.Tensor, M: int, power: float) -> Draws:
 
     0, a race of all, for few classes and where the arrivals cost more (benchmarks/vocab.py): some have most weight.
     """
+    if bool((class_counts < 0).any()):
+        raise SystemExit(f"class counts must be at least 0, got {int(class_counts.min())}")
     weights = class_counts.double() ** power  # 0 ** 0 = 1: classes without images are drawn by power 0 only
     C, n, cumulative = len(weights), M, weights.cumsum(0)
     if not bool(cumulative[-1].isfinite()):
@@ -297,8 +301,8 @@ def vocab_of_batch(labels: torch.Tensor, first: int, B: int, group_size: int, dr
     labels: [N, J] int64 of all processes, -1 pads. group_size: images of a group, cut from the global batch in order.
     Returns: the vocabularies; [3] summed over the groups whose first image is among these rows, so that each is counted
     once over all processes: their sizes, the number of drawn classes, the number of groups.
-    The union's rows alone are multiplied when they are at most three quarters of the classes: beyond that copying rows
-    costs about what it saves (benchmarks/vocab.py).
+    The union's rows alone are multiplied when they are at most three quarters of the classes: from there on copying
+    them costs more and more of what it saves (benchmarks/vocab.py).
     """
     C, ids = len(draws.weights), np.arange(first // group_size, (first + B - 1) // group_size + 1)
     vocabs, counted = [], np.zeros(3, np.int64)
@@ -751,7 +755,7 @@ def load_tower(model: Classifier, path: str) -> str:
     A resnet50 that none of our scripts has written gets ImageNet's pixel statistics, with which it was trained.
     """
     loaded, own = load_weights(path), model.visual.state_dict()
-    weights = loaded["state_dict"]
+    weights = {k: v for k, v in loaded["state_dict"].items() if isinstance(v, torch.Tensor)}
     activation = loaded.get("activation", "gelu" if "arch" in loaded else "one it does not name")
     if model.arch.startswith("ViT") and activation != "gelu":
         raise SystemExit(f"--init {path} was trained with {activation}, the ViT of this script has gelu; clip.py with "
@@ -766,14 +770,20 @@ def load_tower(model: Classifier, path: str) -> str:
     if fresh:  # the file's last layer, a projection in SimCLR's and MoCo's, goes
         weights = {k: v for k, v in weights.items() if not k.startswith(f"{fresh}.")}
         weights |= {k: v for k, v in own.items() if k.startswith(f"{fresh}.")}
+    weights = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")} | weights  # torch 0.4 wrote none
     missing, unexpected = sorted(own.keys() - weights), sorted(weights.keys() - own)
     shapes = [f"{k} {tuple(weights[k].shape)} for {tuple(own[k].shape)}" for k in own.keys() & weights.keys()
               if own[k].shape != weights[k].shape]
     if missing or unexpected or shapes:
         raise SystemExit(f"--init {path} does not fit --arch {model.arch}: missing {missing[:5]}, unexpected "
                          f"{unexpected[:5]}, shapes {shapes[:5]}")
+    broken = [name for name, value in weights.items() if not bool(value.isfinite().all())]
+    pixels = loaded.get("pixels", "clip" if is_ours or model.arch != "resnet50" else "imagenet")
+    if broken or pixels not in PIXELS:
+        raise SystemExit(f"--init {path}: values that are not finite in {broken[:5]}" if broken else
+                         f"--init {path} names the pixel statistics {pixels!r}, expected one of {', '.join(PIXELS)}")
     model.visual.load_state_dict(weights)
-    model.use_pixels(loaded.get("pixels", "clip" if is_ours or model.arch != "resnet50" else "imagenet"))
+    model.use_pixels(pixels)
     return fresh
 
 
@@ -816,7 +826,7 @@ def read_prototypes(path: str, class_names: list[str]) -> torch.Tensor:
         prototypes = prototypes[[rows[name] for name in class_names]]
     if len(prototypes) != len(class_names):
         raise SystemExit(f"--head-init {path} has {len(prototypes)} rows for {len(class_names)} classes")
-    prototypes = prototypes.float().contiguous()  # what is broadcast has to be
+    prototypes = prototypes.detach().float().contiguous()  # what is broadcast has to be
     if not bool(prototypes.isfinite().all()):
         raise SystemExit(f"--head-init {path} holds values that are not finite")
     zero = [name for name, is_zero in zip(class_names, (prototypes == 0).all(1).tolist()) if is_zero]
@@ -1019,6 +1029,8 @@ def read_image(table: Table, row: int, min_side: float, max_pixels: int) -> Imag
             return "more pixels than --max-pixels"
         image.draft("RGB", (math.ceil(min_side), math.ceil(min_side)))
         image = ImageOps.exif_transpose(image)
+        if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+            return "values that are not finite"
         if image.mode.startswith("I;16") or image.mode == "I":  # 16-bit grey: Pillow's convert would clip at 255
             image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -1033,6 +1045,8 @@ def read_image(table: Table, row: int, min_side: float, max_pixels: int) -> Imag
         return "not an image"
     except (OSError, ValueError, TypeError, KeyError, SyntaxError, EOFError, struct.error, zlib.error,
             OverflowError) as error:  # Pillow's; odd EXIF data give a TypeError
+        if path.suffix == ".npy":
+            return "no .npy file of uint8 (N, H, W, 3)"
         return "truncated" if "truncated" in str(error).lower() else "cannot be decoded"
 
 
@@ -1479,6 +1493,10 @@ def load_checkpoint(path: Path, args: dict, run_flags: set[str]) -> dict:
         raise SystemExit(f"{path} is no checkpoint of {Path(__file__).name}; --resume off starts over")
     if "optimizer" not in checkpoint:
         raise SystemExit(f"{path} has no optimiser state: it is an export, pass it as --init")
+    unknown = [f"--{k.replace('_', '-')}" for k in args if k not in run_flags and k not in checkpoint["args"]]
+    if unknown:
+        raise SystemExit(f"{path} is no checkpoint of this {Path(__file__).name}: it has no {', '.join(unknown[:5])}; "
+                         "pass another --out, or --resume off to replace it")
     differing = [k for k in args if k not in run_flags and args[k] != checkpoint["args"].get(k)]
     if differing:
         flags = ", ".join(f"--{k.replace('_', '-')} {checkpoint['args'].get(k)}, now {args[k]}" for k in differing)
@@ -1837,6 +1855,8 @@ def read_labelled_sets(args: argparse.Namespace, root: Path, class_names: list[s
         table.starts = table.starts[torch.from_numpy(keep)]
         label_sets.append(labels)
     trimmed = np.zeros(0, np.int64)
+    if args.trim_tail >= len(class_names):
+        raise SystemExit(f"--trim-tail {args.trim_tail} must be less than the {len(class_names)} classes")
     if args.trim_tail:
         first = np.concatenate([labels[:, 0] for labels in label_sets])
         counts = np.bincount(first, minlength=len(class_names))
@@ -1900,17 +1920,27 @@ def report_classifier(model: Classifier, class_names: list[str], class_counts: n
 def evaluate_file(args: argparse.Namespace, root: Path, rank: int, device: torch.device) -> None:
     """--eval-only: the classes and their counts are those the checkpoint was trained with."""
     loaded = load_weights(args.eval_only)
-    if "class_counts" not in loaded or "prototypes" not in loaded["state_dict"]:
-        raise SystemExit(f"{args.eval_only} is no checkpoint of this script: no class_counts or prototypes in it")
+    needed = {"arch", "args", "class_counts", "class_names", "trimmed", "step"}
+    missing = sorted(needed - loaded.keys()) + ["prototypes"] * ("prototypes" not in loaded["state_dict"])
+    if missing or loaded["arch"] not in TOWERS:
+        raise SystemExit(f"{args.eval_only} is no checkpoint of this script: " + (
+            f"no {' or '.join(missing)} in it" if missing else f"it has the tower {loaded['arch']!r}"))
+    class_counts = loaded["class_counts"].numpy()
+    if len(class_counts) != len(loaded["class_names"]) or (class_counts < 0).any():
+        raise SystemExit(f"{args.eval_only}: its class_counts must be {len(loaded['class_names'])} numbers of at least "
+                         f"0, they are {len(class_counts)}, the least {class_counts.min(initial=0)}")
     class_names = [row["name"] for row in read_classes(root)] or loaded["class_names"]
     if class_names != loaded["class_names"]:
         raise SystemExit(f"{args.eval_only} was trained with other classes ({len(loaded['class_names'])}) than "
                          f"{root}/classes.tsv has ({len(class_names)})")
     model = Classifier(loaded["arch"], len(class_names), loaded["state_dict"]["prototypes"], True)
-    model.load_state_dict(loaded["state_dict"])
+    try:
+        model.load_state_dict(loaded["state_dict"])
+    except RuntimeError as error:
+        raise SystemExit(f"{args.eval_only} does not fit its --arch: {' '.join(str(error).split())[:300]}") from None
     model.use_pixels(loaded.get("pixels", "clip"))
     args.data, args.seed = loaded["args"]["data"], loaded["args"]["seed"]
-    report_classifier(model.to(device), class_names, loaded["class_counts"].numpy(), loaded["trimmed"].numpy(),
+    report_classifier(model.to(device), class_names, class_counts, loaded["trimmed"].numpy(),
                       find_test_sets(args.eval_sets, root), args, loaded["step"], 0.0, rank, device, "fp32")
 
 
@@ -1942,7 +1972,7 @@ def main(args: argparse.Namespace) -> None:
     class_names, test_sets = [row["name"] for row in read_classes(root)], find_test_sets(args.eval_sets, root)
     tables, label_sets, shares, class_counts, trimmed, left_out = read_labelled_sets(args, root, class_names)
     for table in test_sets.values():  # what is wrong with them is told before training, not after it
-        read_labels(table, class_names)
+        read_label_sets(table, class_names)
         load_pixels([table])
     C, sizes, counts = len(class_names), [len(table) for table in tables], torch.from_numpy(class_counts)
     has_vocab = 0 < args.vocab < C
@@ -1998,6 +2028,9 @@ def main(args: argparse.Namespace) -> None:
     resume = out / "checkpoint.pt" if args.resume in ("auto", "off") else Path(args.resume)
     if args.resume != "off" and (resume.is_file() or args.resume != "auto"):
         checkpoint = load_checkpoint(resume, vars(args), RUN_FLAGS)
+        if checkpoint["class_names"] != class_names or not torch.equal(checkpoint["class_counts"], counts):
+            raise SystemExit(f"{resume} was made with other classes, or other labels, than {root}/classes.tsv and "
+                             f"--data {args.data} have now: pass another --out, or --resume off to replace it")
         model.load_state_dict(checkpoint["state_dict"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         if checkpoint["scaler"]:  # empty but for fp16
@@ -2028,10 +2061,10 @@ def main(args: argparse.Namespace) -> None:
         write_json(out / "args.json",
                    {"args": vars(args), "argv": sys.argv,
                     "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()})
+        chance = f"about ln({args.vocab}) = {math.log(args.vocab):.3f}" if has_vocab else f"ln({C}) = {math.log(C):.3f}"
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {steps} steps of "
-              f"{args.batch_size} images, chance loss ln({args.vocab if has_vocab else C}) = "
-              f"{math.log(args.vocab if has_vocab else C):.3f}" + (f", continued from step {start}" if start else ""),
-              flush=True)
+              f"{args.batch_size} images, chance loss {chance}"
+              + (f", continued from step {start}" if start else ""), flush=True)
     signal.signal(signal.SIGTERM, lambda number, frame: stop_signals.append(number))
 
     # --- loop
@@ -2100,16 +2133,18 @@ def main(args: argparse.Namespace) -> None:
             n_left_out = int(left_out)  # Sync
             n_taken = (n_seen - n_logged) // len(images) - n_left_out
             line = {"step": step + 1, "samples": n_done, "epoch": round(n_done / sum(sizes), 4),
-                    "loss": total(float(loss_sum), control) / world_size / max(1, n_taken), "lr": lr,
+                    "loss": total(float(loss_sum), control) / world_size / (n_taken or math.nan), "lr": lr,
                     "logit_scale": float(model.logit_scale.detach().exp()), "grad_norm": float(grad_norm),
                     "images_per_s": round((n_seen - n_logged) * world_size / (time.time() - logged_at), 1),
                     "left_out": n_left_out, "bad_images": int(n_bad)}
             if has_vocab:
                 size, n_drawn, n_groups = (total(x, control) for x in vocab_sizes)
                 line |= {"vocab": round(size / n_groups, 2), "drawn": round(n_drawn / size, 4)}
-                if is_main and step < args.log_every + start and size / n_groups > args.vocab + 0.5:
-                    print(f"--vocab {args.vocab} is less than what the groups of {group_size} images hold: the "
-                          f"vocabularies have {size / n_groups:.1f} classes, {n_drawn / size:.1%} of them drawn")
+                if is_main and step < args.log_every + start and size != args.vocab * n_groups:
+                    reason = (f"less than what some of the groups of {group_size} images hold"
+                              if size > args.vocab * n_groups else "more than the classes that can be drawn")
+                    print(f"--vocab {args.vocab} is {reason}: the vocabularies have {size / n_groups:.1f} classes, "
+                          f"{n_drawn / size:.1%} of them drawn")
                 vocab_sizes[:] = 0
             if is_main:
                 log.write(line)

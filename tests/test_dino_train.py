@@ -301,6 +301,16 @@ def test_collapse_is_named_once(world, tmp_path):
     assert "collapsed" not in run_here(*flags, "--out", tmp_path / "well")
 
 
+@pytest.mark.parametrize("sign, value, said", [
+    ("teacher_entropy", 0.91, "targets are near uniform"), ("spread_entropy", 0.04, "one prototype takes all"),
+    ("feature_std", 0.04, "all features are the same")])  # fmt: skip
+def test_each_collapse_has_its_words(sign, value, said, world, tmp_path, monkeypatch):
+    diagnostics = dino.diagnostics
+    monkeypatch.setattr(dino, "diagnostics", lambda *args: diagnostics(*args) | {sign: torch.tensor(value)})
+    printed = run_here("--root", world, "--steps", "6", *QUICK, "--eval-sets", "--out", tmp_path)
+    assert f"the model has collapsed: {said}; try" in printed
+
+
 def test_non_finite_steps_are_left_out(world, tmp_path, monkeypatch):
     """Two bad steps are skipped: the weights stay finite; ten in a row end the run."""
     calls, dino_loss = [], dino.dino_loss
@@ -316,6 +326,12 @@ def test_non_finite_steps_are_left_out(world, tmp_path, monkeypatch):
     found = state_of(tmp_path / "a")
     tensors = [*found["state_dict"].values(), *found["student"].values(), found["student_prototypes"]]
     assert all(bool(x.isfinite().all()) for x in [*tensors, *found["prototype_state"].values()])
+    calls.clear()
+    bad_calls = {1, 2}
+    run_here(*flags, "--steps", "2", "--centering", "mean", "--out", tmp_path / "centre")
+    found = state_of(tmp_path / "centre")
+    assert not found["center"].any() and not found["usage"].any()
+    assert [line["loss"] for line in log_of(tmp_path / "centre")] == [None, None]
     calls.clear()
     bad_calls = set(range(1, 99))
     with pytest.raises(SystemExit, match="ten steps in a row"):
@@ -338,13 +354,25 @@ def test_full_disk_keeps_the_last_checkpoint(world, tmp_path):
 
 def test_bad_input(world, trained, tmp_path, capsys):
     """One clear line, exit code 2, nothing written."""
-    out = tmp_path / "out"
+    out, good = tmp_path / "out", state_of(trained[0])
+    flags = ["--root", world, "--steps", "1", "--batch-size", "32", "--eval-sets", "--device", "cpu"]
+    programs.run_here(sl, *flags, "--out", world / "head")
+    torch.save({k: v for k, v in good.items() if k != "args"}, tmp_path / "no_args.pt")
+    torch.save(good | {"state_dict": {}}, tmp_path / "other_weights.pt")
+    torch.save(good | {"state_dict": good["state_dict"] | {"visual.conv1.weight": 3}}, tmp_path / "number.pt")
+    (tmp_path / "lost").mkdir()
+    (tmp_path / "lost" / "classes.tsv").write_text("name\ncat\ndog\n")
+    for name in "train", "test":
+        (tmp_path / "lost" / f"{name}.tsv").write_text("image\tlabel\nx.png\t0\ny.png\t1\n")
     cases = [
         (["--global-size", "33"], "a crop of 33 px is larger than the images of 32 x 32"),
         (["--local-crops", "1", "--local-size", "40"], "a crop of 40 px is larger"),
         (["--sample-prototypes", "65"], "--sample-prototypes 65 is more than the 64 --prototypes"),
         (["--sample-prototypes", "-1"], "--sample-prototypes must be at least 0"),
         (["--prototypes", "-3"], "--prototypes must be at least 1, got -3"),
+        (["--prototypes", "0"], "--prototypes must be at least 1, got 0"),
+        (["--prototypes", "1"], "with one prototype there is nothing to tell apart"),
+        (["--sample-prototypes", "1"], "with one prototype there is nothing to tell apart"),
         (["--epochs", "inf"], "--epochs must be at least 0 and below 2**32"),
         (["--probe-images", "1"], "--probe-images must be at least 2"),
         (["--warmup-teacher-temp", "0.1"], "go together"),
@@ -353,6 +381,15 @@ def test_bad_input(world, trained, tmp_path, capsys):
         (["--teacher-temp", "0"], "must be positive"),
         (["--student-temp", "0"], "must be positive"),
         (["--teacher-temp", "nan"], "must be positive"),
+        (["--teacher-temp", "inf"], "must be positive"),
+        (["--student-temp", "1e-45"], "must be positive"),
+        (["--warmup-teacher-temp", "inf", "--warmup-teacher-temp-steps", "9"], "below 2**32"),
+        (["--crop-aspect", "inf"], "--crop-aspect must be at least 1"),
+        (["--resume", world / "head" / "checkpoint.pt"], "is no checkpoint of this dino_laionet.py: it has no --"),
+        (["--eval-only", tmp_path / "no_args.pt"], "no args in it"),
+        (["--eval-only", tmp_path / "other_weights.pt"], "does not fit its --arch"),
+        (["--init", tmp_path / "number.pt"], "missing ['conv1.weight']"),
+        (["--transfer", tmp_path / "lost"], "neither its first nor its last image can be read (missing file)"),
         (["--ema", "1.5"], "--ema must be in [0, 1]"),
         (["--global-scale", "0.9", "0.2"], "--global-scale must be 0 < LO <= HI <= 1"),
         (["--init", world / "backbone.pt", "--arch", "ViT-S-16", "--global-size", "16"], "does not fit --arch ViT"),
@@ -369,6 +406,11 @@ def test_bad_input(world, trained, tmp_path, capsys):
         assert message in said and "\n" not in said.strip(), flags
         assert isinstance(error.value.code, str) or error.value.code == 2
         assert not out.exists(), flags
+    small = ["--data", tmp_path / "alone.tsv", "--local-crops", "1", "--local-size", "40", "--global-size", "24"]
+    np.save(tmp_path / "alone.npy", np.zeros((40, 32, 32, 3), np.uint8))  # so much larger that crops are cut in workers
+    (tmp_path / "alone.tsv").write_text("image\n" + "".join(f"alone.npy:{i}\n" for i in range(40)))
+    with pytest.raises(SystemExit, match="a crop of 40 px is larger than the images of 32 x 32"):
+        run_here(*QUICK, *small, "--eval-sets", "--out", out)
     flags = ["--root", world, "--steps", "4", "--local-crops", "2", *SMALL, *QUICK, "--prototypes", "32"]
     result = run(*flags, "--out", trained[0], check=False)
     assert result.returncode == 2 and "Traceback" not in result.stdout

@@ -1,0 +1,233 @@
+"""sl_vocab_subsample.py: each flag of the method reaches the loss of the program; checkpoints and classes that changed."""
+
+import functools
+import shutil
+
+import numpy as np
+import programs
+import pytest
+import torch
+import torchvision
+from programs import log_of
+
+import sl_vocab_subsample as sl
+
+FLAGS = ["--batch-size", "32", "--log-every", "1", "--warmup-steps", "2", "--precision", "fp32", "--device", "cpu"]
+FLAGS += ["--eval-sets", "--workers", "0"]
+VOCAB = ["--vocab", "32", "--vocab-group", "16"]
+run_here = functools.partial(programs.run_here, sl)
+
+
+def first_step(world, out, monkeypatch, *flags):
+    """Of step 1 of the program: unit features [B, D], class vectors [C, D], scale, vocabulary, and labels as classes;
+    the loss that it logs; its class counts."""
+    seen, logits_of, labels_of = [], sl.vocab_logits, sl.LabelledImages.__getitems__
+
+    def spy(features, prototypes, scale, vocab, *rest):
+        seen.append((features.detach().double().numpy(), prototypes.detach().double().numpy(), float(scale.detach()), vocab))
+        return logits_of(features, prototypes, scale, vocab, *rest)
+
+    def spy_labels(self, examples):
+        batch = labels_of(self, examples)
+        seen.append(batch["labels"][:, 0].numpy().copy())
+        return batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sl, "vocab_logits", spy)
+        patch.setattr(sl.LabelledImages, "__getitems__", spy_labels)
+        run_here("--root", world, "--steps", "1", *FLAGS, *flags, "--out", out)
+    labels, (features, prototypes, scale, vocab) = seen
+    counts = torch.load(out / "checkpoint.pt", weights_only=True)["class_counts"].double().numpy()
+    return features, prototypes, scale, vocab, labels, log_of(out)[0]["loss"], counts
+
+
+def expected(features, prototypes, scale, vocab, labels, counts, add=0.0, subtract_log_q=False, smoothing=0.0, gamma=0):
+    """Mean loss, written out in float64 over the classes of each image's vocabulary."""
+    logits = scale * features @ (prototypes / np.linalg.norm(prototypes, axis=1, keepdims=True)).T + add
+    losses = []
+    for i, (row, label) in enumerate(zip(logits, labels)):
+        classes, log_q = np.arange(len(counts)), 0.0
+        if vocab is not None:
+            inside = vocab.inside[vocab.groups[i]].numpy()
+            classes = classes[inside] if vocab.ids is None else vocab.ids.numpy()[inside]
+            log_q = vocab.log_q[vocab.groups[i]].numpy()[inside]
+        row = row[classes] - (log_q if subtract_log_q else 0.0)
+        log_p = row - np.log(np.exp(row).sum())
+        own = log_p[classes == label].item()
+        nll = -(1 - smoothing) * own - smoothing * log_p.mean()
+        losses.append((1 - np.exp(-nll)) ** gamma * nll)
+    return np.mean(losses)
+
+
+@pytest.mark.parametrize(
+    "flags, how",
+    [
+        ([], {}),
+        (VOCAB, {}),
+        ([*VOCAB, "--loss", "log-q"], {"subtract_log_q": True}),
+        (["--loss", "balanced"], {"tau": 1.0}),
+        (["--loss", "logit-adjusted", "--tau", "0.5"], {"tau": 0.5}),
+        (["--loss", "focal"], {"gamma": 2}),
+        (["--label-smoothing", "0.2"], {"smoothing": 0.2}),
+    ],
+    ids=lambda x: "-".join(x).replace("--", "") if isinstance(x, list) else "",
+)
+def test_a_flag_reaches_the_loss(flags, how, world, tmp_path, monkeypatch):
+    *given, loss, counts = first_step(world, tmp_path / "out", monkeypatch, *flags)
+    tau, rest = how.get("tau", 0.0), {k: v for k, v in how.items() if k != "tau"}
+    add = tau * np.log(counts / counts.sum()) if tau else 0.0
+    assert loss == pytest.approx(expected(*given, counts, add, **rest), rel=1e-5)
+    if flags not in ([], VOCAB):  # and it is not the plain loss
+        assert abs(loss - expected(*given, counts)) > 0.003 * loss
+    assert given[2] == pytest.approx(1 / 0.07, rel=1e-6)
+
+
+def test_vocabularies_are_drawn_by_the_power_of_the_counts(world, tmp_path, monkeypatch):
+    """The mean count of the drawn classes falls as the power does; 2 groups a step, 12 steps."""
+    means, vocab_of = [], sl.vocab_of_batch
+    for power in "1", "0.5", "0":
+        drawn = []
+
+        def spy(labels, first, B, group_size, draws, seed, step, drawn=drawn):
+            vocab, counted = vocab_of(labels, first, B, group_size, draws, seed, step)
+            ids = torch.arange(120) if vocab.ids is None else vocab.ids
+            for group, inside in enumerate(vocab.inside):
+                present = labels[group * group_size : (group + 1) * group_size]
+                drawn.extend(c for c in ids[inside].tolist() if c not in present)
+            return vocab, counted
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sl, "vocab_of_batch", spy)
+            flags = ["--root", world, "--steps", "12", *FLAGS, *VOCAB, "--vocab-power", power]
+            run_here(*flags, "--out", tmp_path / power)
+        counts = torch.load(tmp_path / power / "checkpoint.pt", weights_only=True)["class_counts"]
+        means.append(float(counts[drawn].double().mean()))
+    assert means[0] > 1.15 * means[1] > 1.15 * 1.15 * means[2], means
+
+
+def test_the_sampler_is_the_one_that_is_asked_for(world, tmp_path, monkeypatch):
+    """The share of the ten most frequent classes among 640 examples: as in the data, less by the root, 10 of 120."""
+    shares, items_of = [], sl.LabelledImages.__getitems__
+    for name in "instance", "sqrt", "class":
+        labels = []
+
+        def spy(self, examples, labels=labels):
+            batch = items_of(self, examples)
+            labels.extend(batch["labels"][:, 0].tolist())
+            return batch
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sl.LabelledImages, "__getitems__", spy)
+            run_here("--root", world, "--steps", "20", *FLAGS, "--sampler", name, "--out", tmp_path / name)
+        counts = torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["class_counts"].numpy()
+        shares.append(np.isin(labels, np.argsort(-counts)[:10]).mean())
+    of_data = np.sort(counts)[-10:].sum() / counts.sum()
+    assert abs(shares[0] - of_data) < 0.06 and abs(shares[2] - 10 / 120) < 0.04 and shares[2] < shares[1] < shares[0]
+
+
+def test_the_scale_stays_between_1_and_100(world, tmp_path):
+    """Steps of the learning rate's size in its logarithm: it would pass 1 or 100 at once."""
+    run_here("--root", world, "--steps", "6", *FLAGS, "--lr", "4", "--warmup-steps", "0", "--out", tmp_path)
+    scales = [line["logit_scale"] for line in log_of(tmp_path)]
+    assert all(0.999 <= scale <= 100.001 for scale in scales)
+    assert min(abs(np.log(scale) - bound) for scale in scales for bound in (0, np.log(100))) < 1e-4
+
+
+def test_all_classes_are_plain_softmax_with_absent_ones_too(world, tmp_path):
+    """--vocab of C or more, when 30 classes have no image and would not be drawn."""
+    for vocab in "0", "120", "500":
+        run_here("--root", world, "--trim-tail", "30", "--vocab", vocab, "--steps", "3", *FLAGS, "--out", tmp_path / vocab)
+    losses = [[line["loss"] for line in log_of(tmp_path / vocab)] for vocab in ("0", "120", "500")]
+    assert losses[0] == losses[1] == losses[2] and "vocab" not in log_of(tmp_path / "120")[0]
+
+
+def test_batch_norm_of_each_process_alone(world, tmp_path):
+    """Synchronised, two processes have the loss of one; by themselves they have not."""
+    flags = ["--root", world, "--steps", "2", *FLAGS]
+    run_here(*flags, "--out", tmp_path / "one")
+    for bn in "sync", "local":
+        programs.run("sl_vocab_subsample.py", *flags, "--bn", bn, "--out", tmp_path / bn, processes=2)
+    one, sync, local = (log_of(tmp_path / name)[0]["loss"] for name in ("one", "sync", "local"))
+    assert sync == pytest.approx(one, rel=1e-5) and abs(local - one) > 1e-4 * one
+
+
+def test_a_realised_vocabulary_of_another_size_is_named(world, tmp_path):
+    """Some groups hold more classes than --vocab; or fewer classes than --vocab have images."""
+    flags = ["--root", world, "--vocab-group", "16", "--steps", "2", *FLAGS]
+    printed = run_here(*flags, "--vocab", "12", "--out", tmp_path / "a")
+    assert "--vocab 12 is less than what some of the groups of 16 images hold" in printed
+    printed = run_here(*flags, "--vocab", "64", "--trim-tail", "100", "--out", tmp_path / "b")
+    assert "--vocab 64 is more than the classes that can be drawn: the vocabularies have 20.0 classes" in printed
+    assert "--vocab" not in run_here(*flags, "--vocab", "40", "--out", tmp_path / "c")
+
+
+def test_resume_compares_classes_and_labels(world, tmp_path):
+    """Two names exchanged, a class more, labels edited: the head's rows would belong to other classes."""
+    root = tmp_path / "root"
+    root.mkdir()
+    shutil.copytree(world / "laionet", root / "laionet")
+    lines = (world / "classes.tsv").read_text().splitlines()
+    table = (root / "laionet" / "train.tsv").read_text()
+    flags = ["--root", root, "--steps", "2", *FLAGS, "--out", tmp_path / "out"]
+    (root / "classes.tsv").write_text("\n".join(lines) + "\n")
+    run_here(*flags)
+    label = table.splitlines()[0].split("\t").index("label")
+    rows = [line.split("\t") for line in table.splitlines()]
+    rows[1][label] = str((int(rows[1][label]) + 1) % 120)
+    for names, text in (
+        ([lines[0], lines[2], lines[1], *lines[3:]], table),
+        ([*lines, lines[1].replace(lines[1].split("\t")[0], "another", 1)], table),
+        (lines, "\n".join(map("\t".join, rows)) + "\n"),
+    ):
+        (root / "classes.tsv").write_text("\n".join(names) + "\n")
+        (root / "laionet" / "train.tsv").write_text(text)
+        with pytest.raises(SystemExit, match="other classes, or other labels"):
+            run_here(*flags)
+    (root / "classes.tsv").write_text("\n".join(lines) + "\n")
+    (root / "laionet" / "train.tsv").write_text(table)
+    run_here(*flags)
+
+
+def test_checkpoints_that_cannot_be_used(world, tmp_path):
+    """One line for what --eval-only and --init cannot take, nothing written."""
+    run_here("--root", world, "--steps", "1", *FLAGS, "--out", tmp_path / "run")
+    good = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    state, out = good["state_dict"], tmp_path / "out"
+    negative, wrong = good["class_counts"].clone(), state["visual.conv1.weight"].clone()
+    negative[3] = -5
+    wrong[0, 0, 0, 0] = torch.nan
+    cases = [
+        ("--eval-only", {k: v for k, v in good.items() if k != "trimmed"}, "no trimmed in it"),
+        ("--eval-only", good | {"arch": "tower of Babel"}, "it has the tower 'tower of Babel'"),
+        ("--eval-only", good | {"class_counts": good["class_counts"][:5]}, "they are 5"),
+        ("--eval-only", good | {"class_counts": negative}, "the least -5"),
+        ("--eval-only", good | {"state_dict": {"prototypes": state["prototypes"]}}, "does not fit"),
+        ("--init", good | {"pixels": "mine"}, "names the pixel statistics 'mine'"),
+        ("--init", good | {"state_dict": state | {"visual.conv1.weight": wrong}}, r"not finite in \['conv1.weight'\]"),
+        ("--init", good | {"state_dict": state | {"visual.conv1.weight": 3}}, r"missing \['conv1.weight'\]"),
+    ]
+    for flag, content, message in cases:
+        torch.save(content, tmp_path / "bad.pt")
+        with pytest.raises(SystemExit, match=message):
+            run_here("--root", world, "--steps", "1", *FLAGS, flag, tmp_path / "bad.pt", "--out", out)
+        assert not out.exists()
+    with pytest.raises(SystemExit, match="--trim-tail 120 must be less than the 120 classes"):
+        run_here("--root", world, "--trim-tail", "120", "--trim-shots", "1", *FLAGS, "--out", out)
+    with pytest.raises(SystemExit, match="at least 0, got -3"):
+        sl.draws_of(torch.tensor([5, -3, 2]), 2, 1.0)
+
+
+def test_weights_of_old_files_load(tmp_path):
+    """Before version 0.4.1 torch wrote no num_batches_tracked; torchvision's first resnet50 is of that time."""
+    torch.manual_seed(0)
+    weights = {k: v for k, v in torchvision.models.resnet50().state_dict().items() if "num_batches" not in k}
+    model = sl.Classifier("resnet50", 3, None, False)
+    torch.save(weights, tmp_path / "resnet50.pth")
+    assert sl.load_tower(model, str(tmp_path / "resnet50.pth")) == "fc"
+    assert torch.equal(model.visual.layer4[2].conv3.weight, weights["layer4.2.conv3.weight"])
+
+
+def test_a_parameter_as_a_frozen_head_needs_no_gradient(tmp_path):
+    torch.save(torch.nn.Parameter(torch.eye(3, 8)), tmp_path / "head.pt")
+    prototypes = sl.read_prototypes(str(tmp_path / "head.pt"), ["a", "b", "c"])
+    assert not sl.Classifier("tiny", 3, prototypes, True).prototypes.requires_grad

@@ -157,7 +157,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optimization.add_argument("--lr", type=float, default=0,
                               help="peak learning rate; 0 is what suits tower and optimiser (tiny with AdamW: 3e-3)")
     optimization.add_argument("--weight-decay", type=float, default=0.1,
-                              help="on matrices only: not on gains, biases, logit_scale")
+                              help="on matrices only: not on gains, biases and scales")
     optimization.add_argument("--beta2", type=float, default=0.98,
                               help="second AdamW beta; the paper's runs used 0.999")
     optimization.add_argument("--warmup-steps", type=int, default=50,
@@ -171,8 +171,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                      help="auto continues OUT/checkpoint.pt if there is one, off starts over (that one becomes "
                           "checkpoint.old.pt), or a checkpoint to continue")
     run.add_argument("--export", default="",
-                     help="also write the final model, without optimiser state, to this file; with the class "
-                          "prototypes of clip.py it serves as ROOT/clip.pt")
+                     help="also write the final model, without optimiser state, to this file: with the class "
+                          "prototypes of clip.py a ROOT/clip.pt, of dino_laionet.py a backbone for --init")
     run.add_argument("--eval-only", default="", help="evaluate this checkpoint on --eval-sets and end")
     run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto is cuda where there is one")
     run.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"],

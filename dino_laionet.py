@@ -163,7 +163,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optimization.add_argument("--lr", type=float, default=0,
                               help="peak learning rate; 0 is what suits tower and optimiser (tiny with AdamW: 3e-3)")
     optimization.add_argument("--weight-decay", type=float, default=0.04,
-                              help="on matrices only: not on gains and biases")
+                              help="on matrices only: not on gains, biases and scales")
     optimization.add_argument("--weight-decay-end", type=float, default=-1,
                               help="weight decay at the last step, by a cosine; -1 is no change")
     optimization.add_argument("--warmup-steps", type=int, default=50,
@@ -176,8 +176,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--out", default="runs/dino",
                      help="folder for log, checkpoint, metrics and predictions; runs/eval if --eval-only has none")
     run.add_argument("--export", default="",
-                     help="also write the final teacher, without optimiser state, to this file, for "
-                          "sl_vocab_subsample.py --init and evaluate.py")
+                     help="also write the final model, without optimiser state, to this file: with the class "
+                          "prototypes of clip.py a ROOT/clip.pt, of dino_laionet.py a backbone for --init")
     run.add_argument("--resume", default="auto",
                      help="auto continues OUT/checkpoint.pt if there is one, off starts over (that one becomes "
                           "checkpoint.old.pt), or a checkpoint to continue")

@@ -157,7 +157,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optimization.add_argument("--lr", type=float, default=0,
                               help="peak learning rate; 0 is what suits tower and optimiser (tiny with AdamW: 3e-3)")
     optimization.add_argument("--weight-decay", type=float, default=0.1,
-                              help="on matrices only: not on gains, biases, logit_scale")
+                              help="on matrices only: not on gains, biases and scales")
     optimization.add_argument("--warmup-steps", type=int, default=50,
                               help="steps of linear warm-up, before the cosine to 0")
     optimization.add_argument("--clip-grad", type=float, default=0.0, help="largest gradient norm; 0 is off")

@@ -238,8 +238,8 @@ EXPERIMENTS = [
         number=1,
         title="Supervised learning and CLIP on the same long-tailed images (figure 1b)",
         claim="CLIP's accuracy and predictions follow the class frequencies less than supervised learning's.",
-        differs="15,000 images of 120 classes. Matched: the two scripts with the same flags; CLIP's captions have 6.5 % "
-        "vague or wrong ones and half of their words dropped, while labels are right, so only class templates differ "
+        differs="15,000 images of 120 classes. Matched: the two scripts with the same flags; CLIP's captions have 6.5 "
+        "% vague or wrong ones and half of their words dropped, while labels are right, so only class templates differ "
         "from SL in the loss alone. The paper's protocol: SGD without warm-up, here with half the batch and 2.8 times "
         "the updates (the paper's: a quarter and 11 times).",
         rows=standard(
@@ -309,9 +309,9 @@ EXPERIMENTS = [
         differs="4,000 long-tailed images (the paper's are nearly balanced), 32 epochs, word dropout 0.5 in every arm "
         "(whole: none, as in the paper). The class name stands before natural text, as in the paper. Atomic names are "
         "invented words, as real names are to a model; dropout takes that word from half of the templates.",
-        why="With dropped words templates have no more rho(freq, acc) than full captions: -.01 ± .16 with compositional "
-        "names, which rules the paper's .22 out, and -.21 ± .23 with atomic ones (open). Where captions are whole, "
-        "the predictions' correlation goes the paper's way in three worlds of three, by half of its size, and "
+        why="With dropped words templates have no more rho(freq, acc) than full captions: -.01 ± .16 with "
+        "compositional names, which rules the paper's .22 out, and -.21 ± .23 with atomic ones (open). Where captions are "
+        "whole, the predictions' correlation goes the paper's way in three worlds of three, by half of its size, and "
         "templates are the most accurate by far; there full captions reach 29 % and, with atomic names, 16 % (below "
         "the floor): from 15,000 rows they have 65 % (experiment 6), and the paper has 450,000.",
         rows=standard(
@@ -362,9 +362,9 @@ EXPERIMENTS = [
         "added after the first verdict. Top-1 may not fall at all since the second (the first allowed a point). 1,600 "
         "steps are 14 epochs of 15,000 rows, 1,000 are 32 of 4,000: the rows of 32 epochs were added to see whether "
         "the fall of top-1 on 15,000 is one of short training.",
-        why="A small vocabulary learns slower. Of the softmax's top-1 on 15,000 images one of 16 in groups of 32 misses "
-        "4.6 ± 1.5 points after 14 epochs (4 worlds), .4 ± 1.5 after 32 and .1 ± .8 after 64 (3 worlds); one of 32 "
-        "misses 1.9 ± 1.0 after 14 and .1 ± .4 after 32. The correlation stays lower, by .15 ± .09 after 64. For 32 "
+        why="A small vocabulary learns slower. Of the softmax's top-1 on 15,000 images one of 16 in groups of 32 "
+        "misses 4.6 ± 1.5 points after 14 epochs (4 worlds), .4 ± 1.5 after 32 and .1 ± .8 after 64 (3 worlds); one of "
+        "32 misses 1.9 ± 1.0 after 14 and .1 ± .4 after 32. The correlation stays lower, by .15 ± .09 after 64. For 32 "
         "the interval after 32 epochs rules out the paper's gain of 1.9 points too; 64 classes gain .7 to .9. The "
         "paper trains 90 epochs. Under its optimiser, after 4,500 steps of `sl_paper` (19 epochs), two trainings of "
         "seed 0 that have no row had 80.7 % (m = 32) and 79.0 % (16) against 88.5 %.",
@@ -568,8 +568,8 @@ EXPERIMENTS = [
         "correlation: .13); twice the concepts where the paper has ten times; equal steps, so 17 to 28 epochs by seed; "
         "frozen text tower and frozen head. Then the labelled part of yfcc (7,000 to 10,000 rows) against all of it "
         "(15,000), a scratch text tower and equal steps. The paper's column: rho(freq, acc), rho(freq, pred).",
-        why="For CLIP the paper's .09 is neither seen nor ruled out, for supervised learning its .08 is ruled out. Over "
-        "60 classes a correlation has a standard error of .13, and the world has 120 classes, so concepts can be "
+        why="For CLIP the paper's .09 is neither seen nor ruled out, for supervised learning its .08 is ruled out. "
+        "Over 60 classes a correlation has a standard error of .13, and the world has 120 classes, so concepts can be "
         "doubled and not made ten times as many. With all of another set's images beside (yfcc) the sign is the "
         "paper's in all five worlds, at half of its size.",
         columns=["top-1 (60)", "rho(freq, acc) (60)", "rho(freq, pred) (60)"],
@@ -860,9 +860,9 @@ EXPERIMENTS = [
         claim="With template captions the denominator of InfoNCE is sum_c n_c exp(s_c), a balanced softmax. If this is "
         "the mechanism, masking duplicates brings the bias back, balanced softmax removes it as CLIP does, and a log-Q "
         "correction undoes what sampling gains.",
-        differs="The one-sided losses were added after masking had shown little for the first seed. Hypothesis: a bonus "
-        "for a class cancels where a text is classified among images, not where an image is classified among texts; "
-        "then masking brings more bias back there. It brings back .01 ± .18 more: not seen.",
+        differs="The one-sided losses were added after masking had shown little for the first seed. Hypothesis: a "
+        "bonus for a class cancels where a text is classified among images, not where an image is classified among "
+        "texts; then masking brings more bias back there. It brings back .01 ± .18 more: not seen.",
         rows=standard(
             [
                 ("CLIP, templates, duplicates kept", "clip_template", ""),

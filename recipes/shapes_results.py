@@ -239,9 +239,9 @@ EXPERIMENTS = [
         title="Supervised learning and CLIP on the same long-tailed images (figure 1b)",
         claim="CLIP's accuracy and predictions follow the class frequencies less than supervised learning's.",
         differs="15,000 images of 120 classes. Matched: the two scripts with the same flags; CLIP's captions have 6.5 "
-        "% vague or wrong ones and half of their words dropped, while labels are right, so only class templates differ "
-        "from SL in the loss alone. The paper's protocol: SGD without warm-up, here with half the batch and 2.8 times "
-        "the updates (the paper's: a quarter and 11 times).",
+        "% vague or wrong ones and half of their words dropped, while labels are right, so only class templates "
+        "differ from SL in the loss alone. The paper's protocol: SGD without warm-up, here with half the batch and "
+        "2.8 times the updates (the paper's: a quarter and 11 times).",
         rows=standard(
             [
                 ("SL, matched", "sl", ".63, .76 (LAIONet)"),
@@ -263,15 +263,15 @@ EXPERIMENTS = [
         number=2,
         title="Data scale (figures 1b and 5)",
         claim="The correlation shrinks with scale, and is smaller with a frozen text tower.",
-        differs="Random parts of laionet, 1/8 to all; steps grow with the root of the rows (566 to 1,600), the paper's "
-        "with the rows. A factor of 8, the paper's is 32 and, between data sets, 1,000. Frozen captions are whole, "
-        "others lose half of their words but where it says whole. The paper's column: rho(freq, acc), top-1.",
+        differs="Random parts of laionet, 1/8 to all; steps grow with the root of the rows (566 to 1,600), the "
+        "paper's with the rows. A factor of 8, the paper's is 32 and, between data sets, 1,000. Frozen captions are "
+        "whole, others lose half of their words but where it says whole. The paper's column: rho(freq, acc), top-1.",
         why="The fall of a text tower from scratch lies between a quarter and a half of the images (.13 ± .11); from "
         "there to all of them it is -.01 ± .03. With frozen texts the fall is .09 ± .11, the paper's .04: open. The "
-        "gap between scratch and frozen, .23 to .26 in the paper, is ruled out where the tower from scratch loses half "
-        "of its words, and is there where it sees whole captions (.17 ± .11, experiment 6): dropping words removes "
-        "the bias that frozen texts remove in the paper. With whole captions a quarter of the images leaves that tower "
-        "on the floor. Supervised learning falls by more; it starts from .78, CLIP from .28.",
+        "gap between scratch and frozen, .23 to .26 in the paper, is ruled out where the tower from scratch loses "
+        "half of its words, and is there where it sees whole captions (.17 ± .11, experiment 6): dropping words "
+        "removes the bias that frozen texts remove in the paper. With whole captions a quarter of the images leaves "
+        "that tower on the floor. Supervised learning falls by more; it starts from .78, CLIP from .28.",
         rows=standard(
             [
                 (f"{title}, {size}", f"{name}_{size}" if size != "whole" else name, paper)
@@ -307,8 +307,8 @@ EXPERIMENTS = [
         title="Descriptiveness of captions (figure 3, dots)",
         claim="Richer text lowers both correlations; class templates give the highest accuracy and the highest bias.",
         differs="4,000 long-tailed images (the paper's are nearly balanced), 32 epochs, word dropout 0.5 in every arm "
-        "(whole: none, as in the paper). The class name stands before natural text, as in the paper. Atomic names are "
-        "invented words, as real names are to a model; dropout takes that word from half of the templates.",
+        "(whole: none, as in the paper). The class name stands before natural text, as in the paper. Atomic names "
+        "are invented words, as real names are to a model; dropout takes that word from half of the templates.",
         why="With dropped words templates have no more rho(freq, acc) than full captions: -.01 ± .16 with "
         "compositional names, which rules the paper's .22 out, and -.21 ± .23 with atomic ones (open). Where captions "
         "are whole, the predictions' correlation goes the paper's way in three worlds of three, by half of its size, "
@@ -355,20 +355,20 @@ EXPERIMENTS = [
         number=4,
         title="Sampled vocabularies in supervised learning (figure 3, crosses)",
         claim="A smaller vocabulary lowers both correlations at no loss of accuracy; drawing by frequency is needed.",
-        differs="120 long-tailed classes (the paper's 1,000 are nearly balanced); vocabularies of m classes for groups "
-        "of g images. A group of 64 images holds about 33 classes itself, one of 32 about 20: a smaller m draws next "
-        "to none, so m32_g64 and m16_g64 are nearly one method. In seeds 3 and 4 SL and log-Q of 14 epochs ran on a "
-        "GPU, the vocabularies on CPUs, so these differences cross machines (SL again on a CPU: 82.6 and "
-        "83.5 % for 83.7 and 83.6 %, rho(freq, pred) .69 and .58 for .65 and .62). Rows m32_g64 and m16_g64 of 15,000 were "
-        "added after the first verdict. Top-1 may not fall at all since the second (the first allowed a point). 1,600 "
-        "steps are 14 epochs of 15,000 rows, 1,000 are 32 of 4,000: the rows of 32 epochs were added to see whether "
-        "the fall of top-1 on 15,000 is one of short training.",
+        differs="120 long-tailed classes (the paper's 1,000 are nearly balanced); vocabularies of m classes for "
+        "groups of g images. A group of 64 images holds about 33 classes itself, one of 32 about 20: a smaller m "
+        "draws next to none, so m32_g64 and m16_g64 are nearly one method. In seeds 3 and 4 SL and log-Q of 14 epochs "
+        "ran on a GPU, the vocabularies on CPUs, so these differences cross machines (SL again on a CPU: 82.6 and "
+        "83.5 % for 83.7 and 83.6 %, rho(freq, pred) .69 and .58 for .65 and .62). Rows m32_g64 and m16_g64 of 15,000 "
+        "were added after the first verdict. Top-1 may not fall at all since the second (the first allowed a point). "
+        "1,600 steps are 14 epochs of 15,000 rows, 1,000 are 32 of 4,000: the rows of 32 epochs were added to see "
+        "whether the fall of top-1 on 15,000 is one of short training.",
         why="A small vocabulary learns slower. Of the softmax's top-1 on 15,000 images one of 16 in groups of 32 "
-        "misses 4.6 ± 1.5 points after 14 epochs (4 worlds), .4 ± 1.5 after 32 and .1 ± .8 after 64 (3 worlds); one of "
-        "32 misses 1.9 ± 1.0 after 14 and .1 ± .4 after 32. The correlation stays lower, by .15 ± .09 after 64. For 32 "
-        "the interval after 32 epochs rules out the paper's gain of 1.9 points too; 64 classes gain .7 to .9. The "
-        "paper trains 90 epochs. Under its optimiser, after 4,500 steps of `sl_paper` (19 epochs), two trainings of "
-        "seed 0 that have no row had 80.7 % (m = 32) and 79.0 % (16) against 88.5 %.",
+        "misses 4.6 ± 1.5 points after 14 epochs (4 worlds), .4 ± 1.5 after 32 and .1 ± .8 after 64 (3 worlds); one "
+        "of 32 misses 1.9 ± 1.0 after 14 and .1 ± .4 after 32. The correlation stays lower, by .15 ± .09 after 64. "
+        "For 32 the interval after 32 epochs rules out the paper's gain of 1.9 points too; 64 classes gain .7 to .9. "
+        "The paper trains 90 epochs. Under its optimiser, after 4,500 steps of `sl_paper` (19 epochs), two trainings "
+        "of seed 0 that have no row had 80.7 % (m = 32) and 79.0 % (16) against 88.5 %.",
         rows=standard(
             [("15,000: all 120", "sl", ".52, .57, 55.1 %")]
             + [
@@ -444,15 +444,15 @@ EXPERIMENTS = [
         claim="Without imbalance accuracy rises and correlation falls; less diverse data correlate more; a shift of "
         "the images costs accuracy.",
         differs="4,000 rows each (matched: about 3,600, those of incaps4k's frequencies that laionet has). The "
-        "similarity is one of words: a threshold takes vague and wrong captions away and moves the class counts, while "
-        "the images stay as diverse; as0.35 has the counts of above0.35 and captions of any similarity. incaps4k is "
-        "drawn almost as laionet is and has no wrong captions: its difference is one of captions more than of images. "
-        "The paper's column: rho(freq, acc), top-1; with frozen text.",
-        why="What would cause the thresholds' effect is missing in the world: images of captions above .35 are as much "
-        "alike within a class as images with the same class counts and any caption (mean cosine of features .866, .870 "
-        "and .867 against .866, .868 and .866, each difference within ± .004 of 0; seeds 0 to 2, `evaluate.py "
-        "similarity` on features of `sl_64epochs`). What `above .35` has more than `all`, itself open, would come "
-        "through its class counts.",
+        "similarity is one of words: a threshold takes vague and wrong captions away and moves the class counts, "
+        "while the images stay as diverse; as0.35 has the counts of above0.35 and captions of any similarity. "
+        "incaps4k is drawn almost as laionet is and has no wrong captions: its difference is one of captions more "
+        "than of images. The paper's column: rho(freq, acc), top-1; with frozen text.",
+        why="What would cause the thresholds' effect is missing in the world: images of captions above .35 are as "
+        "much alike within a class as images with the same class counts and any caption (mean cosine of features "
+        ".866, .870 and .867 against .866, .868 and .866, each difference within ± .004 of 0; seeds 0 to 2, "
+        "`evaluate.py similarity` on features of `sl_64epochs`). What `above .35` has more than `all`, itself open, "
+        "would come through its class counts.",
         rows=standard(
             [
                 (
@@ -489,9 +489,9 @@ EXPERIMENTS = [
         claim="A frozen CLIP text tower is best, in accuracy and correlation, and keeps variation within classes "
         "(NC1); fine-tuning loses most of it; a text-only model is worse.",
         differs="The frozen text tower was trained on `web`: four times as many pairs, 2.3 to 2.6 times as many of "
-        "these classes; the paper's on 1,000 times as many. Text only: latent semantic analysis of web's captions, for "
-        "RoBERTa. Scratch and fine-tuned lose half of their words, frozen and whole captions none. Features have 64 "
-        "dimensions for 120 classes (the paper's 1,024 for 1,000), so NC2 cannot reach 0. The paper's column: "
+        "these classes; the paper's on 1,000 times as many. Text only: latent semantic analysis of web's captions, "
+        "for RoBERTa. Scratch and fine-tuned lose half of their words, frozen and whole captions none. Features have "
+        "64 dimensions for 120 classes (the paper's 1,024 for 1,000), so NC2 cannot reach 0. The paper's column: "
         "rho(freq, acc), top-1; NC1, NC2_M.",
         why="Frozen texts are best where the captions at hand teach too little: with a quarter of the images, and "
         "against a tower that sees whole captions, there with the paper's seven points and most of its correlation. "
@@ -566,9 +566,9 @@ EXPERIMENTS = [
         title="Open-world concepts (figure 6)",
         claim="With equal images, more concepts lower CLIP's correlation, and not supervised learning's.",
         differs="12 of the 24 shapes with their 5 patterns, scored among these 60 classes (standard error of a "
-        "correlation: .13); twice the concepts where the paper has ten times; equal steps, so 17 to 28 epochs by seed; "
-        "frozen text tower and frozen head. Then the labelled part of yfcc (7,000 to 10,000 rows) against all of it "
-        "(15,000), a scratch text tower and equal steps. The paper's column: rho(freq, acc), rho(freq, pred).",
+        "correlation: .13); twice the concepts where the paper has ten times; equal steps, so 17 to 28 epochs by "
+        "seed; frozen text tower and frozen head. Then the labelled part of yfcc (7,000 to 10,000 rows) against all "
+        "of it (15,000), a scratch text tower and equal steps. The paper's column: rho(freq, acc), rho(freq, pred).",
         why="For CLIP the paper's .09 is neither seen nor ruled out, for supervised learning its .08 is ruled out. "
         "Over 60 classes a correlation has a standard error of .13, and the world has 120 classes, so concepts can be "
         "doubled and not made ten times as many. With all of another set's images beside (yfcc) the sign is the "
@@ -620,8 +620,8 @@ EXPERIMENTS = [
         title="Zero-shot and one-shot tails (figure 8), collapse of their prototypes (figure 9)",
         claim="A frozen CLIP head alone fails on classes without images; with a sampled vocabulary it works nearly as "
         "well as CLIP. Tail prototypes of a learned head collapse to one direction.",
-        differs="The 30 rarest of 120 classes have no image, or one (the paper's tails: .5 to 50 % of the classes, its "
-        "images nearly balanced). Their names share words with other classes, so all numbers are higher than the "
+        differs="The 30 rarest of 120 classes have no image, or one (the paper's tails: .5 to 50 % of the classes, "
+        "its images nearly balanced). Their names share words with other classes, so all numbers are higher than the "
         "paper's; a few wrong captions name them. CLIP scratch loses half of its words. The paper's tail-tail cosine: "
         ".86, head-head .01.",
         why="Names that share words make a frozen head work on classes without images. Where each name is an invented "
@@ -746,8 +746,8 @@ EXPERIMENTS = [
         "and rotated small shapes, drawn as the test sets are; its labels come from its captions. 15,000 images in "
         "every arm, but for the pruned ones (13,900 and 7,400 to 8,000).",
         why="Two of the three open differences have three worlds; at their scatter four and six would tell. The third "
-        "asks that CLIP and supervised learning on the same images differ by less than .03: they differ by .017 ± .016 "
-        "in CLIP's favour, small, but not nothing.",
+        "asks that CLIP and supervised learning on the same images differ by less than .03: they differ by .017 ± "
+        ".016 in CLIP's favour, small, but not nothing.",
         columns=["top-1", "sketch", "rendition", "objectnet", "mean effective robustness"],
         rows=[
             (

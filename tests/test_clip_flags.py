@@ -24,7 +24,8 @@ PLAIN = dict(batch_size=32, steps=5, warmup_steps=2, precision="fp32", lr=3e-3, 
 def loss_of(x, y, scale, ids, dup, directions):
     """Cross-entropy of the own pair among the batch, from unit features [B, D]; in the precision of the features."""
     same, losses = ids[:, None] == ids[None], {}
-    for way, logits in {"image": scale * x @ y.T, "text": scale * y @ x.T}.items():
+    u, v = torch.stack([x, y], 1).unbind(1)  # in memory as the program has them, since some CPUs sum by that
+    for way, logits in {"image": scale * x @ v.T, "text": scale * y @ u.T}.items():
         if dup == "mask":
             logits = logits.masked_fill(same & ~torch.eye(len(x), dtype=torch.bool), -torch.inf)
         losses[way] = F.cross_entropy(logits, same.to(x.dtype) / same.sum(1) if dup == "soft" else torch.arange(len(x)))
@@ -112,7 +113,7 @@ def check(root, out, *flags, is_exact=True, **changes):
     (lines, model), state = slow_loop(root, **changes), programs.weights_of(out)
     for name, value in model.state_dict().items():  # the number of batches is not used, and counts those left out too
         is_equal = torch.equal(state[name], value) or "num_batches" in name
-        assert is_equal or not is_exact and torch.allclose(state[name], value, rtol=1e-3, atol=1e-4), name
+        assert is_equal or not is_exact and (state[name] - value).norm() <= 2e-3 * value.norm() + 1e-3, name
     assert found == (lines if is_exact else [pytest.approx(line, rel=1e-3) for line in lines])
     return lines
 

@@ -345,7 +345,7 @@ def test_images_in_npy_files(tmp_path):
     np.save(tmp_path / "b.npy", pixels.astype(np.float32))
     np.save(tmp_path / "c.npy", pixels[..., 0])
     (tmp_path / "d.npy").write_bytes(b"no array")
-    assert {read(tmp_path, None, f"{name}.npy:0") for name in "bcd"} == {"cannot be decoded"}
+    assert {read(tmp_path, None, f"{name}.npy:0") for name in "bcd"} == {"no .npy file of uint8 (N, H, W, 3)"}
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's, of spoilt EXIF data

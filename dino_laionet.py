@@ -632,6 +632,7 @@ class ModifiedResNet(nn.Module):
         return self.attnpool(x)
 
 
+# Copied from sl_vocab_subsample.py
 def resize_positions(positions: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Position embeddings of another grid: [1 + P, D], the first of the class token, -> [1 + height * width, D]."""
     side = math.isqrt(len(positions) - 1)
@@ -652,6 +653,7 @@ class AnySizeAttentionPool2d(AttentionPool2d):
         return torch.func.functional_call(self, {"positional_embedding": positions}, x)  # which fit: the line above
 
 
+# Copied from sl_vocab_subsample.py
 class ViTBlock(nn.Module):
     """Pre-norm transformer block with the parameter names of the published DINO weights."""
 
@@ -668,6 +670,7 @@ class ViTBlock(nn.Module):
         return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
 
 
+# Copied from sl_vocab_subsample.py
 class ViT(nn.Module):
     """ViT with the parameter names of the published DINO weights; crops of any multiple of the patch size."""
 

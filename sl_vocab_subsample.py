@@ -20,8 +20,8 @@ batch, warm-up, crops, batch norm, evaluation). The paper's protocol, on ImageNe
     torchrun --nproc-per-node 4 sl_vocab_subsample.py --root ROOT --data incaps --arch RN50 --batch-size 256 \\
         --epochs 90 --optimizer sgd --weight-decay 1e-4 --warmup-steps 0 --bn local --vocab 200 --vocab-group 64 \\
         --precision fp32
-Self-supervised weights to classification: --init backbone.pt (of clip.py, torchvision, SimCLR and
-MoCo with its resnet50, and dino_laionet.py but for its ViT-S-16, which has DINO's parameter names).
+Self-supervised weights to classification: --init backbone.pt (of clip.py, torchvision, SimCLR and MoCo with its
+resnet50, and dino_laionet.py, whose ViT-S-16, with the published DINO's, is --arch dino-ViT-S-16 here).
 
 A data set is a TSV with columns image and label (clip.py's docstring has the formats); rows without a label are
 dropped, several labels are written 3|17. Written to --out: args.json, log.jsonl, checkpoint.pt, metrics.json and
@@ -118,7 +118,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     model = parser.add_argument_group("model")
     model.add_argument("--arch", default="tiny",
-                       choices=["tiny", "RN50", "ViT-B-32", "ViT-B-16", "ViT-S-16", "resnet50"],
+                       choices=["tiny", "RN50", "ViT-B-32", "ViT-B-16", "ViT-S-16", "resnet50", "dino-ViT-S-16"],
                        help="image tower; tiny is a small residual net for 32 px images")
     model.add_argument("--head", default="learned", choices=["learned", "frozen", "finetune"],
                        help="class vectors: trained from a random start, fixed to --head-init, or trained from it")
@@ -419,6 +419,7 @@ TOWERS = {
     "ViT-B-16": dict(embed_dim=512, image_size=224, width=768, patch_size=16),
     "ViT-S-16": dict(embed_dim=384, image_size=224, width=384, patch_size=16),
     "resnet50": dict(embed_dim=1024, image_size=224),
+    "dino-ViT-S-16": dict(embed_dim=384, image_size=224),  # of dino_laionet.py's ViT-S-16 and the published DINO
 }
 
 
@@ -655,6 +656,56 @@ class VisionTransformer(nn.Module):
         return self.ln_post(x[:, 0]) @ self.proj
 
 
+def resize_positions(positions: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Position embeddings of another grid: [1 + P, D], the first of the class token, -> [1 + height * width, D]."""
+    side = math.isqrt(len(positions) - 1)
+    if (height, width) == (side, side):
+        return positions
+    grid = positions[1:].float().unflatten(0, (side, side)).permute(2, 0, 1)[None]
+    grid = F.interpolate(grid, (height, width), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:1], grid[0].flatten(1).T.to(positions.dtype)])
+
+
+class ViTBlock(nn.Module):
+    """Pre-norm transformer block with the parameter names of the published DINO weights."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
+
+    def forward(self, x: torch.Tensor, n: int) -> torch.Tensor:  # [B, L, width] -> [B, n, width], the first n tokens
+        q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, -1, 64)).permute(2, 0, 3, 1, 4)  # [B, H, L, 64] each
+        mixed = F.scaled_dot_product_attention(q[:, :, :n], k, v)
+        x = x[:, :n] + self.attn["proj"](mixed.transpose(1, 2).flatten(2))
+        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+
+
+class ViT(nn.Module):
+    """ViT with the parameter names of the published DINO weights; crops of any multiple of the patch size."""
+
+    def __init__(self, image_size: int, patch_size: int, width: int):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (image_size // patch_size) ** 2, width))
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch_size, patch_size)})
+        self.blocks = nn.ModuleList(ViTBlock(width) for _ in range(12))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        for name, p in self.named_parameters():
+            if "norm" not in name:
+                nn.init.zeros_(p) if name.endswith("bias") else nn.init.trunc_normal_(p, std=0.02)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:  # [B, 3, S, S] -> [B, width]
+        x = self.patch_embed["proj"](images)  # [B, width, h, w]
+        positions = resize_positions(self.pos_embed[0], *x.shape[2:])
+        x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1)
+        x = x + positions.to(x.dtype)
+        for block in self.blocks[:-1]:
+            x = block(x, x.shape[1])
+        return self.norm(self.blocks[-1](x, 1)[:, 0])  # what the last block makes of the other tokens is not used
+
+
 class Classifier(nn.Module):
     """Cosine classifier: logits = scale * cos(image, prototype); the scale is learned, clamped at 100 as CLIP's.
 
@@ -670,6 +721,8 @@ class Classifier(nn.Module):
             self.visual = TinyResNet(self.embed_dim)
         elif arch == "RN50":
             self.visual = ModifiedResNet(self.embed_dim, self.image_size)
+        elif arch == "dino-ViT-S-16":
+            self.visual = ViT(self.image_size, 16, spec["embed_dim"])
         elif arch == "resnet50":
             self.visual = torchvision.models.resnet50(norm_layer=BatchNorm2d, num_classes=self.embed_dim)
         else:
@@ -752,7 +805,7 @@ def load_tower(model: Classifier, path: str) -> str:
 
     Returns: the layer between tower and head that the file has not trained, or "". torchvision's classification layer
     (fc) is another one than ours, DINO has none for resnet50 and does not use tiny's: ours keeps its random start.
-    A resnet50 that none of our scripts has written gets ImageNet's pixel statistics, with which it was trained.
+    A resnet50 or DINO's ViT that none of our scripts has written gets ImageNet's pixel statistics, its own.
     """
     loaded, own = load_weights(path), model.visual.state_dict()
     weights = {k: v for k, v in loaded["state_dict"].items() if isinstance(v, torch.Tensor)}
@@ -778,7 +831,8 @@ def load_tower(model: Classifier, path: str) -> str:
         raise SystemExit(f"--init {path} does not fit --arch {model.arch}: missing {missing[:5]}, unexpected "
                          f"{unexpected[:5]}, shapes {shapes[:5]}")
     broken = [name for name, value in weights.items() if not bool(value.isfinite().all())]
-    pixels = loaded.get("pixels", "clip" if is_ours or model.arch != "resnet50" else "imagenet")
+    is_public = not is_ours and model.arch in ("resnet50", "dino-ViT-S-16")
+    pixels = loaded.get("pixels", "imagenet" if is_public else "clip")
     if broken or pixels not in PIXELS:
         raise SystemExit(f"--init {path}: values that are not finite in {broken[:5]}" if broken else
                          f"--init {path} names the pixel statistics {pixels!r}, expected one of {', '.join(PIXELS)}")
@@ -1988,6 +2042,8 @@ def main(args: argparse.Namespace) -> None:
 
     # --- model
     prototypes = None if args.head == "learned" else read_prototypes(head_init, class_names)
+    if args.arch == "dino-ViT-S-16" and prototypes is not None and prototypes.shape[1] != 384:
+        raise SystemExit(f"--head-init has vectors of width {prototypes.shape[1]}, --arch {args.arch} features of 384")
     model = Classifier(args.arch, C, prototypes, args.head == "frozen")
     fresh = load_tower(model, args.init) if args.init else ""
     model.to(device)

@@ -211,6 +211,10 @@ def test_checkpoints_that_cannot_be_used(world, tmp_path):
         with pytest.raises(SystemExit, match=message):
             run_here("--root", world, "--steps", "1", *FLAGS, flag, tmp_path / "bad.pt", "--out", out)
         assert not out.exists()
+    np.save(tmp_path / "head.npy", np.ones((120, 64), np.float32))
+    head = ["--arch", "dino-ViT-S-16", "--head", "frozen", "--head-init", tmp_path / "head.npy"]
+    with pytest.raises(SystemExit, match="vectors of width 64, --arch dino-ViT-S-16 features of 384"):
+        run_here("--root", world, *FLAGS, *head, "--out", out)
     with pytest.raises(SystemExit, match="--trim-tail 120 must be less than the 120 classes"):
         run_here("--root", world, "--trim-tail", "120", "--trim-shots", "1", *FLAGS, "--out", out)
     with pytest.raises(SystemExit, match="at least 0, got -3"):

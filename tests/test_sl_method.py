@@ -380,6 +380,14 @@ def test_towers_load_from_other_checkpoints(tmp_path):
     torch.save({"state_dict": ssl.state_dict()}, tmp_path / "dino.pt")
     sl.load_tower(model := sl.Classifier("resnet50", 7, None, False), str(tmp_path / "dino.pt"))
     assert torch.equal(model.visual.layer4[2].conv3.weight, ssl.visual.layer4[2].conv3.weight)
+    vit = dino.Network("ViT-S-16", 8, 8, 8, False).eval()
+    torch.save({"state_dict": vit.state_dict(), "arch": "ViT-S-16"}, tmp_path / "vit.pt")
+    sl.load_tower(ours := sl.Classifier("dino-ViT-S-16", 7, None, False).eval(), str(tmp_path / "vit.pt"))
+    with torch.no_grad():
+        bytes_of = torch.randint(0, 256, (2, 3, 224, 224))
+        assert torch.allclose(ours.encode_image(bytes_of), vit.encode_image(bytes_of), atol=1e-5)
+    sl.load_tower(ours, save(vit.visual.state_dict(), tmp_path / "public.pt"))  # bare names, as published
+    assert ours.pixels == "imagenet"
     sl.load_tower(other := sl.Classifier("resnet50", 9, None, False), save(model.state_dict(), tmp_path / "ours.pt"))
     assert torch.equal(model.visual.fc.weight, other.visual.fc.weight)  # our own fc belongs to the tower
     for prefix in "backbone.", "encoder.", "module.encoder_q.":  # SimCLR's and MoCo's files, with a projection as fc

@@ -3,7 +3,7 @@
 #
 #   bash recipes/shapes.sh                  # seeds 0, 1 and 2: what has no JSON file yet; a whole seed takes 3 hours on 2 cores, half with AMX
 #   bash recipes/shapes.sh 3 4              # further seeds
-#   ONLY="1 12" bash recipes/shapes.sh 0    # some of the experiments; "4b" and "9b", longer and more, come only so
+#   ONLY="1 12" bash recipes/shapes.sh 0    # some of the experiments; "4b", "5b" and "9b", longer and more, come only so
 #   JOBS=8 bash recipes/shapes.sh           # trainings at a time, a thread each (default: the number of cores)
 #
 # What a run leaves is results/seedS/NAME.json, a few kB, to be committed: a run that has one is not made again, so the
@@ -237,6 +237,19 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
       few=(--data "$cuts/$table.tsv" --steps $STEPS_4K --eval-sets val v2)
       clip "div_${table}_scratch" "${few[@]}"
       clip "div_${table}_frozen" "${few[@]}" --text-head frozen
+    done
+  fi
+
+  # --- 5b, asked for by name only: what the thresholds of this world leave as it is, given by hand: the images of each
+  # class that are most alike to the CLIP of web, with the class counts of above0.35 and as0.35
+  if wants 5b; then
+    if [ ! -e "$root/laionet/alike.tsv" ]; then
+      "$PYTHON" clip.py --root "$root" --eval-only "$root/clip.pt" --out "$runs/features_laionet" --eval-sets "$root/laionet/train.tsv" >"$runs/features_laionet.log"
+      "$PYTHON" recipes/alike.py "$runs/features_laionet/train.npz" "$root/laionet/train.tsv" "$cuts/above0.35.tsv" "$root/laionet/alike.tsv"
+    fi
+    table alike0.35 subset "$root/laionet/alike.tsv" --threshold alike=1 --seed "$seed"
+    for head in scratch frozen; do
+      clip "div_alike0.35_$head" --data "$cuts/alike0.35.tsv" --steps $STEPS_4K --eval-sets val v2 --text-head $head
     done
   fi
 

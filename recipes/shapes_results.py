@@ -205,12 +205,14 @@ DIVERSITY = (
     ("above0.30", ".60, 17.3 %; .42, 22.7 %"),
     ("above0.35", ".64, 17.8 %; .43, 22.2 %"),
     ("as0.35", ""),
+    ("alike0.35", ""),
     ("matched", ".29, 24.6 %; .26, 32.4 %"),
     ("as_matched", ".28, 34.2 %; .36, 40.8 %"),
 )
 DIVERSITY_NAMES = {
     "above0.00": "all (above .00)",
     "as0.35": "any (as0.35), class counts of above0.35",
+    "alike0.35": "images most alike (alike0.35), class counts of above0.35",
     "matched": "matched: laionet, incaps4k's class counts",
     "as_matched": "incaps4k, matched's class counts",
 }
@@ -476,6 +478,14 @@ EXPERIMENTS = [
             (
                 "rho(freq, acc), scratch: above .35 - any, same class counts *",
                 minus("div_above0.35_scratch", "div_as0.35_scratch", "acc"),
+            ),
+            (
+                "rho(freq, acc), scratch: images most alike - any, same class counts *",
+                minus("div_alike0.35_scratch", "div_as0.35_scratch", "acc"),
+            ),
+            (
+                "rho(freq, acc), frozen: images most alike - any, same class counts *",
+                minus("div_alike0.35_frozen", "div_as0.35_frozen", "acc"),
             ),
             (
                 "top-1, scratch: incaps4k - laionet, same class counts",

@@ -54,13 +54,13 @@ Beside OUT.tsv comes OUT.tsv.json with command line, flags, what was lost at eac
 that was read, class lists, embeddings and WordNet's too; of a tar, which is not read whole, the hash of its first and
 last MiB, of a folder of pictures that of names, sizes and texts. Input files are the unit of work: each leaves a part
 in OUT.tsv.parts, named by what it was made from, so a killed run goes on where it was unless an input has changed, and
-shards of it merge to the same bytes.
+shards merge to the same bytes as one run.
 
     python build_datasets.py label data/shapes/yfcc/train.tsv --classes data/shapes/classes.tsv --out yfcc_cls.tsv
     python build_datasets.py metadata data/shapes/web/train.tsv --min-pmi 3 --out entries.tsv
     python build_datasets.py curate data/shapes/web/train.tsv --metadata entries.tsv --cap 200 --out curated.tsv
 
-check, dedup, prune, subset, mix and stats work on tables of images, with the same reports; what is drawn hangs on a
+check, dedup, prune, subset, mix and stats work on tables of images, with the same reports; what is drawn depends on a
 hash of the row, so a cut is the same for any order and repeated calls. All commands read img2dataset's folder, of tars
 or of folders of files, with what lies beside these, as the table that index writes of it; one shard, and a flat folder
 of pictures with texts, too. For texts alone shards/*.parquet is read faster, and is all there is of the format parquet.
@@ -74,8 +74,8 @@ Deviations from the paper's and the data sets' own builders:
     is what it matched there (RULES, tests), punctuation and case included.
  2. Negative words and rewritten names are columns of classes.tsv, not code, and names that several classes have
     (maillot, crane) are reported; theirs counted each caption for all of them silently.
- 3. What is drawn hangs on a seed and a hash of the row: theirs cut tails and matched frequencies without a seed, and
-    hung on the order of the rows.
+ 3. What is drawn depends on a seed and a hash of the row: theirs cut tails and matched frequencies without a seed, and
+    depended on the order of the rows.
  4. Tables know no quoting; theirs were written quoted and read unquoted.
  5. ImageNet-Captions keeps title, tags and description as columns, and captions are made of them in training; theirs
     were one file a variant, with the class name put before the text and one template drawn an image.
@@ -514,8 +514,8 @@ def whole_file(path):
 
 @contextlib.contextmanager
 def with_reports(tables, others):
-    """What these tables' reports are to tell of appears with them: until write_report has written TABLE.json, its
-    place is taken by an empty TABLE.json.partial, and TABLE.partial is the table. others: tables without a report."""
+    """Each of these tables appears together with its report: until write_report has written TABLE.json, the table lies
+    at TABLE.partial, and an empty, locked TABLE.json.partial says so. others: tables without a report."""
     locks = {}
     for path in (*tables, *(f"{path}.json" for path in tables), *others):
         if os.path.isdir(path):
@@ -998,7 +998,7 @@ TRAIN_SETS = {
 ODD_PROCESSES = ("sketch", "rendition", "objectnet")
 UNSEEN = dict(train=50, test=25)  # images per concept of the open world, to probe features on classes never trained on
 COLUMNS = ("image", "label", "caption", "title", "tags", "description", "similarity", "source")
-CHUNK = 250  # images per job, a constant: the random numbers hang on the chunk, not on the worker
+CHUNK = 250  # images per job, a constant: the random numbers depend on the chunk, not on the worker
 
 
 def zipf_counts(n_rows, order, exponent):
@@ -1010,9 +1010,7 @@ def zipf_counts(n_rows, order, exponent):
     counts = np.ones(len(order), dtype=np.int64)
     for _ in range(n_rows - len(order)):
         counts[np.argmax(weight / (counts + 0.5))] += 1  # Sainte-Lague: the fairest whole numbers
-    by_concept = np.empty_like(counts)
-    by_concept[order] = counts
-    return by_concept
+    return counts[np.argsort(order)]
 
 
 def make_chunk(job):
@@ -1087,7 +1085,6 @@ def hardest(folder, train_labels, val_labels, pool_labels, keep):
     Returns: rows of the pool to keep, sorted, [C * keep]; the model's accuracy on val and on what is kept, fractions.
     Source: arXiv 1907.07174, section 3.
     """
-
     rng = np.random.default_rng(0)
     frequency, phase = rng.normal(0, 0.002, (7 * 7 * 8, 2000)), rng.uniform(0, 2 * np.pi, 2000)
 
@@ -1261,9 +1258,8 @@ def render_world(folder, seed, size, names, caption_noise, workers):
     # One job per chunk. imagenet, val and the adversarial pool go first: the plain model waits for them.
     jobs = []
     for name in sorted(concepts, key=lambda name: name not in ("imagenet", "val", "adversarial")):
-        style = dict(process=TEST_SETS.get(name, "plain"), odd=0.0, is_noisy=False, is_open=False)
-        if name in TRAIN_SETS:
-            style = TRAIN_SETS[name]
+        of_tests = dict(process=TEST_SETS.get(name, "plain"), odd=0.0, is_noisy=False, is_open=False)
+        style = TRAIN_SETS.get(name, of_tests)
         path = os.path.join(folder, f"{'adversarial.pool' if name == 'adversarial' else stem[name]}.npy")
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with whole_file(path) as f:  # zeros take the room: a worker that writes to the map of a full disk is killed
@@ -1376,7 +1372,6 @@ def build_shapes(out, seed, size, names, caption_noise, workers):
 MAX_TEXT_BYTES = 1 << 22  # of one .txt, .json or tar header: more is no caption, and a row must stay below MAX_LINE
 TAR_NAME = re.compile(r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$")  # compressed ones too: to refuse them, not to miss them
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-ZEROS = bytes(512)
 
 
 def tar_number(field):
@@ -1436,7 +1431,7 @@ class TarReader:
                 return None, 0, "empty file (0 bytes)"
             cut = f"truncated at byte {self.n_bytes}, inside the header that starts at byte {pos}"
             return None, 0, cut if block else f"no end marker at byte {self.n_bytes}; the last samples may be missing"
-        if block == ZEROS:
+        if not any(block):
             return None, 0, self.after_zeros(pos)
         try:
             # The checksum counts its own field as blanks (8 * 32).
@@ -1501,7 +1496,7 @@ class TarReader:
                 name = fields.get(b"path", long_name or name)
                 long_name, local = None, {}
                 is_sparse = any(key.startswith(b"GNU.sparse") for key in fields)
-                if kind in b"0\0" + b"7" and not is_sparse and not name.endswith(b"/"):
+                if kind in b"07\0" and not is_sparse and not name.endswith(b"/"):
                     yield name.decode("utf-8", "surrogateescape"), start, size
                 else:
                     self.n_other += 1
@@ -1510,7 +1505,6 @@ class TarReader:
 # ------------------------------------------------------------------------------ index: samples
 
 IMAGE_SUFFIXES = frozenset("jpg jpeg png webp bmp gif tif tiff ppm pgm pbm pnm".split())
-TEXT_SUFFIXES = frozenset(("txt", "json", "cls"))
 
 
 def tar_samples(reader, tar_name, counts):
@@ -1538,7 +1532,7 @@ def tar_samples(reader, tar_name, counts):
                 image, n_bytes = f"{tar_name}:{offset}:{size}", size
             else:
                 counts["second image of a sample (first kept)"] += 1
-        elif suffix in TEXT_SUFFIXES:
+        elif suffix in ("txt", "json", "cls"):
             if size <= MAX_TEXT_BYTES:
                 texts[suffix] = reader.read(offset, size)
             else:
@@ -1590,19 +1584,6 @@ def sample_bytes(sample):
     """What tells one sample from another, for a hash: its key, the image's size and the texts."""
     key, _, n_bytes, texts = sample
     return b"\0".join([os.fsencode(key), str(n_bytes).encode(), *texts.values(), b""])
-
-
-def parquet_columns(path):
-    """The columns of a shard's parquet. Returns: ({key: row}, {column: list}), or None without pyarrow."""
-    try:
-        import pyarrow.parquet
-    except ImportError:  # optional: img2dataset writes the same values into the tar's JSON
-        return None
-    table = pyarrow.parquet.read_table(path)
-    if "key" not in table.column_names:
-        raise ValueError(f"no column `key`; found {', '.join(table.column_names)}")
-    columns = table.to_pydict()
-    return {str(key): row for row, key in enumerate(columns["key"])}, columns
 
 
 def decode(payload, counts):
@@ -1669,7 +1650,7 @@ def sample_row(sample, label, classes, beside, counts):
 
 
 def unit_hash(seed, key):
-    """A number in [0, 1) that depends on the two alone. Source: methods, BLAKE2b of length-prefixed parts."""
+    """A number in [0, 1) that depends on the two alone: 64 bits of BLAKE2b of length-prefixed parts."""
     return hash64(str(seed), key) / 2**64
 
 
@@ -1686,18 +1667,16 @@ def index_source(job):
     so that memory does not grow with them.
     Returns: dict with columns, counts, warnings, stats (of img2dataset, or None), and error ("" or why it is refused).
     """
-    counts, warnings, columns = Counter(), [], {"image": 0, "label": 1, "caption": 2}
-    result = dict(path=job["path"], columns=columns, counts=counts, warnings=warnings, stats=None, error="")
-    result["no_pyarrow"], names, n_image_bytes = False, hashlib.sha256(), 0
-    beside, reader = ({}, {}), None
+    counts, columns, reader = Counter(), {"image": 0, "label": 1, "caption": 2}, None
+    result = dict(path=job["path"], columns=columns, counts=counts, warnings=[], stats=None, error="", no_pyarrow=False)
+    names, n_image_bytes = hashlib.sha256(), 0
     try:
         if job["kind"] == "tar":
             reader = TarReader(job["path"])
             samples = tar_samples(reader, job["name"], counts)
-            beside = read_beside(job["path"], result)
         else:
             samples = folder_samples(job["path"], job["name"], job["is_recursive"], counts)
-            beside = ({}, {}) if job["is_recursive"] else read_beside(job["path"], result)
+        beside = ({}, {}) if job["is_recursive"] else read_beside(job["path"], result)
         with open(job["rows"] + ".train", "wb") as train, open(job["rows"] + ".val", "wb") as val:
             for sample in samples:
                 key, image, n_bytes, _ = sample
@@ -1756,12 +1735,18 @@ def read_beside(path, result):
     if not os.path.exists(stem + ".parquet"):
         return {}, {}
     try:
-        found = parquet_columns(stem + ".parquet")
-    except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+        import pyarrow.parquet
+
+        columns = pyarrow.parquet.read_table(stem + ".parquet").to_pydict()
+        if "key" not in columns:
+            raise ValueError(f"no column `key`; found {', '.join(columns)}")
+    except ImportError:  # optional: img2dataset writes the same values into the tar's JSON
+        result["no_pyarrow"] = True
+        return {}, {}
+    except (OSError, ValueError, OverflowError) as error:  # pyarrow's ArrowInvalid is a ValueError; dates too far
         result["warnings"].append(f"{stem}.parquet: not used: {error}")
         return {}, {}
-    result["no_pyarrow"] = found is None
-    row_of, columns = found or ({}, {})
+    row_of = {str(key): row for row, key in enumerate(columns["key"])}
     return row_of, {k: v for k, v in columns.items() if k not in ("image", "label", "caption")}
 
 
@@ -1853,7 +1838,7 @@ def find_sources(paths):
 
 
 def labels_by_name(path):
-    """Labels by name and by wnid of a classes.tsv, and how many. A name of several classes (crane) is none's.
+    """Labels by name and by wnid of a classes.tsv, and how many. A name of several classes (crane) maps to None.
 
     Returns: ({name or wnid: row, or None if it has several}, number of rows)
     """
@@ -1893,7 +1878,7 @@ LOSSES = {
 
 def run_jobs(jobs, workers):
     """index_source of every job, in order. Raises: SystemExit if a worker dies or a source is refused."""
-    running = in_processes(index_source, jobs, min(workers, len(jobs)))
+    running = in_processes(index_source, zip(jobs), min(workers, len(jobs)))
     results = list(tqdm(running, total=len(jobs), unit=" sources", disable=None))
     errors = [r["error"] for r in results if r["error"]]
     if errors:
@@ -1923,14 +1908,6 @@ def funnel(counts):
     lines.append(f"{counts['rows'] + counts['rows in val.tsv']:>12,}  rows")
     lines += [f"{'':12}  note: {n:,} x {what}" for what, n in sorted(counts.items()) if n and what not in told]
     return "\n".join(lines)
-
-
-def missing_stats(results):
-    """Warnings of shards without _stats.json, where others have one: img2dataset writes it last."""
-    if all(r["stats"] is None for r in results):
-        return []
-    return [f"{r['path']}: no readable _stats.json, unlike its neighbours; an unfinished shard?"
-            for r in results if r["stats"] is None]  # fmt: skip
 
 
 def build_index(sources, out, holdout, classes, workers, seed):
@@ -1972,7 +1949,10 @@ def build_index(sources, out, holdout, classes, workers, seed):
         classes = beside
         write_tsv(beside, ("name", "synonyms", "definition"), [dict(name=name) for name in names])
 
-    warnings = [w for r in results for w in r["warnings"]] + (missing_stats(results) if not names else [])
+    warnings, is_bare = [w for r in results for w in r["warnings"]], [r["stats"] is None for r in results]
+    if not all(is_bare):  # img2dataset writes it last
+        warnings += [f"{r['path']}: no readable _stats.json, unlike its neighbours; an unfinished shard?"
+                     for r in compress(results, is_bare)]  # fmt: skip
     if any(r["no_pyarrow"] for r in results):
         warnings.append(".parquet beside the shards was not read: pip install pyarrow, unless the JSON has all")
     if names:
@@ -2007,7 +1987,7 @@ def build_index(sources, out, holdout, classes, workers, seed):
     print(funnel(counts))
     print(f"{n_train:>12,}    in {out}")
     if holdout:
-        print(f"{n_val:>12,}    in {os.path.join(os.path.dirname(out), 'val.tsv')}")
+        print(f"{n_val:>12,}    in {val}")
     print(f"{time.perf_counter() - start:12.1f}  s")
 
 
@@ -2026,7 +2006,7 @@ def matches_of(pattern):
         if glob.has_magic(os.sep.join(parts[: n + 1])):
             for folder in glob.glob(os.sep.join(parts[:n]) or os.sep, recursive=True):
                 if os.path.isdir(folder):
-                    os.scandir(os.path.join(folder, ".")).close()  # the dot: the right to enter is needed too
+                    os.scandir(os.path.join(folder, ".")).close()  # the dot: search permission is needed too
     return glob.glob(pattern, recursive=True)
 
 
@@ -2169,6 +2149,7 @@ def json_objects(path, bad):
 def parquet_rows(path, wanted, bad=None, has_failed=False):
     """Columns of a parquet file, and its rows as lists. wanted: names to read, or None for all; bad: as text_lines.
 
+    Returns: names of all columns, names of those read, an iterator of (row number, fields of those read).
     img2dataset's files list rows that it did not get too, with a status; without has_failed these are left out.
     """
     try:
@@ -2583,12 +2564,6 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio: a product
 FIRST_BYTES = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)  # a mask of n of eight bytes
 
 
-def without_punctuation(text):
-    for mark in PUNCTUATION:
-        text = text.replace(mark, " ")
-    return text
-
-
 def with_spaced_marks(text):
     for mark in ",.;:?!`":
         text = text.replace(mark, f" {mark} ")
@@ -2826,7 +2801,9 @@ class Matcher:
     def prepared(self, text):
         """What is searched for a caption, or for several joined by NUL."""
         if self.rule == "laionet":
-            return without_punctuation(text)
+            for mark in PUNCTUATION:
+                text = text.replace(mark, " ")
+            return text
         if self.rule == "metaclip":
             return with_spaced_marks(text)
         return text.lower() if self.rule == "bag" or not self.is_sensitive else text
@@ -2871,7 +2848,7 @@ class Matcher:
         return [tuple(labels[start:stop]) for start, stop in zip(cuts, cuts[1:])]
 
     def longest(self, caption, classes):
-        """Of the classes that a caption names, those with a place that lies not strictly inside another class's.
+        """Of the classes that a caption names, those with a place that is not strictly inside one of another class.
 
         Not for `bag`, whose names have no place.
         """
@@ -2973,7 +2950,7 @@ def in_chunks(rows, texts, size=4096):
 
 
 def count_lost(path, bad, counts):
-    """Add to counts the rows of a table that were not read: bad ones, what img2dataset had not got or a tar lacks."""
+    """Add to counts the rows of a table that were not read: bad, not downloaded by img2dataset, or not in the tar."""
     lost = Counter(bad)
     if has_samples(path):
         lost += tar_facts(path)[1]
@@ -3015,11 +2992,6 @@ def part_of(path, out, settings):
     return os.path.join(f"{out}.parts", f"{hash64(json.dumps(facts)):016x}.npz")
 
 
-def run_file(job):
-    work, path, part, settings = job
-    work(path, part, settings)
-
-
 def run_files(work, paths, out, settings, run):
     """Call work(path, part, settings) for each input file that has no result yet.
 
@@ -3039,7 +3011,7 @@ def run_files(work, paths, out, settings, run):
             raise SystemExit(f"--merge: no result yet of {len(missing)} of {len(paths)} files, the first {missing[0]}")
     else:
         os.makedirs(f"{out}.parts", exist_ok=True)
-        done = in_processes(run_file, [(work, *files, settings) for files in todo], max(1, min(workers, len(todo))))
+        done = in_processes(work, [(*files, settings) for files in todo], max(1, min(workers, len(todo))))
         try:
             for _ in tqdm(done, total=len(todo), unit=" files", disable=None):
                 pass
@@ -3057,12 +3029,13 @@ def run_files(work, paths, out, settings, run):
 
 
 def merge_counts(parts):
-    """The funnel Counters of all parts, added."""
-    counts = Counter()
+    """The funnel Counters of all parts, added, and their arrays counts, added (0 without)."""
+    counts, total = Counter(), 0
     for part in parts:
         with np.load(part) as arrays:
             counts.update(json.loads(str(arrays["funnel"])))
-    return counts
+            total = total + (arrays["counts"] if "counts" in arrays else 0)
+    return counts, total
 
 
 def bad_rows(counts):
@@ -3098,7 +3071,6 @@ def label_file(path, part, settings):
             if row.get("label"):
                 row["source_label"] = row["label"]
             for label in classes[:1] if multi == "first" else classes:
-                counts["labels"] += 1
                 counts[f"class {label}"] += 1
                 yield row | {"label": label}
 
@@ -3126,7 +3098,7 @@ def build_labels(paths, out, classes, settings, run):
     parts = run_files(label_file, paths, out, settings, run)
     if parts is None:
         return
-    counts, n = merge_counts(parts), merge_tables(parts, out)
+    counts, n = merge_counts(parts)[0], merge_tables(parts, out)
     histogram = [counts[f"class {label}"] for label in range(len(rows))]
     funnel_counts = {"rows": counts["rows"], **bad_rows(counts), "no class": -counts["no class"],
                      "several classes": -counts["several classes"]}  # fmt: skip
@@ -3433,7 +3405,7 @@ def laionet_file(path, part, settings):
 
     def named():
         for number, (row, text, classes) in enumerate(matched_rows(path, settings, counts)):
-            is_tagged = next((v for k, v in row.items() if k.lower() == "nsfw"), "UNLIKELY").upper() != "UNLIKELY"
+            is_tagged = nsfw is not None and row.get(nsfw, "").upper() != "UNLIKELY"
             losses = {"no class": not classes, "several classes": len(classes) > 1, "NSFW tag": is_tagged}
             if any(losses.values()):
                 counts[next(filter(losses.get, losses))] += 1
@@ -3456,6 +3428,7 @@ def laionet_file(path, part, settings):
             yield from (row | {"similarity": f"{s:.6f}"} for row, s in zip(kept, similarity))
 
     columns = read_table(path)[0]
+    nsfw = next((name for name in columns if name.lower() == "nsfw"), None)
     columns += [name for name in ("label", "similarity", "source_label") if name not in columns]
     write_tsv(f"{part}.tsv", columns, rows())
     save_part(part, counts)
@@ -3464,11 +3437,8 @@ def laionet_file(path, part, settings):
 def build_laionet(paths, out, classes, threshold, settings, run):
     """Write the rows that name one class and are similar enough to its definition."""
     rows = class_rows(classes)
-    owners = defaultdict(set)
-    for label, row in enumerate(rows):
-        for name in names_of(row):
-            owners[name].add(label)
-    names = [[name for name in names_of(row) if len(owners[name]) == 1] for row in rows]
+    n_owners = Counter(name for row in rows for name in names_of(row))  # names_of has no name twice
+    names = [[name for name in names_of(row) if n_owners[name] == 1] for row in rows]
     queries = [f"{(row.get('query') or row['name']).lower()} which is {row.get('definition', '')}" for row in rows]
     models = [settings["clip"]] if settings["clip"] else []
     if settings["embeddings"] and not models:
@@ -3481,7 +3451,7 @@ def build_laionet(paths, out, classes, threshold, settings, run):
     if parts is None:
         return
     every = f"{out.removesuffix('.tsv')}.all.tsv"
-    counts, n_all = merge_counts(parts), merge_tables(parts, every)
+    counts, n_all = merge_counts(parts)[0], merge_tables(parts, every)
     columns, table = open_tables([every])
     class_counts = Counter()
 
@@ -3522,7 +3492,7 @@ def hash64(*parts):
 
 
 def key_of(row):
-    """What a row's random numbers hang on: the first there is of url, key, image and caption, never a position.
+    """What a row's random numbers depend on: the first there is of url, key, image and caption, never a position.
 
     An image is named as in its table, so equal names in several folders share a draw.
     """
@@ -3565,9 +3535,9 @@ def entry_file(path, part, settings):
 def draw(ids, lengths, keys, entry_keys, probability):
     """Rows kept: some entry of the row draws a number below its probability. Source: MetaCLIP, arXiv 2309.16671.
 
-    ids, lengths: entries of all rows one after another, [n] int32, and how many each row has, [R], some; keys: [R]
-    uint64 hashes of the rows; entry_keys, probability: [E]. Returns: [R] bool. A function of hashes alone, so neither
-    order nor shards matter, and a larger cap keeps a superset.
+    ids, lengths: entries of all rows one after another, [n] int32, and how many each row has, [R], at least 1; keys:
+    [R] uint64 hashes of the rows; entry_keys, probability: [E]. Returns: [R] bool. A function of hashes alone, so
+    neither order nor shards matter, and a larger cap keeps a superset.
     """
     u = splitmix64(np.repeat(keys, lengths) ^ entry_keys[ids]) / 2.0**64
     return np.logical_or.reduceat(u < probability[ids], np.cumsum(lengths) - lengths)
@@ -3595,11 +3565,6 @@ def keep_file(path, part, settings):
     save_part(part, {}, counts=kept)
 
 
-def tail_share(counts, cap):
-    """Share of the matches that go to entries below the cap."""
-    return float(counts[counts < cap].sum() / max(counts.sum(), 1))
-
-
 def cap_of_share(counts, share):
     """The cap t whose tail share is nearest: the count where the cumulative share of sorted counts comes nearest."""
     ordered = np.sort(counts[counts > 0])
@@ -3615,10 +3580,7 @@ def build_curate(paths, out, metadata, cap, share, seed, settings, run):
     parts = run_files(entry_file, paths, out, settings, run)
     if parts is None:
         return
-    counts, total_counts = merge_counts(parts), np.zeros(len(entries), np.int64)
-    for part in parts:
-        with np.load(part) as arrays:
-            total_counts += arrays["counts"]
+    counts, total_counts = merge_counts(parts)
     if not total_counts.any():
         raise SystemExit(f"no entry of {metadata} is in any of {counts['rows']} captions; nothing was written")
     cap = cap_of_share(total_counts, share) if share else cap
@@ -3626,24 +3588,21 @@ def build_curate(paths, out, metadata, cap, share, seed, settings, run):
     draws = f"{out}.parts/draws.npz"
     with whole_file(draws) as f:
         np.savez(f, keys=np.array([hash64(entry) for entry in entries], np.uint64), probability=probability)
-    # The draws hang on all files, so those of another set of files name other parts.
+    # The draws depend on all files, so those of another set of files name other parts.
     second = dict(first=settings, draws=draws, draws_sha256=file_hash(draws), out=out, skip_bad=settings["skip_bad"])
     kept_parts = run_files(keep_file, paths, out, second, (run[0], "all", False))
-    kept = np.zeros(len(entries), np.int64)
-    for part in kept_parts:
-        with np.load(part) as arrays:
-            kept += arrays["counts"]
-    n = merge_tables(kept_parts, out)
+    kept, n = merge_counts(kept_parts)[1], merge_tables(kept_parts, out)
     order = np.argsort(-total_counts, kind="stable")
     write_tsv(f"{out.removesuffix('.tsv')}.entries.tsv", ("entry", "count", "probability", "kept"),
               (dict(entry=entries[i], count=total_counts[i], probability=f"{probability[i]:.6g}", kept=kept[i])
                for i in order))  # fmt: skip
     is_head, matches = total_counts > cap, int(total_counts.sum())
     facts = {"entries": len(entries), "entries never found": int((total_counts == 0).sum()),
-             "entries above the cap": int(is_head.sum()), "cap": cap, "tail share": tail_share(total_counts, cap),
-             "matches": matches, "matches of entries above the cap": int(total_counts[is_head].sum())}  # fmt: skip
+             "entries above the cap": int(is_head.sum()), "cap": cap,
+             "tail share": float(total_counts[total_counts < cap].sum() / matches), "matches": matches,
+             "matches of entries above the cap": int(total_counts[is_head].sum())}  # fmt: skip
     head = [(entries[i], int(total_counts[i]), int(kept[i])) for i in order[:20]]
-    balanced = counts["rows"] - counts["no entry"] - sum(v for k, v in counts.items() if k.startswith("bad: ")) - n
+    balanced = counts["rows"] - counts["no entry"] + sum(bad_rows(counts).values()) - n
     finish(out, [*paths, metadata],
            dict(metadata=metadata, cap=cap, tail_share=share, seed=seed,
                 **{k: settings[k] for k in ("columns", "skip_bad")}),
@@ -3654,7 +3613,7 @@ def build_curate(paths, out, metadata, cap, share, seed, settings, run):
 
 
 def build_metadata(paths, out, wordnet, min_count, min_pmi, max_entries, columns):
-    """Write MetaCLIP's entries: "0".."99", WordNet's synsets, words and pairs of words of a corpus (methods, 6)."""
+    """Write MetaCLIP's entries: "0".."99", WordNet's synsets, words and pairs of words of a corpus (2309.16671)."""
     words, found, sources, n_rows = Counter(), {}, Counter(), 0
 
     def captions():
@@ -3772,10 +3731,9 @@ def build_frequency(paths, out, classes, synonyms, relevance, settings, run):
     parts = run_files(frequency_file, paths, out, settings | dict(n_classes=len(rows)), run)
     if parts is None:
         return
-    counts, class_counts, samples = merge_counts(parts), np.zeros(len(rows), np.int64), defaultdict(list)
+    (counts, class_counts), samples = merge_counts(parts), defaultdict(list)
     for part in parts:
         with np.load(part) as arrays:
-            class_counts += arrays["counts"]
             for label, *drawn in json.loads(bytes(arrays["sample"])):
                 samples[label].append(drawn)
         samples = defaultdict(list, {k: heapq.nsmallest(n_sample, v) for k, v in samples.items()})  # memory stays flat
@@ -3802,7 +3760,7 @@ def build_frequency(paths, out, classes, synonyms, relevance, settings, run):
            {"rows": counts["rows"], **bad_rows(counts)}, matches=int(class_counts.sum()),
            empty_classes=int((class_counts == 0).sum()))  # fmt: skip
     print(f"{class_counts.sum():>12,}  matches; {(class_counts == 0).sum()} of {len(rows)} classes in no caption")
-    for i in (*order[:3], *order[-3:]):
+    for i in (*order[:3], *order[3:][-3:]):
         print(f"{class_counts[i]:>12,}    {rows[i]['name']}")
 
 
@@ -3819,10 +3777,11 @@ def build_status(folder, out, classes):
     def failures():
         for shard in shards:
             path, seen = os.path.join(folder, f"{shard}.parquet"), Counter()
-            columns, _, rows = parquet_rows(path, None, None, True)
+            _, columns, rows = parquet_rows(path, None, None, True)
             if "status" not in columns:
                 raise SystemExit(f"{path}:1: no column status; found {', '.join(columns)}")
-            for row in (dict(zip(our_names(columns, path), fields)) for _, fields in rows):
+            columns = our_names(columns, path)
+            for row in (dict(zip(columns, fields)) for _, fields in rows):
                 seen[row["status"]] += 1
                 label = row.get("label") or "none"
                 before[label] += 1
@@ -3952,15 +3911,15 @@ def read_image(table: Table, row: int, min_side: float, max_pixels: int) -> Imag
 
 
 def in_processes(function, jobs, workers):
-    """function of each job, in order; at most 8 jobs a worker wait or are done, so memory does not grow with them."""
+    """function(*job) of each job, in order; at most 8 a worker wait or are done, so memory does not grow with them."""
     if workers == 1:
-        yield from map(function, jobs)
+        yield from itertools.starmap(function, jobs)
         return
     spawn, running = multiprocessing.get_context("spawn"), deque()
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=die_with_parent) as pool:
         try:
             for job in jobs:
-                running.append(pool.submit(function, job))
+                running.append(pool.submit(function, *job))
                 if len(running) > 8 * workers:
                     yield running.popleft().result()
             while running:
@@ -3996,40 +3955,10 @@ def label_number(field, ids, n_classes):
     return None if label is None or label >= (n_classes or MAX_CLASSES) else label
 
 
-def why_bad(job):
-    """Decode images. job: (folder, their names, max_pixels). Returns: for each the reason it is bad, or its (w, h)."""
-    folder, names, max_pixels = job
+def why_bad(folder, names, max_pixels):
+    """Decode the images of a folder. Returns: for each the reason it is bad, or its (width, height)."""
     images = (read_image(ImageNames(folder, names), row, NO_DRAFT, max_pixels) for row in range(len(names)))
     return [image if isinstance(image, str) else image.size for image in images]
-
-
-class RowScan:
-    """The rows of tables as a stream, and what is counted on the way.
-
-    bad: list of (file, line, image, reason); counts: [C or more] rows of each class; hashes: array of caption hashes.
-    """
-
-    def __init__(self, paths, ids, n_classes):
-        self.paths, self.ids, self.n_classes = paths, ids, n_classes
-        self.n_rows, self.bad, self.counts, self.hashes = 0, [], Counter(), array("Q")
-
-    def __iter__(self):
-        """Yields: (file, line, {column: field}) of each row whose text is in order."""
-        for path in self.paths:
-            broken = []
-            for line, row in numbered_rows(path, [naming_column(path)], broken):
-                self.n_rows += 1
-                label = label_number(row.get("label", ""), self.ids, self.n_classes)
-                self.counts[label] += 1
-                self.hashes.append(text_hash(row.get("caption", "")))
-                if label is None:
-                    self.bad.append((path, line, name_of(row), f"label {row['label']!r} is no class"))
-                elif label < 0 and not row.get("caption"):
-                    self.bad.append((path, line, name_of(row), "neither label nor caption"))
-                else:
-                    yield path, line, row
-            self.n_rows += len(broken)
-            self.bad += [(path, line, "", reason) for path, line, reason in broken]
 
 
 def text_hash(text):
@@ -4041,10 +3970,25 @@ def check_tables(tables, out, sample, max_bad, classes, max_pixels, workers, see
     """Write the bad rows of tables to out, print what is in them. Returns: 1 if more than max_bad are bad, else 0."""
     paths = find_tables(tables)
     names, ids, classes = find_classes(classes, paths[0])
-    scan, shown, n_decoded, n_undecoded, n_without = RowScan(paths, ids, len(names)), [], 0, 0, 0
-    rows = scan
+    bad, broken, of_class, hashes = [], [], Counter(), array("Q")  # rows of each class, hashes of captions
+    shown, n_decoded, n_undecoded, n_without = [], 0, 0, 0
+
+    def scan():  # yields (file, line, {column: field}) of each row whose text is in order
+        for path in paths:
+            for line, row in numbered_rows(path, [naming_column(path)], broken):
+                label = label_number(row.get("label", ""), ids, len(names))
+                of_class[label] += 1
+                hashes.append(text_hash(row.get("caption", "")))
+                if label is None:
+                    bad.append((path, line, name_of(row), f"label {row['label']!r} is no class"))
+                elif label < 0 and not row.get("caption"):
+                    bad.append((path, line, name_of(row), "neither label nor caption"))
+                else:
+                    yield path, line, row
+
+    rows = scan()
     if sample:  # the rows of the smallest hashes
-        rows = heapq.nsmallest(sample, scan, key=lambda row: (unit_hash(seed, name_of(row[2])), row[0], row[1]))
+        rows = heapq.nsmallest(sample, rows, key=lambda row: (unit_hash(seed, name_of(row[2])), row[0], row[1]))
         rows.sort(key=lambda row: row[:2])
     waiting = deque()  # rows in the hands of workers
 
@@ -4063,28 +4007,29 @@ def check_tables(tables, out, sample, max_bad, classes, max_pixels, workers, see
             n_decoded += 1
             if isinstance(result, str):
                 n_undecoded += 1
-                scan.bad.append((path, line, row["image"], result))
+                bad.append((path, line, row["image"], result))
             elif len(shown) < 3:
                 shown.append((path, line, row, result))
     for path, line, row, (width, height) in shown:
         print(f"{path}:{line}: {row['image']}, {width} x {height}, label {row.get('label', '') or 'none'}"
               f"\n    {row.get('caption', '')[:200].encode('utf-8', 'replace').decode()}")  # fmt: skip
-    scan.bad.sort(key=lambda row: row[:2])
+    bad = sorted(bad + [(path, line, "", reason) for path, line, reason in broken], key=lambda row: row[:2])
+    n_rows = of_class.total() + len(broken)
     write_tsv(out, ("file", "line", "image", "reason"),
-              (dict(zip(("file", "line", "image", "reason"), row)) for row in scan.bad))  # fmt: skip
-    print_classes(names, scan.counts)
-    copies = repeated_captions(paths, scan.hashes)
-    reasons = Counter(reason for *_, reason in scan.bad)
-    counts = {"rows": scan.n_rows, "decoded": n_decoded, **{r: -n for r, n in sorted(reasons.items())}}
+              (dict(zip(("file", "line", "image", "reason"), row)) for row in bad))  # fmt: skip
+    print_classes(names, of_class)
+    copies = repeated_captions(paths, hashes)
+    reasons = Counter(reason for *_, reason in bad)
+    counts = {"rows": n_rows, "decoded": n_decoded, **{r: -n for r, n in sorted(reasons.items())}}
     print_funnel(counts)
-    print(f"{len(scan.bad):>12,}  bad rows, in {out}")
+    print(f"{len(bad):>12,}  bad rows, in {out}")
     if n_without:
         print(f"{'':12}  note: {n_without:,} rows are of tables without a column image; their texts alone were checked")
     write_report(out, [*paths, classes], dict(sample=sample, seed=seed, max_pixels=max_pixels, classes=classes), counts,
                  repeated_captions=copies)  # fmt: skip
     # Text is checked in all rows, pixels perhaps in a sample.
-    n_rows = max(scan.n_rows, 1)
-    share = n_undecoded / (max(n_decoded, 1) if sample else n_rows) + (len(scan.bad) - n_undecoded) / n_rows
+    n_rows = max(n_rows, 1)
+    share = n_undecoded / (max(n_decoded, 1) if sample else n_rows) + (len(bad) - n_undecoded) / n_rows
     return int(share > max_bad)
 
 
@@ -4134,13 +4079,12 @@ def phash(image):
     return int.from_bytes(np.packbits(low > np.median(low)).tobytes(), "big")
 
 
-def hash_rows(job):
-    """Hashes of rows. job: (folder, list of (image, {column: text}), methods, max_pixels).
+def hash_rows(folder, rows, by, max_pixels):
+    """Hashes of rows: list of (image, {column: text}). by: methods.
 
     Returns: [rows, methods + 1] uint64, 0 where a hash says nothing: no image or text, or a picture so flat that its
     perceptual hash has under 4 or over 60 bits set. The last column is the image's area in px.
     """
-    folder, rows, by, max_pixels = job
     found = np.zeros((len(rows), len(by) + 1), np.uint64)
     images = ImageNames(folder, [image for image, _ in rows])
     for i, (_, texts) in enumerate(rows):
@@ -4165,7 +4109,7 @@ def file_piece_hash(path, offset, size):
     """64 bits of an image's bytes as stored; 0 if they cannot be read. Arguments: of locate_image."""
     try:
         if path.suffix == ".npy":
-            content = open_npy(path)[offset].tobytes()
+            content = open_npy(path)[offset].tobytes() if offset >= 0 else b""  # -1: no row is named
         else:
             with open(path, "rb") as file:
                 if offset + size > os.fstat(file.fileno()).st_size:  # before read() asks for that much memory
@@ -4174,9 +4118,7 @@ def file_piece_hash(path, offset, size):
                 content = file.read(size)
     except (OSError, ValueError, IndexError):
         return 0
-    if not content:
-        return 0
-    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") or 1
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") or 1 if content else 0
 
 
 def hash_tables(paths, by, max_pixels, workers):
@@ -4453,15 +4395,10 @@ def dedup_tables(tables, out, by, distance, cosine, embeddings, protect, against
     pairs = (dict(image=names[i], other=names[j], by=method, distance=round(d, 6),
                   kept="" if against else names[best[roots[i]]]) for i, j, method, d in edges)  # fmt: skip
     write_tsv(f"{stem}.pairs.tsv", ("image", "other", "by", "distance", "kept"), pairs)
-    report_dedup(out, paths, tests, n, n_kept, found, hashed, sizes, best, names, bool(against),
-                 dict(image_sizes="decoded" if is_decoded else "columns" if is_told else "unknown",
-                      by=by, distance=distance, cosine=cosine, chain=chain, embeddings=embeddings, protect=protect,
-                      against=against, against_embeddings=against_embeddings, max_pixels=max_pixels))  # fmt: skip
-
-
-def report_dedup(out, paths, tests, n, n_kept, found, hashed, sizes, best, names, is_relative, flags):
-    """Print and write what dedup did: the funnel, the histogram of component sizes, the three largest components."""
-    what = "copies of a row of --against" if is_relative else "copies of a row that stays"
+    flags = dict(image_sizes="decoded" if is_decoded else "columns" if is_told else "unknown",
+                 by=by, distance=distance, cosine=cosine, chain=chain, embeddings=embeddings, protect=protect,
+                 against=against, against_embeddings=against_embeddings, max_pixels=max_pixels)  # fmt: skip
+    what = "copies of a row of --against" if against else "copies of a row that stays"
     counts = {"rows": n, what: n_kept - n, "rows left": n_kept}
     print_funnel(counts)
     print(f"{'':12}  note: image sizes, by which the larger stays: {flags['image_sizes']}")
@@ -4470,12 +4407,12 @@ def report_dedup(out, paths, tests, n, n_kept, found, hashed, sizes, best, names
         if n_unknown:
             print(f"{'':12}  note: {n_unknown:,} x no {method} (empty, cannot be decoded, flat picture); not compared")
     histogram = {int(size): int(times) for size, times in zip(*np.unique(sizes[sizes > 1], return_counts=True))}
-    print(f"{sum(histogram.values()):>12,}  components of several rows, in {out.removesuffix('.tsv')}.pairs.tsv")
+    print(f"{sum(histogram.values()):>12,}  components of several rows, in {stem}.pairs.tsv")
     for root in np.argsort(-sizes, kind="stable")[:3]:
         if sizes[root] > 1:
             print(f"{sizes[root]:>12,}    rows with {names[best[root]]}")
-    embeddings = [*flags["embeddings"], *flags["against_embeddings"]]
-    write_report(out, [*paths, *tests, *embeddings], flags, counts, component_sizes=histogram, not_compared=unknown)
+    write_report(out, [*paths, *tests, *embeddings, *against_embeddings], flags, counts,
+                 component_sizes=histogram, not_compared=unknown)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------ prune
@@ -4497,7 +4434,7 @@ def nearest(queries, arrays, device, keep=None):
 
 
 def prune_rows(arrays, queries, limits, device):
-    """Which rows lie closer to some query than its limit, the row's hull in the paper's words.
+    """Which rows lie closer to some query than its limit: inside the hull of the test set, in the paper's words.
 
     arrays: list of [n, D]; queries, limits: {test set: list of blocks [<= BLOCK, D], of [<= BLOCK]}.
     Returns: {test set: (drop [N] bool, best cosine [N] float32, its query [N] int64)}; a row without a direction goes,
@@ -4633,9 +4570,7 @@ def scan_rows(paths, key, seed, classes=None, column=None):
 
 def ranks_of(hashes):
     """Places of rows in the order of their hashes, of scan_rows: rows of one key are told apart by their fields."""
-    ranks = np.empty(len(hashes), np.int64)
-    ranks[np.lexsort((hashes[:, 1], hashes[:, 0]))] = np.arange(len(hashes))
-    return ranks
+    return np.argsort(np.lexsort((hashes[:, 1], hashes[:, 0])))  # of a permutation: its inverse
 
 
 def class_counts(labels, n_classes):
@@ -4645,12 +4580,9 @@ def class_counts(labels, n_classes):
 
 def bottom(hashes, mask, k):
     """Of the rows in mask the k with the smallest hashes. Returns: mask. Raises: SystemExit if there are fewer."""
-    rows = np.flatnonzero(mask)
-    if k > len(rows):
-        raise SystemExit(f"{k:,} rows wanted, {len(rows):,} there; rows are never repeated")
-    chosen = np.zeros_like(mask)
-    chosen[rows[np.argsort(hashes[rows], kind="stable")[:k]]] = True
-    return chosen
+    if k > mask.sum():
+        raise SystemExit(f"{k:,} rows wanted, {mask.sum():,} there; rows are never repeated")
+    return bottom_per_class(hashes, np.zeros(len(mask), np.int64), mask, np.array([k]))
 
 
 def bottom_per_class(hashes, labels, mask, quota):
@@ -4770,7 +4702,7 @@ def subset_tables(tables, out, threshold, class_list, match_frequency, fill, sho
     """Write a part of the rows of tables. Arguments: as the flags."""
     paths, fill_paths = find_tables(tables), find_tables(fill) if fill else []
     known = find_classes(classes, paths[0])
-    column, _, least = threshold.partition("=") if threshold else (None, "", "nan")
+    column, _, least = threshold.rpartition("=") if threshold else (None, "", "nan")
     hashes, labels, values = scan_rows(paths, key, seed, known, column)
     n, more = len(hashes), scan_rows(fill_paths, key, seed, known)
     hashes, labels = ranks_of(np.concatenate([hashes, more[0]])), np.concatenate([labels, more[1]])
@@ -4807,7 +4739,7 @@ def subset_tables(tables, out, threshold, class_list, match_frequency, fill, sho
     pool = pool & ~np.isin(labels, np.flatnonzero(gone))  # what these steps empty is not rescued
     counts["not among the rows wanted of a class"] = int((mask & ~is_fill).sum() - was.sum())
     if fill:
-        counts["of them from --fill"] = int((mask & is_fill).sum())
+        counts["added from --fill"] = int((mask & is_fill).sum())
     if (fraction or rows) and not profile:
         was, mask = mask, bottom(hashes, mask, rows or int(fraction * mask.sum() + 0.5))
         count("not drawn", was)
@@ -4830,7 +4762,7 @@ def subset_tables(tables, out, threshold, class_list, match_frequency, fill, sho
     if wanted:
         place = {label: str(i) for i, label in enumerate(wanted)}
         chosen = (row | {"subset_label": place[label_number(row["label"], known[1], n_classes)]} for row in chosen)
-    write_tsv(out, [*columns, *["subset_label"][: len(wanted)]], chosen)
+    write_tsv(out, list(dict.fromkeys([*columns, *["subset_label"][: len(wanted)]])), chosen)
     written = class_counts(scan_rows([place_of(out)], key if key != "image" else columns[0], 0, known)[1], n_classes)
     assert (written == after).all(), "the table written does not have the counts that were planned"
     flags = dict(threshold=threshold, class_list=class_list, match_frequency=match_frequency, fill=fill, shots=shots,
@@ -4997,7 +4929,8 @@ def plot_counts(names, counts, path):
 def outputs_of(args):
     """Tables that a command writes: those with a report, those without."""
     if args.command == "prune":
-        sets = [*(test.partition("=")[0] for test in args.tests), "combined", "near", "far", "rand", "leaks"]
+        sets = [test.partition("=")[0] for test in args.tests]
+        sets += ["combined"] * (len(sets) > 1) + ["near", "far", "rand"] * (args.keep > 0) + ["leaks"]
         names = [args.out.replace("{set}", name) for name in sets]
         return names[:-1], names[-1:]
     beside = dict(laionet="all", dedup="pairs", curate="entries", status="classes")
@@ -5026,9 +4959,9 @@ def check_out(args):
 
 
 def main(args):
-    if args.command not in ("shapes", "index") and not getattr(args, "dry_run", False):
+    has_outputs = args.command != "shapes" and not getattr(args, "dry_run", False)
+    if has_outputs:
         check_out(args)
-    if args.command != "shapes" and not getattr(args, "dry_run", False):
         for path in filter(None, [args.out, getattr(args, "plot", None)]):  # now, not after all the work
             os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     if getattr(args, "device", "cpu") != "cpu":  # now, not after all images were hashed
@@ -5039,11 +4972,9 @@ def main(args):
         except (RuntimeError, AssertionError) as error:
             raise SystemExit(f"--device {args.device}: {str(error).splitlines()[0][:100]}") from None
     is_share = hasattr(args, "shard") and not args.merge and (args.shard or os.environ.get("RANK", "0") != "0")
-    if args.command == "shapes" or getattr(args, "dry_run", False) or is_share:  # a share leaves parts, no table
+    # A share leaves parts, no table.
+    with with_reports(*outputs_of(args)) if has_outputs and not is_share else contextlib.nullcontext():
         run_command(args)
-    else:
-        with with_reports(*outputs_of(args)):
-            run_command(args)
 
 
 def run_command(args):

@@ -14,7 +14,8 @@ learning. Everything is here: data, towers, loss, optimisation, zero-shot evalua
     python clip.py --data my_pairs.tsv --arch RN50 --batch-size 1024 --epochs 32       # one's own pairs
     python clip.py --eval-only runs/clip/checkpoint.pt --eval-sets val.tsv sketch.tsv
 
-Released weights (ours, open_clip's, OpenAI's) become the clip.pt of a world; open_clip's need --arch and --activation:
+Released weights (ours, open_clip's, OpenAI's) become the clip.pt of a world; others than ours need --arch, and
+open_clip's --activation:
     python clip.py --eval-only RN50.pt --arch RN50 --root ROOT --bpe bpe_simple_vocab_16e6.txt.gz --export ROOT/clip.pt
 The paper's recipe (RN50, 32 epochs of ImageNet-Captions) adds these flags to --root ROOT --data incaps --arch RN50:
     --batch-size 1024 --epochs 32 --lr 1e-3 --weight-decay 0.2 --beta2 0.999 --warmup-steps 500
@@ -24,7 +25,7 @@ A data set is a TSV (columns image, label, caption, any others); an image is `ph
 files. Written to --out: args.json, log.jsonl, checkpoint.pt, metrics.json and <set>.npz for each test set.
 
 Dimension key: B pairs of this process, N = B * world_size pairs of the step, D embedding width, L tokens, P image
-tokens, C classes, H heads. Features are unit vectors unless called *_embed.
+tokens, C classes, H heads. Features are unit vectors unless called *_embed, but for those in <set>.npz and a loader's.
 
 Expected on the default world: val top-1 0.78 to 0.82, Spearman(frequency, predictions) near 0 (README).
 
@@ -42,7 +43,7 @@ Deviations from the paper and its code:
 10. --text-embeddings trains the projection on fixed vectors; theirs kept the language model's dropout on.
 11. The defaults are shared with sl_vocab_subsample.py. Their CLIP and supervised runs differed in optimiser, updates,
     epochs, batch norm, weight decay, precision and evaluation too.
-12. Everything that is drawn hangs on --seed; the figures are single runs, the supervised ones without a seed.
+12. Everything that is drawn depends on --seed; their figures are single runs, the supervised ones without a seed.
 """
 
 import argparse
@@ -101,8 +102,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                            "sets with long captions from being memorised; -1 is 0.5 for tiny with a trained text "
                            "tower, else 0")
     data.add_argument("--crop-scale", type=float, default=0.9,
-                      help="smallest area of the random crop, as a fraction of the image; 1 is its middle: an "
-                           "aspect from 3/4 to 4/3 whole")
+                      help="smallest area of the random crop, as a fraction of the image; 1: no random crop but the "
+                           "largest centred one with an aspect from 3/4 to 4/3")
     data.add_argument("--bpe", default="auto",
                       help="byte-pair merges in CLIP's file format (.txt or .gz); auto: those of the loaded weights, "
                            "else ROOT/bpe.txt, else learned from the captions")
@@ -113,7 +114,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                       help=f"test sets: names in ROOT or TSV files; auto takes those of {', '.join(TEST_SETS)} that "
                            "ROOT has")
     data.add_argument("--max-bad", type=float, default=0.01,
-                      help="end the run when more than this fraction of the images cannot be read")
+                      help="end the run when more than this fraction of the images read so far, or of 1,000 if these "
+                           "are fewer, cannot be read")
     data.add_argument("--max-pixels", type=int, default=89_478_485,
                       help="refuse images whose header announces more pixels than this")
 
@@ -281,12 +283,12 @@ def info_nce(
     """Symmetric cross-entropy over matching pairs (InfoNCE), over the batch of all processes.
 
     image_features, text_features: [B, D] float32, unit norm; row i of both is one pair.
-    scale: scalar tensor, 1 / temperature, already exponentiated, in (0, 100].
+    scale: scalar tensor, 1 / temperature, already exponentiated, in [1, 100].
     caption_ids: [B] int64, equal for equal captions; needed by mask and soft.
     dup_captions: equal captions of other pairs are negatives (keep), left out (mask), or share the target (soft).
     directions: each image among the texts (image), each text among the images (text), or the mean of the two (both).
     Returns: scalar, nats; mean over this process's B rows against all N columns. The mean over
-        processes is the loss of one process with the whole batch, and so are its gradients (tests/test_clip.py).
+        processes is the loss of one process with the whole batch, and so are its gradients (tests/test_clip_train.py).
     Source: CLIP section 2.3, figure 3; masks as in the few-shot code of GLA, arXiv 2310.08106.
     """
     B = len(image_features)
@@ -709,7 +711,7 @@ UNREADABLE += (zipfile.BadZipFile, pickle.UnpicklingError)
 def load_weights(path: str) -> dict:
     """Read weights of clip.py, open_clip (.pt, .safetensors) or OpenAI (TorchScript).
 
-    Returns: {"state_dict", ...} as save_checkpoint writes it; other sources have "state_dict" and perhaps "activation".
+    Returns: {"state_dict", ...} as the training scripts save it; other sources have "state_dict", maybe "activation".
     Raises: SystemExit for a missing or unreadable file.
     """
     if not Path(path).is_file():
@@ -1259,8 +1261,8 @@ def crop_pixels(pixels: torch.Tensor, boxes: torch.Tensor, image_size: int) -> t
 def load_pixels(tables: list[Table], image_size: int = 0) -> torch.Tensor | None:
     """All images of tables, one after the other, [n, H, W, 3] uint8; None if not all are rows of .npy of one size.
 
-    image_size: px that crops of them will have, 0 for none; None too if the images are much larger or no squares, since
-    crop_pixels samples without a filter and without their aspect.
+    image_size: px that crops of them will have, 0 for none; None too if the images are much larger or not square, since
+    crop_pixels has no antialiasing filter and assumes an aspect of 1.
     """
     places, n = defaultdict(list), 0
     for table in tables:
@@ -1330,17 +1332,14 @@ class Sampler:
         for step in range(self.start, self.stop):
             yield self.batch(step)[self.rank * B : (self.rank + 1) * B]
 
-    def __len__(self) -> int:
-        return self.stop - self.start
-
 
 class Pairs(torch.utils.data.Dataset):
     """Training pairs of several sets; whole batches at a time, in the loader's workers or in the main process.
 
     captions: one for each set, with its table. tokenizer: None if text_features stand in the place of tokens.
     Set from outside: pixel_offsets [sets], where the rows of a set start among the images on the device;
-    text_features [n, D] and text_ids [n], the sorted caption ids they belong to (None: a row for each row of the set),
-    and text_cut [n], whether a caption was truncated.
+    text_features [n, D], not normalised ([n, width] of --text-embeddings), and text_ids [n], the sorted caption ids
+    they belong to (None: a row for each row of the set), and text_cut [n], whether a caption was truncated.
     """
 
     def __init__(self, captions: list[Captions], tokenizer: Tokenizer | None, image_size: int, crop_scale: float,
@@ -1380,11 +1379,6 @@ class Pairs(torch.utils.data.Dataset):
                 cut = self.text_cut[rows].tolist()
             batch["texts"] = torch.from_numpy(np.asarray(self.text_features[rows], np.float32))
         return batch | {"bad": bad, "n_cut": sum(cut)}
-
-
-def as_it_is(batch: dict) -> dict:
-    """Collate function of a loader whose batches come whole."""
-    return batch
 
 
 def ignore_sigterm(worker: int) -> None:
@@ -1443,7 +1437,8 @@ def setup_distributed(device: str) -> tuple[int, int, torch.device]:
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next step, which else maps and zeroes the pages of its activations anew.
 
-    With huge pages 20 % of an RN50 step on a CPU (benchmarks/clip_step.py). Without glibc nothing happens.
+    With huge pages a quarter to a third less time for an RN50 step on a CPU (benchmarks/clip_step.py). Without glibc
+    nothing happens.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -1458,9 +1453,9 @@ def pick_precision(precision: str, device: torch.device) -> tuple[str, str]:
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("bf16", "CUDA") if has_bf16 else ("fp16", "CUDA without bf16")
-    if device.type == "cpu" and os.path.exists("/proc/cpuinfo") and "amx_bf16" in Path("/proc/cpuinfo").read_text():
+    if os.path.exists("/proc/cpuinfo") and "amx_bf16" in Path("/proc/cpuinfo").read_text():
         return "bf16", "CPU with AMX"
-    return "fp32", f"{device.type} without fast bf16"
+    return "fp32", "CPU without fast bf16"
 
 
 def on_one_rank(rank: int, work: Callable[[], None]) -> None:
@@ -1602,14 +1597,6 @@ def load_checkpoint(path: Path, args: dict, run_flags: set[str]) -> dict:
     return checkpoint
 
 
-def any_rank(flag: bool, group: dist.ProcessGroup | None) -> bool:
-    """Whether a flag is set on any process; over the CPU, so that no GPU is waited for."""
-    if group is None:
-        return flag
-    value = torch.tensor([int(flag)])
-    dist.all_reduce(value, dist.ReduceOp.MAX, group=group)  # All ranks
-    return bool(value)
-
 # ------------------------------------------------------------------------------ evaluate
 
 EVAL_BATCH = 128  # rows are encoded in the same blocks whatever the number of processes, so metrics are identical
@@ -1655,7 +1642,8 @@ def class_prototypes(model: CLIP, tokenizer: Tokenizer | None, world: World,
                      device: torch.device) -> torch.Tensor | None:
     """[C, D] unit class vectors: the normalised mean of the normalised embeddings of a class's prompts. All ranks.
 
-    None if there are no classes, or no embeddings of their prompts. Source: openai/CLIP's zero-shot notebook.
+    Without classes, or without embeddings of their prompts: those stored in the checkpoint, or None.
+    Source: openai/CLIP's zero-shot notebook.
     """
     if not world.classes or (tokenizer is None and world.class_embeddings is None):
         return None if world.stored is None else world.stored.to(device)
@@ -1678,7 +1666,6 @@ def encode_images(model: nn.Module, table: Table, workers: int, max_pixels: int,
     """
     pixels = load_pixels([table])
     reasons = np.zeros(len(table), object)
-    blocks = range(0)
     if pixels is None:
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         starts = range(rank * EVAL_BATCH, len(table), world_size * EVAL_BATCH)
@@ -1719,7 +1706,7 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> float | None:
 def imbalance_metrics(predictions: np.ndarray, labels: np.ndarray, class_counts: np.ndarray) -> dict[str, float | None]:
     """Accuracy, and how much it and the predictions follow the training frequency of the classes.
 
-    predictions, labels: [n] class ids. class_counts: [C] training images a class; classes without any count too.
+    predictions, labels: [n] class ids. class_counts: [C] training images of each class, zeros included.
     Returns: fractions in 0..1 and Spearman correlations over all classes; a class without test images has no accuracy
         and is left out of means of accuracies. head, medium, tail: the classes by falling count (ties by id), in
         thirds of C // 3, C // 3 and the rest. What cannot be computed is None.
@@ -1926,7 +1913,8 @@ def read_world(args: argparse.Namespace, root: Path) -> World:
             raise SystemExit(f"--templates {args.templates}: no {{}} for the class name in {template!r}")
     counts, test_sets = np.zeros(len(classes), np.int64), find_test_sets(args.eval_sets, root)
     for table in test_sets.values() if not args.eval_only else ():
-        read_labels(table, [row["name"] for row in classes])  # a wrong one is told before training, not after it
+        read_labels(table, [row["name"] for row in classes])  # what is wrong is told before training, not after it
+        load_pixels([table])
     return World(root, classes, counts, test_sets, templates, class_embeddings)
 
 
@@ -1963,11 +1951,13 @@ def count_classes(captions: list[Captions], shares: np.ndarray, classes: list[di
     shares: [sets] part of the training pairs that a set gives. Of a set without labels and with more than
     COUNT_CAPTIONS rows an even sample of the captions is matched.
     """
+    if not classes:  # nothing to count, and without names a label is any number
+        return np.zeros(0, np.int64)
     total, counts = sum(len(c.table) for c in captions), np.zeros(len(classes))
     for source, share in zip(captions, shares):
         seen = n_rows = len(source.table)
         if (source.labels >= 0).any():
-            found = np.bincount(source.labels[source.labels >= 0], minlength=len(classes))[: len(classes)]
+            found = np.bincount(source.labels[source.labels >= 0], minlength=len(classes))
         else:
             rows = range(0, n_rows, math.ceil(n_rows / COUNT_CAPTIONS))
             found, seen = match_classes((source(row, 0) for row in rows), classes), len(rows)
@@ -2039,9 +2029,8 @@ def embed_captions(model: CLIP, pairs: Pairs, n_epochs: list[int], out: Path, de
 
     if len(ids) * model.embed_dim * 4 <= KEEP_TEXT:
         return ids, encode_rows(len(ids), model.embed_dim + 1, encode, device).cpu().numpy()
-    path, rank, world_size = out / "text_features.npy", 0, 1
-    if dist.is_initialized():
-        rank, world_size = dist.get_rank(), dist.get_world_size()
+    path = out / "text_features.npy"
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     on_one_rank(rank, lambda: allocate_npy(path, (len(ids), model.embed_dim + 1), np.float16))
     features = np.load(path, mmap_mode="r+")
     for start in range(rank * EVAL_BATCH, len(ids), world_size * EVAL_BATCH):
@@ -2068,7 +2057,7 @@ def build_model(
         loaded = load_weights(source)
     arch = loaded.get("arch", args.arch) if whole else args.arch
     activation = pick_activation(args.activation, loaded, source) if source else args.activation.replace("auto", "gelu")
-    embed_dim, tokenizer = ARCHS[arch]["embed_dim"], None
+    embed_dim, tokenizer = ARCHS[args.arch]["embed_dim"], None
     if args.init and args.arch not in ("tiny", arch):
         raise SystemExit(f"--arch {args.arch}: {args.init} has {arch}")
     if source:
@@ -2126,7 +2115,7 @@ def checkpoint_of(model: CLIP, tokenizer: Tokenizer | None, world: World, args: 
 
 
 def total(value: float, group: dist.ProcessGroup | None) -> float:
-    """Sum of a number over the processes."""
+    """Sum of a number over the processes; over the CPU, so that no GPU is waited for."""
     if group is None:
         return value
     value = torch.tensor(float(value), dtype=torch.float64)
@@ -2142,7 +2131,7 @@ def check_finite(step: int, parts: dict[str, torch.Tensor], skipped_in_a_row: in
     """
     if not skipped_in_a_row:
         return
-    names = [name for name, part in parts.items() if any_rank(not bool(part.isfinite().all()), group)] or ["gradients"]
+    names = [name for name, part in parts.items() if total(not bool(part.isfinite().all()), group)] or ["gradients"]
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(f"step {step + 1}: {', '.join(names)} not finite: step left out ({skipped_in_a_row} in a row)",
               flush=True)
@@ -2376,7 +2365,8 @@ def main(args: argparse.Namespace) -> None:
         pairs.text_features, pairs.text_cut = cache[:, :-1], cache[:, -1]
     workers = args.workers if args.workers >= 0 else default_workers() if pixels is None else 1
     sampler = Sampler(sizes, shares, args.batch_size, args.seed, start, steps, rank, world_size)
-    loader = torch.utils.data.DataLoader(pairs, batch_sampler=sampler, collate_fn=as_it_is, num_workers=workers,
+    # Batches come whole from the data set, as dicts: nothing is left to collate.
+    loader = torch.utils.data.DataLoader(pairs, batch_sampler=sampler, collate_fn=dict, num_workers=workers,
                                          pin_memory=device.type == "cuda", worker_init_fn=ignore_sigterm)
 
     # --- log
@@ -2466,7 +2456,7 @@ def main(args: argparse.Namespace) -> None:
                 log.write({"step": step + 1, **metrics})
                 print_table(metrics)
             logged_at = time.time()
-        is_stopped = any_rank(bool(stop_signals), control)
+        is_stopped = total(len(stop_signals), control)
         if is_stopped or step + 1 == steps or (args.save_every and (step + 1) % args.save_every == 0):
             # Prompts of many classes take minutes: only a finished run has class prototypes.
             prototypes = class_prototypes(model, tokenizer, world, device) if step + 1 == steps else None

@@ -29,8 +29,8 @@ Dimension key: B images of this process, V views, K prototypes, M of them used i
 C classes.
 
 Expected on the default world: a linear probe has 0.24 on val, k-NN 0.12; with --data balanced 0.40 and 0.20. Raw pixels
-have 0.07 and 0.09, a random network 0.03 and 0.03. Worlds differ: with --seed 1 and 2 the long-tailed probe has 0.25
-and 0.49 (results/shapes.md, 9). A third of the steps reach 0.09 only.
+have 0.07 and 0.09, a random network 0.03 and 0.03. Worlds differ: in those of `build_datasets.py shapes --seed 1` and 2
+the long-tailed probe has 0.25 and 0.49 (results/shapes.md, 9). A third of the steps gives only 0.09.
 
 Deviations from the paper and its code:
  1. Sinkhorn runs in the log domain: the published exp(logits / temperature) overflows at low temperatures.
@@ -40,10 +40,10 @@ Deviations from the paper and its code:
     torchvision.transforms.v2 draws from a process's generator: its formulas are applied here to batches on the device,
     to files and .npy alike, in no more CPU time. Pillow cuts files (bicubic), the device .npy images (bilinear).
  4. ViT-S/16 has no stochastic depth.
- 5. Its positions are resized to the grid of a local crop; the public code's scale is of 0.1 patch more.
- 6. One draw of prototypes serves all processes, and hangs on seed and step: theirs was equal on all only as long as
+ 5. Position embeddings are resized to the exact grid of a local crop; the public code's scale is 0.1 patch larger.
+ 6. One draw of prototypes serves all processes, and depends on seed and step: theirs was equal on all only as long as
     their generators were, and began anew after a restart.
- 7. Runs that compare differ in one flag: theirs also differed in the freezing of the last layer, and in the batch.
+ 7. Runs to be compared differ in one flag: theirs also differed in the freezing of the last layer, and in the batch.
  8. A data set is what its table lists: theirs took ImageNet's train and val folders for two classes of one set.
  9. Training, k-NN and probe standardise pixels by CLIP's mean, also for weights of others (theirs by ImageNet's mean,
     then by CLIP's).
@@ -105,7 +105,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                       help="more worlds to probe the features on: folders with classes.tsv, train.tsv and test.tsv; "
                            "auto is those in ROOT (unseen in the shapes world), no name is none")
     data.add_argument("--max-bad", type=float, default=0.01,
-                      help="end the run when more than this fraction of the images cannot be read")
+                      help="end the run when more than this fraction of the images read so far, or of 1,000 if these "
+                           "are fewer, cannot be read")
     data.add_argument("--max-pixels", type=int, default=89_478_485,
                       help="refuse images whose header announces more pixels than this")
 
@@ -228,7 +229,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         value = getattr(args, flag)
         if not 1e-6 <= value < math.inf and (value or flag != "warmup_teacher_temp"):  # fp32's logits / T overflow
             parser.error(f"--{flag.replace('_', '-')} must be positive, from 1e-6 up, got {value}")
-    if not (args.weight_decay_end >= 0 or args.weight_decay_end == -1):
+    if not (0 <= args.weight_decay_end < math.inf or args.weight_decay_end == -1):
         parser.error(f"--weight-decay-end must not be negative, or be -1, got {args.weight_decay_end}")
     if args.probe_images < 2:
         parser.error("--probe-images must be at least 2: one class and another")
@@ -785,7 +786,7 @@ UNREADABLE += (zipfile.BadZipFile, pickle.UnpicklingError)
 def load_weights(path: str) -> dict:
     """Read weights of clip.py, open_clip (.pt, .safetensors) or OpenAI (TorchScript).
 
-    Returns: {"state_dict", ...} as save_checkpoint writes it; other sources have "state_dict" and perhaps "activation".
+    Returns: {"state_dict", ...} as the training scripts save it; other sources have "state_dict", maybe "activation".
     Raises: SystemExit for a missing or unreadable file.
     """
     if not Path(path).is_file():
@@ -836,8 +837,7 @@ def load_backbone(model: Network, path: str) -> None:
             weights = {name[len(prefix) :]: value for name, value in weights.items() if name.startswith(prefix)}
     own = model.visual.state_dict()
     weights = {name: value for name, value in weights.items() if not name.startswith("fc.")}
-    unused = {name for name in own if model.arch == "tiny" and name.startswith("proj.")}
-    weights = {name: own[name] for name in unused} | {n: w for n, w in weights.items() if n not in unused}
+    weights |= {name: own[name] for name in own if model.arch == "tiny" and name.startswith("proj.")}  # not used here
     missing, unexpected = sorted(own.keys() - weights), sorted(weights.keys() - own)
     shapes = [f"{k} {tuple(weights[k].shape)} for {tuple(own[k].shape)}" for k in own.keys() & weights.keys()
               if own[k].shape != weights[k].shape]
@@ -1042,7 +1042,7 @@ def view_boxes(scale: tuple[float, float], max_ratio: float, aspect: np.ndarray,
     draws = uniform_hash(*(np.reshape(key, (-1, 1)) for key in keys), np.arange(22)) + np.zeros((B, 1))  # [B, 22]
     area = scale[0] + (scale[1] - scale[0]) * draws[:, :10]
     ratio = max_ratio ** (2 * draws[:, 10:20] - 1)
-    width, height = np.sqrt(area * ratio / aspect[:, None]), np.sqrt(area / ratio * aspect[:, None])  # [B, 10] of 1
+    width, height = np.sqrt(area * ratio / aspect[:, None]), np.sqrt(area / ratio * aspect[:, None])  # [B, 10]
     fits = (width <= 1) & (height <= 1)
     first, any_fits = (np.arange(B), fits.argmax(1)), fits.any(1)
     largest = aspect.clip(1 / max_ratio, max_ratio)
@@ -1074,8 +1074,8 @@ def crop_pixels(pixels: torch.Tensor, boxes: torch.Tensor, image_size: int) -> t
 def load_pixels(tables: list[Table], image_size: int = 0) -> torch.Tensor | None:
     """All images of tables, one after the other, [n, H, W, 3] uint8; None if not all are rows of .npy of one size.
 
-    image_size: px that crops of them will have, 0 for none; None too if the images are much larger or no squares, since
-    crop_pixels samples without a filter and without their aspect.
+    image_size: px that crops of them will have, 0 for none; None too if the images are much larger or not square, since
+    crop_pixels has no antialiasing filter and assumes an aspect of 1.
     """
     places, n = defaultdict(list), 0
     for table in tables:
@@ -1145,9 +1145,6 @@ class Sampler:
         B = self.batch_size // self.world_size
         for step in range(self.start, self.stop):
             yield self.batch(step)[self.rank * B : (self.rank + 1) * B]
-
-    def __len__(self) -> int:
-        return self.stop - self.start
 
 
 class Views(torch.utils.data.Dataset):
@@ -1301,16 +1298,9 @@ def make_crops(batch: dict, pixels: torch.Tensor | None, sizes: list[int], kind:
         if kind == "colour":
             x = augment_colour(x, draws)
         else:
-            blur, solarise = ([1.0, 0.1][v] if v < 2 else 0.5 for v in views), (0.2 * (v == 1) for v in views)
-            x = augment_dino(x, draws, list(blur), list(solarise))
+            x = augment_dino(x, draws, [(1.0, 0.1, 0.5)[min(v, 2)] for v in views], [0.2 * (v == 1) for v in views])
         crops.append(255 * x)
     return crops
-
-
-# Copied from clip.py
-def as_it_is(batch: dict) -> dict:
-    """Collate function of a loader whose batches come whole."""
-    return batch
 
 
 # Copied from clip.py
@@ -1379,7 +1369,8 @@ def setup_distributed(device: str) -> tuple[int, int, torch.device]:
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next step, which else maps and zeroes the pages of its activations anew.
 
-    With huge pages 20 % of an RN50 step on a CPU (benchmarks/clip_step.py). Without glibc nothing happens.
+    With huge pages a quarter to a third less time for an RN50 step on a CPU (benchmarks/clip_step.py). Without glibc
+    nothing happens.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -1395,9 +1386,9 @@ def pick_precision(precision: str, device: torch.device) -> tuple[str, str]:
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("bf16", "CUDA") if has_bf16 else ("fp16", "CUDA without bf16")
-    if device.type == "cpu" and os.path.exists("/proc/cpuinfo") and "amx_bf16" in Path("/proc/cpuinfo").read_text():
+    if os.path.exists("/proc/cpuinfo") and "amx_bf16" in Path("/proc/cpuinfo").read_text():
         return "bf16", "CPU with AMX"
-    return "fp32", f"{device.type} without fast bf16"
+    return "fp32", "CPU without fast bf16"
 
 
 # Copied from clip.py
@@ -1531,16 +1522,6 @@ def load_checkpoint(path: Path, args: dict, run_flags: set[str]) -> dict:
     return checkpoint
 
 
-# Copied from clip.py
-def any_rank(flag: bool, group: dist.ProcessGroup | None) -> bool:
-    """Whether a flag is set on any process; over the CPU, so that no GPU is waited for."""
-    if group is None:
-        return flag
-    value = torch.tensor([int(flag)])
-    dist.all_reduce(value, dist.ReduceOp.MAX, group=group)  # All ranks
-    return bool(value)
-
-
 # ------------------------------------------------------------------------------ evaluate
 
 EVAL_BATCH = 128  # rows are encoded in the same blocks whatever the number of processes, so metrics are identical
@@ -1573,7 +1554,6 @@ def encode_images(model: nn.Module, table: Table, workers: int, max_pixels: int,
     """
     pixels = load_pixels([table])
     reasons = np.zeros(len(table), object)
-    blocks = range(0)
     if pixels is None:
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         starts = range(rank * EVAL_BATCH, len(table), world_size * EVAL_BATCH)
@@ -1616,7 +1596,7 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> float | None:
 def imbalance_metrics(predictions: np.ndarray, labels: np.ndarray, class_counts: np.ndarray) -> dict[str, float | None]:
     """Accuracy, and how much it and the predictions follow the training frequency of the classes.
 
-    predictions, labels: [n] class ids. class_counts: [C] training images a class; classes without any count too.
+    predictions, labels: [n] class ids. class_counts: [C] training images of each class, zeros included.
     Returns: fractions in 0..1 and Spearman correlations over all classes; a class without test images has no accuracy
         and is left out of means of accuracies. head, medium, tail: the classes by falling count (ties by id), in
         thirds of C // 3, C // 3 and the rest. What cannot be computed is None.
@@ -1710,8 +1690,8 @@ def probe_features(model: Network | RawPixels, bank: Table, test_sets: dict[str,
     """k-NN and linear probe, fitted on a labelled set, of each test set. All ranks.
 
     is_whole: encode all of the bank, though the probe is fitted on --probe-images.
-    Returns: {set: {knn, probe: [n, C] scores, weights [C, d] of raw features, features, labels, rows, bad, bank: its
-    features and labels}}.
+    Returns: {set: {knn, probe: [n, C] scores, weights [C, d] of raw features, decay, features, labels, rows, bad, bank:
+    its features and labels}}.
     """
     bank, keep = copy.copy(bank), np.arange(len(bank))
     if len(bank) > args.probe_images:
@@ -1744,7 +1724,7 @@ def probe_features(model: Network | RawPixels, bank: Table, test_sets: dict[str,
     return found
 
 
-def evaluate_dino(model: Network, worlds: list[tuple[Table, dict[str, Table], list[str], bool]],
+def evaluate_dino(model: Network, worlds: list[tuple[Table | None, dict[str, Table], list[str], bool]],
                   class_counts: np.ndarray, args: argparse.Namespace, device: torch.device,
                   npz_folder: Path | None = None) -> dict[str, dict]:
     """Metrics of each test set of each world: top1, balanced, ... are the linear probe's. All ranks.
@@ -1772,7 +1752,7 @@ def evaluate_dino(model: Network, worlds: list[tuple[Table, dict[str, Table], li
                 write_atomically(npz_folder / f"{name}.npz", lambda file, arrays=arrays: np.savez(file, **arrays))
         if bank is None:
             continue
-        counts = np.zeros(len(class_names), np.int64) if is_transfer else class_counts  # none is rare there
+        counts = np.zeros(len(class_names), np.int64) if is_transfer else class_counts  # no training frequencies there
         for kind, probed in models.items():
             for name, found in probe_features(probed, bank, test_sets, class_names, args, device,
                                               is_transfer and not kind).items():
@@ -1883,7 +1863,7 @@ def describe(root: Path, tables: list[Table], shares: np.ndarray, class_names: l
 
 # Copied from clip.py
 def total(value: float, group: dist.ProcessGroup | None) -> float:
-    """Sum of a number over the processes."""
+    """Sum of a number over the processes; over the CPU, so that no GPU is waited for."""
     if group is None:
         return value
     value = torch.tensor(float(value), dtype=torch.float64)
@@ -1900,7 +1880,7 @@ def check_finite(step: int, parts: dict[str, torch.Tensor], skipped_in_a_row: in
     """
     if not skipped_in_a_row:
         return
-    names = [name for name, part in parts.items() if any_rank(not bool(part.isfinite().all()), group)] or ["gradients"]
+    names = [name for name, part in parts.items() if total(not bool(part.isfinite().all()), group)] or ["gradients"]
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(f"step {step + 1}: {', '.join(names)} not finite: step left out ({skipped_in_a_row} in a row)",
               flush=True)
@@ -1973,7 +1953,7 @@ class RunLog:
             sys.stdout.flush()
 
 
-def find_worlds(args: argparse.Namespace, root: Path) -> list[tuple[Table, dict[str, Table], list[str], bool]]:
+def find_worlds(args: argparse.Namespace, root: Path) -> list[tuple[Table | None, dict[str, Table], list[str], bool]]:
     """What features are probed on, as evaluate_dino takes it; the root's first, if it has labels."""
     worlds, class_names = [], [row["name"] for row in read_classes(root)]
     test_sets = find_test_sets(args.eval_sets, root)
@@ -2034,7 +2014,7 @@ def report_dino(teacher: Network, prototypes: torch.Tensor, worlds: list, class_
     on_one_rank(rank, lambda: write_json(out / "metrics.json", metrics | {"run": run}))
     if rank:
         return
-    print_probes({name: m for name, m in metrics.items() if m["knn"] is not None})
+    print_probes(metrics)
     if all(m["knn"] is None for m in metrics.values()):
         print("nothing to probe: no labelled images that can be read, in test sets of a root with classes.tsv or in "
               "--transfer")
@@ -2042,12 +2022,8 @@ def report_dino(teacher: Network, prototypes: torch.Tensor, worlds: list, class_
     print(f"metrics: {out / 'metrics.json'}", flush=True)
 
 
-def evaluate_teacher(args: argparse.Namespace, worlds: list, rank: int, device: torch.device) -> None:
-    """--eval-only: the teacher of a checkpoint."""
-    loaded = load_weights(args.eval_only)
-    missing = sorted({"dino_prototypes", "arch", "args", "class_names", "class_counts", "step"} - loaded.keys())
-    if missing:
-        raise SystemExit(f"{args.eval_only} is no checkpoint of this script: no {' or '.join(missing)} in it")
+def evaluate_teacher(args: argparse.Namespace, loaded: dict, worlds: list, rank: int, device: torch.device) -> None:
+    """--eval-only: the teacher of a checkpoint, as loaded."""
     made_with, prototypes = loaded["args"], loaded["dino_prototypes"]
     model = Network(loaded["arch"], made_with["head_hidden"], prototypes.shape[1], 1, made_with["head_bn"])
     try:
@@ -2079,19 +2055,23 @@ def main(args: argparse.Namespace) -> None:
 
     # --- data
     if args.eval_only:  # probed as the run was, where no flag says otherwise
-        made_with = load_weights(args.eval_only).get("args")
-        made_with = made_with if isinstance(made_with, dict) else {}
-        if args.data == parse_args([]).data:
-            args.data = made_with.get("data", args.data)
-            args.root = made_with.get("root", "auto") if args.root == "auto" else args.root
-        if args.probe_set == "auto":
-            args.probe_set = made_with.get("probe_set", "auto")
+        loaded = load_weights(args.eval_only)
+        missing = sorted({"dino_prototypes", "arch", "args", "class_names", "class_counts", "step"} - loaded.keys())
+        if missing:
+            raise SystemExit(f"{args.eval_only} is no checkpoint of this script: no {' or '.join(missing)} in it")
+        made_with, default = loaded["args"], parse_args([])
+        if args.data == default.data:
+            args.data = made_with["data"]
+            args.root = made_with["root"] if args.root == "auto" else args.root
+        for name in ("probe_set", "probe_images"):
+            if getattr(args, name) == getattr(default, name):
+                setattr(args, name, made_with[name])
     files = [part.strip() for part in args.data.split(",") if re.search(r"\.tsv(:[\d.]+)?$", part.strip())]
     root = Path(args.root) if args.root != "auto" else Path(files[0]).parent if files else Path(SHAPES_ROOT)
     on_one_rank(rank, lambda: ensure_shapes(root))
     worlds = find_worlds(args, root)
     if args.eval_only:
-        evaluate_teacher(args, worlds, rank, device)
+        evaluate_teacher(args, loaded, worlds, rank, device)
         return
     class_names = [row["name"] for row in read_classes(root)]
     paths, weights = find_sets(args.data, root)
@@ -2198,7 +2178,7 @@ def main(args: argparse.Namespace) -> None:
         pixels, dataset.pixel_offsets = pixels.to(device), np.cumsum([0, *sizes[:-1]])
     workers = args.workers if args.workers >= 0 else default_workers() if pixels is None else 1
     sampler = Sampler(sizes, shares, args.batch_size, args.seed, start, steps, rank, world_size)
-    loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=as_it_is, num_workers=workers,
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=dict, num_workers=workers,
                                          pin_memory=device.type == "cuda", worker_init_fn=ignore_sigterm)
 
     # --- log
@@ -2318,7 +2298,7 @@ def main(args: argparse.Namespace) -> None:
                 log.write({"step": step + 1, "unique_prototypes": unique_prototypes(teacher_prototypes), **metrics})
                 print_probes(metrics)
             logged_at = time.time()
-        is_stopped = any_rank(bool(stop_signals), control)
+        is_stopped = total(len(stop_signals), control)
         if is_stopped or step + 1 == steps or (args.save_every and (step + 1) % args.save_every == 0):
             checkpoint = checkpoint_of_dino(teacher, teacher_prototypes, class_names, class_counts, args, step + 1)
             checkpoint |= {"student": student.state_dict(), "student_prototypes": table.weight,

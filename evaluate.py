@@ -219,7 +219,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.json and not Path(args.json).name:
         parser.error(f"--json: {args.json} is not the name of a file")
     if args.plot and (args.command == "report" or args.command == "wiseft" and args.checkpoints):
-        parser.error(f"{args.command} has no --plot of this")
+        parser.error(f"{args.command} has nothing for --plot to draw")
     if args.plot and Path(args.plot).suffix not in (".png", ".svg"):
         parser.error(f"--plot ends in .png or .svg, got {args.plot}")
     return args
@@ -254,7 +254,7 @@ def refuse(is_wrong: object, line: str) -> None:
 
 @contextlib.contextmanager
 def reading(path: str | Path, what: str, *more: type) -> Iterator[None]:
-    """SystemExit in place of any of FAILURES, and more of them, inside."""
+    """Turns FAILURES, and those of `more`, raised inside into a SystemExit of one line."""
     try:
         yield
     except (*FAILURES, *more) as error:
@@ -451,7 +451,7 @@ def read_named_counts(path: str | Path) -> dict[str, float]:
     """{class: count} of a table with columns class (or name, label) and count (or freq, frequency, n), or of lines with
     one number each (the classes are 0, 1, ...), or of a JSON object."""
     with reading(path, ""):
-        lines = [line.strip() for line in Path(path).read_text("utf-8").split("\n") if line.strip()]
+        lines = [line.strip() for line in Path(path).read_text("utf-8-sig").split("\n") if line.strip()]
     is_list = Path(path).suffix != ".json" and lines and re.fullmatch(r"[-\d.eE+]+", lines[0])
     rows = [{"class": str(i), "count": line} for i, line in enumerate(lines)] if is_list else read_records(path)
     columns, counts = list(rows[0]) if rows else [], {}
@@ -481,10 +481,10 @@ def read_counts(path: str | Path, class_names: np.ndarray | None) -> np.ndarray:
 
 def read_subset(path: str | Path, class_names: np.ndarray | None, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Classes of a file (id or name, perhaps a tab and a group): ids [S] ascending, group of each [S] in 0..G-1."""
-    names = class_names.tolist() if class_names is not None else []
+    names = [] if class_names is None else [str(name) for name in class_names.tolist()]
     place = {name: i for i, name in enumerate(names)}
     with reading(path, ""):
-        lines = [line.split("\t") for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
+        lines = [line.split("\t") for line in Path(path).read_text("utf-8-sig").splitlines() if line.strip()]
     group_of = {}
     for i, fields in enumerate(lines):
         name = fields[0].strip()
@@ -601,10 +601,11 @@ def normal_std(values: list[float]) -> dict[str, float | None]:
 
 
 def binomial_interval(k: np.ndarray, n: np.ndarray) -> np.ndarray:
-    """[..., 2] exact 95 % interval (Clopper and Pearson) of a fraction that was k of n; NaN where n is 0."""
+    """[..., 2] exact 95 % interval (Clopper and Pearson) of a fraction that was k of n; NaN where n is 0 or k NaN."""
     low = np.where(np.asarray(k) > 0, beta.ppf(0.025, k, n - k + 1), 0)
     high = np.where(np.asarray(k) < n, beta.ppf(0.975, k + 1, n - k), 1)
-    return np.where(np.asarray(n)[..., None] > 0, np.stack([low, high], axis=-1), np.nan)
+    is_known = (np.asarray(n) > 0) & np.isfinite(k)
+    return np.where(is_known[..., None], np.stack([low, high], axis=-1), np.nan)
 
 
 def clopper_pearson(accuracy: float, n: float) -> dict[str, float | None]:
@@ -737,12 +738,6 @@ def class_mean(per_class: np.ndarray, n_test: np.ndarray) -> np.ndarray:
         spread = variance.var() * len(variance) ** 2 / max(1, len(variance) - 1)
         total *= t_quantile(variance.sum(), spread) / norm.ppf(0.975)
     return np.r_[draws[0].mean(), draws[0].mean() + total / len(n)]
-
-
-def nan_mean(values: np.ndarray) -> np.ndarray:
-    """Mean over the last axis without NaN, NaN if there is nothing else."""
-    n = np.isfinite(values).sum(-1)
-    return np.where(n > 0, np.nansum(values, -1) / np.maximum(n, 1), np.nan)
 
 
 def class_accuracy(labels: np.ndarray, right: np.ndarray, n_classes: int) -> np.ndarray:
@@ -955,7 +950,7 @@ def plot_compare(results: dict, path: str) -> None:
 
 
 def has_predictions(path: Path, *arrays: str) -> bool:
-    """Whether an .npz has labels, one an image, and logits or predictions, and these arrays: sets of pairs have not."""
+    """Whether an .npz has labels, one an image, logits or predictions, and these arrays; sets of pairs lack them."""
     with reading(path, " as .npz"), np.load(path, allow_pickle=False) as file:
         names = set(file.files)
     labels = read_npz(path, ("labels",)).get("labels", np.zeros(0))
@@ -1001,7 +996,7 @@ def models_of_run(folder: Path, group: str, id_set: str, shifts: list[str], subs
 def models_of_table(path: str, group: str, id_set: str, shifts: list[str], n_of: dict[str, float]) -> list[dict]:
     """The same from a table; a column is in percent if a value is above 1; columns of both kinds are refused."""
     rows, models = read_records(path), []
-    columns = list(rows[0]) if rows else []
+    columns = list(dict.fromkeys(column for row in rows for column in row))  # JSON may lack one in a row
     names = shifts or [c for c in columns if c not in ("", "model", "group", "average", id_set) and "@" not in c]
     wanted = [c for c in columns if c.split("@")[0] in (id_set, *names)]
     refuse(id_set not in columns or not names or not all("model" in row for row in rows),
@@ -1088,8 +1083,8 @@ def effective_robustness(models: list[dict], shifts: list[str], baseline: str, b
     """Accuracy of every model under every shift beyond the line of the baseline models.
 
     models: as models_of_run gives them, each with all shifts. rho = acc - sigmoid(slope * logit(acc_id) + intercept), a
-    vertical distance in 0..1. `average` is a shift of its own: accuracies averaged, then logit; `mean_rho` is the mean
-    of rho.
+    vertical distance, as a fraction, negative below the line. `average` is a shift of its own: accuracies averaged,
+    then logit; `mean_rho` is the mean of rho.
     The interval of rho resamples models (the line) and images (binomial draws of both accuracies).
     Source: Taori et al., arXiv 2007.00644, sections 2 and 3; groups of one training source each: 2103.00020, figure 13.
     """
@@ -1154,8 +1149,7 @@ def robustness(inputs: list[str], id_set: str, shifts: list[str], baseline: str,
     refuse("average" in shifts, "a test set called average: that is the name of the mean over the shifts here")
     kept = [m for m in models if all(s in m for s in shifts)]
     for m in models:
-        if m not in kept:
-            missing = ", ".join(s for s in shifts if s not in m)
+        if missing := ", ".join(s for s in shifts if s not in m):
             print(f"left out {m['model']}: no accuracy on {missing}", file=sys.stderr)
     names = [m["model"] for m in kept]
     refuse(not kept or not shifts or len(set(names)) < len(names),
@@ -1239,7 +1233,7 @@ class Logistic:
             x = x @ self.axes.to(x)
         else:  # fewer images than axes: too few to be worth it
             variance, self.axes = torch.ones(n_features), torch.eye(n_features, dtype=torch.float64)
-        # At W = 0, and for axes of little variance as if they had the mean: near separation these are all that moves.
+        # The curvature at W = 0, plus the mean variance on every axis: near separation those of little variance move.
         curvature = torch.cat([variance.clamp(min=0) + variance.mean(), torch.ones(1)])
         self.curvature = curvature * (0.25 if self.is_multi else 1 / n_classes)
         self.x = torch.cat([x, torch.ones(self.n, 1, device=device)], 1)  # [n, D + 1]
@@ -1322,7 +1316,8 @@ def transfer_metric(scores: np.ndarray, labels: np.ndarray, metric: str, boot: i
         for start in range(-50, boot, 50):
             size = min(50, boot - start)
             weights = rng.multinomial(n, np.full(n, 1 / n), size=size) if start >= 0 else np.ones((1, n))
-            draws.append(nan_mean(np.stack([average_precision(*pair, weights) for pair in zip(scores.T, labels.T)], 1)))
+            found = np.stack([average_precision(*pair, weights) for pair in zip(scores.T, labels.T)], 1)
+            draws.append(np.ma.masked_invalid(found).mean(1).filled(np.nan))
         return np.concatenate(draws)
     right, C = scores.argmax(1) == labels, scores.shape[1]
     if metric == "top1":
@@ -1363,15 +1358,13 @@ def read_tasks(inputs: list[str], sets: list[str]) -> Iterator[tuple]:
         yield model, name, *parts
 
 
-def sweep_strength(protocol: str, C: float, model: Logistic, val: dict, metric: str) -> float:
+def sweep_strength(protocol: str, model: Logistic, val: dict, metric: str) -> float:
     """Inverse strength C that is best on the validation part; among equals the weakest regularisation.
 
     clip: lambda = 1 / C from 10^-6 to 10^6 on 7 points, then halving round the peak to 8 steps a decade (CLIP, arXiv
     2103.00020, App. A.3). transfer: 45 values of lambda from 10^-6 to 10^5 (Kornblith et al., ssl-transfer). Strong to
     weak, each fit from the last.
     """
-    if protocol == "none":
-        return C
     found, peak, rounds = {}, 0.0, [np.linspace(-6, 5, 45)]
     if protocol == "clip":
         rounds = [range(-6, 7, 2), (-1, 1), (-0.5, 0.5), (-0.25, 0.25), (-0.125, 0.125)]
@@ -1379,7 +1372,8 @@ def sweep_strength(protocol: str, C: float, model: Logistic, val: dict, metric: 
         for e in sorted({float(peak + offset) for offset in offsets} - set(found), reverse=True):
             if -6 <= e <= 6:
                 model.fit(10.0**-e)
-                found[e] = transfer_metric(model.scores(val["features"]), val["labels"], metric, 0, 0)[0]
+                draws = transfer_metric(model.scores(val["features"]), val["labels"], metric, 0, 0)
+                found[e] = mean_of_classes(draws, val["labels"])[0]
         peak = min(found, key=lambda e: (-found[e], e))
     return 10.0**-peak
 
@@ -1394,7 +1388,7 @@ def probe_scores(train: dict, val: dict | None, whole: dict, test: dict, n_class
             if is_val.all() or not is_val.any():
                 raise SystemExit(f"{train['path']}: {len(is_val)} images are too few to hold out a fifth; --sweep none")
             train, val = ({k: train[k][rows] for k in ("features", "labels")} for rows in (~is_val, is_val))
-        C = sweep_strength(protocol, C, Logistic(train["features"], train["labels"], n_classes, device), val, metric)
+        C = sweep_strength(protocol, Logistic(train["features"], train["labels"], n_classes, device), val, metric)
     model = Logistic(whole["features"], whole["labels"], n_classes, device)
     objective = model.fit(C)
     return model.scores(test["features"]), {"C": C, "objective": objective}
@@ -1778,8 +1772,8 @@ def collapse(paths: list[str], counts: str, boot: int, seed: int) -> dict:
                 gaps = cosine_gaps(np.asarray(vectors, np.float64), is_centred)
                 metrics |= {f"NC2_{letter}{suffix}": gaps[0], f"NC2_{letter} nn{suffix}": gaps[1]}
                 if boot and letter == "M":
-                    intervals |= {f"{name}_interval": np.maximum(0, value[:, None] + half[:, None] * [-1, 1])
-                                  for name, value, half in zip(list(metrics)[-2:], gaps, halves[int(not is_centred)])}
+                    intervals |= {f"{key}_interval": np.maximum(0, value[:, None] + half[:, None] * [-1, 1])
+                                  for key, value, half in zip(list(metrics)[-2:], gaps, halves[int(not is_centred)])}
         accuracy, frequency = np.full(C, np.nan), data.get("class_counts", np.full(C, np.nan))
         if "logits" in data or "predictions" in data:
             accuracy = class_accuracy(labels, predict(data)[0] == labels, C)
@@ -1814,11 +1808,6 @@ def pair_means(gram: np.ndarray, boot: int, rng: np.random.Generator) -> tuple[f
     own = weights**2 @ np.diag(gram)
     draws = ratio(((weights @ gram) * weights).sum(1) - own, n**2 - (weights**2).sum(1))  # 0 / 0: one row n times
     return float((gram.sum() - np.trace(gram)) / (n * (n - 1))), draws
-
-
-def benjamini_hochberg(p: np.ndarray, level: float = 0.05) -> np.ndarray:
-    """[n] bool: rejected at this false discovery rate."""
-    return false_discovery_control(p) <= level
 
 
 def similarity(path_a: str, path_b: str, n_pairs: int, max_images: int, min_pairs: int, boot: int, seed: int) -> dict:
@@ -1856,7 +1845,7 @@ def similarity(path_a: str, path_b: str, n_pairs: int, max_images: int, min_pair
     ends = [estimate(d, draw) for d, draw in zip(difference, draws)]
     spread = np.ma.masked_invalid(draws).std(1).filled(0)
     spread = np.where(spread > 1e-12, spread, np.inf)  # no draws, or all alike: no evidence
-    found = benjamini_hochberg(2 * student_t.sf(np.abs(difference) / spread, free))
+    found = false_discovery_control(2 * student_t.sf(np.abs(difference) / spread, free)) <= 0.05  # Benjamini-Hochberg
     names, index = short_names([path_a, path_b]), rng.integers(len(classes), size=(boot, len(classes)))
     rows = {"classes": len(classes), f"mean of {names[0]}": mean_over(means[:, 0], boot, rng),
             f"mean of {names[1]}": mean_over(means[:, 1], boot, rng),
@@ -1907,7 +1896,7 @@ def read_state(path: str | Path) -> dict:
 
 
 def flat_tensors(content: dict, path: str, prefix: str = "") -> dict[str, torch.Tensor]:
-    """All tensors of nested dicts, by dotted names: of plain real numbers, as many as the file at path holds."""
+    """All tensors of nested dicts, by dotted names; refused if sparse, quantized, complex or expanded."""
     found = {}
     for name, value in content.items():
         if isinstance(value, dict):
@@ -1940,7 +1929,7 @@ def read_array(path: str, key: str) -> tuple[np.ndarray, dict]:
             raise SystemExit(f"{path}: no tensor {key or 'that looks like prototypes'}; --key is one of "
                              f"{', '.join(n for n, t in tensors.items() if t.ndim == 2)[:300]}")
         array = tensors[names[0]].float().numpy()
-    if array is None or array.ndim != 2 or array.dtype.kind != "f" or 0 in array.shape:
+    if array is None or array.ndim != 2 or array.dtype.kind not in "fiu" or 0 in array.shape:
         raise SystemExit(f"{path}: expected numbers [K, D], got "
                          f"{'nothing' if array is None else f'{array.dtype} {array.shape}'}; --key names an array")
     check_finite_rows(path, name, array)
@@ -1948,7 +1937,7 @@ def read_array(path: str, key: str) -> tuple[np.ndarray, dict]:
 
 
 def greedy_cover(vectors: torch.Tensor, eps: float) -> tuple[np.ndarray, np.ndarray]:
-    """H1: visit rows in order, keep one iff 1 - cosine to all kept is at least eps. Kept rows [M], group of each [K].
+    """Visit rows in order, keep one iff 1 - cosine to all kept is at least eps. Kept rows [M], group of each [K].
 
     vectors: [K, D] unit float32. The order matters; the index order is ours. Same result as the naive loop; memory
     O(4096^2 + K D).
@@ -1973,7 +1962,7 @@ def greedy_cover(vectors: torch.Tensor, eps: float) -> tuple[np.ndarray, np.ndar
 
 
 def linked_groups(vectors: torch.Tensor, groups: np.ndarray, eps: float) -> np.ndarray:
-    """H2: connected components [K] of the graph 1 - cosine < eps, whatever the order.
+    """Connected components [K] of the graph 1 - cosine < eps, whatever the order.
 
     groups: greedy_cover's, each of which is inside one component; only pairs of different groups are looked at, so that
     collapsed prototypes do not make K^2 pairs.
@@ -2043,7 +2032,7 @@ def prototypes(path: str, key: str, counts: str, epsilons: list[float], n_tail: 
                                             "exp entropy": exp_entropy(share)}
     rows["effective rank"] = {"value": effective_rank(unit.cpu().double().numpy())}
     results = {"rows": rows, "affinity": {}}
-    if counts or "class_counts" in more:
+    if counts or np.any(more.get("class_counts", 0)):  # the scripts write zeros where they are not known
         frequency = read_counts(counts, more.get("class_names")) if counts else more["class_counts"]
         if frequency.shape != (len(array),) or frequency.dtype.kind not in "fiu" or not (frequency >= 0).all():
             raise SystemExit(f"{path}: {len(array)} rows, frequencies are {frequency.dtype} {frequency.shape}, "
@@ -2066,7 +2055,7 @@ def prototypes(path: str, key: str, counts: str, epsilons: list[float], n_tail: 
 
 
 def sample_plane(path: str, counts: str, n_samples: int, seed: int) -> dict:
-    """t-SNE [n + C, 2] of images of 25 of the more frequent half and 8 of the rarest 4 % of the classes (at least 8),
+    """t-SNE [n + c, 2] of n images of c classes: 25 of the more frequent half and 8 of the rarest 4 % (at least 8);
     then of the classes' means; class of each; whether it is rare. Source: Wen et al., figure 7 (k = 500 and 40)."""
     data, rng = read_predictions(path, "features", "class_counts", counts=counts), np.random.default_rng(seed)
     labels = data["labels"]
@@ -2339,7 +2328,7 @@ def wiseft(paths: list[str], alphas: list[float], out: str) -> dict:
 def wiseft_results(folder: str, id_set: str, shifts: list[str], boot: int, seed: int) -> dict:
     """Accuracy in distribution and under shift of FOLDER/alpha_*/, which the training script's --eval-only wrote."""
     rows = {}
-    for path in sorted(Path(folder).glob("alpha_*/")):
+    for path in sorted(path for path in Path(folder).glob("alpha_*") if path.is_dir()):
         model = models_of_run(path, "wiseft", id_set, shifts, {})
         names = [k for k in model if k not in ("model", "group")]
         refuse(not names or "average" in names, f"{path}: no {id_set} and shifts in its metrics.json or .npz, or one "
@@ -2542,7 +2531,7 @@ def score_run(folder: Path, boot: int, seed: int) -> dict[str, dict]:
         elif known:
             row = {"n": known.get("n")} | (from_metrics(known) if "top1" in known else {})
         row |= {k: clopper_pearson(known[k], known.get("n", math.nan)) for k in ("knn", "probe") if k in known}
-        recalls = {k: estimate(v) for k, v in (known.get("retrieval") or {}).items()}
+        recalls = {k: estimate(v) for k, v in known.get("retrieval", {}).items()}
         if recalls and path.is_file() and "text_features" in read_npz(path, ("text_features",)):
             ks = sorted({int(k.rpartition("_r")[2]) for k in recalls})
             recalls = next(iter(retrieval([str(path)], ks, boot, seed, "cpu")["rows"].values()))
@@ -2750,10 +2739,9 @@ GUIDE = {"color": "0.5", "linestyle": ":", "linewidth": 0.8}
 
 
 def value_of(entry: dict | float | None) -> float:
-    """The number of an estimate (in similarity's tables inside another) or a plain number; NaN for None."""
-    while isinstance(entry, dict):
-        entry = entry.get("value")
-    return math.nan if entry is None else entry
+    """The number of an estimate, or a plain number; NaN for None."""
+    value = entry.get("value") if isinstance(entry, dict) else entry
+    return math.nan if value is None else value
 
 
 def error_bars(cells: list[dict]) -> np.ndarray:

@@ -47,7 +47,7 @@ Deviations from the paper and its code:
  6. Weight decay is on matrices only (theirs on gains, biases and the scale too).
  7. Rows that compare differ in one flag: theirs trained the vocabulary of figure 8 at four times the baselines' batch
     and learning rate.
- 8. What is drawn hangs on --seed: --trim-tail's images too, which theirs drew without one.
+ 8. What is drawn depends on --seed: --trim-tail's images too, which theirs drew without one.
  9. A row's labels stay together, as 3|17, under --multi-label; theirs repeated the row, and took the list of labels for
     the class counts.
 """
@@ -106,13 +106,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                            "them apart")
     data.add_argument("--trim-shots", type=int, default=0, help="images kept of a trimmed class; 0: a zero-shot tail")
     data.add_argument("--crop-scale", type=float, default=0.9,
-                      help="smallest area of the random crop, as a fraction of the image; 1 is its middle: an "
-                           "aspect from 3/4 to 4/3 whole")
+                      help="smallest area of the random crop, as a fraction of the image; 1: no random crop but the "
+                           "largest centred one with an aspect from 3/4 to 4/3")
     data.add_argument("--eval-sets", nargs="*", default=["auto"],
                       help=f"test sets: names in ROOT or TSV files; auto takes those of {', '.join(TEST_SETS)} that "
                            "ROOT has")
     data.add_argument("--max-bad", type=float, default=0.01,
-                      help="end the run when more than this fraction of the images cannot be read")
+                      help="end the run when more than this fraction of the images read so far, or of 1,000 if these "
+                           "are fewer, cannot be read")
     data.add_argument("--max-pixels", type=int, default=89_478_485,
                       help="refuse images whose header announces more pixels than this")
 
@@ -247,12 +248,11 @@ class Draws(NamedTuple):
 
 
 def draws_of(class_counts: torch.Tensor, M: int, power: float) -> Draws:
-    """Draws of M classes with weight count ** power, and the number of arrivals that is sure to hold M classes, nearly.
+    """Draws of M classes with weight count ** power. n_arrivals: so many that they almost surely hold M classes.
 
-    0, a race of all, for few classes and where the arrivals cost more (benchmarks/vocab.py): some have most weight.
+    It is 0 (all classes race, see draw_vocab) for few classes, and where a few classes have most of the weight, so that
+    the arrivals would cost more than the race (benchmarks/vocab.py).
     """
-    if bool((class_counts < 0).any()):
-        raise SystemExit(f"class counts must be at least 0, got {int(class_counts.min())}")
     weights = class_counts.double() ** power  # 0 ** 0 = 1: classes without images are drawn by power 0 only
     C, n, cumulative = len(weights), M, weights.cumsum(0)
     if not bool(cumulative[-1].isfinite()):
@@ -762,7 +762,7 @@ UNREADABLE += (zipfile.BadZipFile, pickle.UnpicklingError)
 def load_weights(path: str) -> dict:
     """Read weights of clip.py, open_clip (.pt, .safetensors) or OpenAI (TorchScript).
 
-    Returns: {"state_dict", ...} as save_checkpoint writes it; other sources have "state_dict" and perhaps "activation".
+    Returns: {"state_dict", ...} as the training scripts save it; other sources have "state_dict", maybe "activation".
     Raises: SystemExit for a missing or unreadable file.
     """
     if not Path(path).is_file():
@@ -975,22 +975,6 @@ def read_classes(root: Path) -> list[dict[str, str]]:
     return [dict(zip(lines[0], line + [""] * len(lines[0]))) for line in lines[1:]]
 
 
-# Copied from clip.py
-def read_labels(table: Table, class_names: list[str]) -> np.ndarray:
-    """[n] int64 labels, -1 for none. A field is a class number, several (`3|17`, the first counts), or a class name."""
-    ids = {name: i for i, name in enumerate(class_names)}
-    labels = np.full(len(table), -1)
-    for row in range(len(table)):
-        field = table.get(row, "label").split("|")[0].strip()
-        if field:
-            label = int(field) if field.isdecimal() and len(field) < 19 else ids.get(field, -1)  # of 64 bits
-            if not 0 <= label < (len(class_names) or label + 1):
-                raise SystemExit(f"{table.path}: row {row + 1} has label {field[:100]!r}; classes.tsv has "
-                                 f"{len(class_names)} classes")
-            labels[row] = label
-    return labels
-
-
 def read_label_sets(table: Table, class_names: list[str]) -> np.ndarray:
     """[n, J] int64 labels of each row, none twice, -1 pads; a field is empty, a class number or name, or `3|17`."""
     ids = {name: i for i, name in enumerate(class_names)}
@@ -1180,8 +1164,8 @@ def crop_pixels(pixels: torch.Tensor, boxes: torch.Tensor, image_size: int) -> t
 def load_pixels(tables: list[Table], image_size: int = 0) -> torch.Tensor | None:
     """All images of tables, one after the other, [n, H, W, 3] uint8; None if not all are rows of .npy of one size.
 
-    image_size: px that crops of them will have, 0 for none; None too if the images are much larger or no squares, since
-    crop_pixels samples without a filter and without their aspect.
+    image_size: px that crops of them will have, 0 for none; None too if the images are much larger or not square, since
+    crop_pixels has no antialiasing filter and assumes an aspect of 1.
     """
     places, n = defaultdict(list), 0
     for table in tables:
@@ -1252,9 +1236,6 @@ class Sampler:
         for step in range(self.start, self.stop):
             yield self.batch(step)[self.rank * B : (self.rank + 1) * B]
 
-    def __len__(self) -> int:
-        return self.stop - self.start
-
 
 class ClassSampler(Sampler):
     """As Sampler, but each image is drawn by class: a class with weight count ** power, then one of its images.
@@ -1320,12 +1301,6 @@ class LabelledImages(torch.utils.data.Dataset):
 
 
 # Copied from clip.py
-def as_it_is(batch: dict) -> dict:
-    """Collate function of a loader whose batches come whole."""
-    return batch
-
-
-# Copied from clip.py
 def ignore_sigterm(worker: int) -> None:
     """A signal to the whole process group (torchrun's, timeout's, Slurm's) is for the training process, which saves."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -1387,7 +1362,8 @@ def setup_distributed(device: str) -> tuple[int, int, torch.device]:
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next step, which else maps and zeroes the pages of its activations anew.
 
-    With huge pages 20 % of an RN50 step on a CPU (benchmarks/clip_step.py). Without glibc nothing happens.
+    With huge pages a quarter to a third less time for an RN50 step on a CPU (benchmarks/clip_step.py). Without glibc
+    nothing happens.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -1403,9 +1379,9 @@ def pick_precision(precision: str, device: torch.device) -> tuple[str, str]:
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("bf16", "CUDA") if has_bf16 else ("fp16", "CUDA without bf16")
-    if device.type == "cpu" and os.path.exists("/proc/cpuinfo") and "amx_bf16" in Path("/proc/cpuinfo").read_text():
+    if os.path.exists("/proc/cpuinfo") and "amx_bf16" in Path("/proc/cpuinfo").read_text():
         return "bf16", "CPU with AMX"
-    return "fp32", f"{device.type} without fast bf16"
+    return "fp32", "CPU without fast bf16"
 
 
 # Copied from clip.py
@@ -1558,15 +1534,6 @@ def load_checkpoint(path: Path, args: dict, run_flags: set[str]) -> dict:
     return checkpoint
 
 
-# Copied from clip.py
-def any_rank(flag: bool, group: dist.ProcessGroup | None) -> bool:
-    """Whether a flag is set on any process; over the CPU, so that no GPU is waited for."""
-    if group is None:
-        return flag
-    value = torch.tensor([int(flag)])
-    dist.all_reduce(value, dist.ReduceOp.MAX, group=group)  # All ranks
-    return bool(value)
-
 # ------------------------------------------------------------------------------ evaluate
 
 EVAL_BATCH = 128  # rows are encoded in the same blocks whatever the number of processes, so metrics are identical
@@ -1599,7 +1566,6 @@ def encode_images(model: nn.Module, table: Table, workers: int, max_pixels: int,
     """
     pixels = load_pixels([table])
     reasons = np.zeros(len(table), object)
-    blocks = range(0)
     if pixels is None:
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         starts = range(rank * EVAL_BATCH, len(table), world_size * EVAL_BATCH)
@@ -1642,7 +1608,7 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> float | None:
 def imbalance_metrics(predictions: np.ndarray, labels: np.ndarray, class_counts: np.ndarray) -> dict[str, float | None]:
     """Accuracy, and how much it and the predictions follow the training frequency of the classes.
 
-    predictions, labels: [n] class ids. class_counts: [C] training images a class; classes without any count too.
+    predictions, labels: [n] class ids. class_counts: [C] training images of each class, zeros included.
     Returns: fractions in 0..1 and Spearman correlations over all classes; a class without test images has no accuracy
         and is left out of means of accuracies. head, medium, tail: the classes by falling count (ties by id), in
         thirds of C // 3, C // 3 and the rest. What cannot be computed is None.
@@ -1711,7 +1677,7 @@ def evaluate_classifier(model: Classifier, class_names: list[str], class_counts:
     prototypes, metrics = F.normalize(model.prototypes.float(), dim=1), {}
     for name, table in test_sets.items():
         embed, readable, bad = encode_images(model, table, workers, max_pixels, device)
-        labels = read_labels(table, class_names)
+        labels = read_label_sets(table, class_names)[:, 0]
         rows = np.flatnonzero(readable)
         embed, labels = embed[torch.from_numpy(rows).to(device)], labels[rows]
         if not bool(embed.isfinite().all()):
@@ -1797,7 +1763,7 @@ def describe(root: Path, tables: list[Table], shares: np.ndarray, class_names: l
 
 # Copied from clip.py
 def total(value: float, group: dist.ProcessGroup | None) -> float:
-    """Sum of a number over the processes."""
+    """Sum of a number over the processes; over the CPU, so that no GPU is waited for."""
     if group is None:
         return value
     value = torch.tensor(float(value), dtype=torch.float64)
@@ -1814,7 +1780,7 @@ def check_finite(step: int, parts: dict[str, torch.Tensor], skipped_in_a_row: in
     """
     if not skipped_in_a_row:
         return
-    names = [name for name, part in parts.items() if any_rank(not bool(part.isfinite().all()), group)] or ["gradients"]
+    names = [name for name, part in parts.items() if total(not bool(part.isfinite().all()), group)] or ["gradients"]
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(f"step {step + 1}: {', '.join(names)} not finite: step left out ({skipped_in_a_row} in a row)",
               flush=True)
@@ -1891,8 +1857,8 @@ def read_labelled_sets(args: argparse.Namespace, root: Path, class_names: list[s
                        ) -> tuple[list[Table], list[np.ndarray], np.ndarray, np.ndarray, np.ndarray, str]:
     """Tables with the rows that are trained on, their labels [n, J], the sets' shares, class counts, trimmed classes.
 
-    Also a sentence on the rows left out. Counts are those of the labels (an image's labels share it), weighted by the
-    sets' shares.
+    Also a sentence on the rows left out. Counts are those of the labels (an image with k labels
+    counts 1/k for each), weighted by the sets' shares.
     """
     if not class_names:
         raise SystemExit(f"{root}/classes.tsv is missing or has no classes: a classifier needs their names, one a row "
@@ -2014,6 +1980,10 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)  # the same on all processes, so they start from the same weights
 
     # --- data
+    if args.eval_only and args.root == "auto" and ".tsv" not in args.data:  # the world that it was trained in
+        made_with = load_weights(args.eval_only).get("args")
+        if isinstance(made_with, dict):
+            args.root, args.data = made_with.get("root", "auto"), made_with.get("data", args.data)
     files = [part.strip() for part in args.data.split(",") if re.search(r"\.tsv(:[\d.]+)?$", part.strip())]
     root = Path(args.root) if args.root != "auto" else Path(files[0]).parent if files else Path(SHAPES_ROOT)
     on_one_rank(rank, lambda: ensure_shapes(root))
@@ -2084,9 +2054,11 @@ def main(args: argparse.Namespace) -> None:
     resume = out / "checkpoint.pt" if args.resume in ("auto", "off") else Path(args.resume)
     if args.resume != "off" and (resume.is_file() or args.resume != "auto"):
         checkpoint = load_checkpoint(resume, vars(args), RUN_FLAGS)
-        if checkpoint["class_names"] != class_names or not torch.equal(checkpoint["class_counts"], counts):
+        is_same = checkpoint["class_names"] == class_names and torch.equal(checkpoint["class_counts"], counts)
+        if not is_same or checkpoint["prototypes"].shape != model.prototypes.shape:
             raise SystemExit(f"{resume} was made with other classes, or other labels, than {root}/classes.tsv and "
-                             f"--data {args.data} have now: pass another --out, or --resume off to replace it")
+                             f"--data {args.data} have now, or with a --head-init of another width: pass another "
+                             "--out, or --resume off to replace it")
         model.load_state_dict(checkpoint["state_dict"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         if checkpoint["scaler"]:  # empty but for fp16
@@ -2105,7 +2077,7 @@ def main(args: argparse.Namespace) -> None:
     else:
         power, first = (0.5 if args.sampler == "sqrt" else 0.0), [labels[:, 0] for labels in label_sets]
         sampler = ClassSampler(first, power, args.batch_size, args.seed, start, steps, rank, world_size)
-    loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=as_it_is, num_workers=workers,
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=dict, num_workers=workers,
                                          pin_memory=device.type == "cuda", worker_init_fn=ignore_sigterm)
 
     # --- log
@@ -2219,7 +2191,7 @@ def main(args: argparse.Namespace) -> None:
             if args.freeze_backbone:
                 model.visual.eval()
             logged_at = time.time()
-        is_stopped = any_rank(bool(stop_signals), control)
+        is_stopped = total(len(stop_signals), control)
         if is_stopped or step + 1 == steps or (args.save_every and (step + 1) % args.save_every == 0):
             checkpoint = checkpoint_of_classifier(model, class_names, class_counts, trimmed, args, step + 1)
             checkpoint |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng_state(device),

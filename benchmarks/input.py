@@ -50,7 +50,7 @@ def our_loader(folder: Path, workers: int, batch_size: int):
     captions = clip.Captions(table, np.full(len(table), -1), ["{caption}"], [], 0)
     pairs = clip.Pairs([captions], clip.Tokenizer([]), 224, 0.9, 0.0, 10**9, 0)
     sampler = clip.Sampler([len(table)], np.ones(1), batch_size, 0, 0, len(table) // batch_size, 0, 1)
-    return torch.utils.data.DataLoader(pairs, batch_sampler=sampler, collate_fn=clip.as_it_is, num_workers=workers)
+    return torch.utils.data.DataLoader(pairs, batch_sampler=sampler, collate_fn=dict, num_workers=workers)
 
 
 def their_loader(folder: Path, workers: int, batch_size: int):
@@ -82,7 +82,7 @@ def memory_gib(rows: int, workers: int, folder: Path) -> tuple[float, float]:
     pairs = clip.Pairs([captions], clip.Tokenizer([]), 224, 0.9, 0.0, 10**9, 0)
     sampler = clip.Sampler([rows], np.ones(1), 64, 0, 0, 20, 0, 1)
     batches = iter(
-        torch.utils.data.DataLoader(pairs, batch_sampler=sampler, collate_fn=clip.as_it_is, num_workers=workers)
+        torch.utils.data.DataLoader(pairs, batch_sampler=sampler, collate_fn=dict, num_workers=workers)
     )
     for _ in range(15):
         next(batches)

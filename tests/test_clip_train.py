@@ -860,6 +860,24 @@ def test_a_set_that_cannot_be_scored_is_named(own_pairs):
     assert "val: not scored: labels need classes.tsv" in run_here("--data", "own/pairs.tsv", "--steps", "1", *FLAGS)
 
 
+def test_labels_without_classes_may_be_any_number(own_pairs):
+    """Ids of another system, in millions of millions: no table of counts is made for them."""
+    (own_pairs / "classes.tsv").unlink()
+    for name in "pairs.tsv", "val.tsv":
+        header, *lines = (own_pairs / name).read_text().splitlines()
+        lines = [line.replace("\t", "\t2000000000", 1) for line in lines]
+        (own_pairs / name).write_text("\n".join([header, *lines]) + "\n")
+    assert "0 classes" in run_here("--data", "own/pairs.tsv", "--steps", "1", *FLAGS)
+
+
+def test_a_test_set_that_cannot_be_read_is_told_before_training(own_pairs, tmp_path):
+    with (own_pairs / "val.tsv").open("a") as file:
+        file.write("val.npy:99999\t3\ta thing\n")
+    with pytest.raises(SystemExit, match="99999"):
+        run_here("--data", "own/pairs.tsv", "--steps", "1", *FLAGS, "--eval-sets", "val", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_finished_frozen_run_embeds_no_caption_again(world, tmp_path, monkeypatch):
     text = dict(arch="cbow", width=64, vocab_size=514, context_length=77)
     model = clip.CLIP("tiny", 64, text, "gelu")
@@ -893,6 +911,10 @@ def test_checkpoints_of_other_programs_are_named(world, tmp_path):
     for name in to_continue:
         with pytest.raises(SystemExit, match=f"{name}.pt is no checkpoint of clip.py"):
             run_here("--root", world, "--resume", tmp_path / f"{name}.pt", "--out", tmp_path / "out", *FLAGS)
+    tower = {"arch": "resnet50", "state_dict": {"visual.conv1.weight": torch.zeros(3)}}  # dino_laionet.py's
+    torch.save(tower, tmp_path / "tower.pt")
+    with pytest.raises(SystemExit, match="tower.pt: no text tower"):
+        run_here("--root", world, "--eval-only", tmp_path / "tower.pt", "--activation", "gelu", *FLAGS[-4:])
     for name, message in zip(to_read, ("no weights by name", "no weights by name", "no text_projection")):
         with pytest.raises(SystemExit, match=rf"{name}.pt: .*{message}"):
             run_here("--root", world, "--eval-only", tmp_path / f"{name}.pt", "--activation", "gelu", *FLAGS[-4:])

@@ -278,6 +278,15 @@ def test_pieces_beyond_the_end_are_no_copies(tmp_path):
     assert left == [name for name in names if name != "s.tar:10:10"] and "8 x no bytes" in done.stdout, done.stderr
 
 
+def test_an_array_without_a_row_is_no_copy_of_its_last_one(tmp_path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8))
+    names = ["x.npy:0", "x.npy", "x.npy:2"]
+    bd.write_tsv(tmp_path / "a.tsv", ("image",), [dict(image=name) for name in names])
+    done = run("dedup", tmp_path / "a.tsv", "--by", "bytes", "--workers", 1, "--out", tmp_path / "o.tsv")
+    left = [row["image"] for row in bd.open_tables([str(tmp_path / "o.tsv")])[1]]
+    assert left == names and "1 x no bytes" in done.stdout, done.stderr
+
+
 def test_sizes_beyond_all_memory_are_no_pixels(tmp_path):
     names = ["s.tar:0:99999999999999", f"s.tar:0:{10**30}", f"s.tar:{10**30}:9"]
     (tmp_path / "s.tar").write_bytes(b"x" * 100)

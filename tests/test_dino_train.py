@@ -100,10 +100,23 @@ def test_eval_only_gives_the_metrics_of_the_run(world, trained, tmp_path):
     assert again["run"]["unique_prototypes"] == first["run"]["unique_prototypes"]
 
 
+def test_eval_only_probes_as_many_images_as_the_run(world, trained, tmp_path):
+    """--probe-images of the run, where the command names none; another where it names one."""
+    flags = ["--root", world, "--eval-only", trained[0] / "checkpoint.pt", "--transfer", "--eval-sets", "val",
+             "--no-baselines", "--device", "cpu"]
+    run_here(*flags, "--out", tmp_path / "a")
+    run_here(*flags, "--probe-images", "60", "--out", tmp_path / "b")
+    first, again, fewer = (json.loads((x / "metrics.json").read_text())["val"]
+                           for x in (trained[0], tmp_path / "a", tmp_path / "b"))
+    assert again["probe"] == first["probe"] and again["knn"] == first["knn"]
+    assert (fewer["probe"], fewer["knn"]) != (first["probe"], first["knn"])
+
+
 def test_a_checkpoint_of_another_program(world, tmp_path):
     torch.save({"state_dict": {"visual.x": torch.zeros(1)}, "args": argparse.Namespace(a=1)}, tmp_path / "other.pt")
-    with pytest.raises(SystemExit, match="is no checkpoint of this script"):
-        run_here("--root", world, "--eval-only", tmp_path / "other.pt", "--out", tmp_path / "out")
+    for root in world, tmp_path:  # also where there is no set of the default's name
+        with pytest.raises(SystemExit, match="is no checkpoint of this script"):
+            run_here("--root", root, "--eval-only", tmp_path / "other.pt", "--out", tmp_path / "out")
 
 
 def test_probes_are_the_same_for_one_and_two_ranks(world, trained, tmp_path):

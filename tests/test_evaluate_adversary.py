@@ -273,6 +273,24 @@ def test_prototypes_of_bad_shapes(tmp_path, monkeypatch):
         np.savez(tmp_path / "c.npz", prototypes=np.eye(4), class_counts=counts)
         assert "expected one a row, not negative" in error_of("prototypes c.npz", tmp_path, monkeypatch)
     assert np.isnan(evaluate.effective_rank(np.zeros((3, 2))))
+    np.save(tmp_path / "whole.npy", np.eye(4, dtype=np.int64))
+    assert evaluate.prototypes(str(tmp_path / "whole.npy"), "", "", [0.025], 2, False, 0, 0, 0, "cpu")["rows"]  # numbers are numbers
+
+
+def test_prototypes_without_frequencies_have_no_tail(tmp_path):
+    """The training scripts write zeros where they do not know them."""
+    np.savez(tmp_path / "a.npz", prototypes=np.eye(6), class_counts=np.zeros(6, np.int64))
+    assert not evaluate.prototypes(str(tmp_path / "a.npz"), "", "", [0.025], 2, False, 0, 0, 0, "cpu")["affinity"]
+
+
+def test_a_null_of_the_first_model_leaves_out_that_model_only(folder, monkeypatch, capsys):
+    rows = [{"model": m, "group": "x", "val": v, "v2": v - 0.1, "v3": v - 0.2} for m, v in zip("abcd", (0.5, 0.6, 0.7, 0.8))]
+    rows[0]["v2"] = None
+    (folder / "null.json").write_text(json.dumps(rows))
+    monkeypatch.chdir(folder)
+    run_here(evaluate, "robustness", "null.json", "--boot", 20, "--json", "o.json")
+    assert "left out a: no accuracy on v2" in capsys.readouterr().err
+    assert set(json.loads((folder / "o.json").read_text())["curves"]) >= {"v2", "v3"}
 
 
 def test_wiseft_curve_is_over_all_classes_of_the_id_set(tmp_path, monkeypatch):

@@ -67,12 +67,6 @@ def test_pair_means_drop_self_pairs_and_copies():
     assert draws.max() <= upper.max() + 1e-12 and draws.mean() == pytest.approx(value, abs=0.05)
 
 
-def test_benjamini_hochberg():
-    p = np.array([0.01, 0.04, 0.03, 0.005, 0.5])
-    assert evaluate.benjamini_hochberg(p).tolist() == [True, True, True, True, False]
-    assert not evaluate.benjamini_hochberg(np.array([0.06, 0.9])).any()
-
-
 def test_similarity_of_two_sets(tmp_path):
     rng = np.random.default_rng(0)
     centers, labels = rng.normal(size=(8, 16)), np.repeat(np.arange(8), 30)
@@ -342,6 +336,7 @@ def test_collapse_without_logits_has_no_accuracy(tmp_path):
     result = evaluate.collapse([str(tmp_path / "a.npz")], "", 10, 0)
     (model,) = result["models"].values()
     assert np.isnan(model["accuracy"]).all() and result["rows"]["NC1"]["rho(acc)"]["value"] is None
+    assert np.isnan(model["accuracy_interval"]).all()
 
 
 def test_intervals_of_collapse_cover_what_so_many_images_have():

@@ -145,6 +145,8 @@ def test_counts_by_place_name_and_json(tmp_path):
     (tmp_path / "t.tsv").write_text("name\tfreq\ndog\t7\ncat\t5\n")
     (tmp_path / "t.json").write_text('{"cat": 5, "dog": 7}')
     assert evaluate.read_counts(tmp_path / "lines.txt", None).tolist() == [3, 0, 12]
+    (tmp_path / "lines.txt").write_text("\ufeff3\n0\n12\n", "utf-8")  # as Notepad saves it
+    assert evaluate.read_counts(tmp_path / "lines.txt", None).tolist() == [3, 0, 12]
     for name in ("t.tsv", "t.json"):
         assert evaluate.read_counts(tmp_path / name, np.array(["cat", "dog"])).tolist() == [5, 7]
     with pytest.raises(SystemExit, match="no count for 1 classes: cow"):
@@ -193,6 +195,8 @@ def test_subset_max_pools_groups(tmp_path):
     part = evaluate.restrict(data, ids, groups)
     assert part["logits"].tolist() == [[2.5, 3], [2.5, 3]] and part["labels"].tolist() == [0, 1]
     assert part["class_counts"].tolist() == [12, 6]
+    (tmp_path / "map.tsv").write_text("\ufeff0\n", "utf-8")  # the class called 0, as Notepad saves it
+    assert evaluate.read_subset(tmp_path / "map.tsv", np.array([2, 0, 1]), 3)[0].tolist() == [1]
     (tmp_path / "map.tsv").write_text("5\n")
     with pytest.raises(SystemExit, match="map.tsv:1: no class '5' among 4"):
         evaluate.read_subset(tmp_path / "map.tsv", None, 4)

@@ -64,10 +64,18 @@ def test_sweeps_choose_on_validation_images(digits, tmp_path):
         model, strengths = evaluate.Logistic(*half[0].values(), 10, "cpu"), []
         fit = model.fit
         model.fit = lambda C, fit=fit, strengths=strengths: strengths.append(C) or fit(C)
-        chosen = evaluate.sweep_strength(protocol, 1.0, model, half[1], "top1")
+        chosen = evaluate.sweep_strength(protocol, model, half[1], "top1")
         assert len(strengths) <= n and chosen in np.asarray(strengths)
     assert len(strengths) == 45 and strengths[0] == pytest.approx(1e-5) and strengths[-1] == pytest.approx(1e6)
     assert strengths == sorted(strengths)  # strong to weak regularisation
+    fit = evaluate.Logistic(*half[0].values(), 10, "cpu")
+    of_classes, of_images = (evaluate.sweep_strength("clip", fit, half[1], metric) for metric in ("per_class", "top1"))
+    right = []
+    for C in of_classes, of_images:
+        fit.fit(C)
+        hit = fit.scores(half[1]["features"]).argmax(1) == half[1]["labels"]
+        right.append(np.mean([hit[half[1]["labels"] == c].mean() for c in range(10)]))
+    assert right[0] >= right[1]  # the mean over classes is what was asked for
 
 
 def test_transfer_table_has_deltas_on_the_same_images(digits, tmp_path):

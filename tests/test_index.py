@@ -275,6 +275,10 @@ def test_parquet_columns(tmp_path, monkeypatch):
     assert list(rows[0]) == ["image", "label", "caption", "width"] and [r["width"] for r in rows] == ["5", "", ""]
     assert "pip install pyarrow" in report(tmp_path / "train.tsv")["warnings"][0]
     monkeypatch.undo()
+    dates = pyarrow.array([2**31 - 1] * 3, pyarrow.date32())  # beyond all calendars
+    parquet.write_table(pyarrow.table(columns | {"date": dates}), tmp_path / "00000.parquet")
+    assert len(index(tmp_path, out=tmp_path / "train.tsv")) == 3
+    assert "00000.parquet: not used" in report(tmp_path / "train.tsv")["warnings"][0]
     (tmp_path / "00000.parquet").write_bytes(b"PAR1 cut")
     assert len(index(tmp_path, out=tmp_path / "train.tsv")) == 3
     assert "00000.parquet: not used" in report(tmp_path / "train.tsv")["warnings"][0]
@@ -344,6 +348,9 @@ def test_class_folders_with_classes(tmp_path):
     classes.write_text("id\n1\n")
     with pytest.raises(SystemExit, match="got columns id, expected name or wnid"):
         index(train, "--classes", classes, out=out)
+    with pytest.raises(SystemExit, match="other.tsv, which it would replace, is an input"):
+        index(train, "--classes", classes, out=classes)
+    assert classes.read_text() == "id\n1\n"
 
 
 def test_flat_folder(tmp_path):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -317,6 +318,18 @@ def test_laionet_by_column_and_by_embeddings(folder):
         run("laionet", *common, "--embeddings", folder)
 
 
+def test_laionet_treats_a_missing_tag_alike_in_every_format(folder):
+    """What is not UNLIKELY goes, an empty field and a key that is not there alike."""
+    rows = [{"image": "0.jpg", "caption": "a crane", "similarity": "0.9", "NSFW": "UNLIKELY"},
+            {"image": "1.jpg", "caption": "a crane", "similarity": "0.9"}]  # fmt: skip
+    (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    bd.write_tsv(folder / "in.tsv", list(rows[0]), rows)
+    for kind in ("jsonl", "tsv"):
+        out = folder / f"{kind}.out.tsv"
+        run("laionet", folder / f"in.{kind}", "--classes", folder / "classes.tsv", "--out", out, "--workers", 1)
+        assert [row["image"] for row in read(out)] == ["0.jpg"], kind
+
+
 @pytest.mark.parametrize("arch", ["cbow", "transformer"])
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
 def test_text_tower_equals_that_of_clip(tmp_path, arch, activation):
@@ -338,7 +351,7 @@ def test_text_tower_equals_that_of_clip(tmp_path, arch, activation):
     np.testing.assert_allclose(bd.text_features(str(tmp_path / "c.pt"), texts), expected, atol=2e-6)  # order of sums
 
 
-def test_frequency_counts_samples_and_relevance(folder):
+def test_frequency_counts_samples_and_relevance(folder, capsys):
     for i in range(3):
         write_captions(folder / f"in{i}.tsv", [f"{c} {i} {j}" for j in range(10) for c in CAPTIONS])
     (folder / "more.tsv").write_text("name\tsynonyms\ncrane\tnothing\ncrane\tderrick\n")
@@ -347,6 +360,7 @@ def test_frequency_counts_samples_and_relevance(folder):
         out = folder / f"o{workers}.tsv"
         run("frequency", *common, "--out", out, "--workers", workers, "--sample", 8)
     assert [row["count"] for row in read(out)] == ["30", "90", "60"]
+    assert len(re.findall(r"^ +\d+    ", capsys.readouterr().out, re.M)) == 2 * 3  # of few classes each is printed once
     assert (folder / "o1.sample.tsv").read_bytes() == (folder / "o2.sample.tsv").read_bytes()
     sample = read(folder / "o1.sample.tsv")
     assert Counter(row["name"] for row in sample) == {"sea lion": 8, "lion": 8, "crane": 8}

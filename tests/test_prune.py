@@ -138,6 +138,12 @@ def test_rows_without_an_embedding(world):
     assert done.returncode == 2 and "the tables have 5 rows with an embedding" in done.stderr
 
 
+def test_an_input_that_no_output_would_replace_is_no_error(world):
+    (world / "all.tsv").rename(world / "o-rand.tsv")
+    (world / "all.tsv").symlink_to("o-rand.tsv")
+    assert run(world).returncode == 0  # without --keep there is no random part
+
+
 @pytest.mark.parametrize("name", ["sketch", "combined", "near", "leaks"])
 def test_no_table_replaces_an_input(world, name):
     (world / "all.tsv").rename(world / f"o-{name}.tsv")

@@ -131,6 +131,16 @@ def test_cuts(tmp_path, flags, counts):
         assert {(row["label"], row["subset_label"]) for row in read(out)} == {("0", "1"), ("2", "0")}
 
 
+def test_a_cut_of_a_cut_by_class_lists(tmp_path):
+    path = table(tmp_path / "a.tsv", {0: 3, 1: 2, 2: 1})
+    for name, classes in (("first", "2\n1\n"), ("second", "1\n")):
+        (tmp_path / name).write_text(classes)
+        done = run("subset", path, "--class-list", tmp_path / name, "--out", tmp_path / f"{name}.tsv")
+        assert done.returncode == 0, done.stderr
+        path = tmp_path / f"{name}.tsv"
+    assert [(row["label"], row["subset_label"]) for row in read(path)] == 2 * [("1", "0")]  # places in the second list
+
+
 def test_match_frequency_by_hand(tmp_path):
     """Methods 10: {a2 b5 c1} from A {a4 b3} and B {b1 c9}: a2, b3 + 1, c0 + 1, and one b is missing."""
     target, a = table(tmp_path / "t.tsv", {0: 2, 1: 5, 2: 1}), table(tmp_path / "a.tsv", {0: 4, 1: 3})

@@ -1958,7 +1958,7 @@ def build_index(sources, out, holdout, classes, workers, seed):
     if names:
         empty = [j["path"] for j, r in zip(jobs, results, strict=True) if not r["counts"]["samples"]]
         warnings += [f"{path}: a class folder without images" for path in empty]
-    if not holdout and os.path.exists(val):
+    if not holdout and os.path.exists(val) and os.path.basename(out).removesuffix(".tsv") not in TEST_SETS:
         warnings.append(f"{val} is older and may share images with {out}; delete it or use --holdout")
     if holdout and not (n_train and n_val):
         warnings.append(f"--holdout {holdout} left {n_train} rows in {out} and {n_val} in val.tsv")

@@ -1648,7 +1648,7 @@ def class_prototypes(model: CLIP, tokenizer: Tokenizer | None, world: World,
     if not world.classes or (tokenizer is None and world.class_embeddings is None):
         return None if world.stored is None else world.stored.to(device)
     if tokenizer is None:
-        given = torch.from_numpy(np.asarray(world.class_embeddings, np.float32)).to(device)
+        given = torch.from_numpy(np.array(world.class_embeddings, np.float32)).to(device)
         return F.normalize(encode_rows(len(given), model.embed_dim, lambda a, b: model.encode_text(given[a:b]), device),
                            dim=1)
     prompts = [template.replace("{}", row["name"]) for row in world.classes for template in world.templates]
@@ -1824,8 +1824,9 @@ def evaluate(model: CLIP, tokenizer: Tokenizer | None, world: World, workers: in
                      "image_ids": first.cpu().numpy()[image_ids]}  # the row of each caption's image
         metrics[name] = result
         if npz_folder is not None and (not dist.is_initialized() or dist.get_rank() == 0):
-            arrays = {"features": embed.cpu().numpy().astype(np.float16), "labels": labels, "rows": rows,
-                      "class_counts": world.class_counts, "class_names": np.array(names, str), **extra}
+            arrays = {"features": embed.cpu().numpy().astype(np.float16), "labels": labels, "rows": rows} | extra
+            if names:
+                arrays |= {"class_counts": world.class_counts, "class_names": np.array(names, str)}
             if logits is not None:
                 arrays |= {"logits": logits.numpy().astype(np.float16),
                            "predictions": logits.argmax(1).numpy(),  # of float32: logits in float16 can tie
@@ -2278,7 +2279,7 @@ def main(args: argparse.Namespace) -> None:
     root = root_of(args.root, args.data)
     if args.eval_only and args.root == "auto" and ".tsv" not in args.data:  # the world that it was trained in, if here
         trained = load_weights(args.eval_only).get("args")
-        if isinstance(trained, dict) and "root" in trained and root_of(trained["root"], trained["data"]).is_dir():
+        if isinstance(trained, dict) and "root" in trained:
             root = root_of(trained["root"], trained["data"])
     on_one_rank(rank, lambda: ensure_shapes(root))
     has_text_tower = args.text_head == "scratch" or args.text_embeddings or args.eval_only or args.init

@@ -2034,6 +2034,9 @@ def evaluate_teacher(args: argparse.Namespace, loaded: dict, worlds: list, rank:
         setattr(args, name, made_with[name])
     if worlds and loaded["class_names"] != worlds[0][2]:
         loaded["class_counts"] = torch.zeros(len(worlds[0][2]), dtype=torch.int64)
+        if rank == 0 and worlds[0][2] and not worlds[0][3]:
+            print(f"frequencies of the classes are not known: {args.eval_only} has those of other classes, or of "
+                  "these in another order")
     report_dino(model.to(device), prototypes, worlds, loaded["class_counts"].numpy(), args, loaded["step"], 0.0, rank,
                 device, "fp32")
 

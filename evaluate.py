@@ -331,7 +331,9 @@ def read_predictions(path: str | Path, *need: str, counts: str = "", multi_label
     frequencies = data.get("class_counts", np.ones(1))  # the scripts write zeros where they are not known
     unknown = {"class_counts"} if frequencies.dtype.kind in "fiu" and not frequencies.any() else set()
     missing = {*need, "labels"} - (set(data) - unknown) - ({"predictions"} if "logits" in data else set())
-    refuse(missing, f"{path}: no array {', '.join(sorted(missing))}; found {', '.join(sorted(data)) or 'nothing'}"
+    refuse(counts and "class_counts" in missing, f"{counts}: all counts are 0")
+    refuse(missing, f"{path}: no array {', '.join(sorted(missing))}; found "
+           f"{', '.join(sorted(set(data) - unknown)) or 'nothing'}"
            f"{'; --counts names a table of them' if 'class_counts' in missing else ''}")
     labels = data["labels"]
     is_multi = multi_label and labels.ndim == 2
@@ -447,12 +449,18 @@ def number(text: str, where: str, low: float = -math.inf) -> float:
     raise SystemExit(f"{where}: got {text!r}, expected a number{f' of at least {low:g}' if low > -math.inf else ''}")
 
 
+def count_lines(path: str | Path) -> list[str]:
+    """Lines of a file with one number each; none of another."""
+    with reading(path, ""):
+        lines = [line.strip() for line in Path(path).read_text("utf-8-sig").split("\n") if line.strip()]
+    return lines if Path(path).suffix != ".json" and lines and re.fullmatch(r"[-\d.eE+]+", lines[0]) else []
+
+
 def read_named_counts(path: str | Path) -> dict[str, float]:
     """{class: count} of a table with columns class (or name, label) and count (or freq, frequency, n), or of lines with
     one number each (the classes are 0, 1, ...), or of a JSON object."""
-    with reading(path, ""):
-        lines = [line.strip() for line in Path(path).read_text("utf-8-sig").split("\n") if line.strip()]
-    is_list = Path(path).suffix != ".json" and lines and re.fullmatch(r"[-\d.eE+]+", lines[0])
+    lines = count_lines(path)
+    is_list = bool(lines)
     rows = [{"class": str(i), "count": line} for i, line in enumerate(lines)] if is_list else read_records(path)
     columns, counts = list(rows[0]) if rows else [], {}
     key = next((c for c in ("class", "name", "label", "model") if c in columns), None)
@@ -468,7 +476,7 @@ def read_named_counts(path: str | Path) -> dict[str, float]:
 def read_counts(path: str | Path, class_names: np.ndarray | None) -> np.ndarray:
     """[C] training frequencies: by class name, else by id (0, 1, ...), else, of predictions without names, by place."""
     named, names = read_named_counts(path), [] if class_names is None else [str(name) for name in class_names.tolist()]
-    if set(named) & set(names):
+    if set(named) & set(names) and not count_lines(path):  # lines without names go by place, whatever names say
         missing = [name for name in names if name not in named]
         refuse(missing, f"{path}: no count for {len(missing)} classes: {', '.join(missing[:5])}")
         return np.array([named[name] for name in names])
@@ -484,7 +492,7 @@ def read_subset(path: str | Path, class_names: np.ndarray | None, n_classes: int
     names = [] if class_names is None else [str(name) for name in class_names.tolist()]
     place = {name: i for i, name in enumerate(names)}
     with reading(path, ""):
-        lines = [line.split("\t") for line in Path(path).read_text("utf-8-sig").splitlines() if line.strip()]
+        lines = [line.split("\t") for line in Path(path).read_text("utf-8-sig").split("\n") if line.strip()]
     group_of = {}
     for i, fields in enumerate(lines):
         name = fields[0].strip()
@@ -972,11 +980,12 @@ def accuracy_pair(id_data: dict, data: dict, subset: str) -> tuple[float, int, f
 
 def models_of_run(folder: Path, group: str, id_set: str, shifts: list[str], subsets: dict[str, str]) -> dict:
     """One model of the robustness plot: {"model", "group", shift: (acc_id, n_id, acc, n)} from a run's folder."""
-    args = read_json(folder / "args.json").get("args")
-    name = group or str(args.get("data", "runs") if isinstance(args, dict) else "runs")
+    told = read_json(folder / "args.json").get("args") or read_json(folder / "metrics.json").get("run")  # --eval-only
+    name = group or str(told.get("data", "runs") if isinstance(told, dict) else "runs")
     metrics, model = read_metrics(folder), {"model": str(folder), "group": name}
     id_path = folder / f"{id_set}.npz"
-    found, whole = sorted(({p.stem for p in folder.glob("*.npz")} | set(metrics)) - {id_set, "train"}), []
+    other = {p.name.removesuffix("_test.npz") for p in folder.glob("transfer/*_test.npz")}  # worlds of other classes
+    found, whole = sorted(({p.stem for p in folder.glob("*.npz")} | set(metrics)) - {id_set, "train"} - other), []
     id_data = read_predictions(id_path, "logits") if id_path.is_file() else None
     for shift in shifts or found:
         path = folder / f"{shift}.npz"
@@ -1921,14 +1930,17 @@ def read_array(path: str, key: str) -> tuple[np.ndarray, dict]:
         more = read_npz(path, (name, "class_counts", "class_names"))
         array = more.get(name)
     else:
-        tensors = flat_tensors(read_state(path), path)
+        content = read_state(path)
+        tensors = flat_tensors(content, path)
         pattern = r"(.*\.)?(last_layer|(dino_)?prototypes)(\.(weight(_v)?|parametrizations\.weight\.original1))?"
         names = [key] if key else sorted((n for n in tensors if re.fullmatch(pattern, n) and tensors[n].ndim == 2),
                                          key=lambda n: (n != "dino_prototypes", "teacher" not in n, n))
         if not names or names[0] not in tensors:
             raise SystemExit(f"{path}: no tensor {key or 'that looks like prototypes'}; --key is one of "
                              f"{', '.join(n for n, t in tensors.items() if t.ndim == 2)[:300]}")
-        array = tensors[names[0]].float().numpy()
+        array, classes = tensors[names[0]].float().numpy(), content.get("class_names")
+        if names[0] != "dino_prototypes" and isinstance(classes, list) and array.shape[:1] == (len(classes),):
+            more = {"class_names": np.array(classes, str)}  # a table of --counts goes by them
     if array is None or array.ndim != 2 or array.dtype.kind not in "fiu" or 0 in array.shape:
         raise SystemExit(f"{path}: expected numbers [K, D], got "
                          f"{'nothing' if array is None else f'{array.dtype} {array.shape}'}; --key names an array")
@@ -2208,7 +2220,12 @@ def debias_logits(zs: dict, ft: dict, val: dict[str, np.ndarray], log_prior: np.
     # A cosine head has tau 1 already.
     widths = {v.shape[1] for v in (val.get("ft_features"), ft.get("features"), ft.get("prototypes")) if v is not None}
     if "ft_features" in val and "features" in ft and len(widths) == 1 and np.ptp(norms) > 1e-2 * norms.mean():
-        head = lambda x, t: x.astype(np.float64) @ (ft["prototypes"] / norms**t).T  # noqa: E731
+        head = lambda x, t: x.astype(np.float64) @ (ft["prototypes"].astype(np.float64) / norms**t).T  # noqa: E731
+    else:
+        head = None
+    # With tau 0 it is the model, or features and prototypes are not those of the logits (dino_laionet.py's probe
+    # standardises features and has a bias).
+    if head and (head(val["ft_features"], 0).argmax(1) == val["ft"].argmax(1)).mean() > 0.99:
         chosen["tau-norm"] = best_of(grid[:11], lambda t: head(val["ft_features"], t), y, boot, seed)
         out["tau-normalised"] = head(ft["features"], chosen["tau-norm"]["value"])
     return out, chosen | {"q": q, "q_interval": prior_interval(v_zs, y, q)}
@@ -2306,7 +2323,8 @@ def wiseft(paths: list[str], alphas: list[float], out: str) -> dict:
     contents, rows = [read_state(path) for path in paths], {}
     a, b = ({re.sub(r"^(module|_orig_mod)\.", "", k): v for k, v in flat_tensors(c.get("state_dict", c), path).items()}
             for c, path in zip(contents, paths))
-    for path, state in zip(paths, (a, b)):
+    for path, content, state in zip(paths, contents, (a, b)):
+        state |= {k: content[k] for k in ("dino_prototypes",) if "state_dict" in content and k in content}
         broken = [k for k, v in state.items() if not v.isfinite().all()]
         refuse(broken, f"{path}: {', '.join(broken[:5])} {'are' if len(broken) > 1 else 'is'} not finite")
     differing = sorted(k for k in a.keys() | b.keys() if k not in a or k not in b or a[k].shape != b[k].shape)
@@ -2319,7 +2337,8 @@ def wiseft(paths: list[str], alphas: list[float], out: str) -> dict:
         more.pop("prototypes", None)
     for alpha in alphas:
         path, state = Path(out) / f"alpha_{alpha:.2f}.pt", interpolate(a, b, alpha)
-        content = more | {"state_dict": state} if "state_dict" in contents[1] else state
+        beside = {k: state.pop(k) for k in ("dino_prototypes",) if k in state and "state_dict" in contents[1]}
+        content = more | beside | {"state_dict": state} if "state_dict" in contents[1] else state
         write_atomically(path, lambda file, content=content: torch.save(content, file))
         rows[str(path)] = {"alpha": alpha, "evaluate with": f"--eval-only {path} --out {path.with_suffix('')}"}
     return {"rows": rows}
@@ -2393,6 +2412,9 @@ def agreement(paths: list[str], boot: int, seed: int) -> dict:
         x, y = read_named_counts(a), read_named_counts(b)
         both = [name for name in x if name in y]
         refuse(not both, f"{a} and {b}: no class in common")
+        if single := [name for name in {**x, **y} if (name in x) != (name in y)]:
+            print(f"left out {len(single)} classes that only one of {a} and {b} has: {', '.join(single[:5])}",
+                  file=sys.stderr)
         u, v = (np.array([t[name] for name in both]) for t in (x, y))
         ratios = u[(u > 0) & (v > 0)] / v[(u > 0) & (v > 0)]
         name = f"{Path(a).stem}, {Path(b).stem}"
@@ -2659,6 +2681,7 @@ def set_section(test_set: str, rows: dict[str, dict], x_names: list[str]) -> tup
 
 def file_section(name: str, path: Path) -> tuple[str, list[str]]:
     """HTML (tables and the command's own plot, inside the page) and Markdown lines of what --json wrote."""
+    refuse(not path.is_file(), f"{path}: cannot be read: no such file")
     content, text, lines = read_json(path), "", []
     with reading(path, ": not what --json of evaluate.py writes"):
         for key in ("rows", *EXTRA_TABLES):
@@ -2703,7 +2726,9 @@ def report_runs(runs: list[str], id_set: str, out: str, markdown: str, boot: int
         body, lines = [*body, text], lines + more
         tables[test_set] = {name: {c: row.get(c) for c in columns} for name, row in rows.items()}
     judged = {name: score for name, score in scores.items() if score.get(sets[0], {}).get("top1")}
-    common = [s for s in sets[1:] if s != "train" and all(score.get(s, {}).get("top1") for score in judged.values())]
+    other = {p.name.removesuffix("_test.npz") for f in folders.values() for p in f.glob("transfer/*_test.npz")}
+    common = [s for s in sets[1:] if s not in {"train", *other}
+              and all(score.get(s, {}).get("top1") for score in judged.values())]
     for name, score in judged.items() if len(sets) > 2 and common else ():
         shifted[name] = {"id": score[sets[0]]["top1"], "shift": mean_of([score[s]["top1"] for s in common])}
     points = chart_points(shifted, "id", "shift", x_names)

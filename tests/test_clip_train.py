@@ -834,7 +834,7 @@ def own_pairs(world, tmp_path, monkeypatch):
     return own
 
 
-def test_eval_only_scores_in_the_world_of_the_training(own_pairs, tmp_path):
+def test_eval_only_scores_in_the_world_of_the_training(own_pairs, tmp_path, monkeypatch):
     """Without --root and --out: the classes of the training, not the built-in world's; no training's results replaced."""
     run_here("--data", "own/pairs.tsv", "--steps", "2", *FLAGS, "--eval-sets", "val")
     first = (tmp_path / "runs/clip/metrics.json").read_bytes()
@@ -842,6 +842,11 @@ def test_eval_only_scores_in_the_world_of_the_training(own_pairs, tmp_path):
     assert (tmp_path / "runs/clip/metrics.json").read_bytes() == first
     again = json.loads((tmp_path / "runs/eval/metrics.json").read_text())
     assert next(iter(again.values())) == json.loads(first)["val"] and not (tmp_path / "data").exists()
+    (tmp_path / "elsewhere").mkdir()  # where the root of the training is not: the checkpoint knows its classes
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run_here("--eval-only", "../runs/clip/checkpoint.pt", *FLAGS, "--eval-sets", "../own/val.tsv")
+    again = json.loads((tmp_path / "elsewhere/runs/eval/metrics.json").read_text())
+    assert next(iter(again.values())) == json.loads(first)["val"] and not (tmp_path / "elsewhere/data").exists()
 
 
 def test_resume_with_other_merges_is_refused(own_pairs, tmp_path):
@@ -867,7 +872,9 @@ def test_labels_without_classes_may_be_any_number(own_pairs):
         header, *lines = (own_pairs / name).read_text().splitlines()
         lines = [line.replace("\t", "\t2000000000", 1) for line in lines]
         (own_pairs / name).write_text("\n".join([header, *lines]) + "\n")
-    assert "0 classes" in run_here("--data", "own/pairs.tsv", "--steps", "1", *FLAGS)
+    assert "0 classes" in run_here("--data", "own/pairs.tsv", "--steps", "1", *FLAGS, "--eval-sets", "val", "--out", "out")
+    with np.load("out/val.npz") as file:  # evaluate.py takes features and labels: no array of no classes
+        assert not {"class_names", "class_counts"} & set(file.files) and len(file["labels"]) == len(file["features"])
 
 
 def test_a_test_set_that_cannot_be_read_is_told_before_training(own_pairs, tmp_path):

@@ -122,6 +122,19 @@ def test_prototypes_of_a_checkpoint_are_the_table_of_all(tmp_path):
     assert evaluate.read_array(tmp_path / "b.pt", "")[0].shape == (4, 3)
 
 
+def test_counts_by_name_of_a_checkpoints_classes(tmp_path):
+    """A classifier's checkpoint has class names: a table in another order gives what the run's own arrays give."""
+    names, counts = list("abcdefgh"), 2 ** np.arange(8)
+    vectors = np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32)
+    torch.save({"state_dict": {"prototypes": torch.from_numpy(vectors)}, "class_names": names}, tmp_path / "a.pt")
+    np.savez(tmp_path / "a.npz", prototypes=vectors, class_names=names, class_counts=counts)
+    order = np.random.default_rng(1).permutation(8)
+    (tmp_path / "c.tsv").write_text("name\tcount\n" + "".join(f"{names[i]}\t{counts[i]}\n" for i in order))
+    found = [evaluate.prototypes(str(tmp_path / path), "", table, [0.025], 3, False, 0, 0, 0, "cpu")["affinity"]
+             for path, table in (("a.npz", ""), ("a.pt", str(tmp_path / "c.tsv")))]  # fmt: skip
+    np.testing.assert_allclose(found[0], found[1], atol=1e-6)
+
+
 def test_distinct_prototypes_equal_the_naive_loop():
     """9,000 rows in clusters, more than two blocks: the same cover, and scipy's components of the whole graph."""
     rng = np.random.default_rng(0)
@@ -400,6 +413,8 @@ def test_tau_normalisation_by_hand():
         {"logits": np.zeros((4, 2))}, ft | {"prototypes": evaluate.unit_rows(head)}, val, np.zeros(2), False, 0, 0
     )
     assert "tau-normalised" not in out
+    shifted = val | {"ft": x @ head.T - [9, 0]}  # a probe with a bias: features and prototypes are not its logits
+    assert "tau-normalised" not in evaluate.debias_logits({"logits": np.zeros((4, 2))}, ft, shifted, np.zeros(2), False, 0, 0)[0]
 
 
 def test_wiseft_ends_are_exact_and_the_middle_is_the_mean(tmp_path):
@@ -423,6 +438,12 @@ def test_wiseft_ends_are_exact_and_the_middle_is_the_mean(tmp_path):
     assert set(content) == {"state_dict", "step"} and content["step"] == 2
     torch.testing.assert_close(content["state_dict"]["w"], (a["w"] + b["w"]) / 2)
     assert content["state_dict"]["h"].dtype == torch.float16 and content["state_dict"]["n"].item() == 6
+    for name, value in (("d", 0.0), ("e", 1.0)):  # dino_laionet.py's lie beside the state
+        torch.save({"state_dict": {"w": torch.zeros(2)}, "dino_prototypes": torch.full((3, 2), value)}, tmp_path / f"{name}.pt")
+    evaluate.wiseft([str(tmp_path / "d.pt"), str(tmp_path / "e.pt")], [0, 0.25], str(tmp_path / "out"))
+    for alpha in (0, 0.25):
+        content = torch.load(tmp_path / "out" / f"alpha_{alpha:.2f}.pt", weights_only=True)
+        assert list(content["state_dict"]) == ["w"] and content["dino_prototypes"].unique().tolist() == [alpha]
     torch.save({"state_dict": {"w": torch.zeros(4)}}, tmp_path / "c.pt")
     with pytest.raises(SystemExit, match="3 of 3 entries are not in both"):
         evaluate.wiseft([str(tmp_path / "a.pt"), str(tmp_path / "c.pt")], [0.5], str(tmp_path / "out"))
@@ -437,13 +458,14 @@ def test_wiseft_curve_reads_metrics(tmp_path):
     assert list(rows) == ["0.00", "1.00"] and rows["1.00"]["average"]["value"] == pytest.approx(0.5)
 
 
-def test_concepts(tmp_path):
+def test_concepts(tmp_path, capsys):
     (tmp_path / "a.tsv").write_text("class\tcount\n" + "".join(f"c{i}\t{2**i}\n" for i in range(10)))
     (tmp_path / "b.tsv").write_text(
         "class\tcount\n" + "".join(f"c{i}\t{3 * 2**i}\n" for i in range(9, -1, -1)) + "x\t1\n"
     )
     paths = [str(tmp_path / "a.tsv"), str(tmp_path / "b.tsv")]
     rows = evaluate.agreement(paths, 50, 0)["rows"]["a, b"]
+    assert "left out 1 classes" in capsys.readouterr().err
     assert (
         rows["classes"] == 10
         and rows["rho"]["value"] == pytest.approx(1)
@@ -581,6 +603,19 @@ def test_report_under_shift_is_over_the_sets_of_all_runs(tmp_path):
     evaluate.report_runs([str(tmp_path / name) for name in ("a", "b", "pairs")], "val", str(tmp_path / "r.html"), "", 10, 0)
     text = (tmp_path / "r.html").read_text()
     assert "mean top-1 of v2 against val" in text and "a: 0.400" in text
+
+
+def test_worlds_of_other_classes_are_no_shifts(tmp_path):
+    """What dino_laionet.py --transfer probed is in metrics.json, and no shift of the training's classes."""
+    for name, v2 in (("a", 0.4), ("b", 0.2)):
+        (tmp_path / name / "transfer").mkdir(parents=True)
+        metrics = {s: {"n": 100, "top1": x} for s, x in {"val": 0.5, "v2": v2, "digits": 0.9}.items()}
+        (tmp_path / name / "metrics.json").write_text(json.dumps(metrics | {"run": {"data": "laionet"}}))
+        np.savez(tmp_path / name / "transfer" / "digits_test.npz", labels=np.arange(3), features=np.ones((3, 2)))
+        model = evaluate.models_of_run(tmp_path / name, "", "val", [], {})
+        assert set(model) == {"model", "group", "v2"} and model["group"] == "laionet"  # without args.json, as --eval-only
+    evaluate.report_runs([str(tmp_path / name) for name in "ab"], "val", str(tmp_path / "r.html"), "", 10, 0)
+    assert "digits against" not in (tmp_path / "r.html").read_text()
 
 
 def test_report_begins_with_the_in_distribution_set(tmp_path):

@@ -167,6 +167,15 @@ def test_counts_by_id(tmp_path, names):
             evaluate.read_counts(tmp_path / "t.tsv", names)
 
 
+def test_a_list_of_counts_goes_by_place_whatever_the_names(tmp_path):
+    """Folders 0 to 11 are classes "0", "1", "10", "11", "2", ...: line 3 is that of "10"."""
+    names = np.array(sorted(map(str, range(12))))
+    (tmp_path / "list.txt").write_text("".join(f"{2**i}\n" for i in range(12)))
+    assert evaluate.read_counts(tmp_path / "list.txt", names).tolist() == [2**i for i in range(12)]
+    (tmp_path / "table.tsv").write_text("name\tcount\n" + "".join(f"{i}\t{2**i}\n" for i in range(12)))
+    assert evaluate.read_counts(tmp_path / "table.tsv", names).tolist() == [2 ** int(name) for name in names]
+
+
 def test_predictions_in_place_of_logits(tmp_path):
     """Where nothing needs logits, `predictions` will do, with the same numbers; a subset of classes needs logits."""
     data = arrays() | {"predictions": arrays()["logits"].argmax(1)}

@@ -412,6 +412,16 @@ def test_holdout(tmp_path):
     assert "val.tsv is older" in report(tmp_path / "a" / "train.tsv")["warnings"][0]
 
 
+def test_an_older_val_beside_a_training_set_is_told(tmp_path, capsys):
+    """Not beside another test set, which is no part of what val was cut from."""
+    write(tmp_path / "photos" / "a.jpg")
+    (tmp_path / "photos" / "a.txt").write_text("a photo")
+    (tmp_path / "val.tsv").write_text("image\tlabel\tcaption\n")
+    for name, is_told in (("train", True), ("v2", False)):
+        index(tmp_path / "photos", out=tmp_path / f"{name}.tsv")
+        assert ("is older and may share images" in capsys.readouterr().err) == is_told
+
+
 def test_a_failed_run_leaves_train_and_val_of_one_cut(tmp_path, monkeypatch):
     shards, out = make_shards(tmp_path / "shards"), tmp_path / "table" / "train.tsv"
     index(shards, "--holdout", "0.5", out=out)

@@ -46,7 +46,11 @@ for set in cub food101 pets flowers102 places365 eurosat dtd; do
     esac
   } >"$SETS/$set/match.tsv"
   python build_datasets.py classes "$SETS/$set/names.txt" --extra "$SETS/$set/match.tsv" --out "$SETS/$set/classes.tsv"
-  python build_datasets.py index "$SETS/$set/test" --classes "$SETS/$set/classes.tsv" --out "$SETS/$set/$set.tsv"
+  mkdir -p "$SETS/$set/links" # classes.tsv cleans names ("a or b" is two, "_" a blank): links have those that stand there
+  paste "$SETS/$set/names.txt" <(tail -n +2 "$SETS/$set/classes.tsv" | cut -f 1) | while IFS=$'\t' read -r folder name; do
+    ln -sfn "$(realpath -m "$SETS/$set/test/$folder")" "$SETS/$set/links/$name"
+  done
+  python build_datasets.py index "$SETS/$set/links" --classes "$SETS/$set/classes.tsv" --out "$SETS/$set/$set.tsv"
 
   # Frequencies as in figure 1a.
   for captions in "$RAW/laion400m" "$RAW/laion2b" "$ROOT/cc12m/train.tsv" "$ROOT/yfcc/train.tsv"; do

@@ -10,8 +10,8 @@
 # theirs. Their EuroSAT counts satellite captions only, about 1000 times fewer.
 # Faults avoided: the share of relevant captions can be judged for one's own counts, with an interval (last lines).
 #
-# In: fig1a.sh, fig12.sh; JUDGED/laion400m/imagenet.tsv, cub.tsv, ...: their `relevant_total` as columns name and
-# count, and the same in JUDGED/laion2b. Not run yet on the real data; every line is parsed by
+# In: fig1a.sh, fig12.sh; JUDGED/laion400m/imagenet.tsv, cub.tsv, ...: their `relevant_total` as columns name (as in
+# the set's classes.tsv) and count, and the same in JUDGED/laion2b. Not run yet on the real data; every line is parsed by
 # tests/test_paper_recipes.py.
 set -euo pipefail
 cd "$(dirname "$0")/../.."

@@ -58,10 +58,10 @@ for checkpoint in "${checkpoints[@]}"; do
 done
 
 # Per data set both correlations, over its checkpoints, on val and on ImageNetV2 (the appendix).
-python evaluate.py concepts accuracy "$OUT"/scale/scratch_[12]/val.npz --json "$OUT/fig1b_clip_laionet.json"
-python evaluate.py concepts accuracy "$OUT/sl/laionet/val.npz" --json "$OUT/fig1b_sl_laionet.json"
+python evaluate.py concepts accuracy "$OUT"/scale/scratch_[12]/v*.npz --json "$OUT/fig1b_clip_laionet.json"
+python evaluate.py concepts accuracy "$OUT/sl/laionet"/v*.npz --json "$OUT/fig1b_sl_laionet.json"
 for data in cc12m yfcc15m; do
-  python evaluate.py concepts accuracy "$OUT/sl/${data/15m/}_cls/val.npz" --counts "$ROOT/counts/$data.tsv" \
+  python evaluate.py concepts accuracy "$OUT/sl/${data/15m/}_cls"/v*.npz --counts "$ROOT/counts/$data.tsv" \
     --json "$OUT/fig1b_sl_$data.json"
 done
 for data in cc12m yfcc15m laion400m metaclip_400m laion2b metaclip_fullcc; do

@@ -12,7 +12,7 @@
 #  2. Rows of ImageNet-Captions are put in order by a hash, not by Python's shuffle.
 #  3. Lemmas of several classes are left out for LAIONet as in theirs; how many of its images are still online differs.
 # Faults avoided: in YFCC15M-Cls no image stands twice (the released script repeats those of several classes, and ends
-# in an error); tables are written and read without quoting (theirs wrote with, read without); the class name is not
+# in an error); our tables have no quotes, img2dataset gets its own (theirs wrote with, read without); the class name is not
 # written into captions but chosen at training time; LAIONet's images stay in tars (theirs: three million files).
 #
 # In, in ROOT: wnids.txt (n01440764 <tab> tench, in label order, with OpenAI's names, each once), templates.txt
@@ -50,7 +50,8 @@ python build_datasets.py index "$RAW/imagenet/train" --classes "$ROOT/classes.ts
 python build_datasets.py index "$RAW/imagenet/val" --classes "$ROOT/classes.tsv" --out "$ROOT/val.tsv"
 label=0
 while read -r wnid; do
-  ln -sfn "$(realpath -m "$RAW/imagenetv2/$label")" "$ROOT/v2/$wnid"
+  [ -d "$RAW/imagenetv2/$label" ] || { echo "$RAW/imagenetv2/$label: no such folder" >&2 && exit 1; }
+  ln -sfn "$(realpath "$RAW/imagenetv2/$label")" "$ROOT/v2/$wnid"
   label=$((label + 1))
 done <"$ROOT/wnids_only.txt"
 python build_datasets.py index "$ROOT/v2" --classes "$ROOT/classes.tsv" --out "$ROOT/v2.tsv"
@@ -69,7 +70,9 @@ python clip.py --eval-only "$WEIGHTS/ViT-B-32.pt" --arch ViT-B-32 --root "$ROOT"
   --templates "$ROOT/a_class.txt" --out "$OUT/openai/ViT-B-32" --export "$ROOT/vit_b32.pt"
 python build_datasets.py laionet "$RAW/laion400m" --classes "$ROOT/lemmas.tsv" --clip "$ROOT/vit_b32.pt" \
   --threshold 0.7 --out "$ROOT/laionet_urls.tsv"
-img2dataset --url_list "$ROOT/laionet_urls.tsv" --input_format tsv --url_col URL --caption_col caption \
+awk -F '\t' -v OFS='\t' '{for (i = 1; i <= NF; i++) {gsub(/"/, "\"\"", $i); $i = "\"" $i "\""} print}' \
+  "$ROOT/laionet_urls.tsv" >"$ROOT/laionet_urls.quoted.tsv" # img2dataset's reader takes a quote for one of a field
+img2dataset --url_list "$ROOT/laionet_urls.quoted.tsv" --input_format tsv --url_col URL --caption_col caption \
   --save_additional_columns '["label","similarity"]' --output_format webdataset --output_folder "$ROOT/laionet/shards" \
   --image_size 256 --resize_mode keep_ratio --resize_only_if_bigger True --enable_wandb False
 python build_datasets.py index "$ROOT/laionet/shards" --classes "$ROOT/classes.tsv" --out "$ROOT/laionet/train.tsv"

@@ -19,6 +19,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 ROOT=${ROOT:-data/imagenet} OUT=${OUT:-runs/paper} GPUS=${GPUS:-4}
+ROWS=${ROWS:-448896} # of each cut; fewer, if fewer images of .82 are still online
 
 clip() { # NAME FLAGS: the paper's CLIP
   torchrun --nproc-per-node "$GPUS" clip.py --root "$ROOT" --arch RN50 --batch-size 1024 --epochs 32 --lr 1e-3 \
@@ -27,7 +28,7 @@ clip() { # NAME FLAGS: the paper's CLIP
 }
 
 for threshold in 0.70 0.75 0.80 0.82; do
-  python build_datasets.py subset "$ROOT/laionet/train.tsv" --threshold "similarity=$threshold" --rows 448896 \
+  python build_datasets.py subset "$ROOT/laionet/train.tsv" --threshold "similarity=$threshold" --rows "$ROWS" \
     --seed 42 --out "$ROOT/cuts/laionet_t${threshold#0.}.tsv"
 done
 python build_datasets.py subset "$ROOT/laionet/train.tsv" --match-frequency "$ROOT/incaps/train.tsv" --seed 42 \
@@ -35,11 +36,12 @@ python build_datasets.py subset "$ROOT/laionet/train.tsv" --match-frequency "$RO
 python build_datasets.py stats "$ROOT"/cuts/laionet_{t70,t75,t80,t82,freq}.tsv "$ROOT/incaps/train.tsv" \
   --classes "$ROOT/classes.tsv" --out "$ROOT/cuts/stats.tsv" --plot "$OUT/fig4a_counts.png"
 
-# 4a: cosines of OpenAI's RN50 between images of a class, each cut beside ImageNet-Captions.
+# 4a: cosines of OpenAI's RN50 between images of a class, each cut beside ImageNet-Captions, each image of it once.
+python build_datasets.py dedup "$ROOT/incaps/train.tsv" --by image --out "$ROOT/cuts/incaps.tsv"
 python clip.py --eval-only "$ROOT/clip.pt" --root "$ROOT" --data none --out "$OUT/similarity" \
-  --eval-sets "$ROOT"/cuts/laionet_{t70,t75,t80,t82,freq}.tsv "$ROOT/incaps/train.tsv"
+  --eval-sets "$ROOT"/cuts/laionet_{t70,t75,t80,t82,freq}.tsv "$ROOT/cuts/incaps.tsv"
 for cut in t70 t75 t80 t82 freq; do
-  python evaluate.py similarity "$OUT/similarity/laionet_$cut.npz" "$OUT/similarity/train.npz" --max-images 100 \
+  python evaluate.py similarity "$OUT/similarity/laionet_$cut.npz" "$OUT/similarity/incaps.npz" --max-images 100 \
     --pairs 4950 --json "$OUT/fig4a_$cut.json" --plot "$OUT/fig4a_$cut.png"
 done
 

@@ -1845,7 +1845,8 @@ def similarity(path_a: str, path_b: str, n_pairs: int, max_images: int, min_pair
         value, draw = zip(*(pair_means(gram, boot, rng) for gram in grams))
         classes.append(int(c))
         means.append(value)
-        draws.append(draw[0] - draw[1])
+        with np.errstate(invalid="ignore"):  # inf - inf: resamples of one row n times, in both
+            draws.append(draw[0] - draw[1])
         own.append([estimate(*side) for side in zip(value, draw)])
         free.append(sum(map(len, chosen)) - 2)
     refuse(not classes, f"{path_a} and {path_b}: no class with {min_pairs} pairs of images in both")

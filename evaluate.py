@@ -2224,8 +2224,8 @@ def debias_logits(zs: dict, ft: dict, val: dict[str, np.ndarray], log_prior: np.
         head = lambda x, t: x.astype(np.float64) @ (ft["prototypes"].astype(np.float64) / norms**t).T  # noqa: E731
     else:
         head = None
-    # With tau 0 it is the model, or features and prototypes are not those of the logits (dino_laionet.py's probe
-    # standardises features and has a bias).
+    # With tau 0 it is the model (but for ties of float16), or features and prototypes are not those of the logits:
+    # dino_laionet.py's probe standardises features and has a bias.
     if head and (head(val["ft_features"], 0).argmax(1) == val["ft"].argmax(1)).mean() > 0.99:
         chosen["tau-norm"] = best_of(grid[:11], lambda t: head(val["ft_features"], t), y, boot, seed)
         out["tau-normalised"] = head(ft["features"], chosen["tau-norm"]["value"])

@@ -1857,8 +1857,8 @@ def read_labelled_sets(args: argparse.Namespace, root: Path, class_names: list[s
                        ) -> tuple[list[Table], list[np.ndarray], np.ndarray, np.ndarray, np.ndarray, str]:
     """Tables with the rows that are trained on, their labels [n, J], the sets' shares, class counts, trimmed classes.
 
-    Also a sentence on the rows left out. Counts are those of the labels (an image with k labels
-    counts 1/k for each), weighted by the sets' shares.
+    Also a sentence on the rows left out. Counts are those of the labels (an image with k labels counts
+    1 / k for each), weighted by the sets' shares.
     """
     if not class_names:
         raise SystemExit(f"{root}/classes.tsv is missing or has no classes: a classifier needs their names, one a row "

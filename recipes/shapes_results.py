@@ -1015,12 +1015,13 @@ prototypes changed after them.
 - Seeds 0 to 2 and all of experiment 9 ran on CPUs, in bf16 on AMX, but for 15,000 images at 32 epochs, experiment 11's
   models and those of K = 8,192 in 9, in fp32. Seeds 3 and 4 were run later: experiments 1, 2, 5, 6 and 7, and of 12 all
   but the sampled vocabulary, on an NVIDIA H200 (`--precision fp32` with TF32 products, torch 2.11; five runs of seed
-  4's experiment 5, and the images most alike there, on a CPU), as was the CLIP of `web` that gave them their frozen
-  texts and heads.
+  4's experiment 5 on a CPU), as was the CLIP of `web` that gave them their frozen texts and heads. Images most alike
+  (5b) ran on a CPU, in seeds 3 and 4 with a CLIP of `web` trained there anew, against runs of the GPU.
 - Rule and differences were written when four runs of the first seed were known (experiment 1). Those marked * were
   added later, after a review that looked for what speaks against the claims, and after results of 1, 2, 4, 6, 8 and 12
   were seen; before those of 3, 5, 7, 9, 10 and 11 (in 9, K = 8,192 and steep: after its other arms had run for a seed,
-  before their own). Those marked ** came after their own numbers were seen, and have no part in the verdict.
+  before their own; in 5, images most alike: after all its others, before their own). Those marked ** came after their
+  own numbers were seen, and have no part in the verdict.
 - The paper's column has its numbers as printed or read off its figures: rho(freq, acc), rho(freq, pred), top-1, unless
   said otherwise. Its ImageNet-Captions is nearly balanced (Gini .22; laionet here: .64).
 """
@@ -1128,7 +1129,7 @@ def page(folder):
         answers = [a for a, (text, _) in zip(answers, e["contrasts"]) if not text.endswith("**")]
         verdicts.append((e, verdict_of(answers), answers))
         needed = [str(n) for n in sorted({e["number"], *NEEDS.get(e["number"], ())})]
-        needed += [f"{e['number']}b"] if e["number"] in (4, 9) else []
+        needed += [f"{e['number']}b"] if e["number"] in (4, 5, 9) else []
         lines += ["", f"**Why.** {e['why']}"] if "why" in e else []
         lines += ["", f'**Verdict: {verdicts[-1][1]}.** `ONLY="{" ".join(needed)}" bash recipes/shapes.sh`', ""]
         parts.append("\n".join(lines))

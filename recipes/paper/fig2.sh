@@ -12,8 +12,8 @@
 #  2. Rows of ImageNet-Captions are put in order by a hash, not by Python's shuffle.
 #  3. Lemmas of several classes are left out for LAIONet as in theirs; how many of its images are still online differs.
 # Faults avoided: in YFCC15M-Cls no image stands twice (the released script repeats those of several classes, and ends
-# in an error); our tables have no quotes, img2dataset gets its own (theirs wrote with, read without); the class name is not
-# written into captions but chosen at training time; LAIONet's images stay in tars (theirs: three million files).
+# in an error); our tables have no quotes, img2dataset gets its own (theirs wrote with, read without); the class name is
+# not written into captions but chosen at training time; LAIONet's images stay in tars (theirs: three million files).
 #
 # In, in ROOT: wnids.txt (n01440764 <tab> tench, in label order, with OpenAI's names, each once), templates.txt
 # (OpenAI's 80 prompts, {} for the name), bpe.txt (bpe_simple_vocab_16e6.txt.gz, unpacked). In RAW: imagenet/train,

@@ -1951,7 +1951,8 @@ def evaluate_file(args: argparse.Namespace, root: Path, rank: int, device: torch
                          f"0, they are {len(class_counts)}, the least {class_counts.min(initial=0)}")
     class_names = [row["name"] for row in read_classes(root)] or loaded["class_names"]
     if class_names != loaded["class_names"]:
-        raise SystemExit(f"{args.eval_only} was trained with other classes ({len(loaded['class_names'])}) than "
+        what = "another order of the" if sorted(class_names) == sorted(loaded["class_names"]) else "other"
+        raise SystemExit(f"{args.eval_only} was trained with {what} classes ({len(loaded['class_names'])}) than "
                          f"{root}/classes.tsv has ({len(class_names)})")
     model = Classifier(loaded["arch"], len(class_names), loaded["state_dict"]["prototypes"], True)
     try:

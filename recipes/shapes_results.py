@@ -1021,7 +1021,7 @@ prototypes changed after them.
   added later, after a review that looked for what speaks against the claims, and after results of 1, 2, 4, 6, 8 and 12
   were seen; before those of 3, 5, 7, 9, 10 and 11 (in 9, K = 8,192 and steep: after its other arms had run for a seed,
   before their own; in 5, images most alike: after all its others, before their own). Those marked ** came after their
-  own numbers were seen, and have no part in the verdict.
+  own numbers were seen, and have no part in the verdict. The last column is what the verdict would be without both.
 - The paper's column has its numbers as printed or read off its figures: rho(freq, acc), rho(freq, pred), top-1, unless
   said otherwise. Its ImageNet-Captions is nearly balanced (Gini .22; laionet here: .64).
 """
@@ -1090,7 +1090,7 @@ def page(folder):
     parts, verdicts = [], []
     for e in EXPERIMENTS:
         if all(function(seed) is None for _, function in e["contrasts"] for seed in seeds.values()):
-            verdicts.append((e, "not run yet", []))
+            verdicts.append((e, "not run yet", [], ""))
             continue
         columns = e.get("columns", list(METRICS.values()))
         lines = [
@@ -1126,8 +1126,9 @@ def page(folder):
                 f"| {text} | {cell(values)} | {'' if theirs is None else f'{theirs:.3f}'} "
                 f"| {', '.join(cell([v]) for v in values)} | {answer} |"
             )
+        first = [a for a, (text, _) in zip(answers, e["contrasts"]) if not text.endswith("*")]
         answers = [a for a, (text, _) in zip(answers, e["contrasts"]) if not text.endswith("**")]
-        verdicts.append((e, verdict_of(answers), answers))
+        verdicts.append((e, verdict_of(answers), answers, verdict_of(first)))
         needed = [str(n) for n in sorted({e["number"], *NEEDS.get(e["number"], ())})]
         needed += [f"{e['number']}b"] if e["number"] in (4, 5, 9) else []
         lines += ["", f"**Why.** {e['why']}"] if "why" in e else []
@@ -1135,12 +1136,12 @@ def page(folder):
         parts.append("\n".join(lines))
         draw(e, seeds, Path(folder) / f"shapes_{e['number']}.png")
     n_runs = sum("metrics" in file for seed in seeds.values() for file in seed.files.values())
-    summary = ["| | claim | verdict | yes | open | no |", "|---|---|---|---|---|---|"]
+    summary = ["| | claim | verdict | yes | open | no | by the first differences alone |", "|---" * 7 + "|"]
     summary += [
         f"| {e['number']} | {e['title']} | {verdict} | "
         + " | ".join(str(answers.count(answer)) for answer in ("yes", "open", "no"))
-        + " |"
-        for e, verdict, answers in verdicts
+        + f" | {first} |"
+        for e, verdict, answers, first in verdicts
     ]
     (Path(folder) / "shapes.md").write_text("\n".join([HEAD.format(len(seeds), n_runs), *summary, "", *parts]), "utf-8")
     draw_study(seeds, Path(folder) / "study.png")

@@ -223,6 +223,7 @@ def test_checkpoints_that_cannot_be_used(world, tmp_path):
         ("--eval-only", good | {"arch": "tower of Babel"}, "it has the tower 'tower of Babel'"),
         ("--eval-only", good | {"class_counts": good["class_counts"][:5]}, "they are 5"),
         ("--eval-only", good | {"class_counts": negative}, "the least -5"),
+        ("--eval-only", good | {"class_names": good["class_names"][::-1]}, "another order of the classes"),
         ("--eval-only", good | {"state_dict": {"prototypes": state["prototypes"]}}, "does not fit"),
         ("--init", good | {"pixels": "mine"}, "names the pixel statistics 'mine'"),
         ("--init", good | {"state_dict": state | {"visual.conv1.weight": wrong}}, r"not finite in \['conv1.weight'\]"),

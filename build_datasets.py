@@ -140,9 +140,9 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Build data sets for the training scripts.", **style)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name, text, example, about=""):
+    def add(name, text, example, about):
         epilog = f"example: python build_datasets.py {name} {example}"
-        return commands.add_parser(name, help=text, description=about or f"{text}.", epilog=epilog, **style)
+        return commands.add_parser(name, help=text, description=about, epilog=epilog, **style)
 
     shapes = add("shapes", "render the built-in world of shapes",
                  "--size 0.02 --out data/small",
@@ -432,6 +432,8 @@ def parse_args(argv=None):
         label.error("--multi longest: bag finds words, not places; choose drop, all or first")
     if args.command == "label" and args.match == "bag" and args.case == "sensitive":
         label.error("--case sensitive: bag has no case; choose word, regex-lemma or substring")
+    if args.command == "laionet" and args.clip and args.embeddings:
+        laionet.error("--clip and --embeddings: give one of them")
     if args.command == "frequency" and args.weights and (args.sample or args.weights in args.columns):
         frequency.error("--weights: a column of its own, and not with --sample, which draws captions, not counts")
     if args.command == "curate" and (args.cap < 1 or not 0 <= args.tail_share < 1):
@@ -447,6 +449,8 @@ def parse_args(argv=None):
             dedup.error("--backend faiss: only embeddings are searched by faiss")
         if args.against and not args.chain and len(args.by) > 1:
             dedup.error("--against: give one --by at a time, or --chain")
+        if args.against and args.protect:
+            dedup.error("--protect: with --against no row is kept because it comes first; protect has no use there")
     if args.command == "prune":
         if "{set}" not in os.path.basename(args.out) or not args.out.endswith(".tsv"):
             prune.error(f"--out: got {args.out}, expected a file name with {{set}} in it that ends in .tsv")
@@ -578,7 +582,7 @@ def die_with_parent():
 
 # ------------------------------------------------------------------------------ shapes: words
 
-# Word: (synonyms, gloss). No word stands for two things, and no gloss uses the words of another class.
+# Word: (synonyms, gloss). No word stands for two things, and no gloss of a class's word uses those of another class.
 SHAPES = {
     "circle": (("disc", "round"), "a figure whose rim is everywhere equally far from its middle"),
     "triangle": (("trigon",), "a figure with three straight sides"),
@@ -1265,7 +1269,8 @@ def render_world(folder, seed, size, names, caption_noise, workers):
         with whole_file(path) as f:  # zeros take the room: a worker that writes to the map of a full disk is killed
             header = dict(descr="|u1", fortran_order=False, shape=(len(concepts[name]), SIDE, SIDE, 3))
             np.lib.format.write_array_header_1_0(f, header)
-            f.write(bytes(math.prod(header["shape"])))
+            for _ in concepts[name]:
+                f.write(bytes(SIDE * SIDE * 3))
         jobs += [(path, name, style, concepts[name][first : first + CHUNK], first, seed, names, caption_noise)
                  for first in range(0, len(concepts[name]), CHUNK)]  # fmt: skip
 
@@ -1785,11 +1790,11 @@ def look_into(folder):
     """
     names = sorted(n for n in os.listdir(folder) if not n.startswith((".", "__")))
     files = [n for n in names if os.path.isfile(os.path.join(folder, n))]
-    folders = [n for n in names if n not in set(files) and os.path.isdir(os.path.join(folder, n))]
+    folders = [n for n in names if os.path.isdir(os.path.join(folder, n))]
     tars = [os.path.join(folder, n) for n in files if TAR_NAME.search(n)]
     images = [n for n in files if os.path.splitext(n)[1][1:].lower() in IMAGE_SUFFIXES]
-    shards = shard_folders(folder, folders)
-    classes = [n for n in folders if n not in set(shards) and has_images(os.path.join(folder, n))]
+    shards = set(shard_folders(folder, folders))
+    classes = [n for n in folders if n not in shards and has_images(os.path.join(folder, n))]
     kinds = {"tars": tars, "flat folder": images, "shards in folders": shards, "class folders": classes}
     found = [(kind, of) for kind, of in kinds.items() if of]
     if len(found) > 1:
@@ -1803,7 +1808,7 @@ def look_into(folder):
                          f"({len(files)} other files, {len(folders)} folders without images){hint}")  # fmt: skip
     kind, of = found[0]
     if kind == "shards in folders":  # no classes: 00000 is no label
-        return "flat folder", [os.path.join(folder, n) for n in of]
+        return "flat folder", [os.path.join(folder, n) for n in sorted(of)]
     if kind == "class folders":
         return kind, folders  # empty ones too: a class without images keeps its label
     return kind, tars if kind == "tars" else [folder]
@@ -2027,7 +2032,8 @@ def find_tables(paths):
                 is_named = os.path.basename(path) not in (".", "..")  # images are named by the folder
                 found.append(path if is_named else os.path.abspath(path))
                 continue
-            kinds = {"folder" if n in folders else os.path.splitext(n.removesuffix(".gz"))[1] for n in names}
+            is_shard = set(folders)
+            kinds = {"folder" if n in is_shard else os.path.splitext(n.removesuffix(".gz"))[1] for n in names}
             if len(kinds) != 1:
                 what = f"tables of kinds {', '.join(sorted(kinds))}: name the files" if kinds else "no table"
                 raise SystemExit(f"{path}: a folder with {what} (expected one kind of {', '.join(TABLE_SUFFIXES)}, or "
@@ -2097,14 +2103,14 @@ def tsv_rows(lines, n_fields, path, bad):
         fields = line.split("\t")
         if len(fields) == n_fields:
             yield number, fields
-        elif line:  # a blank line is no row
+        elif line:  # a blank line is no row but in a table of one column
             note_bad(bad, path, number, f"{len(fields)} fields, but the header has {n_fields}")
 
 
 def csv_rows(lines, n_fields, path, bad):
     """Rows of a CSV, quoted as RFC 4180 has it; the number is of a row's last line. n_fields 0: as the first row.
 
-    A quote that is never closed takes all lines behind it; each counts as bad.
+    A quote that is never closed takes all lines behind it, up to MAX_LINE characters; each counts as bad.
     """
     csv.field_size_limit(MAX_LINE)
     taken = []  # numbers of a row's lines: reader.line_num does not count lines that are left out
@@ -2138,7 +2144,8 @@ def json_objects(path, bad):
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                note_bad(bad, path, number, f"not JSON ({error})")
+                what = error if bad is None else getattr(error, "msg", "too deep")  # counted by cause, not by column
+                note_bad(bad, path, number, f"not JSON ({what})")
                 continue
             if isinstance(row, dict):
                 yield number, row
@@ -2217,6 +2224,8 @@ def tar_rows(path, bad, warnings=None):
     except NotATarError as error:
         raise SystemExit(f"{path}: {error}") from None
     check_tar(reader.problem if reader else "", result | dict(counts=counts))
+    if result.get("no_pyarrow") and warnings is not None:
+        note_bad(warnings, path, 0, ".parquet beside it was not read: pip install pyarrow, unless the JSON has all")
     for warning in result["warnings"]:
         note_bad(bad if warnings is None else warnings, path, counts["samples"], warning)
 
@@ -2398,9 +2407,10 @@ def write_report(out, inputs, flags, steps, **more):
     further facts, as histograms.
     """
     table = place_of(out)
-    command = ["python", *(arg for arg in sys.argv if arg != "--merge")]  # makes the table again, from nothing
+    command = shlex.join(["python", *(arg for arg in sys.argv if arg != "--merge")])
     content = dict(
-        command=shlex.join(command), script=file_hash(os.path.abspath(__file__)),
+        command=re.sub(r" --shard[ =]\S+", "", command),  # makes the table again, from nothing
+        script=file_hash(os.path.abspath(__file__)),
         versions=dict(python=sys.version.split()[0], numpy=np.__version__), flags=flags, funnel=steps, **more,
         inputs=list(map(facts_of, with_beside(inputs))),
         outputs=[dict(path=out, bytes=os.path.getsize(table), sha256=file_hash(table))],
@@ -2438,6 +2448,8 @@ def wordnet_file(folder, name, pattern):
 
     Raises: SystemExit for another version, and for a line that does not fit or does not lie where it says (offset).
     """
+    if not folder:
+        raise SystemExit("--wordnet: got no folder, expected that of WordNet 3.0's data.noun, noun.exc, ...")
     (path,) = wordnet_paths(folder, name)
     offset = 0
     for number, line in text_lines(path):
@@ -2478,23 +2490,16 @@ def morphword(word, exceptions, index):
     for suffix, ending in DETACHMENTS:
         if len(stem) > len(suffix) and stem.endswith(suffix):
             base = stem[: -len(suffix)] + ending
-            if base != stem and base in index:
+            if base in index:
                 return base + tail
     return None
 
 
-def morphy(phrase, exceptions, index):
-    """Base form of a noun or collocation by WordNet's morphy, or None if it has none but itself."""
-    phrase = phrase.lower().replace(" ", "_")
-    base = morphword(phrase, exceptions, index)
-    if base is not None:
-        return base
-    joined = "".join(morphword(part, exceptions, index) or part for part in re.split("([_-])", phrase))
-    return joined if joined != phrase and joined in index else None
-
-
 def nltk_lemma(word, exceptions, index):
-    """The noun lemma that NLTK's WordNetLemmatizer gives (the paper's counts), which is not morphy's: us -> u."""
+    """The noun lemma that NLTK's WordNetLemmatizer gives (the paper's counts), which is not morphy's: us -> u.
+
+    Of two lines of noun.exc for a form NLTK takes the last: aurar and involucra, of WordNet's, have other lemmas there.
+    """
     found = exceptions.get(word)
     if found is None:
         found = [word[: -len(suffix)] + ending for suffix, ending in NLTK_DETACHMENTS if word.endswith(suffix)]
@@ -2863,7 +2868,8 @@ class Matcher:
 
 
 def class_rows(path):
-    """Rows of a classes.tsv as dicts, in label order. Raises: SystemExit for empty or double names."""
+    """Rows of a classes.tsv as dicts, in label order. Raises: SystemExit for empty names, for double wnids or, without
+    wnids, names."""
     rows, seen = [], {}
     for line, row in numbered_rows(path, ["name"]):
         if not row["name"].strip():
@@ -2884,7 +2890,7 @@ def split_names(field):
 
 def names_of(row):
     """Names by which a class is found: the column match if it has something, else name and synonyms."""
-    names = split_names(row.get("match", "")) or [row["name"], *split_names(row.get("synonyms", ""))]
+    names = split_names(row.get("match", "")) or [row["name"].strip(), *split_names(row.get("synonyms", ""))]
     return list(dict.fromkeys(names))
 
 
@@ -3234,7 +3240,8 @@ def build_incaps(path, images, classes, out, seed, keep_repeats):
     Rows are ordered by a hash of seed and file name; of a repeated file name the longest text is kept (then the first
     in alphabetical order).
     """
-    records, label_of = incaps_records(path), {row.get("wnid", ""): i for i, row in enumerate(class_rows(classes))}
+    records, rows = incaps_records(path), class_rows(classes)
+    n_classes, label_of = len(rows), {row["wnid"]: i for i, row in enumerate(rows) if row.get("wnid")}
     places = None
     if os.path.isfile(images):
         rows = open_tables([images], ["image"], out=out)[1]
@@ -3264,7 +3271,7 @@ def build_incaps(path, images, classes, out, seed, keep_repeats):
     variants = [("title",), ("tags",), ("description",), ("title", "description"), ("tags", "description"),
                 ("title", "tags")]  # fmt: skip
     usable = {"+".join(v): sum(any(row[part] for part in v) for row in rows) for v in variants}
-    class_counts = np.bincount([row["label"] for row in rows], minlength=len(label_of)).tolist()
+    class_counts = np.bincount([row["label"] for row in rows], minlength=n_classes).tolist()
     counts[f"rows in {out}"] = len(rows)
     write_report(out, [path, classes, None if places is None else images],
                  dict(images=images, seed=seed, keep_repeats=keep_repeats), counts,
@@ -3287,7 +3294,7 @@ def load_text_tower(path):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         weights = {k: v.float() for k, v in checkpoint["state_dict"].items() if not k.startswith("visual.")}
-        merges = [tuple(merge.split()) for merge in checkpoint["bpe"].split("\n")]
+        merges = [tuple(merge.split()) for merge in (checkpoint["bpe"].split("\n") if checkpoint["bpe"] else [])]
         needed = ["token_embedding.weight", "ln_final.weight", "ln_final.bias", "text_projection"]
         for name in needed + ["positional_embedding"] * any(name.startswith("transformer.") for name in weights):
             weights[name]
@@ -3388,12 +3395,18 @@ def own_similarity(row, path, number):
         raise SystemExit(f"{path}:{line}: {what}") from None
 
 
+@functools.lru_cache(1)
+def query_features(path, queries):
+    """text_features of the definitions of all classes, once in each worker."""
+    return text_features(path, queries)
+
+
 def laionet_file(path, part, settings):
     """Rows of one table that name just one class, with label and similarity of caption and definition, as PART.tsv."""
     settings, counts = dict(settings), Counter()
     clip, embeddings, queries = (settings.pop(key) for key in ("clip", "embeddings", "queries"))
     if clip:
-        definitions = text_features(clip, queries)
+        definitions = query_features(clip, tuple(queries))
     elif embeddings:
         if settings["skip_bad"]:
             raise SystemExit("--skip-bad: rows left out would shift --embeddings; repair the tables first")
@@ -3699,7 +3712,7 @@ def frequency_file(path, part, settings):
             amounts = np.array([int(fields[n]) if weights else 1 for _, fields in chunk], np.int64)
             np.add.at(class_counts, labels, amounts[rows])
         count_lost(path, bad, counts)
-    drawn = [[label, -h, key, text] for label in sorted(samples) for h, key, text in samples[label]]
+    drawn = [[label, *found] for label in sorted(samples) for found in samples[label]]
     save_part(part, counts, counts=class_counts, sample=np.frombuffer(json.dumps(drawn).encode(), np.uint8))
 
 
@@ -3736,7 +3749,7 @@ def build_frequency(paths, out, classes, synonyms, relevance, settings, run):
         with np.load(part) as arrays:
             for label, *drawn in json.loads(bytes(arrays["sample"])):
                 samples[label].append(drawn)
-        samples = defaultdict(list, {k: heapq.nsmallest(n_sample, v) for k, v in samples.items()})  # memory stays flat
+        samples = defaultdict(list, {k: heapq.nlargest(n_sample, v) for k, v in samples.items()})  # memory stays flat
     if n_sample:
         columns = ("name", "label", "definition", "key", "caption", "relevant")
         write_tsv(f"{out.removesuffix('.tsv')}.sample.tsv", columns,
@@ -3777,6 +3790,9 @@ def build_status(folder, out, classes):
     def failures():
         for shard in shards:
             path, seen = os.path.join(folder, f"{shard}.parquet"), Counter()
+            if not os.path.isfile(os.path.join(folder, f"{shard}_stats.json")):  # img2dataset writes it last
+                warnings.append(f"{path}: no _stats.json beside it; an unfinished shard, not counted")
+                continue
             _, columns, rows = parquet_rows(path, None, None, True)
             if "status" not in columns:
                 raise SystemExit(f"{path}:1: no column status; found {', '.join(columns)}")
@@ -3794,13 +3810,14 @@ def build_status(folder, out, classes):
             check_shard(folder, shard, seen, warnings)
 
     n_failed = write_tsv(out, ("key", "url", "caption", "label", "status", "error_message"), failures())
-    n, names = before.total(), [row["name"] for row in class_rows(classes)] if classes else []
+    n, (names, ids, _) = before.total(), find_classes(classes, out) if classes else ([], {}, None)
     order = sorted(before, key=lambda label: (not label.isdecimal(), int(label) if label.isdecimal() else 0, label))
     by_class = f"{out.removesuffix('.tsv')}.classes.tsv"
+    numbers = {label: label_number(label, ids, len(names)) for label in order}
+    named = {label: names[k] for label, k in numbers.items() if names and k is not None and k >= 0}
     write_tsv(by_class, ("label", "name", "rows", "count", "success"),
-              (dict(label=label, name=names[int(label)] if label.isdecimal() and int(label) < len(names) else "",
-                    rows=before[label], count=after[label], success=f"{after[label] / before[label]:.4f}")
-               for label in order))  # fmt: skip
+              (dict(label=label, name=named.get(label, ""), rows=before[label], count=after[label],
+                    success=f"{after[label] / before[label]:.4f}") for label in order))  # fmt: skip
     counts = {"rows": n, **{cause: -k for cause, k in causes.most_common()}, "images": n - n_failed}
     inputs = [os.path.join(folder, f"{shard}.parquet") for shard in shards]
     write_report(out, [*inputs, classes], dict(folder=folder, classes=classes), counts, warnings=warnings,
@@ -3812,7 +3829,7 @@ def build_status(folder, out, classes):
 
 
 def check_shard(folder, shard, seen, warnings):
-    """Warn if a shard's _stats.json is missing or disagrees with its parquet. seen: Counter of status."""
+    """Warn if a shard's _stats.json cannot be read or disagrees with its parquet. seen: Counter of status."""
     path = os.path.join(folder, f"{shard}_stats.json")
     try:
         with open(path, encoding="utf-8") as f:
@@ -3823,6 +3840,8 @@ def check_shard(folder, shard, seen, warnings):
     for key, n in (("successes", seen["success"]), ("count", seen.total())):
         if stats.get(key) != n:
             warnings.append(f"{path}: {key} is {stats.get(key)}, but {shard}.parquet has {n}")
+
+
 # ------------------------------------------------------------------------------ check
 
 MAX_CLASSES = 2**24  # of labels without a classes.tsv; there are arrays of that length
@@ -3924,8 +3943,6 @@ def in_processes(function, jobs, workers):
                     yield running.popleft().result()
             while running:
                 yield running.popleft().result()
-        except BrokenProcessPool:
-            raise SystemExit("a worker process was killed (out of memory?); try fewer --workers") from None
         finally:
             pool.shutdown(cancel_futures=True)  # after an error what waits is not begun
 
@@ -4019,7 +4036,8 @@ def check_tables(tables, out, sample, max_bad, classes, max_pixels, workers, see
               (dict(zip(("file", "line", "image", "reason"), row)) for row in bad))  # fmt: skip
     print_classes(names, of_class)
     copies = repeated_captions(paths, hashes)
-    reasons = Counter(reason for *_, reason in bad)
+    # The table of bad rows has the labels themselves.
+    reasons = Counter("label is no class" if reason.startswith("label ") else reason for *_, reason in bad)
     counts = {"rows": n_rows, "decoded": n_decoded, **{r: -n for r, n in sorted(reasons.items())}}
     print_funnel(counts)
     print(f"{len(bad):>12,}  bad rows, in {out}")
@@ -4132,6 +4150,8 @@ def hash_tables(paths, by, max_pixels, workers):
             for chunk in in_chunks(rows, lambda row: row[1], ROWS_PER_JOB):
                 texts = [(fields[0], dict(zip(columns, fields[1:]))) for _, fields in chunk]
                 for _, text in texts:
+                    if text.get("image"):  # of another folder the same name is another image
+                        text["image"] = relocate(text["image"], os.path.realpath(os.path.dirname(path)), "/")
                     if "caption" in text:
                         caption = unicodedata.normalize("NFC", text["caption"]).casefold()
                         text["caption"] = " ".join(caption.split())
@@ -4649,7 +4669,7 @@ def rescue(hashes, labels, mask, pool, is_equal):
     return mask, int(n_rescued)
 
 
-def table_counts(table, classes, n_classes=0):
+def table_counts(table, classes, n_classes):
     """Class counts of a table by its labels, or of one with the columns name and count. Returns: [C] int64."""
     paths = find_tables([table])
     columns, rows = open_tables(paths)
@@ -4659,7 +4679,9 @@ def table_counts(table, classes, n_classes=0):
     counts, rows = np.zeros(n_classes, np.int64), [row for row in rows if row.get("label") != "none"]  # of status
     is_in_order = [row.get("name") for row in rows] == classes[0]  # frequency's: two classes may have one name
     for place, row in enumerate(rows):
-        label = place if is_in_order else classes[1].get(row.get("name", ""))
+        label = label_number(row.get("label", ""), classes[1], len(classes[0]))
+        if label is None or label < 0:  # no column label
+            label = place if is_in_order else classes[1].get(row.get("name", ""))
         if label is None or not re.fullmatch(r"\d{1,18}", row["count"], re.A):
             raise SystemExit(f"{table}: {row.get('name')!r} {row['count']!r}: no class of classes.tsv, or no count")
         counts[label] += int(row["count"])
@@ -4677,7 +4699,8 @@ def rows_per_class(hashes, labels, mask, is_fill, wanted, counts, match, profile
     if match is not None:
         mask = bottom_per_class(hashes, labels, mask, match)
         mask |= bottom_per_class(hashes, labels, is_fill, match - class_counts(labels[mask], len(counts)))
-        deficit = match - class_counts(labels[mask], len(counts))
+        counts = class_counts(labels[mask], len(counts))
+        deficit = match - counts
     if profile:
         quota = profile_quota(counts, profile, imbalance, rows, seed)
         deficit = np.maximum(quota - counts, 0)
@@ -4743,10 +4766,9 @@ def subset_tables(tables, out, threshold, class_list, match_frequency, fill, sho
     if (fraction or rows) and not profile:
         was, mask = mask, bottom(hashes, mask, rows or int(fraction * mask.sum() + 0.5))
         count("not drawn", was)
-        if is_rescue:
-            was = mask
-            mask, n_rescued = rescue(hashes, labels, mask, pool, bool(rows))
-            count(f"{n_rescued} rescued of lost classes, as many taken from large ones" if rows else "rescued", was)
+        if is_rescue:  # the classes of the tables, and those that --fill alone has
+            mask, n_rescued = rescue(hashes, labels, mask, pool | was & ~np.isin(labels, labels[pool]), bool(rows))
+            counts |= {"rescued of lost classes": n_rescued, "taken from large ones instead": -n_rescued * bool(rows)}
     counts["rows left"] = int(mask.sum())
     after = class_counts(labels[mask], n_classes)
     print_funnel({what: c for what, c in counts.items() if c or what.startswith("rows")})
@@ -5036,6 +5058,9 @@ if __name__ == "__main__":
     ARGS = parse_args()
     try:
         main(ARGS)
+    except BrokenProcessPool:
+        print("a worker process was killed (out of memory?); try fewer --workers", file=sys.stderr)
+        sys.exit(2)
     except (SystemExit, OSError) as error:  # bad input, a full disk: one line and exit code 2
         if isinstance(error, SystemExit) and not isinstance(error.code, str):
             raise

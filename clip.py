@@ -22,7 +22,8 @@ The paper's recipe (RN50, 32 epochs of ImageNet-Captions) adds these flags to --
 
 A data set is a TSV (columns image, label, caption, any others); an image is `photos/1.jpg`, `00000.tar:512:34567`
 (offset and size in an uncompressed tar) or `val.npy:17` (row of a uint8 array); `build_datasets.py index` writes such
-files. Written to --out: args.json, log.jsonl, checkpoint.pt, metrics.json and <set>.npz for each test set.
+files. Written to --out: args.json, log.jsonl, checkpoint.pt, metrics.json and <set>.npz for each test set; with a
+frozen text tower also text_features.npy, if the captions' embeddings are many.
 
 Dimension key: B pairs of this process, N = B * world_size pairs of the step, D embedding width, L tokens, P image
 tokens, C classes, H heads. Features are unit vectors unless called *_embed, but for those in <set>.npz and a loader's.
@@ -168,7 +169,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     run = parser.add_argument_group("run")
     run.add_argument("--out", default="runs/clip",
-                     help="folder for log, checkpoint, metrics and predictions; runs/eval if --eval-only has none")
+                     help="folder for log, checkpoint, metrics and predictions; --eval-only has runs/eval for this one")
     run.add_argument("--resume", default="auto",
                      help="auto continues OUT/checkpoint.pt if there is one, off starts over (that one becomes "
                           "checkpoint.old.pt), or a checkpoint to continue")
@@ -178,11 +179,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--eval-only", default="", help="evaluate this checkpoint on --eval-sets and end")
     run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto is cuda where there is one")
     run.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
-                     help="of the towers; auto is bf16 on CUDA and on CPUs with AMX, else fp32; normalisation, logits "
-                          "and loss are always fp32")
+                     help="of the towers; auto is bf16 on CUDA and on CPUs with AMX, else fp32 (on CUDA with TF32 "
+                          "products); normalisation, logits and loss are always fp32")
     run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the towers")
     run.add_argument("--workers", type=int, default=-1,
-                     help="loader processes per process; -1 is 1 for .npy images, else up to 8")
+                     help="loader processes per process; -1 is 1 for .npy images of one size, else up to 8")
     run.add_argument("--seed", type=int, default=0, help="of the weights, the order, the crops and what is drawn")
     run.add_argument("--log-every", type=int, default=50, help="steps between log lines")
     run.add_argument("--save-every", type=int, default=500, help="steps between checkpoints; 0 is only at the end")
@@ -860,14 +861,15 @@ def read_classes(root: Path) -> list[dict[str, str]]:
 def read_labels(table: Table, class_names: list[str]) -> np.ndarray:
     """[n] int64 labels, -1 for none. A field is a class number, several (`3|17`, the first counts), or a class name."""
     ids = {name: i for i, name in enumerate(class_names)}
+    ids |= dict.fromkeys((name for name, n in Counter(class_names).items() if n > 1), -1)  # a crane, and another
     labels = np.full(len(table), -1)
     for row in range(len(table)):
         field = table.get(row, "label").split("|")[0].strip()
         if field:
             label = int(field) if field.isdecimal() and len(field) < 19 else ids.get(field, -1)  # of 64 bits
             if not 0 <= label < (len(class_names) or label + 1):
-                raise SystemExit(f"{table.path}: row {row + 1} has label {field[:100]!r}; classes.tsv has "
-                                 f"{len(class_names)} classes")
+                raise SystemExit(f"{table.path}: row {row + 1} has label {field[:100]!r}, not the number, nor a name "
+                                 f"that no other has, of the {len(class_names)} classes of classes.tsv")
             labels[row] = label
     return labels
 
@@ -1286,7 +1288,7 @@ def load_pixels(tables: list[Table], image_size: int = 0) -> torch.Tensor | None
         for path, rows in places.items():
             rows = np.array(rows)
             pixels[rows[:, 0]] = arrays[path][rows[:, 1]]
-    except (OSError, ValueError, IndexError) as error:
+    except (OSError, ValueError, IndexError, EOFError) as error:
         raise SystemExit(f"images of {', '.join(str(table.path) for table in tables)}: {error}") from None
     return torch.from_numpy(pixels)
 
@@ -1815,8 +1817,9 @@ def evaluate(model: CLIP, tokenizer: Tokenizer | None, world: World, workers: in
         if logits is not None and labelled.any():
             result |= imbalance_metrics(logits.argmax(1).numpy()[labelled], labels[labelled], world.class_counts)
         elif not labelled.any() and "caption" in table.columns and tokenizer is not None and len(rows):
-            images, image_ids = np.unique([table.get(row, "image") for row in rows], return_inverse=True)
-            first = torch.from_numpy(np.unique(image_ids, return_index=True)[1]).to(device)
+            images = [table.get(row, "image") for row in rows]
+            _, first, image_ids = np.unique(images, return_index=True, return_inverse=True)
+            first = torch.from_numpy(first).to(device)
             captions = [table.get(row, "caption") for row in rows]
             texts = F.normalize(encode_texts(model, tokenizer, captions, device), dim=1)
             result["retrieval"] = retrieval_metrics(features[first], texts, image_ids)
@@ -1876,7 +1879,7 @@ def find_test_sets(names: list[str], root: Path) -> dict[str, Table]:
 def read_lines(path: str) -> list[str]:
     """Non-empty lines of a text file."""
     try:
-        lines = [line.strip() for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines() if line.strip()]
     except OSError as error:
         raise SystemExit(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -1916,6 +1919,8 @@ def read_world(args: argparse.Namespace, root: Path) -> World:
     for table in test_sets.values() if not args.eval_only else ():
         read_labels(table, [row["name"] for row in classes])  # what is wrong is told before training, not after it
         load_pixels([table])
+        for row in range(len(table)):
+            table[row]  # has as many fields as the header
     return World(root, classes, counts, test_sets, templates, class_embeddings)
 
 
@@ -1927,7 +1932,8 @@ def read_training_sets(args: argparse.Namespace, world: World) -> tuple[list[Cap
     for path in paths:
         table = Table(path)
         labels = read_labels(table, [row["name"] for row in world.classes])
-        captions.append(Captions(table, labels, templates, world.classes, args.seed))
+        needed = [""] if args.eval_only and (labels >= 0).any() else templates  # only the labels are counted then
+        captions.append(Captions(table, labels, needed, world.classes, args.seed))
     shares = np.array([len(c.table) if weight is None else weight for weight, c in zip(weights, captions)], float)
     shares /= shares.sum()
     world.class_counts = count_classes(captions, shares, world.classes)
@@ -2218,10 +2224,11 @@ def evaluate_checkpoint(args: argparse.Namespace, world: World, rank: int, devic
     world.classes = world.classes or [{"name": name} for name in loaded.get("class_names", [])]
     names = [row["name"] for row in world.classes]
     sets = [part.strip().split(":")[0] for part in args.data.split(",")]
-    if names and names == loaded.get("class_names"):
+    if names == loaded.get("class_names"):
         world.class_counts = loaded["class_counts"].numpy()
-        now = RUN_FLAGS | {"root", "templates", "text_embeddings", "max_pixels"}
-        args = argparse.Namespace(**vars(args) | {k: v for k, v in loaded["args"].items() if k not in now})
+        now = RUN_FLAGS | {"templates", "text_embeddings", "max_pixels"}
+        trained = {k: v for k, v in loaded["args"].items() if k not in now}
+        args = argparse.Namespace(**vars(args) | trained | {"root": str(world.root)})
     elif names and all(s.endswith(".tsv") or (world.root / s / "train.tsv").is_file() for s in sets):
         read_training_sets(args, world)
         if rank == 0:
@@ -2300,7 +2307,6 @@ def main(args: argparse.Namespace) -> None:
               flush=True)
     if sum(sizes) < args.batch_size:
         raise SystemExit(f"--batch-size {args.batch_size} is larger than the {sum(sizes)} rows of --data {args.data}")
-    pixels = load_pixels(tables, ARCHS[args.arch]["image_size"])  # [rows of all sets, H, W, 3] uint8, or None
     text_width, text_features = 0, None
     if args.text_embeddings:
         text_features = map_embeddings(args.text_embeddings[0], sizes[0], f"the rows of {tables[0].path}")
@@ -2311,6 +2317,7 @@ def main(args: argparse.Namespace) -> None:
 
     # --- model
     model, tokenizer, _ = build_model(args, root, captions, text_width)
+    pixels = load_pixels(tables, model.image_size)  # [rows of all sets, H, W, 3] uint8, or None
     model.to(device)
     if model.arch in ("tiny", "RN50"):  # of --init, if that is given
         model.visual.to(memory_format=torch.channels_last)
@@ -2452,11 +2459,12 @@ def main(args: argparse.Namespace) -> None:
             loss_sum.zero_()
             left_out.zero_()
         if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < steps:
+            paused_at = time.time()
             metrics = evaluate(model, tokenizer, world, args.workers, args.max_pixels, device)
             if is_main:
                 log.write({"step": step + 1, **metrics})
                 print_table(metrics)
-            logged_at = time.time()
+            logged_at += time.time() - paused_at  # images_per_s is that of training
         is_stopped = total(len(stop_signals), control)
         if is_stopped or step + 1 == steps or (args.save_every and (step + 1) % args.save_every == 0):
             # Prompts of many classes take minutes: only a finished run has class prototypes.
@@ -2468,7 +2476,8 @@ def main(args: argparse.Namespace) -> None:
             on_one_rank(rank, functools.partial(write_atomically, out / "checkpoint.pt", save))
         if is_stopped:
             if is_main:
-                print(f"SIGTERM: saved at step {step + 1}; the same command continues", flush=True)
+                how = "the same command" if args.resume == "auto" else "--resume auto"
+                print(f"SIGTERM: saved at step {step + 1}; {how} continues", flush=True)
             return
 
     progress.close()

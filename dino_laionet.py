@@ -38,7 +38,8 @@ Deviations from the paper and its code:
     teacher's rows are the running average of the student's, all of them, at every step.
  3. Crops and colours are drawn by example, so any number of processes sees the same views, after a restart too.
     torchvision.transforms.v2 draws from a process's generator: its formulas are applied here to batches on the device,
-    to files and .npy alike, in no more CPU time. Pillow cuts files (bicubic), the device .npy images (bilinear).
+    to files and .npy alike, in no more CPU time. Pillow cuts files and large .npy images (bicubic), the device .npy
+    images that are square, at most 1.3 times as large as a global crop and fit into memory (bilinear).
  4. ViT-S/16 has no stochastic depth.
  5. Position embeddings are resized to the exact grid of a local crop; the public code's scale is 0.1 patch larger.
  6. One draw of prototypes serves all processes, and depends on seed and step: theirs was equal on all only as long as
@@ -47,6 +48,9 @@ Deviations from the paper and its code:
  8. A data set is what its table lists: theirs took ImageNet's train and val folders for two classes of one set.
  9. Training, k-NN and probe standardise pixels by CLIP's mean, also for weights of others (theirs by ImageNet's mean,
     then by CLIP's).
+10. With AdamW prototypes start at length 1, with SGD, which turns a row by gradient / length^2, at sqrt(D / K) as
+    theirs. (AdamW does not mind: 1,000 steps on the shapes world end at a probe of 9.1 % with either start.)
+11. RN50 starts as CLIP's does, with residual branches off (theirs: torch's defaults).
 """
 
 import argparse
@@ -175,7 +179,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     run = parser.add_argument_group("run")
     run.add_argument("--out", default="runs/dino",
-                     help="folder for log, checkpoint, metrics and predictions; runs/eval if --eval-only has none")
+                     help="folder for log, checkpoint, metrics and predictions; --eval-only has runs/eval for this one")
     run.add_argument("--export", default="",
                      help="also write the final model, without optimiser state, to this file: with the class "
                           "prototypes of clip.py a ROOT/clip.pt, of dino_laionet.py a backbone for --init")
@@ -187,11 +191,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                      help="at the end also probe a random network and raw pixels")
     run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto is cuda where there is one")
     run.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
-                     help="of the towers; auto is bf16 on CUDA and on CPUs with AMX, else fp32; normalisation, logits "
-                          "and loss are always fp32")
+                     help="of the towers; auto is bf16 on CUDA and on CPUs with AMX, else fp32 (on CUDA with TF32 "
+                          "products); normalisation, logits and loss are always fp32")
     run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the towers")
     run.add_argument("--workers", type=int, default=-1,
-                     help="loader processes per process; -1 is 1 for .npy images, else up to 8")
+                     help="loader processes per process; -1 is 1 for .npy images of one size, else up to 8")
     run.add_argument("--seed", type=int, default=0, help="of the weights, the order, the crops and what is drawn")
     run.add_argument("--log-every", type=int, default=50, help="steps between log lines")
     run.add_argument("--save-every", type=int, default=500, help="steps between checkpoints; 0 is only at the end")
@@ -937,14 +941,15 @@ def read_classes(root: Path) -> list[dict[str, str]]:
 def read_labels(table: Table, class_names: list[str]) -> np.ndarray:
     """[n] int64 labels, -1 for none. A field is a class number, several (`3|17`, the first counts), or a class name."""
     ids = {name: i for i, name in enumerate(class_names)}
+    ids |= dict.fromkeys((name for name, n in Counter(class_names).items() if n > 1), -1)  # a crane, and another
     labels = np.full(len(table), -1)
     for row in range(len(table)):
         field = table.get(row, "label").split("|")[0].strip()
         if field:
             label = int(field) if field.isdecimal() and len(field) < 19 else ids.get(field, -1)  # of 64 bits
             if not 0 <= label < (len(class_names) or label + 1):
-                raise SystemExit(f"{table.path}: row {row + 1} has label {field[:100]!r}; classes.tsv has "
-                                 f"{len(class_names)} classes")
+                raise SystemExit(f"{table.path}: row {row + 1} has label {field[:100]!r}, not the number, nor a name "
+                                 f"that no other has, of the {len(class_names)} classes of classes.tsv")
             labels[row] = label
     return labels
 
@@ -1099,7 +1104,7 @@ def load_pixels(tables: list[Table], image_size: int = 0) -> torch.Tensor | None
         for path, rows in places.items():
             rows = np.array(rows)
             pixels[rows[:, 0]] = arrays[path][rows[:, 1]]
-    except (OSError, ValueError, IndexError) as error:
+    except (OSError, ValueError, IndexError, EOFError) as error:
         raise SystemExit(f"images of {', '.join(str(table.path) for table in tables)}: {error}") from None
     return torch.from_numpy(pixels)
 
@@ -1158,6 +1163,7 @@ class Views(torch.utils.data.Dataset):
                  max_pixels: int, seed: int):
         self.tables, self.sizes, self.scales, self.max_ratio = tables, sizes, scales, max_ratio
         self.max_pixels, self.seed, self.pixel_offsets = max_pixels, seed, None
+        self.smallest = max(size / math.sqrt(scale[0] / max_ratio) for size, scale in zip(sizes, scales))  # side, px
 
     def boxes(self, v: int, aspect: np.ndarray, examples: np.ndarray) -> np.ndarray:
         return view_boxes(self.scales[v], self.max_ratio, aspect, self.seed, 7, v, *examples.T)
@@ -1186,8 +1192,7 @@ class Views(torch.utils.data.Dataset):
         """The image of examples[i]; another example takes its place, in the array too, if it cannot be read."""
         for attempt in range(100):
             s, row, epoch = map(int, examples[i])
-            smallest = max(size / math.sqrt(scale[0] / self.max_ratio) for size, scale in zip(self.sizes, self.scales))
-            image = read_image(self.tables[s], row, smallest, self.max_pixels)
+            image = read_image(self.tables[s], row, self.smallest, self.max_pixels)
             if not isinstance(image, str):
                 return image
             bad.append((image, f"{self.tables[s].path} row {row + 1}: {self.tables[s].get(row, 'image')}"))
@@ -1755,7 +1760,7 @@ def evaluate_dino(model: Network, worlds: list[tuple[Table | None, dict[str, Tab
         counts = np.zeros(len(class_names), np.int64) if is_transfer else class_counts  # no training frequencies there
         for kind, probed in models.items():
             for name, found in probe_features(probed, bank, test_sets, class_names, args, device,
-                                              is_transfer and not kind).items():
+                                              is_transfer and not kind and npz_folder is not None).items():
                 labels, labelled = found["labels"], found["labels"] >= 0
                 guesses = {key: found[key].argmax(1).cpu().numpy() for key in ("knn", "probe")}
                 right = {kind + key: float((guess[labelled] == labels[labelled]).mean()) if labelled.any() else None
@@ -1954,7 +1959,7 @@ class RunLog:
 
 
 def find_worlds(args: argparse.Namespace, root: Path) -> list[tuple[Table | None, dict[str, Table], list[str], bool]]:
-    """What features are probed on, as evaluate_dino takes it; the root's first, if it has labels."""
+    """What features are probed on, as evaluate_dino takes it: the root's first; it needs classes.tsv for a probe."""
     worlds, class_names = [], [row["name"] for row in read_classes(root)]
     test_sets = find_test_sets(args.eval_sets, root)
     if class_names and test_sets:
@@ -1977,14 +1982,13 @@ def find_worlds(args: argparse.Namespace, root: Path) -> list[tuple[Table | None
     for bank, tests, names, _ in worlds:  # now, not after the training
         for table in tests.values():
             read_labels(table, names)
-        if bank is None:
-            continue
-        is_labelled = read_labels(bank, names) >= 0
-        if is_labelled.sum() < 2:
-            raise SystemExit(f"{bank.path}: {is_labelled.sum()} rows with a label, so no probe can be fitted; pass "
-                             "another --probe-set")
-        bank.starts = bank.starts[torch.from_numpy(is_labelled)]
-        for table in (bank, *tests.values()):
+        if bank is not None:
+            is_labelled = read_labels(bank, names) >= 0
+            if is_labelled.sum() < 2:
+                raise SystemExit(f"{bank.path}: {is_labelled.sum()} rows with a label, so no probe can be fitted; pass "
+                                 "another --probe-set")
+            bank.starts = bank.starts[torch.from_numpy(is_labelled)]
+        for table in (*([bank] if bank is not None else []), *tests.values()):
             ends = [read_image(table, row, 1, args.max_pixels) for row in (0, len(table) - 1)]
             if all(isinstance(image, str) for image in ends):
                 raise SystemExit(f"{table.path}: neither its first nor its last image can be read ({ends[0]}): "
@@ -2057,7 +2061,7 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)  # the same on all processes, so they start from the same weights
 
     # --- data
-    if args.eval_only:  # probed as the run was, where no flag says otherwise
+    if args.eval_only:  # probed as the run was, where a flag has its default
         loaded = load_weights(args.eval_only)
         missing = sorted({"dino_prototypes", "arch", "args", "class_names", "class_counts", "step"} - loaded.keys())
         if missing:
@@ -2126,6 +2130,8 @@ def main(args: argparse.Namespace) -> None:
         if isinstance(module, BatchNorm2d):
             module.sync = args.bn == "sync"
     table = PrototypeTable(K, D, device)
+    if args.optimizer == "sgd":
+        table.weight *= (D / K) ** 0.5  # deviation 10
     teacher, teacher_prototypes = copy.deepcopy(student).requires_grad_(False), table.weight.clone()
     if M == K:  # the working rows are the table
         student.head.prototypes.data, teacher.head.prototypes.data = table.weight, teacher_prototypes
@@ -2296,11 +2302,12 @@ def main(args: argparse.Namespace) -> None:
             loss_sum.zero_()
             left_out.zero_()
         if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < steps:
+            paused_at = time.time()
             metrics = evaluate_dino(teacher, worlds, class_counts, args, device)
             if is_main:
                 log.write({"step": step + 1, "unique_prototypes": unique_prototypes(teacher_prototypes), **metrics})
                 print_probes(metrics)
-            logged_at = time.time()
+            logged_at += time.time() - paused_at  # images_per_s is that of training
         is_stopped = total(len(stop_signals), control)
         if is_stopped or step + 1 == steps or (args.save_every and (step + 1) % args.save_every == 0):
             checkpoint = checkpoint_of_dino(teacher, teacher_prototypes, class_names, class_counts, args, step + 1)
@@ -2312,7 +2319,8 @@ def main(args: argparse.Namespace) -> None:
             on_one_rank(rank, functools.partial(write_atomically, out / "checkpoint.pt", save))
         if is_stopped:
             if is_main:
-                print(f"SIGTERM: saved at step {step + 1}; the same command continues", flush=True)
+                how = "the same command" if args.resume == "auto" else "--resume auto"
+                print(f"SIGTERM: saved at step {step + 1}; {how} continues", flush=True)
             return
 
     progress.close()

@@ -29,8 +29,10 @@ in    <set>.npz     labels [N] (-1: none), logits [N, C], features [N, D], class
 out   a table on the terminal, `--json FILE` with all numbers, `--plot FILE.png|svg` (pip install matplotlib)
 
 Every estimate is {"value", "low", "high"}: 95 % percentile intervals of --boot resamples, over images for accuracies
-(within classes where classes weigh equally), over classes for correlations, over models for fits; null where nothing
-can be computed, or nothing was sampled. Arrays of classes have theirs beside them (accuracy_interval [C, 2]).
+(within classes where classes weigh equally), over classes for correlations, over models for fits; exact binomial ones
+for accuracies of 0, of 1 and from tables, t intervals over runs, jackknife ones for ranks and lengths, reflected ones
+for what resampling itself moves (Gini, ECE); null where nothing can be computed, or nothing was sampled. Arrays of
+classes have theirs beside them (accuracy_interval [C, 2]).
 No interval: counts; p-values; what is computed from no sample (class vectors, prototypes); what is chosen from a grid
 (probe's C; debias gives `wins`, the share of resamples of the held-out images in which it is the best too). Tables mark
 estimates without an interval: * on the terminal, † in a report. Fractions are in 0..1. The same seed gives the same
@@ -181,7 +183,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--prior", default="", help="frequencies the fine-tuned model was trained on: a file, or uniform; "
                                                "empty takes its class_counts")
     p.add_argument("--group-by", default="counts", choices=["counts", "prior"],
-                   help="thirds of classes by those frequencies or by the zero-shot model's estimated prior (GLA)")
+                   help="thirds of classes by the class_counts or by the zero-shot model's estimated prior (GLA)")
     p.add_argument("--calibrate", action="store_true", help="divide both models' logits by their temperature first")
     p = command("wiseft", "interpolate two checkpoints; then the curve of their results", shifted)
     p.add_argument("checkpoints", nargs="*", help="zero-shot and fine-tuned checkpoint")
@@ -363,8 +365,10 @@ def read_predictions(path: str | Path, *need: str, counts: str = "", multi_label
         raise SystemExit(f"{path}: class_counts has {data['class_counts'].min()}")
     for name in unknown & set(data):
         del data[name]
+    if "class_counts" in data and data["class_counts"].dtype.kind == "u":  # of which minus is no minus
+        data["class_counts"] = data["class_counts"].astype(np.int64)
     if labels.min() < 0 and not is_multi:
-        data |= {name: data[name][labels >= 0] for name in ROW_KEYS if name in data}
+        data = with_rows(data, labels >= 0)
     return data | {"path": str(path), "n_classes": n_classes, "labels": data["labels"].astype(np.int64)}
 
 
@@ -667,6 +671,8 @@ def jackknife(rows: np.ndarray, statistic: Callable[[np.ndarray], float], rng: n
     groups = np.array_split(rng.permutation(len(rows)), min(100, len(rows)))
     draws = np.array([statistic(np.delete(rows, group, 0)) for group in groups])
     value, half = statistic(rows), 1.96 * math.sqrt(len(groups) - 1) * float(draws.std())
+    if not math.isfinite(half):  # of too few rows, or all alike
+        return estimate(value)
     return {"value": value, "low": max(0.0, value - half), "high": value + half}
 
 
@@ -714,15 +720,14 @@ def resamples(labels: np.ndarray, boot: int, rng: np.random.Generator) -> Iterat
 
 def resample_images(labels: np.ndarray, predictions: np.ndarray, n_classes: int, boot: int,
                     rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Number of images of each class, of its right ones, of its predictions, each [1 + boot, C]: of the images, then of
-    resamples of them within classes."""
-    n_test, n_right, n_predicted = (np.empty((1 + boot, n_classes), np.int32) for _ in range(3))
+    """Number of images of each class [C], of its right ones and of its predictions, both [1 + boot, C]: of the images,
+    then of resamples of them within classes."""
+    n_right, n_predicted = (np.empty((1 + boot, n_classes), np.int32) for _ in range(2))
     cell = np.where(labels == predictions, labels, n_classes)
     for b, index in enumerate(resamples(labels, boot, rng)):
-        n_test[b] = np.bincount(labels[index], minlength=n_classes)
         n_right[b] = np.bincount(cell[index], minlength=n_classes + 1)[:n_classes]
         n_predicted[b] = np.bincount(predictions[index], minlength=n_classes)
-    return n_test, n_right, n_predicted
+    return np.bincount(labels, minlength=n_classes), n_right, n_predicted
 
 
 def class_mean(per_class: np.ndarray, n_test: np.ndarray) -> np.ndarray:
@@ -730,9 +735,10 @@ def class_mean(per_class: np.ndarray, n_test: np.ndarray) -> np.ndarray:
 
     n_test: [C]; classes without images are left out. A resample of n images varies by (n - 1) / n of what n new images
     would: deviations are widened by the root of n / (n - 1). A class of a single image does not vary at all: it is
-    given the mean variance of an image of the others; NaN, no interval, if all classes are so. A sum of few variances
-    is uncertain itself: deviations are widened by the t quantile at the degrees of freedom that the variances' spread
-    over classes tells (Satterthwaite). Of classes with 2 to 5 images, 95 % intervals cover 93 to 95 % (simulated).
+    given the mean variance of an image of the others; NaN, no interval, if these do not vary either. A sum of few
+    variances is uncertain itself: deviations are widened by the t quantile at the degrees of freedom that the
+    variances' spread over classes tells (Satterthwaite). Of classes with 2 to 5 images, 95 % intervals cover 93 to 95 %
+    (simulated).
     """
     has = n_test > 0
     if not has.any():
@@ -745,6 +751,8 @@ def class_mean(per_class: np.ndarray, n_test: np.ndarray) -> np.ndarray:
         total *= math.sqrt(1 + (~several).sum() * (variance @ n[several]) / several.sum() / variance.sum())
         spread = variance.var() * len(variance) ** 2 / max(1, len(variance) - 1)
         total *= t_quantile(variance.sum(), spread) / norm.ppf(0.975)
+    elif (~several).any() and np.ptp(draws[0]):
+        total = np.full_like(total, np.nan)
     return np.r_[draws[0].mean(), draws[0].mean() + total / len(n)]
 
 
@@ -812,21 +820,22 @@ def score_classes(data: dict, cuts: tuple[int, int], tail_classes: int, worst: i
     draws = ratio(right, test)  # [1 + boot, C]
     accuracy, n_predicted = draws[0], predicted[0]
     row = {"n": len(labels), "top1": mean_over(labels == predictions, boot, rng),
-           "balanced": from_draws(class_mean(draws, test[0]).clip(0, 1), n_images=len(labels))}
+           "balanced": from_draws(class_mean(draws, test).clip(0, 1), n_images=len(labels))}
     for name, ids in class_groups(counts, cuts, tail_classes).items():
-        n = test[0][ids]
+        n = test[ids]
         row |= {name: from_draws(class_mean(draws[:, ids], n).clip(0, 1), n_images=n.sum())} if len(ids) else {}
     k = min(worst, int(np.isfinite(accuracy).sum()))
+    worst_k = np.sort(draws, 1)[:, :k].mean(1)  # NaN sort last
     return row | {
-        f"worst {k}": from_draws(np.sort(draws, 1)[:, :k].mean(1), biased_up_to=1),  # NaN sort last
-        "never right": mean_over((right[0] == 0)[test[0] > 0], boot, rng),
+        f"worst {k}": estimate(worst_k[0], worst_k[1:] if np.ptp(worst_k) else None, biased_up_to=1),
+        "never right": mean_over((right[0] == 0)[test > 0], boot, rng),
         "spearman_acc": spearman(counts, accuracy, boot, rng),
         "spearman_pred": spearman(counts, n_predicted, boot, rng),
         "spearman_acc_pred": spearman(accuracy, n_predicted.astype(float), boot, rng),
         "gini_counts": estimate(float(gini(counts)), bootstrap(counts, boot, rng, gini), biased_up_to=1),
         "gini_pred": from_draws(gini(predicted), biased_up_to=1),
-        "chance": 1 / data["n_classes"], "classes without test images": int((test[0] == 0).sum()), "ties": n_ties,
-    }, {"accuracy": accuracy, "accuracy_interval": binomial_interval(right[0], test[0]), "predictions": n_predicted,
+        "chance": 1 / data["n_classes"], "classes without test images": int((test == 0).sum()), "ties": n_ties,
+    }, {"accuracy": accuracy, "accuracy_interval": binomial_interval(right[0], test), "predictions": n_predicted,
         "predictions_interval": (np.quantile(predicted[1:], [0.025, 0.975], axis=0).T if boot else
                                  np.full((data["n_classes"], 2), np.nan))}
 
@@ -855,8 +864,9 @@ def imbalance(paths: list[str], counts: str, subset: str, cuts: tuple[int, int],
             over.append({"count": same[0]["count"]})
             for key in ("accuracy", "predictions"):
                 values = [b[key]["value"] for b in same]  # nothing where a model has no test image
-                over[-1] |= {key: t_interval(values, 0), f"{key}_std": normal_std(values)} if None not in values else {
-                    key: estimate(None), f"{key}_std": estimate(None)}
+                most = 1 if key == "accuracy" else math.inf
+                over[-1] |= {key: t_interval(values, 0, most), f"{key}_std": normal_std(values)} \
+                    if None not in values else {key: estimate(None), f"{key}_std": estimate(None)}
     return {"rows": rows, "models": models, "bins_over_models": over}
 
 
@@ -922,8 +932,11 @@ def compare(paths_a: list[str], paths_b: list[str], counts: str, boot: int, seed
                      for side in zip(own, predictions)]
             draws[key] = means[1] - means[0]
     score = lambda data, n: score_classes(data | {"class_counts": n}, (100, 20), 0, 10, boot, seed)[0]  # noqa: E731
-    scores = [[score(data, class_counts) | {k: v for k, v in score(data, data.get("class_counts", class_counts)).items()
-                                            if k.startswith("spearman")} for data in side] for side in sides]
+    scores = [[score(data, class_counts) for data in side] for side in sides]  # head and tail by A's frequencies
+    for data, row in zip(sides[0] + sides[1], scores[0] + scores[1]):
+        n = data.get("class_counts", class_counts)
+        if not np.array_equal(n, class_counts):
+            row |= {k: v for k, v in score(data, n).items() if k.startswith("spearman")}
     rows, mcnemar = {}, {}
     for key, draw in draws.items():
         cells = [[score.get(key, estimate(None)) for score in side] for side in scores]
@@ -955,6 +968,12 @@ def plot_compare(results: dict, path: str) -> None:
 
 
 # ------------------------------------------------------------------------------ robustness
+
+
+def split_name(text: str) -> tuple[str, str]:
+    """("a", "b") of a=b, ("", text) without an = or where the text as it is names a file or folder."""
+    name, _, path = text.partition("=")
+    return (name, path) if "=" in text and not Path(text).exists() else ("", text)
 
 
 def has_predictions(path: Path, *arrays: str) -> bool:
@@ -1146,7 +1165,7 @@ def robustness(inputs: list[str], id_set: str, shifts: list[str], baseline: str,
     """Read tables and runs, leave out shifts that an input misses and then models that miss a shift, fit."""
     parts = []
     for text in inputs:
-        group, _, path = text.rpartition("=")
+        group, path = split_name(text)
         parts.append([models_of_run(Path(path), group, id_set, shifts, subsets)] if Path(path).is_dir() else
                      models_of_table(path, group, id_set, shifts, n_of))
     models = [m for part in parts for m in part]
@@ -1332,7 +1351,7 @@ def transfer_metric(scores: np.ndarray, labels: np.ndarray, metric: str, boot: i
     if metric == "top1":
         return np.concatenate([[right.mean()], bootstrap(right.astype(np.float32), boot, rng)])
     n_test, n_right, _ = resample_images(labels, np.where(right, labels, C), C + 1, boot, rng)
-    return ratio(n_right, n_test)[:, n_test[0] > 0]
+    return ratio(n_right, n_test)[:, n_test > 0]
 
 
 def mean_of_classes(draws: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -1432,7 +1451,7 @@ def metric_of(name: str, labels: np.ndarray, metric: str) -> str:
 
 def transfer(command: str, inputs: list[str], sets: list[str], ks: list[int], protocol: str, C: float, metric: str,
              shots: list[int], n_draws: int, boot: int, seed: int, device: str) -> dict:
-    """Table of models x sets, with the mean and the difference to the first model on the same test images."""
+    """Table of models x sets, of probe with the mean, and the difference to the first model on the same test images."""
     rows, details, draws, tests, labels = {}, [], {}, {}, {}
     for model, name, train, val, test in read_tasks(inputs, sets):
         check_same_images(tests.setdefault(name, {k: test[k] for k in ("path", "labels", "rows") if k in test}), test)
@@ -1564,8 +1583,8 @@ def retrieval(paths: list[str], ks: list[int], boot: int, seed: int, device: str
         rows[name] = {"images": n, "texts": len(texts)}
         for k in ks:
             hits = np.bincount(owner, t2i < k)
-            rows[name] |= {f"i2t_r{k}": from_draws([w @ (i2t < k) / n for w in weights]),
-                           f"t2i_r{k}": from_draws([w @ hits / (w @ n_texts) for w in weights])}
+            rows[name] |= {f"i2t_r{k}": from_draws([w @ (i2t < k) / n for w in weights], n_images=n),
+                           f"t2i_r{k}": from_draws([w @ hits / (w @ n_texts) for w in weights], n_images=n)}
         for way, rank, image in (("i2t", i2t, slice(None)), ("t2i", t2i, owner)):
             rows[name][f"{way} median rank"] = from_draws([np.median(np.repeat(rank, w[image])) + 1 for w in weights])
     return {"rows": rows}
@@ -1800,10 +1819,12 @@ def plot_collapse(results: dict, path: str) -> None:
     """Correlations of the collapse metrics with accuracy and frequency."""
     figure, axes = new_figure(2, 5)
     names, rows = list(results["models"]), results["rows"]
-    metrics = [k for k in results["models"][names[0]] if k.startswith("NC") and not k.endswith("_interval")]
+    metrics = list(dict.fromkeys(k for model in results["models"].values() for k in model  # not all have class vectors
+                                 if k.startswith("NC") and not k.endswith("_interval")))
     for axis, key, title in zip(axes, ("rho(acc)", "rho(freq)"), ("accuracy", "frequency")):
-        interval_panel(axis, metrics, {name: [rows[f"{name} {m}" if len(names) > 1 else m][key] for m in metrics]
-                                       for name in names}, f"Spearman with {title}")
+        cells = {name: [rows.get(f"{name} {m}" if len(names) > 1 else m, {}).get(key, estimate(None)) for m in metrics]
+                 for name in names}
+        interval_panel(axis, metrics, cells, f"Spearman with {title}")
     save_figure(figure, path, axes[0])
 
 
@@ -1831,6 +1852,8 @@ def similarity(path_a: str, path_b: str, n_pairs: int, max_images: int, min_pair
     sides = [read_predictions(path, "features") for path in (path_a, path_b)]
     widths = [side["features"].shape[1] for side in sides]
     refuse(widths[0] != widths[1], f"{path_a} has features of width {widths[0]}, {path_b} of {widths[1]}")
+    if all("class_names" in side for side in sides) and not np.array_equal(*(side["class_names"] for side in sides)):
+        raise SystemExit(f"{path_a} and {path_b}: their class_names differ, and classes are compared by their numbers")
     classes, means, draws, own, samples, free = [], [], [], [], ([], []), []
     for c in np.intersect1d(*(side["labels"] for side in sides)):
         chosen = [rng.permutation(np.flatnonzero(side["labels"] == c))[:max_images] for side in sides]
@@ -2556,7 +2579,7 @@ def score_run(folder: Path, boot: int, seed: int) -> dict[str, dict]:
         row |= {k: clopper_pearson(known[k], known.get("n", math.nan)) for k in ("knn", "probe") if k in known}
         recalls = {k: estimate(v) for k, v in known.get("retrieval", {}).items()}
         if recalls and path.is_file() and "text_features" in read_npz(path, ("text_features",)):
-            ks = sorted({int(k.rpartition("_r")[2]) for k in recalls})
+            ks = sorted({int(found[1]) for k in recalls if (found := re.search(r"_r(\d+)$", k))})
             recalls = next(iter(retrieval([str(path)], ks, boot, seed, "cpu")["rows"].values()))
         row |= {f"retrieval {k}": v for k, v in recalls.items() if "_r" in k}
         if row.keys() - {"n"}:
@@ -2577,7 +2600,8 @@ def html_cell(entry: dict | float | str | None) -> str:
     if not math.isfinite(value):
         return '<td data-v="">-</td>'
     if not isinstance(entry, dict):
-        return f'<td data-v="{value:g}">{value:g}</td>'
+        shown = f"{value:g}" if isinstance(value, float) else value  # 3256561, not 3.25656e+06
+        return f'<td data-v="{shown}">{shown}</td>'
     ends = f" <small>{entry['low']:.3f} to {entry['high']:.3f}</small>" if entry.get("low") is not None else mark(entry)
     return f'<td data-v="{value:.6g}">{value:.3f}{ends}</td>'
 
@@ -2705,7 +2729,7 @@ def report_runs(runs: list[str], id_set: str, out: str, markdown: str, boot: int
 
     runs: NAME=FOLDER, where NAME may be SERIES/X, which puts runs on an axis; NAME=FILE.json.
     """
-    named = dict(r.split("=", 1) if "=" in r else (Path(r).name, r) for r in runs)
+    named = dict((name or Path(path).name, path) for name, path in map(split_name, runs))
     files = {name.removesuffix(".json"): Path(path) for name, path in named.items() if path.endswith(".json")}
     folders = {name: Path(path) for name, path in named.items() if not path.endswith(".json")}
     if len(named) < len(runs) or not all(p.is_dir() for p in folders.values()):

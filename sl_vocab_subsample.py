@@ -11,7 +11,7 @@ softmax). With --head frozen the classes are fixed vectors of a pretrained CLIP,
     python sl_vocab_subsample.py                                    # plain softmax on the shapes world, 1 to 4 minutes
     python sl_vocab_subsample.py --vocab 32 --vocab-group 32 --out runs/vocab
     torchrun sl_vocab_subsample.py --data laionet --head frozen --vocab 64 --vocab-group 32 --out runs/frozen
-    python sl_vocab_subsample.py --trim-tail 30 --trim-shots 0 --head frozen --vocab 32 --vocab-group 32
+    python sl_vocab_subsample.py --trim-tail 30 --head frozen --vocab 32 --vocab-group 32 --out runs/zero_shot_tail
     python sl_vocab_subsample.py --loss balanced --out runs/balanced                     # a baseline
     python sl_vocab_subsample.py --eval-only runs/sl/checkpoint.pt --eval-sets val.tsv sketch.tsv
 
@@ -19,13 +19,14 @@ The defaults are the matched protocol: a run differs from one of clip.py in the 
 batch, warm-up, crops, batch norm, evaluation). The paper's protocol, on ImageNet-Captions or LAIONet, is instead
     torchrun --nproc-per-node 4 sl_vocab_subsample.py --root ROOT --data incaps --arch RN50 --batch-size 256 \\
         --epochs 90 --optimizer sgd --weight-decay 1e-4 --warmup-steps 0 --bn local --vocab 200 --vocab-group 64 \\
-        --precision fp32
+        --precision fp32 --out runs/paper
 Self-supervised weights to classification: --init backbone.pt (of clip.py, torchvision, SimCLR and MoCo with its
 resnet50, and dino_laionet.py, whose ViT-S-16, with the published DINO's, is --arch dino-ViT-S-16 here).
 
 A data set is a TSV with columns image and label (clip.py's docstring has the formats); rows without a label are
-dropped, several labels are written 3|17. Written to --out: args.json, log.jsonl, checkpoint.pt, metrics.json and
-<set>.npz for each test set (logits, features, labels, class_counts, class_names, prototypes).
+dropped, several labels are written 3|17 (a test set is scored by the first). Written to --out: args.json, log.jsonl,
+checkpoint.pt, metrics.json and <set>.npz for each test set (logits, predictions, features, labels, rows, class_counts,
+class_names, prototypes).
 
 Dimension key: B images of this process, N = B * world_size images of the step, D embedding width, C classes, M classes
 of a vocabulary, G images of a group, U classes in the union of this process's vocabularies, J labels of an image.
@@ -165,18 +166,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     run = parser.add_argument_group("run")
     run.add_argument("--out", default="runs/sl",
-                     help="folder for log, checkpoint, metrics and predictions; runs/eval if --eval-only has none")
+                     help="folder for log, checkpoint, metrics and predictions; --eval-only has runs/eval for this one")
     run.add_argument("--resume", default="auto",
                      help="auto continues OUT/checkpoint.pt if there is one, off starts over (that one becomes "
                           "checkpoint.old.pt), or a checkpoint to continue")
     run.add_argument("--eval-only", default="", help="evaluate this checkpoint on --eval-sets and end")
     run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto is cuda where there is one")
     run.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
-                     help="of the towers; auto is bf16 on CUDA and on CPUs with AMX, else fp32; normalisation, logits "
-                          "and loss are always fp32")
+                     help="of the towers; auto is bf16 on CUDA and on CPUs with AMX, else fp32 (on CUDA with TF32 "
+                          "products); normalisation, logits and loss are always fp32")
     run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the towers")
     run.add_argument("--workers", type=int, default=-1,
-                     help="loader processes per process; -1 is 1 for .npy images, else up to 8")
+                     help="loader processes per process; -1 is 1 for .npy images of one size, else up to 8")
     run.add_argument("--seed", type=int, default=0, help="of the weights, the order, the crops and what is drawn")
     run.add_argument("--log-every", type=int, default=50, help="steps between log lines")
     run.add_argument("--save-every", type=int, default=500, help="steps between checkpoints; 0 is only at the end")
@@ -193,6 +194,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--vocab {args.vocab}: a vocabulary needs at least 2 classes (0 is all classes)")
     if args.loss == "log-q" and not args.vocab:
         parser.error("--loss log-q corrects for sampling: it needs --vocab")
+    if args.tau != 1 and args.loss != "logit-adjusted":
+        parser.error("--tau is of --loss logit-adjusted (balanced is its tau 1)")
+    if args.head_init != "auto" and args.head == "learned":
+        parser.error("--head-init is read by --head frozen and finetune: a learned head starts at random")
     if args.sampler != "instance" and ":" in args.data:
         parser.error("--sampler class and sqrt draw by class over all sets: no weights in --data then")
     if args.trim_tail and args.multi_label in ("all", "random"):
@@ -811,8 +816,9 @@ def load_tower(model: Classifier, path: str) -> str:
     weights = {k: v for k, v in loaded["state_dict"].items() if isinstance(v, torch.Tensor)}
     activation = loaded.get("activation", "gelu" if "arch" in loaded else "one it does not name")
     if model.arch.startswith("ViT") and activation != "gelu":
-        raise SystemExit(f"--init {path} was trained with {activation}, the ViT of this script has gelu; clip.py with "
-                         "--eval-only, --activation gelu and --export writes a file that names it")
+        hint = "; if that is gelu, clip.py with --eval-only, --activation gelu and --export writes a file that names it"
+        raise SystemExit(f"--init {path} was trained with {activation}, the ViT of this script has gelu"
+                         + hint * (activation != "quick_gelu"))
     prefixes = [p for p in ("visual.", "backbone.", "encoder.", "encoder_q.") if any(k.startswith(p) for k in weights)]
     if prefixes:
         weights = {k[len(prefixes[0]) :]: v for k, v in weights.items() if k.startswith(prefixes[0])}
@@ -978,14 +984,15 @@ def read_classes(root: Path) -> list[dict[str, str]]:
 def read_label_sets(table: Table, class_names: list[str]) -> np.ndarray:
     """[n, J] int64 labels of each row, none twice, -1 pads; a field is empty, a class number or name, or `3|17`."""
     ids = {name: i for i, name in enumerate(class_names)}
+    ids |= dict.fromkeys((name for name, n in Counter(class_names).items() if n > 1), -1)  # a crane, and another
     rows = []
     for row in range(len(table)):
         fields = [field.strip() for field in table.get(row, "label").split("|")]
         labels = [int(field) if field.isdecimal() and len(field) < 19 else ids.get(field, -1)
                   for field in fields if field]
         if any(not 0 <= label < len(class_names) for label in labels):
-            raise SystemExit(f"{table.path}: row {row + 1} has label {'|'.join(fields)[:100]!r}; classes.tsv has "
-                             f"{len(class_names)} classes")
+            raise SystemExit(f"{table.path}: row {row + 1} has label {'|'.join(fields)[:100]!r}, not the number, nor a "
+                             f"name that no other has, of the {len(class_names)} classes of classes.tsv")
         rows.append(list(dict.fromkeys(labels)))
     label_sets = np.full((len(rows), max(1, *map(len, rows))), -1)
     for row, labels in enumerate(rows):
@@ -1189,7 +1196,7 @@ def load_pixels(tables: list[Table], image_size: int = 0) -> torch.Tensor | None
         for path, rows in places.items():
             rows = np.array(rows)
             pixels[rows[:, 0]] = arrays[path][rows[:, 1]]
-    except (OSError, ValueError, IndexError) as error:
+    except (OSError, ValueError, IndexError, EOFError) as error:
         raise SystemExit(f"images of {', '.join(str(table.path) for table in tables)}: {error}") from None
     return torch.from_numpy(pixels)
 
@@ -1246,8 +1253,7 @@ class ClassSampler(Sampler):
 
     def __init__(self, labels: list[np.ndarray], power: float, batch_size: int, seed: int, start: int, stop: int,
                  rank: int, world_size: int):
-        self.batch_size, self.seed, self.start, self.stop = batch_size, seed, start, stop
-        self.rank, self.world_size = rank, world_size
+        super().__init__([], np.zeros(0), batch_size, seed, start, stop, rank, world_size)
         self.rows = np.concatenate([np.stack([np.full(len(x), s), np.arange(len(x))], 1) for s, x in enumerate(labels)])
         labels = np.concatenate(labels)
         self.rows = self.rows[np.argsort(labels, kind="stable")]  # [n, 2] set, row, by class
@@ -1692,11 +1698,10 @@ def evaluate_classifier(model: Classifier, class_names: list[str], class_counts:
         if labelled.any():
             result |= imbalance_metrics(predictions, labels[labelled], class_counts)
         if len(trimmed):
-            C, y = len(class_names), labels[labelled]
-            n, n_right = np.bincount(y, minlength=C), np.bincount(y, predictions == y, minlength=C)
-            is_trimmed = np.isin(np.arange(C), trimmed)
-            for key, part in ("trimmed", is_trimmed & (n > 0)), ("untrimmed", ~is_trimmed & (n > 0)):
-                result[key] = float((n_right[part] / n[part]).mean()) if part.any() else None
+            y, is_trimmed = labels[labelled], np.isin(labels[labelled], trimmed)
+            for key, part in ("trimmed", is_trimmed), ("untrimmed", ~is_trimmed):
+                of_part = imbalance_metrics(predictions[part], y[part], class_counts) if part.any() else {}
+                result[key] = of_part.get("balanced")
         metrics[name] = result
         if npz_folder is not None and (not dist.is_initialized() or dist.get_rank() == 0):
             arrays = {"logits": logits.numpy().astype(np.float16), "predictions": logits.argmax(1).numpy(),
@@ -1866,6 +1871,8 @@ def read_labelled_sets(args: argparse.Namespace, root: Path, class_names: list[s
     paths, weights = find_sets(args.data, root)
     tables, label_sets, lost = [Table(path) for path in paths], [], Counter()
     for table in tables:
+        if "label" not in table.columns:
+            raise SystemExit(f"{table.path}: no column label; it has {', '.join(table.columns)}")
         labels = read_label_sets(table, class_names)
         n_labels = (labels >= 0).sum(1)
         keep = n_labels == 1 if args.multi_label == "drop" else n_labels > 0
@@ -1879,7 +1886,8 @@ def read_labelled_sets(args: argparse.Namespace, root: Path, class_names: list[s
         raise SystemExit(f"--trim-tail {args.trim_tail} must be less than the {len(class_names)} classes")
     if args.trim_tail:
         first = np.concatenate([labels[:, 0] for labels in label_sets])
-        counts = np.bincount(first, minlength=len(class_names))
+        counts = sum(np.bincount(x[:, 0], minlength=len(class_names)) * (1 if w is None else w / max(1, len(x)))
+                     for x, w in zip(label_sets, weights))
         keep, trimmed = trim_tail(first, counts, args.trim_tail, args.trim_shots, args.seed)
         lost["trimmed from the tail"] = int((~keep).sum())
         for s, part in enumerate(np.split(keep, np.cumsum([len(labels) for labels in label_sets])[:-1])):
@@ -1942,9 +1950,11 @@ def evaluate_file(args: argparse.Namespace, root: Path, rank: int, device: torch
     loaded = load_weights(args.eval_only)
     needed = {"arch", "args", "class_counts", "class_names", "trimmed", "step"}
     missing = sorted(needed - loaded.keys()) + ["prototypes"] * ("prototypes" not in loaded["state_dict"])
-    if missing or loaded["arch"] not in TOWERS:
+    pixels = loaded.get("pixels", "clip")
+    if missing or loaded["arch"] not in TOWERS or pixels not in PIXELS:
         raise SystemExit(f"{args.eval_only} is no checkpoint of this script: " + (
-            f"no {' or '.join(missing)} in it" if missing else f"it has the tower {loaded['arch']!r}"))
+            f"no {' or '.join(missing)} in it" if missing else
+            f"it has the tower {loaded['arch']!r} and the pixel statistics {pixels!r}"))
     class_counts = loaded["class_counts"].numpy()
     if len(class_counts) != len(loaded["class_names"]) or (class_counts < 0).any():
         raise SystemExit(f"{args.eval_only}: its class_counts must be {len(loaded['class_names'])} numbers of at least "
@@ -1959,7 +1969,7 @@ def evaluate_file(args: argparse.Namespace, root: Path, rank: int, device: torch
         model.load_state_dict(loaded["state_dict"])
     except RuntimeError as error:
         raise SystemExit(f"{args.eval_only} does not fit its --arch: {' '.join(str(error).split())[:300]}") from None
-    model.use_pixels(loaded.get("pixels", "clip"))
+    model.use_pixels(pixels)
     args.data, args.seed = loaded["args"]["data"], loaded["args"]["seed"]
     report_classifier(model.to(device), class_names, class_counts, loaded["trimmed"].numpy(),
                       find_test_sets(args.eval_sets, root), args, loaded["step"], 0.0, rank, device, "fp32")
@@ -2184,6 +2194,7 @@ def main(args: argparse.Namespace) -> None:
             loss_sum.zero_()
             left_out.zero_()
         if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < steps:
+            paused_at = time.time()
             metrics = evaluate_classifier(model, class_names, class_counts, trimmed, test_sets, args.workers,
                                           args.max_pixels, device)
             if is_main:
@@ -2191,7 +2202,7 @@ def main(args: argparse.Namespace) -> None:
                 print_table(metrics)
             if args.freeze_backbone:
                 model.visual.eval()
-            logged_at = time.time()
+            logged_at += time.time() - paused_at  # images_per_s is that of training
         is_stopped = total(len(stop_signals), control)
         if is_stopped or step + 1 == steps or (args.save_every and (step + 1) % args.save_every == 0):
             checkpoint = checkpoint_of_classifier(model, class_names, class_counts, trimmed, args, step + 1)
@@ -2201,7 +2212,8 @@ def main(args: argparse.Namespace) -> None:
             on_one_rank(rank, functools.partial(write_atomically, out / "checkpoint.pt", save))
         if is_stopped:
             if is_main:
-                print(f"SIGTERM: saved at step {step + 1}; the same command continues", flush=True)
+                how = "the same command" if args.resume == "auto" else "--resume auto"
+                print(f"SIGTERM: saved at step {step + 1}; {how} continues", flush=True)
             return
 
     progress.close()

@@ -99,3 +99,10 @@ def test_texts_before_their_images_are_there(tmp_path):
     (tmp_path / "all.tsv").write_text("a.jpg\t0\nb.jpg\t1\n")  # no header
     line = [sys.executable, bd.__file__, "subset", "all.tsv", "--rows", "1", "--out", "p.tsv"]
     assert "no column image; found a.jpg, 0" in subprocess.run(line, cwd=tmp_path, capture_output=True, text=True).stderr  # fmt: skip
+
+
+def test_labels_that_are_no_class_are_counted_as_one_reason(tmp_path):
+    rows = [dict(image="x.jpg", label=f"n{i}", caption="x") for i in range(5)]
+    bd.write_tsv(tmp_path / "all.tsv", ("image", "label", "caption"), rows)
+    done, bad = check(tmp_path, "--workers", 1)
+    assert "-5    label is no class" in done.stdout and dict(bad)[2] == "label 'n0' is no class"

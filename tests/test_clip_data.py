@@ -132,10 +132,12 @@ def test_read_labels(tmp_path):
     names = ["a", "sea lion", "cat", "d"]
     labels = clip.read_labels(table, names)
     assert labels.tolist() == [3, 0, 2, -1, 2, 1, 1] and labels.dtype == np.int64
+    with pytest.raises(SystemExit, match="row 1 has label 'crane', not the number, nor a name that no other has"):
+        clip.read_labels(table_of(tmp_path, "image\tlabel\nx\tcrane\n", "twice.tsv"), ["crane", "b", "crane"])
     for field in ("4", "-1", "dog", "4|1", "1.0", "9" * 30):
         bad = table_of(tmp_path, f"image\tlabel\nx\t0\nx\t{field}\n", "bad.tsv")
         with pytest.raises(
-            SystemExit, match=rf"bad.tsv: row 2 has label '{field.split('|')[0]}'; classes.tsv has 4 classes"
+            SystemExit, match=rf"bad.tsv: row 2 has label '{field.split('|')[0]}', not the number, .* of the 4 classes"
         ):
             clip.read_labels(bad, names)
     assert clip.read_labels(table_of(tmp_path, "image\nx\n"), names).tolist() == [-1]

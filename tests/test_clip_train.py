@@ -849,6 +849,37 @@ def test_eval_only_scores_in_the_world_of_the_training(own_pairs, tmp_path, monk
     assert next(iter(again.values())) == json.loads(first)["val"] and not (tmp_path / "elsewhere/data").exists()
 
 
+def test_eval_only_of_pairs_without_classes_keeps_what_was_trained(own_pairs, tmp_path):
+    """Set and seed in metrics.json and in the export, whose own evaluation goes to the world of the training again."""
+    (own_pairs / "classes.tsv").unlink()
+    run_here("--data", "own/pairs.tsv", "--seed", "3", "--steps", "1", *FLAGS, "--eval-sets")
+    run_here("--eval-only", "runs/clip/checkpoint.pt", *FLAGS, "--eval-sets", "own/val.tsv", "--export", "e.pt")
+    assert json.loads((tmp_path / "runs/eval/metrics.json").read_text())["run"].items() >= {
+        "data": "own/pairs.tsv", "seed": 3}.items()  # fmt: skip
+    exported = torch.load("e.pt", weights_only=True)["args"]
+    assert exported["root"] == "own" and exported["data"] == "own/pairs.tsv"
+    run_here("--eval-only", "e.pt", *FLAGS, "--eval-sets")
+    assert not (tmp_path / "data").exists()
+
+
+def test_what_is_wrong_with_a_test_set_is_told_before_training(own_pairs, tmp_path):
+    """A row that is cut where no label is read; an array that is empty."""
+    (own_pairs / "flickr.tsv").write_text("image\tcaption\nval.npy:0\ta\nval.npy:1\ta\tb\n")
+    flags = ["--data", "own/pairs.tsv", "--steps", "1", *FLAGS, "--eval-sets"]
+    with pytest.raises(SystemExit, match="flickr.tsv: row 2 has 3 fields, the header 2"):
+        run_here(*flags, "flickr")
+    (own_pairs / "empty.npy").touch()
+    (own_pairs / "empty.tsv").write_text("image\tlabel\tcaption\nempty.npy:0\t0\ta\n")
+    with pytest.raises(SystemExit, match="images of own/empty.tsv: No data left"):
+        run_here(*flags, "empty")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_templates_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "t.txt").write_bytes("\ufeffa photo of a {}\n\n{}\n".encode())
+    assert clip.read_lines(str(tmp_path / "t.txt")) == ["a photo of a {}", "{}"]
+
+
 def test_resume_with_other_merges_is_refused(own_pairs, tmp_path):
     """Merges are learned from the captions where the world has none: other captions, other tokens, the same weights."""
     flags = ["--data", "own/pairs.tsv", *FLAGS, "--eval-sets", "val"]

@@ -318,3 +318,17 @@ def test_what_stays_hangs_on_no_working_folder(tmp_path):
         subprocess.run(command, cwd=tmp_path / folder, check=True, capture_output=True)
         found.append((out.read_text(), (tmp_path / f"{folder}.pairs.tsv").read_text()))
     assert found[0] == found[1] and "\na/1.jpg\tb/1.jpg\tcaption\t0\ta/1.jpg\n" in found[0][1]
+
+
+def test_one_name_in_two_folders_is_two_images(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        bd.write_tsv(tmp_path / name / "t.tsv", ("image",), [dict(image="x.jpg"), dict(image="../c/y.jpg")])
+    done = run("dedup", tmp_path / "a/t.tsv", tmp_path / "b/t.tsv", "--by", "image", "--out", tmp_path / "o.tsv")
+    assert [row["image"] for row in bd.open_tables([str(tmp_path / "o.tsv")])[1]] == ["a/x.jpg", "c/y.jpg", "b/x.jpg"], (
+        done.stderr)  # fmt: skip
+
+
+def test_protect_is_refused_with_against(photos):
+    flags = ["--by", "phash", "--against", photos / "all.tsv", "--protect", photos / "all.tsv", "--out", photos / "o.tsv"]
+    assert "--protect: with --against" in run("dedup", photos / "all.tsv", *flags).stderr

@@ -12,9 +12,9 @@ from programs import log_of
 
 import dino_laionet as dino
 
-B, K, D, STEPS, LR, DECAY, EMA, WARM = 32, 64, 64, 4, 3e-3, 0.04, 0.95, 2
+B, K, D, STEPS, LR, DECAY, EMA, WARM = 32, 64, 32, 4, 3e-3, 0.04, 0.95, 2
 FLAGS = ["--batch-size", B, "--log-every", 1, "--warmup-steps", WARM, "--precision", "fp32", "--device", "cpu"]
-FLAGS += ["--prototypes", K, "--steps", STEPS, "--lr", LR, "--transfer", "--eval-sets", "--no-baselines"]
+FLAGS += ["--prototypes", K, "--prototype-dim", D, "--steps", STEPS, "--lr", LR, "--transfer", "--eval-sets", "--no-baselines"]
 
 
 def slow_loop(world, M, centering, optimizer_name, n_local):
@@ -24,6 +24,7 @@ def slow_loop(world, M, centering, optimizer_name, n_local):
     student = dino.Network("tiny", 256, D, K, True)
     student.visual.to(memory_format=torch.channels_last)
     student.head.prototypes.data = F.normalize(torch.randn(K, D), dim=1)
+    student.head.prototypes.data *= 1 if optimizer_name == "adamw" else math.sqrt(D / K)
     teacher = copy.deepcopy(student)
     named = [(n, p) for n, p in student.named_parameters() if p.requires_grad and (M == K or n != "head.prototypes")]
     groups = [

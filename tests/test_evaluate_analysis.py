@@ -726,3 +726,21 @@ def test_every_plot_is_drawn(tmp_path, kind):
         path = tmp_path / f"{i}.{kind}"
         draw(json.loads(json.dumps(evaluate.plain(result))), str(path))
         assert path.stat().st_size > 3000
+
+
+def test_similarity_of_other_classes_is_refused(tmp_path):
+    rng, labels = np.random.default_rng(0), np.repeat(np.arange(3), 8)
+    for name, names in (("a", ["x", "y", "z"]), ("b", ["z", "y", "x"])):
+        np.savez(tmp_path / f"{name}.npz", features=rng.normal(size=(24, 4)), labels=labels, class_names=names)
+    with pytest.raises(SystemExit, match="their class_names differ"):
+        evaluate.similarity(str(tmp_path / "a.npz"), str(tmp_path / "b.npz"), 50, 20, 7, 10, 0)
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_collapse_of_models_with_and_without_class_vectors(tmp_path, order):
+    rng, labels = np.random.default_rng(0), np.repeat(np.arange(4), 10)
+    arrays = dict(features=rng.normal(size=(40, 6)), labels=labels, class_counts=np.arange(1, 5))
+    np.savez(tmp_path / "a.npz", prototypes=rng.normal(size=(4, 6)), **arrays)
+    np.savez(tmp_path / "b.npz", **arrays)
+    run_here(evaluate, "collapse", *(tmp_path / f"{name}.npz" for name in order), "--boot", 20, "--plot", tmp_path / "c.svg")
+    assert "NC2_W" in (tmp_path / "c.svg").read_text()

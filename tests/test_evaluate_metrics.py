@@ -111,9 +111,9 @@ def test_interval_of_top1_covers_as_the_binomial_law_says():
     n_test, n_right, n_predicted = evaluate.resample_images(
         data["labels"], data["logits"].argmax(1), 30, 3000, np.random.default_rng(0)
     )
-    p, own = right.mean(), n_right[0] / n_test[0]
-    assert (n_right.sum(1)).std() == pytest.approx(np.sqrt((n_test[0] * own * (1 - own)).sum()), rel=0.04)
-    assert (n_test == n_test[0]).all() and (n_predicted.sum(1) == 2000).all()
+    p, own = right.mean(), n_right[0] / n_test
+    assert (n_right.sum(1)).std() == pytest.approx(np.sqrt((n_test * own * (1 - own)).sum()), rel=0.04)
+    assert n_test.sum() == 2000 and (n_predicted.sum(1) == 2000).all()
     draws = evaluate.bootstrap(right.astype(float), 3000, np.random.default_rng(0))
     assert draws.std() == pytest.approx(np.sqrt(p * (1 - p) / 2000), rel=0.04)
 
@@ -127,7 +127,7 @@ def test_interval_of_a_class_mean_has_the_width_of_new_images(n):
         labels = np.repeat(np.arange(60), n)
         predictions = np.where(rng.random(60 * n) < 0.6, labels, 60)
         n_test, n_right, _ = evaluate.resample_images(labels, predictions, 61, 400, rng)
-        variances.append(evaluate.class_mean(evaluate.ratio(n_right, n_test), n_test[0])[1:].var())
+        variances.append(evaluate.class_mean(evaluate.ratio(n_right, n_test), n_test)[1:].var())
     assert np.mean(variances) == pytest.approx(0.24 / (60 * n), rel=0.06)
 
 
@@ -138,7 +138,7 @@ def test_single_images_vary_as_the_others_do():
         labels = np.repeat(np.arange(60), n)
         predictions = np.where(rng.random(len(labels)) < 0.6, labels, 60)
         n_test, n_right, _ = evaluate.resample_images(labels, predictions, 61, 400, rng)
-        variances.append(evaluate.class_mean(evaluate.ratio(n_right, n_test), n_test[0])[1:].var())
+        variances.append(evaluate.class_mean(evaluate.ratio(n_right, n_test), n_test)[1:].var())
     assert np.mean(variances) == pytest.approx((20 + 40 / 3) * 0.24 / 60**2, rel=0.06)
 
 
@@ -464,3 +464,34 @@ def test_columns_of_other_units_are_named_or_left_out(tmp_path):
     assert evaluate.robustness(*how)["rows"]["a"]["v2"]["value"] == 0.4
     models = evaluate.models_of_table(how[0][0], "", "val", ["v2", "r"], {})
     assert models[1]["r"][:3:2] == (0.6, 0)
+
+
+def test_unsigned_counts_are_counts(tmp_path):
+    """Minus an unsigned 0 is 0: the class that was never seen would be the most frequent one."""
+    labels = np.repeat(np.arange(3), 5)
+    counts = np.array([500, 40, 0], np.uint32)
+    np.savez(tmp_path / "a.npz", labels=labels, predictions=labels, class_counts=counts)
+    data = evaluate.read_predictions(tmp_path / "a.npz", "predictions", "class_counts")
+    assert {k: v.tolist() for k, v in evaluate.thirds(data["class_counts"]).items()} == {
+        "head": [0], "medium": [1], "tail": [2]}  # fmt: skip
+
+
+def test_no_interval_where_nothing_varies_by_chance_of_the_draw():
+    """Three classes of two images, all wrong, beside single ones of which one is right; ranks of equal rows; recall 1."""
+    n_test = np.array([2, 2, 2, 1, 1, 1])
+    per_class = np.tile([0.0, 0, 0, 1, 0, 0], (51, 1))
+    draws = evaluate.class_mean(per_class, n_test)
+    assert draws[0] == pytest.approx(1 / 6) and np.isnan(draws[1:]).all()
+    assert (evaluate.class_mean(np.zeros((51, 6)), n_test) == 0).all()  # from_draws gives its exact interval
+    rows = np.tile(np.eye(3)[:1], (4, 1))
+    assert evaluate.jackknife(rows, lambda x: np.nan, np.random.default_rng(0))["low"] is None
+    data = {"labels": np.arange(4), "predictions": np.array([0, 0, 0, 0]), "n_classes": 4, "class_counts": np.ones(4)}
+    row = evaluate.score_classes(data, (100, 20), 0, 2, 50, 0)[0]
+    assert row["worst 2"] == {"value": 0.0, "low": None, "high": None}
+
+
+def test_names_and_folders_that_hold_a_sign(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=0.1").mkdir()
+    assert evaluate.split_name("lr=0.1") == ("", "lr=0.1") and evaluate.split_name("a=lr=0.1") == ("a", "lr=0.1")
+    assert evaluate.split_name("runs/a") == ("", "runs/a")

@@ -720,3 +720,57 @@ def test_a_killed_run_loses_only_what_it_was_at(folder, command):
     run(*flags, "--out", out, "--merge")
     run(*flags, "--out", folder / "whole.tsv", "--workers", 1)
     assert out.read_bytes() == (folder / "whole.tsv").read_bytes() and not parts.exists()
+
+
+def test_status_passes_over_what_img2dataset_is_at_and_names_classes(folder):
+    """A parquet has its footer at the end only; labels are numbers, perhaps as floats, names or wnids."""
+    (folder / "classes.tsv").write_text("name\twnid\ncat\tn1\ndog\tn2\n")
+    status, labels = ["success", "failed_to_download", "success", "success"], ["n2", "0.0", "1", None]
+    columns = dict(key=list("abcd"), caption=["x"] * 4, wnid=labels, status=status, error_message=[""] * 4)
+    pq.write_table(pa.table(columns), folder / "00000.parquet")
+    (folder / "00000_stats.json").write_text(json.dumps(dict(count=4, successes=3)))
+    (folder / "00001.parquet").write_bytes(b"PAR1")
+    run("status", folder, "--classes", folder / "classes.tsv", "--out", folder / "retry.tsv")
+    names = {row["label"]: row["name"] for row in read(folder / "retry.classes.tsv")}
+    assert names == {"n2": "dog", "0.0": "cat", "1": "dog", "none": ""}
+    (warning,) = report(folder / "retry.tsv")["warnings"]
+    assert "00001.parquet: no _stats.json" in warning
+
+
+def test_a_blank_behind_a_name_is_no_part_of_it(folder):
+    (folder / "classes.tsv").write_text("name\ntiger cat \n")
+    write_captions(folder / "a.tsv", ["a tiger cat sat"])
+    for rule in ("word", "substring", "bag"):
+        run("label", folder / "a.tsv", "--classes", folder / "classes.tsv", "--match", rule, "--multi", "drop",
+            "--out", folder / "o.tsv", *(["--lemmas", "none"] if rule == "bag" else []))  # fmt: skip
+        assert len(read(folder / "o.tsv")) == 1
+
+
+def test_damaged_json_is_counted_by_cause(folder):
+    lines = [json.dumps(dict(image="a.jpg", caption="a lion"))] + [f'{{"caption": "{"x" * n}' for n in range(5)]
+    (folder / "a.jsonl").write_text("\n".join(lines) + "\n")
+    run("label", folder / "a.jsonl", "--classes", folder / "classes.tsv", "--match", "word", "--multi", "drop",
+        "--skip-bad", "--out", folder / "o.tsv")  # fmt: skip
+    (bad,) = (what for what in report(folder / "o.tsv")["funnel"] if "not JSON" in what)
+    assert "column" not in bad and report(folder / "o.tsv")["funnel"][bad] == -5
+
+
+def test_captions_of_one_address_are_drawn_alike_in_any_files(folder):
+    samples = []
+    for parts in ([["a crane", "crane b"]], [["a crane"], ["crane b"]], [["crane b"], ["a crane"]]):
+        for i, captions in enumerate(parts):
+            (folder / f"{i}.tsv").write_text("image\tcaption\n" + "".join(f"x.jpg\t{c}\n" for c in captions))
+        run("frequency", *(folder / f"{i}.tsv" for i in range(len(parts))), "--classes", folder / "classes.tsv",
+            "--match", "word", "--sample", 1, "--workers", 1, "--out", folder / "f.tsv")  # fmt: skip
+        samples.append([row["caption"] for row in read(folder / "f.sample.tsv")])
+    assert samples[0] == samples[1] == samples[2]
+
+
+def test_the_command_of_a_merged_table_makes_it(folder, monkeypatch):
+    write_captions(folder / "a.tsv", CAPTIONS)
+    flags = ["label", str(folder / "a.tsv"), "--classes", str(folder / "classes.tsv"), "--match", "word", "--multi",
+             "drop", "--out", str(folder / "o.tsv")]  # fmt: skip
+    for more in (["--shard", "0/1"], ["--shard=0/1", "--merge"]):
+        monkeypatch.setattr(sys, "argv", ["build_datasets.py", *flags, *more])
+        run(*flags, *more)
+    assert report(folder / "o.tsv")["command"] == " ".join(["python", "build_datasets.py", *flags])

@@ -256,3 +256,21 @@ def test_a_parameter_as_a_frozen_head_needs_no_gradient(tmp_path):
     torch.save(torch.nn.Parameter(torch.eye(3, 8)), tmp_path / "head.pt")
     prototypes = sl.read_prototypes(str(tmp_path / "head.pt"), ["a", "b", "c"])
     assert not sl.Classifier("tiny", 3, prototypes, True).prototypes.requires_grad
+
+
+def test_the_tail_is_that_of_the_mixture(tmp_path):
+    """Of two sets weighed 1:9 the rarest class is rare in the heavy one, though the light one has most of the rows."""
+    (tmp_path / "classes.tsv").write_text("name\na\nb\n")
+    for name, counts in (("light", (90, 10)), ("heavy", (2, 8))):
+        (tmp_path / name).mkdir()
+        rows = [f"x.jpg\t{c}\n" for c, n in enumerate(counts) for _ in range(n)]
+        (tmp_path / name / "train.tsv").write_text("image\tlabel\n" + "".join(rows))
+    for data, tail in (("light,heavy", 1), ("light:1,heavy:9", 0)):
+        args = sl.parse_args(["--data", data, "--trim-tail", "1"])
+        assert sl.read_labelled_sets(args, tmp_path, ["a", "b"])[4].tolist() == [tail]
+
+
+def test_a_table_without_labels_is_told_so(tmp_path):
+    (tmp_path / "t.tsv").write_text("image\ttarget\nx.jpg\t0\n")
+    with pytest.raises(SystemExit, match="t.tsv: no column label; it has image, target"):
+        sl.read_labelled_sets(sl.parse_args(["--data", str(tmp_path / "t.tsv")]), tmp_path, ["a"])

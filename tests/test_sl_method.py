@@ -448,6 +448,8 @@ def test_activation_is_compared(tmp_path):
         (["--vocab-power", "-1"], "must be at least 0"),
         (["--trim-tail", "-1"], "must be at least 0"),
         (["--freeze-backbone"], "keeps the tower of --init"),
+        (["--head-init", "x.npy"], "--head-init is read by --head frozen"),
+        (["--loss", "balanced", "--tau", "0.5"], "--tau is of --loss logit-adjusted"),
         (["--tau", "inf", "--loss", "logit-adjusted"], "must be at least 0 and below 2**32"),
         (["--vocab-power", "inf"], "must be at least 0 and below 2**32"),
         (["--trim-tail", "5", "--multi-label", "all"], "cuts by the first label"),

@@ -121,9 +121,9 @@ def test_sigterm_saves_and_exits_0(world, tmp_path):
 
 def test_frozen_head_is_bit_equal_and_learns_around_it(world, clip_pt, tmp_path):
     prototypes = torch.load(clip_pt, weights_only=True)["prototypes"]
-    flags = ["--root", world, "--head-init", clip_pt, "--steps", "4", *FLAGS]
+    flags = ["--root", world, "--steps", "4", *FLAGS]
     for head in "frozen", "finetune":
-        run_here(*flags, "--head", head, "--vocab", "32", "--vocab-group", "16", "--out", tmp_path / head)
+        run_here(*flags, "--head", head, "--head-init", clip_pt, "--vocab", "32", "--vocab-group", "16", "--out", tmp_path / head)
         assert torch.equal(weights_of(tmp_path / head)["prototypes"], prototypes) == (head == "frozen")
     frozen = weights_of(tmp_path / "frozen")
     run_here(*flags, "--freeze-backbone", "--init", tmp_path / "frozen" / "checkpoint.pt", "--out", tmp_path / "probe")

@@ -376,3 +376,31 @@ def test_numbers_that_make_no_sense(tmp_path):
     assert not out.exists()
     done = run("subset", bare, "--shots", 3, "--trim-tail", 1, "--out", out)  # other rows are left as they are
     assert done.returncode == 0 and len(read(out)) == 3
+
+
+def test_the_tail_is_that_of_the_matched_table(tmp_path):
+    """Matched to {1, 50, 2} the rarest class is the first, which had the most rows."""
+    target, a = table(tmp_path / "t.tsv", {0: 1, 1: 50, 2: 2}), table(tmp_path / "a.tsv", {0: 100, 1: 50, 2: 10})
+    flags = ["--match-frequency", target, "--shots", 0, "--trim-tail", 1, "--out", tmp_path / "o.tsv"]
+    assert run("subset", a, *flags).returncode == 0 and counts_of(tmp_path / "o.tsv") == {1: 50, 2: 2}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_class_of_fill_alone_is_rescued_too(tmp_path, seed):
+    target, a = table(tmp_path / "t.tsv", {0: 2, 1: 5, 2: 1}), table(tmp_path / "a.tsv", {0: 4, 1: 3})
+    fill, out = table(tmp_path / "b.tsv", {1: 1, 2: 9}), tmp_path / "o.tsv"
+    done = run("subset", a, "--match-frequency", target, "--fill", fill, "--rows", 3, "--seed", seed, "--out", out)
+    assert counts_of(out) == {0: 1, 1: 1, 2: 1}, done.stderr
+    funnel = json.loads((tmp_path / "o.tsv.json").read_text())["funnel"]
+    assert funnel["rescued of lost classes"] == -funnel["taken from large ones instead"]
+    assert ("rescued of lost classes" in done.stdout) == (funnel["rescued of lost classes"] > 0)
+
+
+def test_match_frequency_of_status_by_label_where_names_are_shared(tmp_path):
+    rows = [dict(label="0.0", name="", count=5), dict(label=1, name="crane", count=2)]
+    bd.write_tsv(tmp_path / "retry.classes.tsv", ("label", "name", "rows", "count", "success"), rows)
+    classes = [dict(name="crane", wnid="n1"), dict(name="crane", wnid="n2")]
+    bd.write_tsv(tmp_path / "classes.tsv", ("name", "wnid"), classes)
+    path, out = table(tmp_path / "a.tsv", {0: 7, 1: 7}), tmp_path / "o.tsv"
+    done = run("subset", path, "--match-frequency", tmp_path / "retry.classes.tsv", "--out", out)
+    assert done.returncode == 0 and counts_of(out) == {0: 5, 1: 2}, done.stderr

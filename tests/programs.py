@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import torch
@@ -36,6 +37,24 @@ def run_here(module, *flags):
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         module.main(module.parse_args([str(flag) for flag in flags]))
     return printed.getvalue()
+
+
+def answer(module, *flags, folder="."):
+    """The same from a folder, as one who calls the program sees it: exit status, stdout, and stderr with its message."""
+    printed, told, before, code = io.StringIO(), io.StringIO(), os.getcwd(), 0
+    os.chdir(folder)
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(told):
+            module.main(module.parse_args([str(flag) for flag in flags]))
+    except SystemExit as error:
+        code = error.code or 0
+    except OSError as error:
+        code = f"{error.filename or 'error'}: {error.strerror or error}"
+    finally:
+        os.chdir(before)
+    if isinstance(code, str):
+        code, _ = 2, told.write(code + "\n")
+    return types.SimpleNamespace(returncode=code, stdout=printed.getvalue(), stderr=told.getvalue())
 
 
 def descendants(pid):

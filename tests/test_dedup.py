@@ -1,5 +1,6 @@
 """build_datasets.py dedup: hashes against imagehash, pairs against brute force, components against scipy."""
 
+import functools
 import json
 import math
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import imagehash
 import numpy as np
+import programs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,8 +24,7 @@ def picture(seed, side=48):
     return Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
 
 
-def run(*args):
-    return subprocess.run([sys.executable, bd.__file__, *map(str, args)], capture_output=True, text=True)
+run = functools.partial(programs.answer, bd)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -186,6 +187,7 @@ def test_end_to_end(photos, flags, kept):
         (dict(width=["10", "30.0", "", ""], height=["10", "30.0", "", ""]), "b"),
         (dict(width=["", "", "", ""], height=["", "", "", ""], original_width=["9", "8", "", "20"], original_height=["9"] * 4), "d"),
         (dict(width=["wide", "", "", "nan"], height=["9"] * 4), "c"),
+        (dict(label=["", "0", "", ""], width=["9", "3", "", ""], height=["9", "3", "", ""]), "b"),  # labelled first
         ({}, "c"),
     ],
 )
@@ -332,3 +334,18 @@ def test_one_name_in_two_folders_is_two_images(tmp_path):
 def test_protect_is_refused_with_against(photos):
     flags = ["--by", "phash", "--against", photos / "all.tsv", "--protect", photos / "all.tsv", "--out", photos / "o.tsv"]
     assert "--protect: with --against" in run("dedup", photos / "all.tsv", *flags).stderr
+
+
+def test_captions_are_compared_without_case_blanks_and_form_and_empty_ones_not_at_all(tmp_path):
+    texts = ["Ein  Bild", "ein bild", "Cafe\u0301", "CAF\u00c9", "", "", ""]
+    bd.write_tsv(tmp_path / "t.tsv", ("image", "caption"), [dict(image=str(i), caption=c) for i, c in enumerate(texts)])
+    run("dedup", tmp_path / "t.tsv", "--by", "caption", "--out", tmp_path / "o.tsv")
+    assert [row["image"] for row in bd.open_tables([str(tmp_path / "o.tsv")])[1]] == list("02456")
+
+
+def test_near_copies_of_copies_stay_without_chain():
+    """Two rows, then a test image: the first is near it, the second near the first."""
+    hashes = np.array([0xF0F0 ^ 1, 0xF0F0 ^ 3, 0xF0F0], np.uint64)
+    for is_chain, left in ((False, [1]), (True, [])):
+        roots, _ = bd.connect(3, {"phash": bd.hash_pairs(hashes, 1, 2, is_chain)})
+        assert [i for i in range(2) if roots[i] != roots[2]] == left

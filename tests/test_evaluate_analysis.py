@@ -744,3 +744,13 @@ def test_collapse_of_models_with_and_without_class_vectors(tmp_path, order):
     np.savez(tmp_path / "b.npz", **arrays)
     run_here(evaluate, "collapse", *(tmp_path / f"{name}.npz" for name in order), "--boot", 20, "--plot", tmp_path / "c.svg")
     assert "NC2_W" in (tmp_path / "c.svg").read_text()
+
+
+def test_the_tail_is_the_rarest(tmp_path):
+    """The three rarest classes share a direction, the others have none in common."""
+    prototypes = np.eye(8)[[0, 1, 2, 3, 4, 5, 7, 7, 7]]
+    np.savez(tmp_path / "a.npz", prototypes=prototypes, class_counts=[90, 80, 70, 60, 50, 40, 3, 2, 1])
+    path = str(tmp_path / "a.npz")
+    rows = evaluate.prototypes(path, "", "", [0.025], 3, False, 0, 0, 0, "cpu")["rows"]
+    cosines = [rows[f"{part} cosine"]["value"]["value"] for part in ("tail-tail", "head-head")]
+    assert cosines == pytest.approx([1, 0])

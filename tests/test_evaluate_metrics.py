@@ -187,8 +187,7 @@ def test_predictions_per_image_and_never_right_have_intervals(tmp_path):
     low, high = model["predictions_per_image_interval"].T
     assert (low <= model["predictions_per_image"]).mean() > 0.9 and (low < high).all()
     np.testing.assert_allclose(low * np.bincount(data["labels"]), model["predictions_interval"][:, 0])
-    if row["never right"]["value"] == 0:  # of 30 classes
-        assert row["never right"]["high"] == pytest.approx(1 - 0.025 ** (1 / 30))
+    assert row["never right"]["value"] == 0 and row["never right"]["high"] == pytest.approx(1 - 0.025 ** (1 / 30))
 
 
 def test_biased_intervals_are_possible_values():
@@ -495,3 +494,45 @@ def test_names_and_folders_that_hold_a_sign(tmp_path, monkeypatch):
     (tmp_path / "lr=0.1").mkdir()
     assert evaluate.split_name("lr=0.1") == ("", "lr=0.1") and evaluate.split_name("a=lr=0.1") == ("a", "lr=0.1")
     assert evaluate.split_name("runs/a") == ("", "runs/a")
+
+
+def test_average_is_of_accuracies_then_logit():
+    x, nan = np.array([0.3, 0.5, 0.7, 0.6]), np.nan
+    s, t = x - 0.2, np.array([0.25, 0.4, 0.5, 0.58])
+    models = [{"model": f"m{i}", "group": "bbbc"[i], "s": (x[i], nan, s[i], nan), "t": (x[i], nan, t[i], nan)}
+              for i in range(4)]  # fmt: skip
+    row = evaluate.effective_robustness(models, ["s", "t"], "b", "", {}, 0, 0)["rows"]["m3"]
+    y = (s + t) / 2
+    line = stats.linregress(logit(x[:3]), logit(y[:3]))
+    assert row["average"]["value"] == pytest.approx(y[3]) and not row["average extrapolated"]
+    expected = y[3] - expit(line.slope * logit(0.6) + line.intercept)
+    assert row["average rho"]["value"] == pytest.approx(expected)
+    assert row["mean_rho"]["value"] == pytest.approx((row["s rho"]["value"] + row["t rho"]["value"]) / 2)
+
+
+def test_a_map_of_classes_pools_both_sides(tmp_path):
+    """ObjectNet's protocol: several of the model's classes are one of the set's, on the set and on the ID images."""
+    rng, expected = np.random.default_rng(0), {}
+    (tmp_path / "map.tsv").write_text("0\tA\n1\tB\n2\tA\n")
+    for run in "ab":
+        (tmp_path / run).mkdir()
+        for name in ("val", "objectnet"):
+            labels = rng.integers(4, size=300)
+            logits = rng.normal(size=(300, 4)) + np.eye(4)[labels]
+            np.savez(tmp_path / run / f"{name}.npz", labels=labels, logits=logits)
+            labels, logits = labels[labels < 3], logits[labels < 3]
+            is_b = logits[:, 1] > np.maximum(logits[:, 0], logits[:, 2])
+            expected[run, name] = (is_b == (labels == 1)).mean()
+    subsets = {"objectnet": str(tmp_path / "map.tsv")}
+    rows = evaluate.robustness([str(tmp_path / run) for run in "ab"], "val", [], "", "", subsets, {}, {}, 0, 0)["rows"]
+    for run, row in zip("ab", rows.values()):
+        assert row["objectnet id"]["value"] == pytest.approx(expected[run, "val"])
+        assert row["objectnet"]["value"] == pytest.approx(expected[run, "objectnet"])
+
+
+def test_models_of_other_images_are_not_compared(tmp_path):
+    labels = np.arange(60) % 3
+    for name, rows in (("a", np.arange(60)), ("b", np.arange(60)[::-1])):
+        np.savez(tmp_path / f"{name}.npz", labels=labels, predictions=labels, rows=rows)
+    with pytest.raises(SystemExit, match="their rows differ"):
+        evaluate.compare([str(tmp_path / "a.npz")], [str(tmp_path / "b.npz")], "", 10, 0)

@@ -287,3 +287,44 @@ def test_temperatures_of_resamples_are_refitted_ones():
     refitted = np.array([evaluate.fit_temperature(logits[i], labels[i]) for i in same])
     np.testing.assert_allclose(draws, refitted, rtol=0.05)
     assert draws.std() == pytest.approx(refitted.std(), rel=0.05)
+
+
+class Peak:
+    """Right on most images at a strength of 10^1.3; both grids have 10^1.25."""
+
+    def fit(self, C):
+        self.exponent = -np.log10(C)
+
+    def scores(self, x):
+        return np.stack([np.abs(self.exponent - 1.3) < x[:, 0], np.full(len(x), 0.5)], 1)
+
+
+@pytest.mark.parametrize("protocol", ["clip", "transfer"])
+def test_sweep_finds_the_peak(protocol):
+    val = {"features": np.linspace(0, 10, 1001)[:, None], "labels": np.zeros(1001, int)}
+    assert evaluate.sweep_strength(protocol, Peak(), val, "top1") == pytest.approx(10**-1.25)
+
+
+@pytest.mark.parametrize("has_val", [True, False])
+def test_probe_holds_out_of_train_and_refits_on_all(digits, monkeypatch, has_val):
+    """The strength is chosen on val, or on a part of train, and the model of the scores is that of both."""
+    (train, test), seen = digits, []
+    monkeypatch.setattr(
+        evaluate, "sweep_strength", lambda p, model, val, _: seen.append((model.n, len(val["labels"]))) or 0.01
+    )
+    a, b = ({k: v[part] for k, v in train.items()} for part in (slice(600), slice(600, None)))
+    parts = (a, b) if has_val else (train, None)
+    scores, _ = evaluate.probe_scores(*parts, train, test, 10, "clip", 0.0, "top1", 0, "cpu")
+    model = evaluate.Logistic(train["features"], train["labels"], 10, "cpu")
+    model.fit(0.01)
+    assert sum(seen[0]) == 1200 and 0 < seen[0][1] < 1200
+    np.testing.assert_allclose(scores, model.scores(test["features"]), rtol=1e-4, atol=1e-5)
+
+
+def test_so_many_images_of_each_class(monkeypatch):
+    part, seen, fit = {"features": np.eye(14), "labels": np.repeat([0, 1, 2], [9, 4, 1])}, [], evaluate.Logistic
+    monkeypatch.setattr(
+        evaluate, "Logistic", lambda x, y, *more: seen.append(np.bincount(y).tolist()) or fit(x, y, *more)
+    )
+    evaluate.few_shot(part, part, 3, 2, 1.0, "top1", 0, "cpu")
+    assert seen == [[2, 2, 1]]

@@ -407,7 +407,7 @@ def test_holdout(tmp_path):
     again = (tmp_path / "a" / "train.tsv").read_bytes(), report(tmp_path / "a" / "train.tsv")
     assert list(first[1])[-1] == "date" and first[1].pop("date") and again[1].pop("date") and first == again
     other = index(shards, "--holdout", "0.3", "--seed", 1, out=tmp_path / "a" / "train.tsv")
-    assert other != tables["a"][0]
+    assert [os.path.basename(row["image"]) for row in other] != train
     index(shards, out=tmp_path / "a" / "train.tsv")
     assert "val.tsv is older" in report(tmp_path / "a" / "train.tsv")["warnings"][0]
 

@@ -774,3 +774,28 @@ def test_the_command_of_a_merged_table_makes_it(folder, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["build_datasets.py", *flags, *more])
         run(*flags, *more)
     assert report(folder / "o.tsv")["command"] == " ".join(["python", "build_datasets.py", *flags])
+
+
+def test_all_columns_are_searched(folder):
+    """A caption column is empty here: without --columns `title` would not be read."""
+    (folder / "in.tsv").write_text("image\tcaption\ttitle\ttags\n0\t\ta lion\tcrane\n1\t\t\tcrane\n2\t\ta sea\tlion\n")
+    flags = [folder / "in.tsv", "--classes", folder / "classes.tsv", "--match", "word", "--columns", "title", "tags",
+             "--workers", 1, "--out", folder / "o.tsv"]  # fmt: skip
+    run("frequency", *flags)
+    assert [row["count"] for row in read(folder / "o.tsv")] == ["1", "2", "2"]
+    run("label", *flags, "--multi", "all")
+    assert [row["label"] for row in read(folder / "o.tsv")] == list("12201")
+
+
+def test_lemmas_and_case_of_the_command(folder):
+    for name, text in {"noun.exc": "lice louse\n", "index.noun": "louse n 1 0 1 0 00000001  \n",
+                       "classes.tsv": "name\nlouse\n"}.items():  # fmt: skip
+        (folder / name).write_text(text)
+    write_captions(folder / "in.tsv", ["two lice", "a louse", "a Louse"])
+    flags = [folder / "in.tsv", "--classes", folder / "classes.tsv", "--workers", 1, "--out", folder / "o.tsv"]
+    for lemmas, n in (("nltk", "3"), ("none", "2")):
+        run("frequency", *flags, "--lemmas", lemmas, "--wordnet", folder)
+        assert read(folder / "o.tsv")[0]["count"] == n
+    for more, n in (([], 1), (["--case", "insensitive"], 2)):
+        run("label", *flags, "--match", "substring", *more)
+        assert len(read(folder / "o.tsv")) == n

@@ -1,10 +1,9 @@
 """build_datasets.py prune: the oracle on a circle, brute force in float64, the tables end to end."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
+import programs
 import pytest
 
 import build_datasets as bd
@@ -74,8 +73,8 @@ def world(tmp_path):
 
 
 def run(world, *more, tests=("val=v.npy", "sketch=s.npz"), out="o-{set}.tsv", small="small.npy"):
-    command = [sys.executable, bd.__file__, "prune", "all.tsv", "--embeddings", "e.npy", "--small", small, "--out", out]
-    return subprocess.run([*command, "--tests", *tests, *more], cwd=world, capture_output=True, text=True)
+    command = ["prune", "all.tsv", "--embeddings", "e.npy", "--small", small, "--out", out]
+    return programs.answer(bd, *command, "--tests", *tests, *more, folder=world)
 
 
 def images(path):
@@ -152,3 +151,10 @@ def test_no_table_replaces_an_input(world, name):
     done = run(world, "--keep", "2")
     assert done.returncode == 2 and "all.tsv, which it would replace, is an input" in done.stderr
     assert (world / "all.tsv").read_bytes() == before and len(list(world.glob("o-*"))) == 1
+
+
+def test_rand_is_neither_near_nor_far(tmp_path):
+    bd.write_tsv(tmp_path / "a.tsv", ("image",), [dict(image=f"{i}.jpg") for i in range(200)])
+    kept = [set(np.flatnonzero(~bd.least_similar([str(tmp_path / "a.tsv")], np.linspace(0, 1, 200), 100, seed)["rand"]))
+            for seed in (0, 1)]  # fmt: skip
+    assert kept[0] != kept[1] and all(30 < len(k & set(range(100))) < 70 for k in kept)

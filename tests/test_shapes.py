@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import resource
 import signal
@@ -14,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+import build_datasets as bd
 
 SCRIPT = Path(__file__).resolve().parent.parent / "build_datasets.py"
 SIZE = "0.05"
@@ -361,4 +362,15 @@ def test_flags_are_checked():
                   ["--caption-noise", "1.1"], ["--caption-noise", "nan"]):  # fmt: skip
         done = subprocess.run([sys.executable, str(SCRIPT), "shapes", *flags], capture_output=True, text=True)
         assert done.returncode == 2 and flags[0] in done.stderr, flags
-    assert os.path.exists(SCRIPT)
+
+
+PROCESSES = dict(val="plain", v2="harder", sketch="sketch", rendition="rendition", objectnet="objectnet")
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_a_test_set_shows_its_labels_in_its_process(world, name):
+    """120 images of a set, one chunk of it, drawn again from its labels."""
+    labels = [int(row["label"]) for row in read_tsv(world / f"{name}.tsv")[1]]
+    shapes, patterns = np.array(bd.CONCEPTS)[labels].T
+    drawn, _ = bd.render(shapes, patterns, PROCESSES[name], bd.rng_of(0, name, "pixels", 0))
+    assert np.array_equal(drawn, np.load(world / f"{name}.npy"))

@@ -1,12 +1,12 @@
 """build_datasets.py subset, mix, stats: hand numbers of the methods, nesting, independence of order, end to end."""
 
 import contextlib
+import functools
 import json
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
+import programs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,9 +14,7 @@ from scipy.stats import spearmanr
 
 import build_datasets as bd
 
-
-def run(*args):
-    return subprocess.run([sys.executable, bd.__file__, *map(str, args)], capture_output=True, text=True)
+run = functools.partial(programs.answer, bd)
 
 
 def table(path, counts, **columns):
@@ -53,6 +51,13 @@ def test_rescue_by_hand():
         bd.rescue(hashes, labels, bd.bottom(hashes, pool, 2), pool, True)
     with pytest.raises(SystemExit, match="15 rows wanted, 14 there"):
         bd.bottom(hashes, pool, 15)
+
+
+def test_rescue_takes_from_the_ten_largest_classes():
+    """13 classes; the row with the largest hash of those that can go is 93, of a small one."""
+    labels, mask = np.repeat(np.arange(13), [9] * 10 + [2, 2, 1]), np.arange(95) < 94
+    kept, _ = bd.rescue(np.linspace(0, 0.9, 95), labels, mask, np.ones(95, bool), True)
+    assert np.flatnonzero(~kept).tolist() == [89]
 
 
 def test_gini_and_shares_by_hand():
@@ -210,6 +215,8 @@ def test_stats(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = {row["name"]: row for row in read(tmp_path / "o.tsv")}
     assert rows["f"]["max"] == "900" and rows["f"]["words_mean"] == "" and rows["a"]["below_20"] == "2"
+    assert float(rows["a"]["words_mean"]) == float(rows["a"]["words_median"]) == 2  # "w 0"
+    assert float(rows["a"]["captions_distinct"]) == pytest.approx(3 / 63)
     assert float(rows["a"]["spearman b"]) == pytest.approx(spearmanr([50, 10, 3], [9, 20, 1]).statistic)
     assert float(rows["a"]["head_share"]) == pytest.approx(50 / 63) and float(rows["f"]["spearman a"]) == 1
     assert (tmp_path / "o.png").read_bytes().startswith(b"\x89PNG")

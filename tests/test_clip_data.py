@@ -6,6 +6,7 @@ import pickle
 import random
 import struct
 import tarfile
+import types
 import zlib
 from collections import Counter
 
@@ -737,3 +738,25 @@ def test_constant_features_rank_last():
     assert set(metrics.values()) == {0.0}
     perfect = torch.nn.functional.normalize(torch.randn(30, 64), dim=1)
     assert set(clip.retrieval_metrics(perfect, perfect, np.arange(30)).values()) == {1.0}
+
+
+def test_evaluation_sees_the_centre_square(tmp_path):
+    """Of a file and of an array, 60 x 40 px: 32 px of the square in the middle."""
+    y, x = np.mgrid[:40, :60]
+    image = Image.fromarray(np.stack([4 * x, 6 * y, 2 * x + 3 * y], 2).astype(np.uint8))
+    image.save(tmp_path / "a.png")
+    np.save(tmp_path / "a.npy", np.array(image)[None])
+    tower = types.SimpleNamespace(image_size=32, embed_dim=3072, encode_image=lambda x: x.float().flatten(1))
+    expected = image.resize((32, 32), Image.Resampling.BICUBIC, clip.center_box(60, 40))
+    for field in "a.png", "a.npy:0":
+        embed, *_ = clip.encode_images(tower, table_of(tmp_path, f"image\n{field}\n"), 0, 10**6, torch.device("cpu"))
+        seen = embed[0].numpy().reshape(3, 32, 32)
+        assert np.abs(seen - np.array(expected, float).transpose(2, 0, 1)).max() < 3
+
+
+def test_unlabelled_sets_are_counted_by_an_even_sample(tmp_path, monkeypatch):
+    monkeypatch.setattr(clip, "COUNT_CAPTIONS", 100)
+    classes = [dict(name="cat"), dict(name="dog")]
+    table = table_of(tmp_path, "image\tcaption\n" + "".join(f"x\ta {'dog' if i % 4 else 'cat'}\n" for i in range(300)))
+    captions = clip.Captions(table, np.full(300, -1), ["{caption}"], classes, 0)
+    assert clip.count_classes([captions], np.ones(1), classes).tolist() == [75, 225]

@@ -110,8 +110,8 @@ def batch_of(n):
     return images, texts
 
 
-def gradients(net, model, images, texts, n_chunks=1):
-    loss, *_ = clip.backward_in_chunks(net, images, texts, clip.info_nce, n_chunks, contextlib.nullcontext, lambda x: x)
+def gradients(net, model, images, texts, n_chunks=1, loss_of=clip.info_nce):
+    loss, *_ = clip.backward_in_chunks(net, images, texts, loss_of, n_chunks, contextlib.nullcontext, lambda x: x)
     return float(loss), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
@@ -120,14 +120,20 @@ def relative_error(a, b):
     return max(float((a[k] - b[k]).norm() / b[k].norm().clamp(min=1e-7)) for k in b)
 
 
-def rank_main(rank, world_size, port, arch, n_chunks, path):
+def loss_of_part(rank, world_size, dup):
+    """InfoNCE of a process's part of 16 pairs that have 5 different captions."""
+    caption_ids = (torch.arange(16) % 5).chunk(world_size)[rank]
+    return functools.partial(clip.info_nce, caption_ids=caption_ids, dup_captions=dup)
+
+
+def rank_main(rank, world_size, port, arch, n_chunks, dup, path):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
     model = small_model(arch)
     net = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     images, texts = (x.chunk(world_size)[rank] for x in batch_of(16))
-    loss, grads = gradients(net, model, images, texts, n_chunks)
+    loss, grads = gradients(net, model, images, texts, n_chunks, loss_of_part(rank, world_size, dup))
     losses = [None] * world_size
     torch.distributed.all_gather_object(losses, loss)
     if rank == 0:
@@ -135,18 +141,18 @@ def rank_main(rank, world_size, port, arch, n_chunks, path):
     torch.distributed.destroy_process_group()
 
 
-def on_ranks(arch, n_chunks, tmp_path, world_size=2):
+def on_ranks(arch, n_chunks, dup, tmp_path, world_size=2):
     port = 20000 + os.getpid() % 20000
-    mp.spawn(rank_main, (world_size, port, arch, n_chunks, tmp_path / "out.pt"), nprocs=world_size)
+    mp.spawn(rank_main, (world_size, port, arch, n_chunks, dup, tmp_path / "out.pt"), nprocs=world_size)
     return torch.load(tmp_path / "out.pt", weights_only=False)
 
 
-@pytest.mark.parametrize("arch, n_chunks", [("tiny", 1), ("ViT-S-16", 1), ("ViT-S-16", 4)])
-def test_two_ranks_equal_one_process(arch, n_chunks, tmp_path):
+@pytest.mark.parametrize("arch, n_chunks, dup", [("tiny", 1, "soft"), ("ViT-S-16", 1, "keep"), ("ViT-S-16", 4, "mask")])
+def test_two_ranks_equal_one_process(arch, n_chunks, dup, tmp_path):
     """Loss, all gradients (logit_scale included) and batch-norm statistics; with batch norm synchronised or absent."""
     model = small_model(arch)
-    loss, grads = gradients(model, model, *batch_of(16))
-    other = on_ranks(arch, n_chunks, tmp_path)
+    loss, grads = gradients(model, model, *batch_of(16), loss_of=loss_of_part(0, 1, dup))
+    other = on_ranks(arch, n_chunks, dup, tmp_path)
     assert math.isclose(other["loss"], loss, rel_tol=1e-6)
     assert relative_error(other["grads"], grads) <= 1e-5
     for name, buffer in model.named_buffers():
@@ -271,12 +277,19 @@ def test_evaluation_is_the_same_for_one_and_three_ranks(world, tmp_path):
         "--precision",
         "fp32",
     ]
-    flags += ["--eval-sets", world / "laionet" / "odd.tsv", world / "yfcc" / "odd.tsv"]
+    for i, image in enumerate(np.load(world / "val.npy")[:12]):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    lines = [f"{i * 7 % 13}.png\t{i % 120}\n" for i in range(299)]  # 12.png is not there
+    (tmp_path / "files.tsv").write_text("image\tlabel\n" + "".join(lines))
+    flags += ["--eval-sets", world / "laionet" / "odd.tsv", world / "yfcc" / "odd.tsv", tmp_path / "files.tsv"]
     run(*flags, "--out", tmp_path / "one")
     run(*flags, "--out", tmp_path / "three", processes=3)
     one, three = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "three"))
     assert one.pop("run") and three.pop("run") and one == three
     assert one["laionet-odd"]["n"] == 299 and one["laionet-odd"]["top1"] is not None
+    assert one["files"]["n"] == 276 and one["files"]["bad_images"] == {"missing file": 23}
+    with np.load(tmp_path / "one" / "files.npz") as a, np.load(tmp_path / "three" / "files.npz") as b:
+        assert np.array_equal(a["features"], b["features"]) and np.array_equal(a["rows"], b["rows"])
     again = evaluate.retrieval([str(tmp_path / "one" / "yfcc-odd.npz")], [1, 10], 10, 0, "cpu")["rows"]
     for key in "i2t_r1", "t2i_r10":  # evaluate.py reads what clip.py writes (float16)
         assert abs(next(iter(again.values()))[key]["value"] - one["yfcc-odd"]["retrieval"][key]) < 0.02

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import types
 
 import numpy as np
 import programs
@@ -17,11 +18,23 @@ FLAGS = ["--batch-size", B, "--log-every", 1, "--warmup-steps", WARM, "--precisi
 FLAGS += ["--prototypes", K, "--prototype-dim", D, "--steps", STEPS, "--lr", LR, "--transfer", "--eval-sets", "--no-baselines"]
 
 
-def slow_loop(world, M, centering, optimizer_name, n_local):
+PLAIN = dict(seed=0, sets={"laionet": 1}, hidden=256, has_bn=True, sizes=(28, 16), scales=((0.6, 1.0), (0.05, 0.14)),
+             aspect=1.15, augment="colour", student_temp=0.1, teacher_temps=[0.02] * STEPS, clip=3.0)  # fmt: skip
+# Flags of a run that has no default left in what shapes its views, targets and head, and PLAIN for it.
+OTHER = """--seed 3 --data laionet:2,incaps:1 --augment dino --global-size 26 --global-scale 0.3 0.8 --local-size 12
+    --local-scale 0.1 0.3 --crop-aspect 1.4 --student-temp 0.2 --warmup-teacher-temp 0.1 --warmup-teacher-temp-steps 2
+    --no-head-bn --head-hidden 32 --clip-grad 0.01""".split()
+OF_OTHER = dict(seed=3, sets={"laionet": 2, "incaps": 1}, hidden=32, has_bn=False, sizes=(26, 12), aspect=1.4, clip=0.01,
+                scales=((0.3, 0.8), (0.1, 0.3)), augment="dino", student_temp=0.2,
+                teacher_temps=[0.1, 0.06, 0.02, 0.02])  # fmt: skip
+
+
+def slow_loop(world, M, centering, optimizer_name, n_local, **changes):
     """Losses, student, teacher, prototypes of both, centre after STEPS steps; written from the paper, but for the
     tower, the views, the loss and Sinkhorn, which have tests of their own."""
-    torch.manual_seed(0)
-    student = dino.Network("tiny", 256, D, K, True)
+    s = types.SimpleNamespace(**PLAIN | changes)
+    torch.manual_seed(s.seed)
+    student = dino.Network("tiny", s.hidden, D, K, s.has_bn)
     student.visual.to(memory_format=torch.channels_last)
     student.head.prototypes.data = F.normalize(torch.randn(K, D), dim=1)
     student.head.prototypes.data *= 1 if optimizer_name == "adamw" else math.sqrt(D / K)
@@ -35,10 +48,11 @@ def slow_loop(world, M, centering, optimizer_name, n_local):
         optimizer = torch.optim.AdamW(groups, LR, (0.9, 0.98), eps=1e-8, fused=True)
     else:
         optimizer = torch.optim.SGD(groups, LR, 0.9, fused=True)
-    table = dino.Table(world / "laionet" / "train.tsv")
-    pixels, sizes = dino.load_pixels([table]), [28, 28] + [16] * n_local
-    views = dino.Views([table], sizes, [(0.6, 1.0)] * 2 + [(0.05, 0.14)] * n_local, 1.15, 10**9, 0)
-    views.pixel_offsets = np.array([0])
+    tables = [dino.Table(world / name / "train.tsv") for name in s.sets]
+    n_rows, shares = [len(table) for table in tables], np.array(list(s.sets.values())) / sum(s.sets.values())
+    pixels, sizes = dino.load_pixels(tables), [s.sizes[0]] * 2 + [s.sizes[1]] * n_local
+    views = dino.Views(tables, sizes, [s.scales[0]] * 2 + [s.scales[1]] * n_local, s.aspect, 10**9, s.seed)
+    views.pixel_offsets = np.cumsum([0, *n_rows[:-1]])
     center, momenta, losses = torch.zeros(K), [torch.zeros(K, D), torch.zeros(K, D)], []
 
     def logits_of(network, crops, prototypes):
@@ -46,29 +60,29 @@ def slow_loop(world, M, centering, optimizer_name, n_local):
         return F.normalize(z, dim=1) @ torch._weight_norm(prototypes, torch.ones(len(prototypes), 1), 0).T
 
     for step in range(STEPS):
-        examples = dino.Sampler([len(table)], np.ones(1), B, 0, step, STEPS, 0, 1).batch(step)
+        examples = dino.Sampler(n_rows, shares, B, s.seed, step, STEPS, 0, 1).batch(step)
         lr = LR * (step + 1) / WARM if step < WARM else LR / 2 * (1 + math.cos(math.pi * (step - WARM) / (STEPS - WARM)))
         for group in optimizer.param_groups:
             group["lr"] = lr
         ids = torch.arange(K)
         if M < K:
-            ids = torch.from_numpy(np.sort(np.random.default_rng([0, step, 0, 11]).choice(K, M, replace=False)))
-        crops = dino.make_crops(views.__getitems__(examples), pixels, sizes, "colour", torch.device("cpu"))
+            ids = torch.from_numpy(np.sort(np.random.default_rng([s.seed, step, 0, 11]).choice(K, M, replace=False)))
+        crops = dino.make_crops(views.__getitems__(examples), pixels, sizes, s.augment, torch.device("cpu"))
         rows = student.head.prototypes if M == K else student.head.prototypes.detach()[ids].clone().requires_grad_()
         with torch.no_grad():
             of_teacher = logits_of(teacher, [crops[0][: 2 * B]], teacher.head.prototypes.detach()[ids])
         of_student = logits_of(student, crops, rows)
         if centering == "sinkhorn":
-            targets = dino.sinkhorn(of_teacher, 0.02)
+            targets = dino.sinkhorn(of_teacher, s.teacher_temps[step])
         else:
-            targets = ((of_teacher - center[ids]) / 0.02).softmax(1)
+            targets = ((of_teacher - center[ids]) / s.teacher_temps[step]).softmax(1)
             center[ids] = 0.9 * center[ids] + (1 - 0.9) * of_teacher.mean(0)
-        loss = dino.dino_loss(of_student, targets, 0.1)
+        loss = dino.dino_loss(of_student, targets, s.student_temp)
         losses.append(float(loss.detach()))
         loss.backward()
         grads = [p.grad for _, p in named if p.grad is not None] + ([] if M == K else [rows.grad])
         for grad in grads:
-            grad.mul_((3.0 / (grad.norm() + 1e-6)).clamp(max=1))
+            grad.mul_((s.clip / (grad.norm() + 1e-6)).clamp(max=1))
         optimizer.step()
         optimizer.zero_grad()
         if M < K:  # only the drawn rows move, each with its own past
@@ -91,15 +105,17 @@ def slow_loop(world, M, centering, optimizer_name, n_local):
 
 
 @pytest.mark.parametrize(
-    "M, centering, optimizer, n_local",
-    [(K, "sinkhorn", "adamw", 0), (K, "mean", "sgd", 2), (16, "mean", "sgd", 0), (16, "sinkhorn", "adamw", 2)],
-)
-def test_the_loop_is_plain_dino(world, tmp_path, M, centering, optimizer, n_local):
+    "M, centering, optimizer, n_local, more",
+    [(K, "sinkhorn", "adamw", 0, []), (K, "mean", "sgd", 2, []), (16, "mean", "sgd", 0, []),
+     (16, "sinkhorn", "adamw", 2, []), (K, "mean", "adamw", 1, OTHER)],
+)  # fmt: skip
+def test_the_loop_is_plain_dino(world, tmp_path, M, centering, optimizer, n_local, more):
     """All prototypes: bit for bit. M of K: the drawn rows move as under an optimizer of their own, no other row does."""
     flags = ["--sample-prototypes", 0 if M == K else M, "--centering", centering, "--optimizer", optimizer]
-    programs.run_here(dino, "--root", world, *FLAGS, *flags, "--local-crops", n_local, "--out", tmp_path)
+    programs.run_here(dino, "--root", world, *FLAGS, *flags, "--local-crops", n_local, *more, "--out", tmp_path)
     found = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    losses, student, teacher, center = slow_loop(world, M, centering, optimizer, n_local)
+    changes = OF_OTHER if more else {}
+    losses, student, teacher, center = slow_loop(world, M, centering, optimizer, n_local, **changes)
     pairs = [(found["student_prototypes"], student.pop("head.prototypes"))]
     pairs += [(found["dino_prototypes"], teacher.pop("head.prototypes")), (found["center"], center)]
     others = [(found["student"][name], value) for name, value in student.items()]

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from programs import ENV, ROOT, assert_bit_equal, log_of, weights_of
+from sklearn.neighbors import KNeighborsClassifier
 
 import dino_laionet as dino
 import evaluate
@@ -120,15 +121,16 @@ def test_a_checkpoint_of_another_program(world, tmp_path):
 
 
 def test_probes_are_the_same_for_one_and_two_ranks(world, trained, tmp_path):
-    """k-NN, probe, transfer and baselines, over a number of images that 2 does not divide."""
-    lines = (world / "val.tsv").read_text().splitlines(keepends=True)
-    (world / "odd.tsv").write_text("".join(lines[:102]))
-    flags = ["--root", world, "--eval-only", trained[0] / "checkpoint.pt", "--eval-sets", "odd", "--device", "cpu"]
+    """k-NN, probe, transfer and baselines, over a number of images that 2 does not divide, some for each process."""
+    lines = (world / "laionet" / "train.tsv").read_text().splitlines(keepends=True)
+    (world / "laionet" / "odd.tsv").write_text("".join(lines[:300]))
+    flags = ["--root", world, "--eval-only", trained[0] / "checkpoint.pt", "--device", "cpu", "--probe-images", "250"]
+    flags += ["--eval-sets", world / "laionet" / "odd.tsv"]
     for processes in 1, 2:
         run(*flags, "--out", tmp_path / str(processes), processes=processes)
     one, two = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in "12")
     assert one.pop("run") and two.pop("run") and one == two
-    assert one["odd"]["n"] == 101 and one["odd"]["pixels_knn"] is not None and "unseen" in one
+    assert one["odd"]["n"] == 299 > 2 * dino.EVAL_BATCH and one["odd"]["pixels_knn"] is not None and "unseen" in one
 
 
 def test_the_random_network_uses_all_of_its_layers(world):
@@ -261,10 +263,11 @@ def test_pictures_without_labels(world, tmp_path):
 
 def test_local_batch_norm_evaluates_as_the_checkpoint(world, tmp_path):
     """Processes have their own statistics; metrics are those of the first one's, which the checkpoint holds."""
-    flags = ["--root", world, "--bn", "local", "--steps", "4", *SMALL, *QUICK]
-    run(*flags, "--out", tmp_path / "two", processes=2)
-    run_here("--root", world, "--eval-only", tmp_path / "two" / "checkpoint.pt", *QUICK, "--out", tmp_path / "again")
-    two, again = (np.load(tmp_path / name / "val.npz")["features"] for name in ("two", "again"))
+    sets = ["--eval-sets", world / "laionet" / "train.tsv"]  # 300 rows: some for each process
+    run("--root", world, "--bn", "local", "--steps", "4", *SMALL, *QUICK, *sets, "--out", tmp_path / "two", processes=2)
+    flags = ["--root", world, "--eval-only", tmp_path / "two" / "checkpoint.pt", *QUICK, *sets]
+    run_here(*flags, "--out", tmp_path / "again")
+    two, again = (np.load(tmp_path / name / "train.npz")["features"] for name in ("two", "again"))
     np.testing.assert_allclose(two.astype(np.float32), again.astype(np.float32), rtol=0.01, atol=0.01)
 
 
@@ -428,3 +431,31 @@ def test_bad_input(world, trained, tmp_path, capsys):
     result = run(*flags, "--out", trained[0], check=False)
     assert result.returncode == 2 and "Traceback" not in result.stdout
     assert "--prototypes 64, now 32: pass another --out" in result.stdout
+
+
+def test_the_power_is_handed_on(world, tmp_path, monkeypatch):
+    """With how often each prototype has won: 64 teacher rows a step."""
+    seen, draw = [], dino.draw_prototypes
+    monkeypatch.setattr(
+        dino, "draw_prototypes", lambda *args: seen.append((int(args[4].sum()), args[5])) or draw(*args)
+    )
+    flags = [*SMALL, *QUICK, "--eval-sets", "--steps", 3, "--prototype-power", -0.5]
+    run_here("--root", world, *flags, "--out", tmp_path)
+    assert seen == [(0, -0.5), (64, -0.5), (128, -0.5)]
+
+
+def test_probe_features_by_hand(world):
+    """Raw pixels: k-NN as scikit-learn votes, and a probe whose weights are those of raw features."""
+    args, names = dino.parse_args(["--probe-images", "200"]), [row["name"] for row in dino.read_classes(world)]
+    bank, val = dino.Table(world / "imagenet" / "train.tsv"), dino.Table(world / "val.tsv")
+    device = torch.device("cpu")
+    found = dino.probe_features(dino.RawPixels(), bank, {"val": val}, names, args, device, False)["val"]
+    keep = np.sort(np.random.default_rng([0, 10]).choice(300, 200, replace=False))
+    x, queries = (np.load(world / name).transpose(0, 3, 1, 2).reshape(-1, 3072) / 255
+                  for name in ("imagenet/train.npy", "val.npy"))  # fmt: skip
+    y = dino.read_labels(bank, names)[keep]
+    oracle = KNeighborsClassifier(20, metric="cosine", weights=lambda distance: np.exp(-distance / 0.07)).fit(x[keep], y)
+    votes = (found["knn"] / found["knn"].sum(1, keepdim=True))[:, oracle.classes_]
+    np.testing.assert_allclose(votes, oracle.predict_proba(queries), atol=1e-3)
+    rest = found["probe"].double() - torch.from_numpy(queries) @ found["weights"].double().T
+    assert rest.std(0).max() < 1e-3  # a constant of each class

@@ -68,9 +68,7 @@ def atomic_world(tmp_path_factory):
     return out
 
 
-def test_bytes_do_not_depend_on_workers(world, tmp_path):
-    build(tmp_path / "shapes", "--workers", "2")
-    assert hashes(tmp_path / "shapes") == hashes(world)
+def test_files_of_a_world(world):
     assert {*TABLES, "classes.tsv", "bpe.txt", "preview.png", "world.json"} <= set(hashes(world))
 
 
@@ -96,7 +94,8 @@ def test_second_call_is_instant_and_changes_nothing(world):
     assert {p: p.stat().st_mtime_ns for p in world.rglob("*")} == before
 
 
-def test_killed_call_is_redone_whole(world, tmp_path):
+def test_killed_call_is_redone_whole_by_one_of_two(world, tmp_path):
+    """Killed with two workers; two calls at once then: one renders, the other finds it, the bytes are those of one worker."""
     out, partial = tmp_path / "shapes", tmp_path / "shapes.partial"
     process = subprocess.Popen(command(out, "--workers", "2"), stderr=subprocess.DEVNULL)
     pixels = partial / "imagenet" / "train.npy"
@@ -109,9 +108,10 @@ def test_killed_call_is_redone_whole(world, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert partial.exists() and not out.exists()
-    build(out)
-    assert hashes(out) == hashes(world)
-    assert not partial.exists()
+    pair = [subprocess.Popen(command(out, "--workers", "2"), stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate()[0] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0]
+    assert sum("complete" in text for text in said) == 1 and hashes(out) == hashes(world) and not partial.exists()
     for child in children:  # a worker that waits for ever would hold memory and perhaps the lock
         status = Path(f"/proc/{child}/status")
         assert not status.exists() or "(zombie)" in status.read_text()
@@ -159,15 +159,6 @@ def test_other_parameters_are_named_in_the_error(world):
     assert "seed is 0, asked for 7" in done.stderr and "names is compositional" in done.stderr
     assert "size" not in done.stderr, "only what differs"
     assert hashes(world) == before
-
-
-def test_two_simultaneous_calls(world, tmp_path):
-    out = tmp_path / "shapes"
-    pair = [subprocess.Popen(command(out, "--workers", "1"), stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate()[0] for process in pair]
-    assert [process.returncode for process in pair] == [0, 0]
-    assert sum("complete" in text for text in said) == 1, "one rendered, one found it"
-    assert hashes(out) == hashes(world)
 
 
 def test_tables_keep_the_contract(world):
@@ -298,7 +289,7 @@ def test_captions_name_the_class_when_clean_and_seldom_not_when_noisy(world):
     assert {"a", "the", "of", "photo", "picture"} <= seen, "prompts are not made of unseen words"
 
 
-@pytest.mark.parametrize("noise", [0, 0.5, 1])
+@pytest.mark.parametrize("noise", [0, 0.5])
 def test_caption_noise_changes_captions_only(noise, world, tmp_path):
     build(tmp_path / "shapes", "--caption-noise", str(noise))
     mine, theirs = hashes(tmp_path / "shapes"), hashes(world)

@@ -2,14 +2,17 @@
 
 import functools
 import json
+import math
 import shutil
 
 import numpy as np
 import programs
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
-from programs import log_of
+from PIL import Image
+from programs import log_of, weights_of
 
 import sl_vocab_subsample as sl
 
@@ -20,8 +23,8 @@ run_here = functools.partial(programs.run_here, sl)
 
 
 def first_step(world, out, monkeypatch, *flags):
-    """Of step 1 of the program: unit features [B, D], class vectors [C, D], scale, vocabulary, and labels as classes;
-    the loss that it logs; its class counts."""
+    """Of step 1 of the program: unit features [B, D], class vectors [C, D], scale, vocabulary, and labels as classes [B]
+    (all of an image's, [B, J], with --multi-label all); the loss that it logs; its class counts."""
     seen, logits_of, labels_of = [], sl.vocab_logits, sl.LabelledImages.__getitems__
 
     def spy(features, prototypes, scale, vocab, *rest):
@@ -30,7 +33,8 @@ def first_step(world, out, monkeypatch, *flags):
 
     def spy_labels(self, examples):
         batch = labels_of(self, examples)
-        seen.append(batch["labels"][:, 0].numpy().copy())
+        labels = batch["labels"].numpy().copy()
+        seen.append(labels if "all" in flags else labels[:, 0])
         return batch
 
     with monkeypatch.context() as patch:
@@ -70,6 +74,7 @@ def expected(features, prototypes, scale, vocab, labels, counts, add=0.0, subtra
         (["--loss", "logit-adjusted", "--tau", "0.5"], {"tau": 0.5}),
         (["--loss", "focal"], {"gamma": 2}),
         (["--label-smoothing", "0.2"], {"smoothing": 0.2}),
+        (["--precision", "bf16"], {}),
     ],
     ids=lambda x: "-".join(x).replace("--", "") if isinstance(x, list) else "",
 )
@@ -78,7 +83,7 @@ def test_a_flag_reaches_the_loss(flags, how, world, tmp_path, monkeypatch):
     tau, rest = how.get("tau", 0.0), {k: v for k, v in how.items() if k != "tau"}
     add = tau * np.log(counts / counts.sum()) if tau else 0.0
     assert loss == pytest.approx(expected(*given, counts, add, **rest), rel=1e-5)
-    if flags not in ([], VOCAB):  # and it is not the plain loss
+    if how:  # and it is not the plain loss
         assert abs(loss - expected(*given, counts)) > 0.003 * loss
     assert given[2] == pytest.approx(1 / 0.07, rel=1e-6)
 
@@ -274,3 +279,78 @@ def test_a_table_without_labels_is_told_so(tmp_path):
     (tmp_path / "t.tsv").write_text("image\ttarget\nx.jpg\t0\n")
     with pytest.raises(SystemExit, match="t.tsv: no column label; it has image, target"):
         sl.read_labelled_sets(sl.parse_args(["--data", str(tmp_path / "t.tsv")]), tmp_path, ["a"])
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_the_loop_is_plain_supervised_learning(kind, world, tmp_path):
+    """Four steps on a mixture, flags and seed other than the defaults, against a loop of ordinary torch."""
+    flags = ["--seed", 3, "--lr", 2e-3, "--weight-decay", 2, "--crop-scale", 0.3, "--steps", 4, "--optimizer", kind]
+    run_here("--root", world, *FLAGS, *flags, "--data", "laionet:2,incaps:1", "--out", tmp_path)
+    torch.manual_seed(3)
+    model = sl.Classifier("tiny", 120, None, False)
+    model.visual.to(memory_format=torch.channels_last)
+    names, sets = [row["name"] for row in sl.read_classes(world)], ("laionet", "incaps")
+    pixels = [torch.from_numpy(np.load(world / name / "train.npy")) for name in sets]
+    labels = [sl.read_label_sets(sl.Table(world / name / "train.tsv"), names)[:, 0] for name in sets]
+    groups = [dict(params=[p for p in model.parameters() if (p.ndim < 2) == is_flat], weight_decay=2.0 * (not is_flat))
+              for is_flat in (False, True)]  # fmt: skip
+    optimizer = torch.optim.SGD(groups, 2e-3, 0.9) if kind == "sgd" else torch.optim.AdamW(groups, 2e-3, (0.9, 0.98))
+    shares = np.array([2, 1]) / 3
+    for step in range(4):
+        for group in optimizer.param_groups:  # two steps of warm-up, then the cosine
+            group["lr"] = 1e-3 * (step + 1 if step < 2 else 1 + math.cos(math.pi * (step - 2) / 2))
+        examples = sl.Sampler([len(x) for x in labels], shares, 32, 3, step, 4, 0, 1).batch(step)
+        boxes = torch.from_numpy(sl.crop_boxes(0.3, np.ones(32), 3, 2, *examples.T)).float()
+        images = sl.crop_pixels(torch.stack([pixels[s][row] for s, row, _ in examples]), boxes, 32)
+        features, rows, scale = model(images)
+        targets = torch.tensor([int(labels[s][row]) for s, row, _ in examples])
+        F.cross_entropy(scale * features @ F.normalize(rows, dim=1).T, targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = weights_of(tmp_path)
+    for name, parameter in model.named_parameters():
+        assert (found[name] - parameter).norm() <= 2e-3 * parameter.norm() + 1e-5, name
+
+
+def test_a_replacement_brings_its_own_label(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "t.tsv").write_text("image\tlabel\n" + "none.png\t0\n" * 5 + "a.png\t1\n")
+    table = sl.Table(tmp_path / "t.tsv")
+    data = sl.LabelledImages([table], [sl.read_label_sets(table, ["x", "y"])], False, False, 8, 1.0, 10**6, 0)
+    assert (data.__getitems__(np.array([[0, i, 0] for i in range(6)]))["labels"] == 1).all()
+
+
+def test_all_labels_of_an_image_share_its_loss(world, tmp_path, monkeypatch):
+    """The mean of their cross-entropies, in float64; -1 pads and has no part."""
+    header, *rows = [line.split("\t") for line in (world / "laionet/train.tsv").read_text().splitlines()]
+    place = header.index("label")
+    for i, row in enumerate(rows):
+        row[place] += f"|{(int(row[place]) + 1) % 120}" * (i % 2)
+    path = world / "laionet" / "pairs.tsv"
+    path.write_text("".join("\t".join(row) + "\n" for row in (header, *rows)))
+    features, prototypes, scale, _, labels, loss, _ = first_step(
+        world, tmp_path / "out", monkeypatch, "--data", str(path), "--multi-label", "all")  # fmt: skip
+    logits = scale * features @ (prototypes / np.linalg.norm(prototypes, axis=1, keepdims=True)).T
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    assert labels.shape[1] == 2 and 0 < (labels[:, 1] < 0).sum() < len(labels)
+    means = [np.mean([-log_p[i, c] for c in row if c >= 0]) for i, row in enumerate(labels)]
+    assert loss == pytest.approx(np.mean(means), rel=1e-5)
+
+
+def test_precision_reaches_the_tower(world, tmp_path, monkeypatch):
+    losses = [first_step(world, tmp_path / p, monkeypatch, "--precision", p)[5] for p in ("fp32", "bf16", "fp16")]
+    assert len(set(losses)) == 3 and losses[1:] == pytest.approx([losses[0]] * 2, rel=0.02)
+
+
+def test_logits_are_scaled_cosines(world, tmp_path):
+    """Rows of a head of very different lengths: the length has no say."""
+    head = np.random.default_rng(0).normal(size=(120, 64)) * np.linspace(0.1, 9, 120)[:, None]
+    np.save(tmp_path / "h.npy", head)
+    flags = ["--head", "frozen", "--head-init", tmp_path / "h.npy", "--steps", 1, *FLAGS]
+    run_here("--root", world, *flags, "--eval-sets", "val", "--out", tmp_path / "r")
+    scale = float(weights_of(tmp_path / "r")["logit_scale"].exp())
+    with np.load(tmp_path / "r" / "val.npz") as file:
+        features, head = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (file["features"].astype(float), head))
+        expected = scale * features @ head.T
+        assert np.allclose(file["logits"], expected, atol=0.1)
+        assert (expected[np.arange(len(expected)), file["predictions"]] > expected.max(1) - 0.1).all()

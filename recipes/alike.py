@@ -8,6 +8,7 @@ the mean direction of the class, as many as AS_MANY_AS.tsv has of it, 0 for the 
 """
 
 import csv
+import os
 import sys
 from collections import Counter
 
@@ -37,8 +38,9 @@ def main(features, table, like, out):
             raise SystemExit(f"{features} has features of row {arrays['rows'].max()}, {table} has {len(lines)} rows")
         alike = np.zeros(len(lines), int)
         alike[arrays["rows"]] = nearest(arrays["features"].astype(np.float32), arrays["labels"], counts)
-    with open(out, "w", encoding="utf-8", newline="") as file:
+    with open(f"{out}.partial", "w", encoding="utf-8", newline="") as file:
         file.write("".join(f"{line}\t{flag}\n" for line, flag in zip([header, *lines], ["alike", *alike])))
+    os.replace(f"{out}.partial", out)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 #   bash recipes/shapes.sh                  # seeds 0, 1 and 2: what has no JSON file yet; a whole seed takes 3 hours on 2 cores, half with AMX
 #   bash recipes/shapes.sh 3 4              # further seeds
 #   ONLY="1 12" bash recipes/shapes.sh 0    # some of the experiments; "4b", "5b" and "9b", longer and more, come only so
+#                                           # (on a machine with none of the runs: 2 needs 1 and 6, 7 needs 6, 10 needs 1 and 2, 12 needs 1 and 4)
 #   JOBS=8 bash recipes/shapes.sh           # trainings at a time, a thread each (default: the number of cores)
 #
 # What a run leaves is results/seedS/NAME.json, a few kB, to be committed: a run that has one is not made again, so the
@@ -37,8 +38,8 @@ one_run() {
   local name=${1%%$'\t'*} command=${1#*$'\t'}
   if [ -e "$results/$name.json" ] && ! grep -qx "$name" "$todo/forced"; then return; fi
   mkdir -p "$runs/$name"
-  if bash -c "$command" >>"$runs/$name/output.txt" 2>&1; then
-    "$PYTHON" recipes/shapes_results.py compact "$runs/$name" "$results/$name.json" "$command"
+  if bash -c "$command" >>"$runs/$name/output.txt" 2>&1 &&
+    "$PYTHON" recipes/shapes_results.py compact "$runs/$name" "$results/$name.json" "$command" >>"$runs/$name/output.txt" 2>&1; then
     echo "$(date +%H:%M) seed $seed $name $("$PYTHON" recipes/shapes_results.py line "$results/$name.json")"
   else
     echo "FAILED $name: $runs/$name/output.txt" | tee -a "$todo/failed"
@@ -47,9 +48,8 @@ one_run() {
 one_score() {
   IFS=$'\t' read -r name _ command <<<"$1"
   if [ -e "$results/$name.json" ]; then return; fi
-  if bash -c "${command//\{\}/$runs} --json $runs/$name.json" >"$runs/$name.txt" 2>&1; then
-    "$PYTHON" recipes/shapes_results.py shorten "$runs/$name.json" "$results/$name.json"
-  else
+  if ! bash -c "${command//\{\}/$runs} --json $runs/$name.json" >"$runs/$name.txt" 2>&1 ||
+    ! "$PYTHON" recipes/shapes_results.py shorten "$runs/$name.json" "$results/$name.json" >>"$runs/$name.txt" 2>&1; then
     echo "FAILED $name: $runs/$name.txt" | tee -a "$todo/failed"
   fi
 }
@@ -294,7 +294,7 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
     sl zeroshot "${tuned[@]}" --steps 1 --lr 1e-12
     sl finetuned "${tuned[@]}" --steps 400 --lr 3e-4
     wise="$PYTHON evaluate.py wiseft {}/zeroshot/checkpoint.pt {}/finetuned/checkpoint.pt --alpha 0 0.25 0.5 0.75 1 --out {}/wise"
-    wise+=" && for a in 0.00 0.25 0.50 0.75 1.00; do $PYTHON sl_vocab_subsample.py --root $root --eval-only {}/wise/alpha_\$a.pt --out {}/wise/alpha_\$a; done"
+    wise+=" && for a in 0.00 0.25 0.50 0.75 1.00; do $PYTHON sl_vocab_subsample.py --root $root --eval-only {}/wise/alpha_\$a.pt --out {}/wise/alpha_\$a || exit 1; done"
     wise="{ flock 9 && { [ {}/wise/alpha_1.00/val.npz -nt {}/finetuned/metrics.json ] || { $wise; }; }; } 9>{}/wise.lock" # of two scores, one makes them
     score wiseft "zeroshot finetuned" "$wise && $PYTHON evaluate.py wiseft --results {}/wise"
     cut -f 1 "$root/classes.tsv" >"$cuts/names.tsv"

@@ -54,7 +54,7 @@ def test_one_process_equals_two(world, tmp_path, group):
         "4",
         *FLAGS,
     ]
-    run(*flags, "--out", tmp_path / "one")
+    run_here(*flags, "--out", tmp_path / "one")
     run(*flags, "--out", tmp_path / "two", processes=2)
     one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
     for name in "loss", "grad_norm", "drawn", "vocab":
@@ -91,12 +91,12 @@ def test_gradients_of_two_halves_average_to_the_whole():
 def test_kill_and_resume_is_bit_equal(world, tmp_path, processes):
     flags = ["--root", world, "--vocab", "24", "--vocab-group", "8", "--steps", "30", "--save-every", "3", *FLAGS]
     flags += ["--sampler", "sqrt", "--label-smoothing", "0.1"]
-    run(*flags, "--out", tmp_path / "straight", processes=processes)
+    go = run_here if processes == 1 else lambda *flags: run(*flags, processes=processes).stdout
+    go(*flags, "--out", tmp_path / "straight")
     programs.kill_after(7, tmp_path / "killed", "sl_vocab_subsample.py", *flags, processes=processes)
     step = torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["step"]
     assert 0 < step < 30
-    result = run(*flags, "--out", tmp_path / "killed", processes=processes)
-    assert f"continued from step {step}" in result.stdout
+    assert f"continued from step {step}" in go(*flags, "--out", tmp_path / "killed")
     assert_bit_equal(weights_of(tmp_path / "straight"), weights_of(tmp_path / "killed"))
     a, b = ([{**x, "images_per_s": 0} for x in log_of(tmp_path / name)] for name in ("straight", "killed"))
     assert a == b  # vocabularies are drawn again as they were

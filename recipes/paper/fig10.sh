@@ -13,6 +13,7 @@
 #  2. Learning rate to 0 (theirs 1e-6); CLIP's mean and deviation in pre-training and probe (theirs: ImageNet's in the
 #     one, OpenAI's in the other); logistic regression to its optimum (theirs: 100 iterations).
 #  3. Rows that a step does not draw do not move (theirs: momentum and weight decay did).
+#  4. RN50 starts as CLIP's does, with residual branches off (theirs: torch's defaults), in all runs.
 # Faults avoided: prototypes are drawn from (seed, step), equal on all GPUs and after a resume by construction; all
 # runs train the prototypes from the first step (theirs froze the last layer for an epoch in the vanilla runs only);
 # ImageNet is pre-trained at batch 1024 too, on train without val. LAIONet still has 2.5 times the images at equal

@@ -9,7 +9,7 @@
 #  1. Of open_clip's checkpoints those that clip.py can load: RN50, ViT-B-32, ViT-B-16 (the paper: up to 2, 4, 11, 22,
 #     3 and 4 a data set). Any other model joins as an .npz with labels, predictions and features.
 #  2. SL: decay on matrices only, cosine by step, evaluated at resize 224 (theirs: on all parameters, by epoch, 256).
-#  3. What an epoch leaves over begins the next batch (theirs dropped it).
+#  3. Features are gathered with gradient; what an epoch leaves over begins the next batch (theirs dropped it).
 # Faults avoided: one definition of frequency (that of figure 1a) for all web sets, theirs took -Cls counts for two of
 # them; each set of weights once, with its own activation (theirs had QuickGELU weights run with GELU, neighbouring
 # epochs and COCO-tuned models); SL has a seed; cosine and step are not exchanged.

@@ -12,7 +12,8 @@
 #  1. A template is drawn per image and epoch (theirs: once per image). With full text that makes about 12 million
 #     different captions, 24 GB of frozen embeddings in the run's folder.
 #  2. Synset templates draw among OpenAI's class name and WordNet's lemmas.
-#  3. The frozen tower keeps QuickGELU, the scratch one has GELU, as in theirs; features are gathered with gradient.
+#  3. The frozen tower keeps QuickGELU, the scratch one has GELU, as in theirs.
+#  4. Features are gathered with gradient; what an epoch leaves over begins the next batch (theirs dropped it).
 # Faults avoided: title alone was worst, 24.2, with the class name before it; the last lines take the name away, on the
 # rows that then have a text. Same captions in a batch stay negatives, as in theirs; `--dup-captions mask` is the
 # control.

@@ -11,7 +11,7 @@
 #     LAION by text similarity); a table of such rows goes to `subset --fill`.
 #  2. One row for each class that a cut would lose, as in theirs; rows are chosen by a hash, so cuts lie inside each
 #     other.
-#  3. Features are gathered with gradient; the last, smaller batch of an epoch is not dropped.
+#  3. Features are gathered with gradient; what an epoch leaves over begins the next batch (theirs dropped it).
 # Faults avoided: the match of frequencies is seeded; no image is compared with itself (their spike at 1).
 #
 # In: fig2.sh, and fig3_captions.sh for the runs on ImageNet-Captions. Not run yet on the real data; every line is

@@ -13,6 +13,7 @@
 #  2. Its class vector is the projected mean of the 80 prompts (theirs: the mean of the projected ones).
 #  3. Correlations near the floor (scratch at .10 M: 3.2 %) say little, in theirs too.
 #  4. SL: decay on matrices only, cosine by step, evaluated at resize 224 (theirs: on all parameters, by epoch, 256).
+#  5. Features are gathered with gradient; what an epoch leaves over begins the next batch (theirs dropped it).
 # Faults avoided: SL has a seed; cosine and step are not exchanged; collapse of classes without test images is not 0/0.
 #
 # In: fig2.sh; pip install transformers. Not run yet on the real data; every line is parsed by

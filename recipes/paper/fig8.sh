@@ -12,6 +12,7 @@
 # Deviations:
 #  1. V = 50 of groups of 256 images is what a GPU of theirs had: the about 222 classes of its images, none drawn.
 #  2. SL: decay on matrices only, cosine by step, evaluated at resize 224 (theirs: on all parameters, by epoch, 256).
+#  3. Features are gathered with gradient; what an epoch leaves over begins the next batch (theirs dropped it).
 # Faults avoided: the arm with a vocabulary changed batch and learning rate too (1024, 0.4); the frozen head has a run
 # with these as a control, and the vocabulary one at batch 256. The images that stay are seeded and the same in all
 # arms.

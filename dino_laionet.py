@@ -351,8 +351,7 @@ def dino_loss(student_logits: torch.Tensor, targets: torch.Tensor, temperature: 
     z = student_logits.unflatten(0, (-1, q.shape[1])) / temperature  # [V, B, M]
     normaliser = z.logsumexp(2)  # [V, B]
     loss = (normaliser[:2] - (q.flip(0) * z[:2]).sum(2)).sum() + 2 * normaliser[2:].sum()
-    if len(z) > 2:
-        loss = loss - torch.einsum("bm,vbm->", q.sum(0), z[2:])
+    loss = loss - (q.sum(0) * z[2:].sum(0)).sum()  # not as a matrix product, which may be in TF32
     return loss / (2 * (len(z) - 1) * q.shape[1])
 
 
@@ -391,9 +390,9 @@ class PrototypeTable:
     def load(self, proto_ids: torch.Tensor, rows: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
         if rows.data_ptr() == self.weight.data_ptr():
             return  # all K rows are in use and nothing needs to be moved
-        rows.copy_(self.weight[proto_ids])
+        torch.index_select(self.weight, 0, proto_ids, out=rows.data)
         for name, values in self.state.items():
-            optimizer.state[rows][name].copy_(values[proto_ids])
+            torch.index_select(values, 0, proto_ids, out=optimizer.state[rows][name])
 
     @torch.no_grad()
     def store(self, proto_ids: torch.Tensor, rows: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
@@ -2226,7 +2225,7 @@ def main(args: argparse.Namespace) -> None:
         proto_ids = proto_ids.to(device, non_blocking=True)
         table.load(proto_ids, student.head.prototypes, optimizer)
         if M < K:
-            teacher.head.prototypes.copy_(teacher_prototypes[proto_ids])
+            torch.index_select(teacher_prototypes, 0, proto_ids, out=teacher.head.prototypes)
 
         crops = make_crops(batch, pixels, view_sizes, args.augment, device)
         n_global, kept = 2 * len(batch["draws"][0]), [buffer.clone() for buffer in (*running, center)]

@@ -2144,7 +2144,7 @@ def json_objects(path, bad):
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                what = error if bad is None else getattr(error, "msg", "too deep")  # counted by cause, not by column
+                what = error if bad is None else getattr(error, "msg", type(error).__name__)  # by cause, not by column
                 note_bad(bad, path, number, f"not JSON ({what})")
                 continue
             if isinstance(row, dict):
@@ -3786,13 +3786,15 @@ def build_status(folder, out, classes):
     if not shards:
         raise SystemExit(f"{folder}: no .parquet files; expected the output folder of img2dataset")
     causes, before, after, warnings = Counter(), Counter(), Counter(), []
+    done = [shard for shard in shards if os.path.isfile(os.path.join(folder, f"{shard}_stats.json"))]  # written last
+    if not done:
+        raise SystemExit(f"{folder}: no shard has a _stats.json, which img2dataset writes when it is done with one")
+    warnings += [f"{folder}/{shard}.parquet: no _stats.json beside it; an unfinished shard, not counted"
+                 for shard in sorted(set(shards) - set(done))]  # fmt: skip
 
     def failures():
-        for shard in shards:
+        for shard in done:
             path, seen = os.path.join(folder, f"{shard}.parquet"), Counter()
-            if not os.path.isfile(os.path.join(folder, f"{shard}_stats.json")):  # img2dataset writes it last
-                warnings.append(f"{path}: no _stats.json beside it; an unfinished shard, not counted")
-                continue
             _, columns, rows = parquet_rows(path, None, None, True)
             if "status" not in columns:
                 raise SystemExit(f"{path}:1: no column status; found {', '.join(columns)}")
@@ -3819,7 +3821,7 @@ def build_status(folder, out, classes):
               (dict(label=label, name=named.get(label, ""), rows=before[label], count=after[label],
                     success=f"{after[label] / before[label]:.4f}") for label in order))  # fmt: skip
     counts = {"rows": n, **{cause: -k for cause, k in causes.most_common()}, "images": n - n_failed}
-    inputs = [os.path.join(folder, f"{shard}.parquet") for shard in shards]
+    inputs = [os.path.join(folder, f"{shard}.parquet") for shard in done]
     write_report(out, [*inputs, classes], dict(folder=folder, classes=classes), counts, warnings=warnings,
                  lost_classes=[label for label in order if not after[label]])  # fmt: skip
     print_funnel(dict(list(counts.items())[:12] + [("images", n - n_failed)]))
@@ -4145,13 +4147,14 @@ def hash_tables(paths, by, max_pixels, workers):
 
     def jobs():
         for path in paths:
+            folder = os.path.realpath(os.path.dirname(path))
             needed = ["image" if set(by) & set(IMAGE_HASHES) else naming_column(path), *columns]
             _, rows = read_table(path, needed, is_all=False)
             for chunk in in_chunks(rows, lambda row: row[1], ROWS_PER_JOB):
                 texts = [(fields[0], dict(zip(columns, fields[1:]))) for _, fields in chunk]
                 for _, text in texts:
                     if text.get("image"):  # of another folder the same name is another image
-                        text["image"] = relocate(text["image"], os.path.realpath(os.path.dirname(path)), "/")
+                        text["image"] = relocate(text["image"], folder, "/").lstrip("/")
                     if "caption" in text:
                         caption = unicodedata.normalize("NFC", text["caption"]).casefold()
                         text["caption"] = " ".join(caption.split())
@@ -4680,10 +4683,11 @@ def table_counts(table, classes, n_classes):
     is_in_order = [row.get("name") for row in rows] == classes[0]  # frequency's: two classes may have one name
     for place, row in enumerate(rows):
         label = label_number(row.get("label", ""), classes[1], len(classes[0]))
-        if label is None or label < 0:  # no column label
+        if label == -1:  # no column label
             label = place if is_in_order else classes[1].get(row.get("name", ""))
-        if label is None or not re.fullmatch(r"\d{1,18}", row["count"], re.A):
-            raise SystemExit(f"{table}: {row.get('name')!r} {row['count']!r}: no class of classes.tsv, or no count")
+        if label is None or label >= n_classes or not re.fullmatch(r"\d{1,18}", row["count"], re.A):
+            what = f"{row.get('name') or row.get('label')!r} {row['count']!r}"
+            raise SystemExit(f"{table}: {what}: no class of classes.tsv, or no count")
         counts[label] += int(row["count"])
     return counts
 

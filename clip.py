@@ -1919,7 +1919,7 @@ def read_world(args: argparse.Namespace, root: Path) -> World:
     for table in test_sets.values() if not args.eval_only else ():
         read_labels(table, [row["name"] for row in classes])  # what is wrong is told before training, not after it
         load_pixels([table])
-        for row in range(len(table)):
+        for row in range(len(table)) if "label" not in table.columns else ():
             table[row]  # has as many fields as the header
     return World(root, classes, counts, test_sets, templates, class_embeddings)
 

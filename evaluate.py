@@ -745,7 +745,7 @@ def class_mean(per_class: np.ndarray, n_test: np.ndarray) -> np.ndarray:
         return np.full(len(per_class), np.nan)
     draws, n, several = per_class[:, has], n_test[has], n_test[has] > 1
     deviation = (draws[1:] - draws[:1])[:, several] * np.sqrt(n[several] / (n[several] - 1))
-    total = deviation.sum(1) if several.any() else np.full(len(deviation), np.nan)
+    total = deviation.sum(1)
     variance = deviation.var(0) if len(deviation) else np.zeros(0)
     if variance.any():
         total *= math.sqrt(1 + (~several).sum() * (variance @ n[several]) / several.sum() / variance.sum())

@@ -4,7 +4,7 @@
 #   bash recipes/shapes.sh                  # seeds 0, 1 and 2: what has no JSON file yet; a whole seed takes 3 hours on 2 cores, half with AMX
 #   bash recipes/shapes.sh 3 4              # further seeds
 #   ONLY="1 12" bash recipes/shapes.sh 0    # some of the experiments; "4b", "5b" and "9b", longer and more, come only so
-#                                           # (on a machine with none of the runs: 2 needs 1 and 6, 7 needs 6, 10 needs 1 and 2, 12 needs 1 and 4)
+#                                           # (on a machine with none of the runs: 4 needs 1, 2 and 6 need each other and 1, 7 needs 6, 10 needs 1 and 2, 12 needs 1 and 4)
 #   JOBS=8 bash recipes/shapes.sh           # trainings at a time, a thread each (default: the number of cores)
 #
 # What a run leaves is results/seedS/NAME.json, a few kB, to be committed: a run that has one is not made again, so the

@@ -411,3 +411,9 @@ def test_match_frequency_of_status_by_label_where_names_are_shared(tmp_path):
     path, out = table(tmp_path / "a.tsv", {0: 7, 1: 7}), tmp_path / "o.tsv"
     done = run("subset", path, "--match-frequency", tmp_path / "retry.classes.tsv", "--out", out)
     assert done.returncode == 0 and counts_of(out) == {0: 5, 1: 2}, done.stderr
+
+
+def test_counts_of_status_without_classes_are_refused(tmp_path):
+    bd.write_tsv(tmp_path / "c.tsv", ("label", "name", "rows", "count"), [dict(label=5, name="", count=3)])
+    done = run("subset", table(tmp_path / "a.tsv", {0: 3}), "--match-frequency", tmp_path / "c.tsv", "--out", tmp_path / "o.tsv")
+    assert done.returncode == 2 and "'5' '3': no class of classes.tsv" in done.stderr

@@ -49,7 +49,8 @@ Deviations from the paper and its code:
  9. Training, k-NN and probe standardise pixels by CLIP's mean, also for weights of others (theirs by ImageNet's mean,
     then by CLIP's).
 10. With AdamW prototypes start at length 1, with SGD, which turns a row by gradient / length^2, at sqrt(D / K) as
-    theirs. (AdamW does not mind: 1,000 steps on the shapes world end at a probe of 9.1 % with either start.)
+    theirs. (With AdamW one trial of 1,000 steps on the shapes world had a probe of 9.1 % on val with either start,
+    and on unseen classes 11.3 %, 10.0 % with theirs.)
 11. RN50 starts as CLIP's does, with residual branches off (theirs: torch's defaults).
 """
 

@@ -1975,6 +1975,13 @@ def evaluate_file(args: argparse.Namespace, root: Path, rank: int, device: torch
                       find_test_sets(args.eval_sets, root), args, loaded["step"], 0.0, rank, device, "fp32")
 
 
+# Copied from clip.py
+def root_of(root: str, data: str) -> Path:
+    """Folder of the world: --root; if that is auto, of the first TSV of --data, else the built-in world's."""
+    files = [part.strip() for part in data.split(",") if re.search(r"\.tsv(:[\d.]+)?$", part.strip())]
+    return Path(root) if root != "auto" else Path(files[0]).parent if files else Path(SHAPES_ROOT)
+
+
 def main(args: argparse.Namespace) -> None:
     # --- setup
     rank, world_size, device = setup_distributed(args.device)
@@ -1995,8 +2002,7 @@ def main(args: argparse.Namespace) -> None:
         made_with = load_weights(args.eval_only).get("args")
         if isinstance(made_with, dict):
             args.root, args.data = made_with.get("root", "auto"), made_with.get("data", args.data)
-    files = [part.strip() for part in args.data.split(",") if re.search(r"\.tsv(:[\d.]+)?$", part.strip())]
-    root = Path(args.root) if args.root != "auto" else Path(files[0]).parent if files else Path(SHAPES_ROOT)
+    root = root_of(args.root, args.data)
     on_one_rank(rank, lambda: ensure_shapes(root))
     if args.eval_only:
         evaluate_file(args, root, rank, device)

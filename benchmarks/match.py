@@ -8,7 +8,8 @@ the paper's rule against class-by-class sets (50,000); curate with 500,000 entri
 recall of label, laionet and curate. Two minutes; in a pair each side goes through 1,058,931 sentences, curate's through
 117,659. Two runs on a core of a busy Xeon (2 MiB of L2; Python 3.11, numpy 2.4, pyahocorasick 2.3) gave for bag 1.45
 and 1.54 M captions/s, 2.40 and 2.48 times pyahocorasick; for word 1.90 and 2.03 M/s, 3.13 and 3.26 times; for curate
-163,000 and 173,000/s, 7.7 times, with 0.22 GiB for its entries.
+163,000 and 173,000/s, 7.7 times, with 0.22 GiB for its entries; docs/speed.md has
+those of a slower core.
 """
 
 import contextlib

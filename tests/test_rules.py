@@ -126,11 +126,13 @@ def test_help_is_instant_and_imports_nothing_heavy(script):
 
 
 def commands():
-    """Every line of a shell block of README.md and of a docstring that runs a script, and what README.md has in `...`."""
-    found, text = [], (ROOT / "README.md").read_text("utf-8")
+    """Every line of a shell block of a page or of a docstring that runs a script, and what a page has in `...`."""
+    found, sources = [], {}
     blocks = r"```(?:sh|bash)\n(.*?)```"
-    inline = re.findall(r"`((?:python|torchrun) [^`]*)`", re.sub(blocks, "", text, flags=re.S))
-    sources = {"README.md": re.findall(blocks, text, re.S) + [" ".join(command.split()) for command in inline]}
+    for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))):
+        text = page.read_text("utf-8")
+        inline = re.findall(r"`((?:python|torchrun) [^`]*)`", re.sub(blocks, "", text, flags=re.S))
+        sources[page.name] = re.findall(blocks, text, re.S) + [" ".join(command.split()) for command in inline]
     sources |= {name: [ast.get_docstring(tree) or ""] for name, tree in TREES.items()}
     for source, texts in sources.items():
         for line in "\n".join(texts).replace("\\\n", " ").split("\n"):

@@ -2039,12 +2039,13 @@ def embed_captions(model: CLIP, pairs: Pairs, n_epochs: list[int], out: Path, de
     path = out / "text_features.npy"
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     on_one_rank(rank, lambda: allocate_npy(path, (len(ids), model.embed_dim + 1), np.float16))
-    features = np.load(path, mmap_mode="r+")
-    for start in range(rank * EVAL_BATCH, len(ids), world_size * EVAL_BATCH):
-        stop = min(start + EVAL_BATCH, len(ids))
-        features[start:stop] = encode(start, stop).cpu().numpy()
-    features.flush()
-    on_one_rank(rank, lambda: None)  # all have written
+    features = np.load(path, mmap_mode="r+") if rank == 0 else None  # one writes: NFS merges no maps of several nodes
+    for start in range(0, len(ids), world_size * EVAL_BATCH):
+        stop = min(start + world_size * EVAL_BATCH, len(ids))
+        rows = encode_rows(stop - start, model.embed_dim + 1, lambda i, j, k=start: encode(k + i, k + j), device)
+        if rank == 0:
+            features[start:stop] = rows.cpu().numpy()
+    on_one_rank(rank, lambda: features.flush())
     return ids, np.load(path, mmap_mode="r")
 
 
@@ -2271,7 +2272,9 @@ def main(args: argparse.Namespace) -> None:
     # --- setup
     rank, world_size, device = setup_distributed(args.device)
     is_main, out = rank == 0, Path(args.out)
-    control = dist.new_group(backend="gloo") if world_size > 1 else None  # flags and counts, not waiting for the GPU
+    control = None  # of processes, for flags and counts: it does not wait for the GPU
+    if world_size > 1:
+        control = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=1))
     precision, reason = pick_precision(args.precision, device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     autocast = functools.partial(torch.autocast, device.type, dtype, enabled=precision != "fp32")
@@ -2359,6 +2362,8 @@ def main(args: argparse.Namespace) -> None:
             scaler.load_state_dict(checkpoint["scaler"])
         set_rng_state(checkpoint["rng"], device)
         start, seconds_before = checkpoint["step"], checkpoint["seconds"]
+    if total(start, control) != start * world_size:
+        raise SystemExit(f"{resume}: not the same on all nodes: --out must be on storage that they share")
 
     # --- loader
     has_dropout = args.word_dropout < 0 and model.arch == "tiny" and args.text_head != "frozen"

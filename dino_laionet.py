@@ -402,7 +402,9 @@ class PrototypeTable:
         self.weight[proto_ids] = rows.detach()
         for name, value in optimizer.state.get(rows, {}).items():
             if isinstance(value, torch.Tensor) and value.ndim == 2:
-                self.state.setdefault(name, torch.zeros_like(self.weight))[proto_ids] = value
+                if name not in self.state:
+                    self.state[name] = torch.zeros_like(self.weight)
+                self.state[name][proto_ids] = value
 
 
 def cosine_at(start: float, end: float, step: int, steps: int) -> float:
@@ -2107,7 +2109,9 @@ def main(args: argparse.Namespace) -> None:
     # --- setup
     rank, world_size, device = setup_distributed(args.device)
     is_main, out = rank == 0, Path(args.out)
-    control = dist.new_group(backend="gloo") if world_size > 1 else None  # flags and counts, not waiting for the GPU
+    control = None  # of processes, for flags and counts: it does not wait for the GPU
+    if world_size > 1:
+        control = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=1))
     precision, reason = pick_precision(args.precision, device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     autocast = functools.partial(torch.autocast, device.type, dtype, enabled=precision != "fp32")
@@ -2208,6 +2212,8 @@ def main(args: argparse.Namespace) -> None:
             scaler.load_state_dict(checkpoint["scaler"])
         set_rng_state(checkpoint["rng"], device)
         start, seconds_before = checkpoint["step"], checkpoint["seconds"]
+    if total(start, control) != start * world_size:
+        raise SystemExit(f"{resume}: not the same on all nodes: --out must be on storage that they share")
 
     # --- loader
     dataset = Views(tables, view_sizes, view_scales, args.crop_aspect, args.max_pixels, args.seed)

@@ -166,7 +166,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = command("prototypes", "distinct prototypes, affinity of head and tail, effective rank", counted, device)
     p.add_argument("file", help="[K, D] array: .npy, .npz (prototypes), or a checkpoint's last layer")
     p.add_argument("--key", default="", help="name of the array, if it is not found")
-    p.add_argument("--eps", nargs="+", type=between(1e-9, 2, float), default=[0.025],
+    p.add_argument("--eps", nargs="+", type=between(1e-6, 2, float), default=[0.025],
                    help="largest 1 - cosine of prototypes that count as one")
     p.add_argument("--tail", type=amount, default=50, help="rarest rows, and as many random others, in the affinity")
     p.add_argument("--tsne", action="store_true", help="add t-SNE to numbers and plot (pip install scikit-learn)")
@@ -214,6 +214,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--val-zeroshot and --val-finetuned go together")
     if args.command == "debias" and args.val_zeroshot and args.wiseft:
         parser.error("--wiseft is chosen on the half that is held out: not with --val-zeroshot")
+    for flag in ("n", "split", "subset", "more") if args.command in ("robustness", "debias") else ():
+        names = [name for name, _ in getattr(args, flag, [])]
+        if len(set(names)) < len(names):
+            parser.error(f"--{flag}: {', '.join(sorted({n for n in names if names.count(n) > 1}))} is given twice")
+    if args.command == "robustness" and any(n != int(n) for _, n in args.n):
+        parser.error("--n: numbers of images are whole")
     if getattr(args, "sets", []) and all(path.endswith(".npz") for path in args.inputs):
         parser.error("--sets chooses among the sets of folders, not of .npz files")
     if args.command == "concepts" and args.counts and args.what != "accuracy":
@@ -547,7 +553,10 @@ def read_metrics(folder: Path) -> dict[str, dict]:
         found = {}
         for key in ("n", "chance", *REPORT_KEYS, "retrieval", "knn", "probe") if entry and name != "run" else ():
             value, where = entry.get(key), f"{path}: {name}: {key}"
-            if isinstance(value, dict):
+            is_object = isinstance(value, dict)
+            refuse(is_object and key != "retrieval", f"{where}: got an object, expected a number")
+            refuse(value is not None and not is_object and key == "retrieval", f"{where}: expected an object")
+            if is_object:
                 found[key] = {k: number(v, where) for k, v in value.items() if v is not None}
             elif value is not None:
                 found[key] = int(number(value, where, 1)) if key == "n" else number(value, where)
@@ -650,18 +659,18 @@ def mean_of(cells: list[dict]) -> dict[str, float | None]:
 
 
 def mean_over(values: np.ndarray, boot: int, rng: np.random.Generator) -> dict[str, float | None]:
-    """Mean of the finite values, with the interval of resampling them; booleans may be all alike."""
+    """Mean of the finite values, with the interval of resampling them, of one none; booleans may be all alike."""
     values = values[np.isfinite(values)]
-    if not len(values):
-        return estimate(None)
+    if not len(values) or len(values) == 1 and values.dtype != bool:
+        return estimate(values[0] if len(values) else None)
     return from_draws(np.r_[values.mean(), bootstrap(values, boot, rng)],
                       n_images=len(values) if values.dtype == bool else 0)
 
 
 def std_over(values: np.ndarray, boot: int, rng: np.random.Generator) -> dict[str, float | None]:
-    """Standard deviation of the finite values, with the interval of resampling them."""
+    """Standard deviation of the finite values, with the interval of resampling them, of one none."""
     values = values[np.isfinite(values)]
-    draws = bootstrap(values, boot, rng, lambda v: v.std(1)) if len(values) else None
+    draws = bootstrap(values, boot, rng, lambda v: v.std(1)) if len(values) > 1 else None
     return estimate(values.std() if len(values) else None, draws, biased_up_to=math.inf)
 
 
@@ -695,8 +704,9 @@ def spearman(x: np.ndarray, y: np.ndarray, boot: int, rng: np.random.Generator) 
     """Spearman's correlation over classes, with the interval of resampling classes; pairs with a NaN are left out."""
     both = np.isfinite(x) & np.isfinite(y)
     x, y = x[both], y[both]
-    index = rng.integers(len(x), size=(boot, len(x))) if len(x) else np.zeros((0, 0), int)
-    return estimate(rank_correlation(x, y), rank_correlations(x[index], y[index]) if len(index) else None)
+    pairs = np.stack([x, y], 1)
+    draws = bootstrap(pairs, boot, rng, lambda v: rank_correlations(*np.moveaxis(v, 2, 0))) if len(x) and boot else None
+    return estimate(rank_correlation(x, y), draws)
 
 
 def gini(values: np.ndarray) -> np.ndarray:
@@ -735,10 +745,10 @@ def class_mean(per_class: np.ndarray, n_test: np.ndarray) -> np.ndarray:
 
     n_test: [C]; classes without images are left out. A resample of n images varies by (n - 1) / n of what n new images
     would: deviations are widened by the root of n / (n - 1). A class of a single image does not vary at all: it is
-    given the mean variance of an image of the others; NaN, no interval, if these do not vary either. A sum of few
-    variances is uncertain itself: deviations are widened by the t quantile at the degrees of freedom that the
-    variances' spread over classes tells (Satterthwaite). Of classes with 2 to 5 images, 95 % intervals cover 93 to 95 %
-    (simulated).
+    given the mean variance of an image of the others. If no class varies and not all are alike (a model that has
+    collapsed), NaN: no interval. A sum of few variances is uncertain itself: deviations are widened by the t quantile
+    at the degrees of freedom that the variances' spread over classes tells (Satterthwaite). Of classes with 2 to 5
+    images, 95 % intervals cover 93 to 95 % (simulated).
     """
     has = n_test > 0
     if not has.any():
@@ -751,7 +761,7 @@ def class_mean(per_class: np.ndarray, n_test: np.ndarray) -> np.ndarray:
         total *= math.sqrt(1 + (~several).sum() * (variance @ n[several]) / several.sum() / variance.sum())
         spread = variance.var() * len(variance) ** 2 / max(1, len(variance) - 1)
         total *= t_quantile(variance.sum(), spread) / norm.ppf(0.975)
-    elif (~several).any() and np.ptp(draws[0]):
+    elif np.ptp(draws[0]):
         total = np.full_like(total, np.nan)
     return np.r_[draws[0].mean(), draws[0].mean() + total / len(n)]
 
@@ -997,7 +1007,8 @@ def accuracy_pair(id_data: dict, data: dict, subset: str) -> tuple[float, int, f
     return *accuracy_of(sides[0]), *accuracy_of(sides[1])
 
 
-def models_of_run(folder: Path, group: str, id_set: str, shifts: list[str], subsets: dict[str, str]) -> dict:
+def models_of_run(folder: Path, group: str, id_set: str, shifts: list[str], subsets: dict[str, str],
+                  n_of: dict[str, float]) -> dict:
     """One model of the robustness plot: {"model", "group", shift: (acc_id, n_id, acc, n)} from a run's folder."""
     told = read_json(folder / "args.json").get("args") or read_json(folder / "metrics.json").get("run")  # --eval-only
     name = group or str(told.get("data", "runs") if isinstance(told, dict) else "runs")
@@ -1013,7 +1024,8 @@ def models_of_run(folder: Path, group: str, id_set: str, shifts: list[str], subs
         elif all("top1" in metrics.get(s, {}) for s in (id_set, shift)):
             refuse(shift in subsets, f"{folder}: --subset {shift} needs {id_set}.npz and {shift}.npz")
             whole.append(shift)
-            model[shift] = tuple(metrics[s].get(k, math.nan) for s in (id_set, shift) for k in ("top1", "n"))
+            model[shift] = tuple(number for s in (id_set, shift)
+                                 for number in (metrics[s]["top1"], metrics[s].get("n", n_of.get(s, math.nan))))
         elif path.is_file():
             print(f"{path}: left out, no labels and logits in it, or none in {id_set}.npz", file=sys.stderr)
     if whole:
@@ -1021,7 +1033,8 @@ def models_of_run(folder: Path, group: str, id_set: str, shifts: list[str], subs
     return model
 
 
-def models_of_table(path: str, group: str, id_set: str, shifts: list[str], n_of: dict[str, float]) -> list[dict]:
+def models_of_table(path: str, group: str, id_set: str, shifts: list[str], subsets: dict[str, str],
+                    n_of: dict[str, float]) -> list[dict]:
     """The same from a table; a column is in percent if a value is above 1; columns of both kinds are refused."""
     rows, models = read_records(path), []
     columns = list(dict.fromkeys(column for row in rows for column in row))  # JSON may lack one in a row
@@ -1029,6 +1042,9 @@ def models_of_table(path: str, group: str, id_set: str, shifts: list[str], n_of:
     wanted = [c for c in columns if c.split("@")[0] in (id_set, *names)]
     refuse(id_set not in columns or not names or not all("model" in row for row in rows),
            f"{path}: found columns {columns}, expected model, {id_set} and shifts; name them by --id and --shifts")
+    whole = [s for s in subsets if s in names and f"{id_set}@{s}" not in columns]
+    refuse(whole, f"--subset {', '.join(whole)}: {path} has accuracies, no images to choose from; give it a column "
+           f"{id_set}@{whole[0] if whole else ''}")
     values = [{c: number(row[c], f"{path}:{i + 2}, {c}") for c in wanted if row.get(c, "") != ""}
               for i, row in enumerate(rows)]
     largest = {c: max((row[c] for row in values if c in row), default=0) for c in wanted}
@@ -1127,7 +1143,7 @@ def effective_robustness(models: list[dict], shifts: list[str], baseline: str, b
     x, y, names = safe_logit(acc_id, n_id), safe_logit(acc[0], n), [*shifts, "average"]
     groups = np.array([m["group"] for m in models])
     rows = {m["model"]: {"group": m["group"]} for m in models}
-    fits, curves, rhos = {}, {}, []
+    fits, curves, rhos, levels = {}, {}, [], []
     for s, shift in enumerate(names):
         split = logit(splits[shift]) if shift in splits else math.inf
         lines = {g: Line(x[0, groups == g, s], y[groups == g, s], split if g == baseline else math.inf, boot,
@@ -1146,13 +1162,14 @@ def effective_robustness(models: list[dict], shifts: list[str], baseline: str, b
                 curves[shift][g] |= {"low": low, "high": high}
         line, base = lines[baseline], x[0, groups == baseline, s]
         rhos.append(acc[:, :, s] - expit(line.at(x[:, :, s])))  # [1 + boot, models]
+        levels.append(line.level)
         for i, row in enumerate(rows.values()):
             for key, a, m in ((f"{shift} id", acc_id[:, i, s], n_id[i, s]), (shift, acc[:, i, s], n[i, s])):
                 row[key] = from_draws(a) if shift == "average" and m > 0 else clopper_pearson(a[0], m)
             row |= {f"{shift} rho": from_draws(rhos[-1][:, i], line.level),
                     f"{shift} extrapolated": bool(not base.min() <= x[0, i, s] <= base.max())}
     for i, row in enumerate(rows.values()):
-        row["mean_rho"] = from_draws(np.mean([rho[:, i] for rho in rhos[:-1]], 0), line.level)
+        row["mean_rho"] = from_draws(np.mean([rho[:, i] for rho in rhos[:-1]], 0), max(levels[:-1]))
         for s, shift in enumerate(names if before else ()):
             b = list(rows).index(before)
             tau = acc[:, i, s] - acc[:, b, s]
@@ -1166,8 +1183,8 @@ def robustness(inputs: list[str], id_set: str, shifts: list[str], baseline: str,
     parts = []
     for text in inputs:
         group, path = split_name(text)
-        parts.append([models_of_run(Path(path), group, id_set, shifts, subsets)] if Path(path).is_dir() else
-                     models_of_table(path, group, id_set, shifts, n_of))
+        parts.append([models_of_run(Path(path), group, id_set, shifts, subsets, n_of)] if Path(path).is_dir() else
+                     models_of_table(path, group, id_set, shifts, subsets, n_of))
     models = [m for part in parts for m in part]
     found = list(dict.fromkeys(k for m in models for k in m if k not in ("model", "group")))
     shared = [s for s in found if all(any(s in m for m in part) for part in parts)]
@@ -1335,7 +1352,8 @@ def average_precision(scores: np.ndarray, labels: np.ndarray, weights: np.ndarra
     return np.where(right[:, -1] > 0, mean, np.nan)
 
 
-def transfer_metric(scores: np.ndarray, labels: np.ndarray, metric: str, boot: int, seed: int) -> np.ndarray:
+def transfer_metric(scores: np.ndarray, labels: np.ndarray, metric: str, boot: int,
+                    seed: int | list[int]) -> np.ndarray:
     """[1 + boot] top1 or map of scores [N, C], of the images, and of resamples, the same for all models; or for
     per_class [1 + boot, tested classes] accuracies, for mean_of_classes."""
     rng, n = np.random.default_rng(seed), len(labels)
@@ -1369,6 +1387,7 @@ def read_tasks(inputs: list[str], sets: list[str]) -> Iterator[tuple]:
     else:
         names = sets or sorted(p.name.removesuffix("_test.npz") for p in Path(inputs[0]).glob("*_test.npz"))
         refuse(not names, f"{inputs[0]}: no SET_test.npz in it")
+        refuse("mean" in names, f"{inputs[0]}: a set called mean: that is the name of the mean over sets here")
         bases = [Path(path).name for path in inputs]
         bases = bases if len(set(bases)) == len(inputs) else short_names(inputs)
         tasks = [(base, name, *(Path(folder) / f"{name}_{part}.npz" for part in ("train", "val", "test")))
@@ -1381,6 +1400,9 @@ def read_tasks(inputs: list[str], sets: list[str]) -> Iterator[tuple]:
         for part in parts[1:]:
             if part and any(part[k].shape[1:] != parts[0][k].shape[1:] for k in ("features", "labels")):
                 raise SystemExit(f"{part['path']} and {paths[0]} have features or labels of different widths")
+            if part and "class_names" in part and not np.array_equal(
+                    part["class_names"], parts[0].get("class_names", part["class_names"])):
+                raise SystemExit(f"{part['path']} and {paths[0]}: their class_names differ, and labels are numbers")
         refuse(parts[1] is not None and share_rows(parts[1]["features"], parts[2]["features"]),
                f"{paths[1]} and {paths[2]} hold the same images: those for validation must not be the test's")
         yield model, name, *parts
@@ -1457,6 +1479,7 @@ def transfer(command: str, inputs: list[str], sets: list[str], ks: list[int], pr
         check_same_images(tests.setdefault(name, {k: test[k] for k in ("path", "labels", "rows") if k in test}), test)
         n_classes = max(part["n_classes"] for part in (train, val, test) if part)
         kind = metric_of(name, test["labels"], metric)
+        own_seed = [seed, zlib.crc32(name.encode())]  # sets are drawn from independently, models on a set alike
         both = train if val is None else {k: np.concatenate([train[k], val[k]]) for k in ("features", "labels")}
         row, about, outcomes = rows.setdefault(model, {}), {"model": model, "set": name, "metric": kind}, {}
         for k in shots:
@@ -1470,7 +1493,7 @@ def transfer(command: str, inputs: list[str], sets: list[str], ks: list[int], pr
         for k in ks:
             outcomes[f"{name} k={k}"] = knn_scores(both, test, n_classes, k, device), {"k": k}
         for column, (scores, detail) in outcomes.items():
-            draws.setdefault(model, {})[column] = transfer_metric(scores, test["labels"], kind, boot, seed)
+            draws.setdefault(model, {})[column] = transfer_metric(scores, test["labels"], kind, boot, own_seed)
             draw, n = mean_of_classes(draws[model][column], test["labels"]), 0 if kind == "map" else len(test["labels"])
             row[column], labels[column] = from_draws(draw.clip(0, 1), n_images=n), test["labels"]
             details.append(about | {"value": float(draw[0])} | detail)
@@ -1579,14 +1602,17 @@ def retrieval(paths: list[str], ks: list[int], boot: int, seed: int, device: str
                          for v in (images[used], texts))
         i2t, t2i = retrieval_ranks(images, texts, owner.astype(np.int64), device)
         rng, n, n_texts = np.random.default_rng(seed), len(images), np.bincount(owner)
-        weights = [np.ones(n, int)] + [np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(boot)]
-        rows[name] = {"images": n, "texts": len(texts)}
-        for k in ks:
-            hits = np.bincount(owner, t2i < k)
-            rows[name] |= {f"i2t_r{k}": from_draws([w @ (i2t < k) / n for w in weights], n_images=n),
-                           f"t2i_r{k}": from_draws([w @ hits / (w @ n_texts) for w in weights], n_images=n)}
-        for way, rank, image in (("i2t", i2t, slice(None)), ("t2i", t2i, owner)):
-            rows[name][f"{way} median rank"] = from_draws([np.median(np.repeat(rank, w[image])) + 1 for w in weights])
+        is_hit, n_hits = {k: i2t < k for k in ks}, {k: np.bincount(owner, t2i < k) for k in ks}
+        draws = {f"{way}{what}": [] for what in (*(f"_r{k}" for k in ks), " median rank") for way in ("i2t", "t2i")}
+        for b in range(1 + boot):  # each image as often as it was drawn
+            w = np.bincount(rng.integers(n, size=n), minlength=n) if b else np.ones(n, int)
+            for k in ks:
+                draws[f"i2t_r{k}"].append(w @ is_hit[k] / n)
+                draws[f"t2i_r{k}"].append(w @ n_hits[k] / (w @ n_texts))
+            for way, rank, image in (("i2t", i2t, slice(None)), ("t2i", t2i, owner)):
+                draws[f"{way} median rank"].append(np.median(np.repeat(rank, w[image])) + 1)
+        rows[name] = {"images": n, "texts": len(texts)} | {
+            key: from_draws(values, n_images=0 if "median" in key else n) for key, values in draws.items()}
     return {"rows": rows}
 
 
@@ -1882,7 +1908,7 @@ def similarity(path_a: str, path_b: str, n_pairs: int, max_images: int, min_pair
     names, index = short_names([path_a, path_b]), rng.integers(len(classes), size=(boot, len(classes)))
     rows = {"classes": len(classes), f"mean of {names[0]}": mean_over(means[:, 0], boot, rng),
             f"mean of {names[1]}": mean_over(means[:, 1], boot, rng),
-            "difference": estimate(difference.mean(), difference[index].mean(1))}
+            "difference": estimate(difference.mean(), difference[index].mean(1) if len(classes) > 1 else None)}
     lows, highs = (np.array([e[end] for e in ends], float) for end in ("low", "high"))
     for label, holds in (("classes less alike in A", highs < 0), ("classes more alike in A", lows > 0)):
         for what, those in (("", holds), (", 5 % false discoveries", found & holds)):
@@ -2063,9 +2089,9 @@ def prototypes(path: str, key: str, counts: str, epsilons: list[float], n_tail: 
             groups = greedy_cover(unit, eps)[1]
             linked = linked_groups(unit, groups, eps)
         for name, labels in (("greedy", groups), ("linked", linked)):
-            share = np.unique(labels, return_counts=True)[1] / len(labels)
-            rows[f"{name}, eps {eps:g}"] = {"value": len(share), "largest group": int(share.max() * len(labels)),
-                                            "exp entropy": exp_entropy(share)}
+            sizes = np.unique(labels, return_counts=True)[1]
+            rows[f"{name}, eps {eps:g}"] = {"value": len(sizes), "largest group": int(sizes.max()),
+                                            "exp entropy": exp_entropy(sizes / len(labels))}
     rows["effective rank"] = {"value": effective_rank(unit.cpu().double().numpy())}
     results = {"rows": rows, "affinity": {}}
     if counts or np.any(more.get("class_counts", 0)):  # the scripts write zeros where they are not known
@@ -2112,9 +2138,9 @@ def tsne(array: np.ndarray, seed: int) -> np.ndarray:
     try:
         from sklearn.manifold import TSNE
     except ImportError:
-        raise SystemExit("--tsne needs scikit-learn: pip install scikit-learn") from None
-    refuse(not 4 <= len(array) <= 20_000, f"--tsne: {len(array)} rows; 4 to 20,000 can be drawn")
-    model = TSNE(2, perplexity=min(30, (len(array) - 1) / 3), metric="cosine", init="random", random_state=seed)
+        raise SystemExit("t-SNE (--tsne, --samples) needs scikit-learn: pip install scikit-learn") from None
+    refuse(not 4 <= len(array) <= 20_000, f"t-SNE of {len(array)} rows: 4 to 20,000 can be drawn (--tsne, --samples)")
+    model = TSNE(2, perplexity=min(30, (len(array) - 1) / 3), metric="cosine", init="random", random_state=seed % 2**32)
     return model.fit_transform(unit_rows(array))
 
 
@@ -2284,7 +2310,8 @@ def debias(zeroshot: str, finetuned: str, val_zeroshot: str, val_finetuned: str,
     if counts is None or len(counts) != C:
         way = "--group-by prior" if prior == "uniform" else "--prior FILE or uniform"
         raise SystemExit(f"{finetuned}: no class_counts of {C} classes: pass {way}")
-    share = np.ones(C) if prior == "uniform" else np.maximum(counts, 0.5)  # never seen counts as half an image
+    least = 0.5 * min(1, counts[counts > 0].min(initial=1))  # never seen: half an image, or half of the least share
+    share = np.ones(C) if prior == "uniform" else np.maximum(counts, least)
     val = {"zs": held_out[0]["logits"], "ft": held_out[1]["logits"], "labels": held_out[0]["labels"]}
     val |= {"ft_features": held_out[1]["features"]} if "features" in held_out[1] else {}
     cut = [with_rows(data, test) for data in (zs, ft)]
@@ -2371,8 +2398,9 @@ def wiseft(paths: list[str], alphas: list[float], out: str) -> dict:
 def wiseft_results(folder: str, id_set: str, shifts: list[str], boot: int, seed: int) -> dict:
     """Accuracy in distribution and under shift of FOLDER/alpha_*/, which the training script's --eval-only wrote."""
     rows = {}
-    for path in sorted(path for path in Path(folder).glob("alpha_*") if path.is_dir()):
-        model = models_of_run(path, "wiseft", id_set, shifts, {})
+    found = {number(p.name.removeprefix("alpha_"), str(p)): p for p in Path(folder).glob("alpha_*") if p.is_dir()}
+    for alpha, path in sorted(found.items()):
+        model = models_of_run(path, "wiseft", id_set, shifts, {}, {})
         names = [k for k in model if k not in ("model", "group")]
         refuse(not names or "average" in names, f"{path}: no {id_set} and shifts in its metrics.json or .npz, or one "
                "called average, which is their mean here")
@@ -2382,7 +2410,7 @@ def wiseft_results(folder: str, id_set: str, shifts: list[str], boot: int, seed:
         draws = binomial_draws(p, n, np.random.default_rng(seed).random((boot, len(n)))).mean(1)
         row = {id_set: clopper_pearson(*whole), "average": estimate(draws[0], draws[1:] if (n > 0).all() else None)}
         row |= {s: clopper_pearson(*model[s][2:]) for s in names}
-        rows[f"{number(path.name.removeprefix('alpha_'), str(path)):.2f}"] = row
+        rows[f"{alpha:.2f}"] = row
         refuse(row.keys() != next(iter(rows.values())).keys(),
                f"{path}: has {', '.join(names)}, other alphas have other sets; --shifts chooses")
     refuse(not rows, f"{folder}: no alpha_*/ folders; evaluate the checkpoints first")
@@ -2443,9 +2471,10 @@ def agreement(paths: list[str], boot: int, seed: int) -> dict:
         ratios = u[(u > 0) & (v > 0)] / v[(u > 0) & (v > 0)]
         name = f"{Path(a).stem}, {Path(b).stem}"
         name = f"{a}, {b}" if name in rows else name
-        index = rng.integers(max(1, len(ratios)), size=(boot, len(ratios)))
-        rows[name] = {"classes": len(both), "rho": spearman(u, v, boot, rng), "median A / B": estimate(
-            np.median(ratios), np.median(ratios[index], 1)) if len(ratios) else None}
+        median = None
+        if len(ratios):
+            median = estimate(np.median(ratios), bootstrap(ratios, boot, rng, lambda r: np.median(r, 1)))
+        rows[name] = {"classes": len(both), "rho": spearman(u, v, boot, rng), "median A / B": median}
         joined[name] = [u, v]
     return {"rows": rows, "pairs": joined}
 
@@ -2824,7 +2853,7 @@ def new_figure(n_panels: int, width: float = 4.2, height: float = 3.2) -> tuple:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise SystemExit("--plot needs matplotlib: pip install matplotlib") from None
+        raise SystemExit("plots (--plot, report of FILE.json) need matplotlib: pip install matplotlib") from None
     columns = min(n_panels, 4)
     n_rows = math.ceil(n_panels / columns)
     figure = Figure((width * columns, height * n_rows), layout="constrained")

@@ -1986,7 +1986,9 @@ def main(args: argparse.Namespace) -> None:
     # --- setup
     rank, world_size, device = setup_distributed(args.device)
     is_main, out = rank == 0, Path(args.out)
-    control = dist.new_group(backend="gloo") if world_size > 1 else None  # flags and counts, not waiting for the GPU
+    control = None  # of processes, for flags and counts: it does not wait for the GPU
+    if world_size > 1:
+        control = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=1))
     precision, reason = pick_precision(args.precision, device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     autocast = functools.partial(torch.autocast, device.type, dtype, enabled=precision != "fp32")
@@ -2082,6 +2084,8 @@ def main(args: argparse.Namespace) -> None:
             scaler.load_state_dict(checkpoint["scaler"])
         set_rng_state(checkpoint["rng"], device)
         start, seconds_before = checkpoint["step"], checkpoint["seconds"]
+    if total(start, control) != start * world_size:
+        raise SystemExit(f"{resume}: not the same on all nodes: --out must be on storage that they share")
 
     # --- loader
     dataset = LabelledImages(tables, label_sets, args.multi_label == "random", pixels is not None, model.image_size,

@@ -99,7 +99,8 @@ def test_binned_statistics():
     )
     assert [b["accuracy"]["value"] for b in rows] == pytest.approx([0.1, 0.5, 0.8])
     assert [b["accuracy_std"]["value"] for b in rows] == pytest.approx([0.1, 0.1, 0])
-    assert all(b["accuracy_std"]["low"] <= b["accuracy_std"]["value"] <= b["accuracy_std"]["high"] for b in rows)
+    assert all(b["accuracy_std"]["low"] <= b["accuracy_std"]["value"] <= b["accuracy_std"]["high"] for b in rows[:2])
+    assert {b["low"] for b in (rows[2]["accuracy"], rows[2]["accuracy_std"])} == {None}, "of one class nothing varies"
     assert [b["count"] for b in rows] == [0.5, 10.5, 550]
 
 

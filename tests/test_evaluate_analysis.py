@@ -612,7 +612,7 @@ def test_worlds_of_other_classes_are_no_shifts(tmp_path):
         metrics = {s: {"n": 100, "top1": x} for s, x in {"val": 0.5, "v2": v2, "digits": 0.9}.items()}
         (tmp_path / name / "metrics.json").write_text(json.dumps(metrics | {"run": {"data": "laionet"}}))
         np.savez(tmp_path / name / "transfer" / "digits_test.npz", labels=np.arange(3), features=np.ones((3, 2)))
-        model = evaluate.models_of_run(tmp_path / name, "", "val", [], {})
+        model = evaluate.models_of_run(tmp_path / name, "", "val", [], {}, {})
         assert set(model) == {"model", "group", "v2"} and model["group"] == "laionet"  # without args.json, as --eval-only
     evaluate.report_runs([str(tmp_path / name) for name in "ab"], "val", str(tmp_path / "r.html"), "", 10, 0)
     assert "digits against" not in (tmp_path / "r.html").read_text()

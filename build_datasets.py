@@ -261,7 +261,7 @@ def parse_args(argv=None):
         command.add_argument("--wordnet", default="/usr/share/wordnet", help="folder of WordNet 3.0, for lemmas (bag)")
     for command in (incaps, label, laionet, frequency):
         command.add_argument("--classes", required=True,
-                             help="classes.tsv: name, synonyms, definition, negative, match, query")
+                             help="classes.tsv: name, synonyms, definition, match, query, negative (not laionet)")
     for command in (label, laionet, curate, metadata, frequency):
         command.add_argument("inputs", nargs="+", metavar="TABLE",
                              help="TSV, CSV, JSONL (or .gz), parquet, img2dataset's tars or folders; folders, globs")
@@ -1427,7 +1427,8 @@ class TarReader:
     def header(self, pos):
         """The fields (name, size, kind) of the header at pos; (None, 0, problem) where the members end."""
         block = self.read(pos, 512)
-        kinds = [kind for magic, kind in COMPRESSED.items() if pos == 0 and block.startswith(magic)]
+        is_tar = pos or block[257:262] == b"ustar"  # a member's name may begin as a compressed file does
+        kinds = [kind for magic, kind in COMPRESSED.items() if not is_tar and block.startswith(magic)]
         if kinds:
             hint = "a compressed tar has no positions to read from; decompress it first (gunzip, bunzip2, unxz, unzstd)"
             raise NotATarError(f"{kinds[0]}: {hint}")
@@ -1617,9 +1618,8 @@ def sample_fields(texts, label, classes, n_classes, counts):
             counts["JSON that cannot be read or is no object (ignored)"] += 1
     own_label, own_caption = fields.pop("label", None), fields.pop("caption", None)
     fields.pop("image", None)
-    if "txt" in texts:
-        caption = decode(texts["txt"], counts)
-    else:
+    caption = decode(texts["txt"], counts) if "txt" in texts else ""
+    if not caption:
         captions = (tsv_field(c).strip() for c in (own_caption, fields.get("text"), fields.get("title")))
         caption = next(filter(None, captions), "")
     if label is None:
@@ -1642,7 +1642,8 @@ def sample_row(sample, label, classes, beside, counts):
     label, caption, fields = sample_fields(texts, label, *classes, counts)
     losses = {"without an image": image is None,
               "file name with a tab, line break or invalid UTF-8": not is_writable_name(image or ""),
-              "empty image": n_bytes == 0, "neither caption nor label": not caption and label == ""}  # fmt: skip
+              "empty image": n_bytes == 0, "neither caption nor label": not caption and label == "",
+              "texts of more than 10 MiB": is_long([caption, *map(tsv_field, fields.values())])}  # fmt: skip
     loss = next(filter(losses.get, losses), "")
     counts[loss] += bool(loss)
     row_of, extra = beside
@@ -1673,7 +1674,8 @@ def index_source(job):
     Returns: dict with columns, counts, warnings, stats (of img2dataset, or None), and error ("" or why it is refused).
     """
     counts, columns, reader = Counter(), {"image": 0, "label": 1, "caption": 2}, None
-    result = dict(path=job["path"], columns=columns, counts=counts, warnings=[], stats=None, error="", no_pyarrow=False)
+    result = dict(path=job["path"], columns=columns, counts=counts, warnings=[], stats=None, error="", is_full=False,
+                  no_pyarrow=False)
     names, n_image_bytes = hashlib.sha256(), 0
     try:
         if job["kind"] == "tar":
@@ -1693,7 +1695,8 @@ def index_source(job):
                     counts["rows in val.tsv" if is_val else "rows"] += 1
                     (val if is_val else train).write(row_bytes(image, label, caption, fields, columns, counts))
     except (OSError, NotATarError) as error:  # OSError: no permission, bad disk, full disk
-        result["error"] = f"{job['path']}: {error}"
+        result["is_full"] = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        result["error"] = f"{os.path.dirname(job['rows']) if result['is_full'] else job['path']}: {error}"
         return result
     finally:
         if reader:
@@ -1877,18 +1880,37 @@ def folder_labels(names, path, labels):
 LOSSES = {
     "members": ("members whose name has no key and suffix", "members that are no plain files"),
     "samples": ("without an image", "empty image", "file name with a tab, line break or invalid UTF-8",
-                "neither caption nor label"),
+                "neither caption nor label", "texts of more than 10 MiB"),
 }  # fmt: skip
+
+
+def refuse_sources(errors):
+    """SystemExit with the errors of sources, if there are any."""
+    if errors:
+        more = f"\n... and {len(errors) - 20} more" if len(errors) > 20 else ""
+        raise SystemExit("\n".join(errors[:20]) + more + "\nnothing was written")
+
+
+def tar_error(path):
+    """Why a file cannot be read as a tar, from its first header; "" if it can."""
+    try:
+        reader = TarReader(path)
+        with reader.file:
+            reader.header(0)
+    except (OSError, NotATarError) as error:
+        return f"{path}: {error}"
+    return ""
 
 
 def run_jobs(jobs, workers):
     """index_source of every job, in order. Raises: SystemExit if a worker dies or a source is refused."""
-    running = in_processes(index_source, zip(jobs), min(workers, len(jobs)))
-    results = list(tqdm(running, total=len(jobs), unit=" sources", disable=None))
-    errors = [r["error"] for r in results if r["error"]]
-    if errors:
-        more = f"\n... and {len(errors) - 20} more" if len(errors) > 20 else ""
-        raise SystemExit("\n".join(errors[:20]) + more + "\nnothing was written")
+    refuse_sources(list(filter(None, (tar_error(job["path"]) for job in jobs if job["kind"] == "tar"))))
+    running, results = in_processes(index_source, zip(jobs), min(workers, len(jobs))), []
+    for result in tqdm(running, total=len(jobs), unit=" sources", disable=None):
+        results.append(result)
+        if result["is_full"]:  # all others would fail too
+            refuse_sources([result["error"]])
+    refuse_sources([r["error"] for r in results if r["error"]])
     return results
 
 
@@ -1929,7 +1951,11 @@ def build_index(sources, out, holdout, classes, workers, seed):
     names = sorted({name for _, name in found if name is not None})
     label_of = folder_labels(names, classes, labels[0]) if names else {}
 
-    with tempfile.TemporaryDirectory(prefix=".index-", dir=folder) as partial:
+    prefix = f".index-{os.path.basename(out)}-"
+    with os.scandir(folder) as entries:  # of killed runs: OUT is locked
+        for old in [entry.path for entry in entries if re.fullmatch(re.escape(prefix) + r"\w{8}", entry.name)]:
+            shutil.rmtree(old, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=folder) as partial:
         jobs = []
         for i, (path, name) in enumerate(found):
             # The folder's real place, since `..` after a link leads elsewhere; not the file's: links to shards stay.
@@ -2045,7 +2071,7 @@ def find_tables(paths):
                 raise SystemExit(f"{path}: {why}expected a name that ends in one of {', '.join(TABLE_SUFFIXES)}")
             found.append(path)
         else:
-            matches = matches_of(path)
+            matches = [match for match in matches_of(path) if not match.endswith(".partial")]  # as of our own OUT
             if not matches:
                 raise SystemExit(f"{path}: no such file or folder, and as a pattern it fits none")
             found += find_tables(matches)
@@ -2107,6 +2133,13 @@ def tsv_rows(lines, n_fields, path, bad):
             note_bad(bad, path, number, f"{len(fields)} fields, but the header has {n_fields}")
 
 
+def is_long(fields):
+    """Whether a line of these, and of a few more columns, could be longer than is read."""
+    if sum(map(len, fields)) <= MAX_LINE // 4 - 2**16:  # a fast test: characters have up to 4 bytes
+        return False
+    return sum(len(field.encode("utf-8", "replace")) for field in fields) > MAX_LINE - 2**16
+
+
 def csv_rows(lines, n_fields, path, bad):
     """Rows of a CSV, quoted as RFC 4180 has it; the number is of a row's last line. n_fields 0: as the first row.
 
@@ -2133,7 +2166,11 @@ def csv_rows(lines, n_fields, path, bad):
             return
         n_fields = n_fields or len(fields)
         if len(fields) == n_fields:
-            yield taken[-1], fields
+            fields = list(map(tsv_field, fields))
+            if is_long(fields):
+                note_bad(bad, path, taken[-1], f"a row of more than {MAX_LINE // 2**20} MiB")
+            else:
+                yield taken[-1], fields
         elif fields:
             note_bad(bad, path, taken[-1], f"{len(fields)} fields, but the header has {n_fields}")
 
@@ -2148,7 +2185,8 @@ def json_objects(path, bad):
                 note_bad(bad, path, number, f"not JSON ({what})")
                 continue
             if isinstance(row, dict):
-                yield number, row
+                is_flat = all(name.isprintable() and name for name in row)
+                yield number, row if is_flat else {tsv_field(name) or "_": value for name, value in row.items()}
             else:
                 note_bad(bad, path, number, f"a JSON {type(row).__name__}, expected an object")
 
@@ -2181,15 +2219,14 @@ def parquet_rows(path, wanted, bad=None, has_failed=False):
                 batch = batch.select(read)  # in this order
                 for values in zip(*(column.to_pylist() for column in batch.columns)):
                     number += 1
-                    fields = [v if type(v) is str else tsv_field(v) for v in values]
+                    fields = list(map(tsv_field, values))
                     if is_shard and fields[status] not in ("", "success"):
                         continue
                     fields = fields[: len(columns)]
-                    if sum(map(len, fields)) > MAX_LINE // 4:  # characters have up to 4 bytes
-                        if sum(len(field.encode("utf-8", "replace")) for field in fields) > MAX_LINE - 2**16:
-                            note_bad(bad, path, number, f"a row of more than {MAX_LINE // 2**20} MiB")
-                            continue
-                    yield number, fields
+                    if is_long(fields):
+                        note_bad(bad, path, number, f"a row of more than {MAX_LINE // 2**20} MiB")
+                    else:
+                        yield number, fields
         except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # text that is none, dates too far
             raise SystemExit(f"{path}:{number + 1}: cannot be read ({str(error).splitlines()[0]})") from None
 
@@ -2274,7 +2311,8 @@ def read_table(path, needed=(), bad=None, is_all=True, is_dict=False):
     if has_samples(path):
         header, found = tar_facts(path)[0], tar_rows(path, bad if isinstance(bad, list) else Counter())
     elif kind == ".parquet":
-        _, header, rows = parquet_rows(path, None, bad)
+        _, own_names, rows = parquet_rows(path, None, bad)
+        header = list(map(tsv_field, own_names))
     elif kind == ".jsonl":  # rows may differ in their keys: one more pass finds all of them
         header = list(dict.fromkeys(key for _, row in json_objects(path, Counter()) for key in row))
         found = json_objects(path, bad)
@@ -2288,7 +2326,7 @@ def read_table(path, needed=(), bad=None, is_all=True, is_dict=False):
         raise SystemExit(f"{path}:1: an empty file; expected a header and rows")
     names = our_names(header, path)
     missing = [name for name in needed if name not in names]
-    if "image" in missing and {"key", "status", "error_message"} <= set(names):
+    if "image" in missing and kind == ".parquet" and {"key", "status", "error_message"} <= set(names):
         raise SystemExit(f"{path}:1: no column image: img2dataset's own table; give the folder of its tars or folders "
                          "of files (--output_format webdataset or files; parquet, tfrecord: texts alone)")  # fmt: skip
     if missing:
@@ -2318,8 +2356,8 @@ def read_table(path, needed=(), bad=None, is_all=True, is_dict=False):
     if is_all:
         return names, rows
     if kind == ".parquet":
-        _, read, rows = parquet_rows(path, {header[place] for place in places}, bad)
-        places = [read.index(header[place]) for place in places]
+        _, read, rows = parquet_rows(path, {own_names[place] for place in places}, bad)
+        places = [read.index(own_names[place]) for place in places]
     return list(needed), ((line, [fields[place] for place in places]) for line, fields in rows)
 
 
@@ -2862,8 +2900,14 @@ class Matcher:
             for number in np.searchsorted(self.named[0], np.flatnonzero(self.named[1] == label), "right") - 1:
                 left, middle, right = self.pattern(self.needles[number])
                 places += [(*found.span(1), label) for found in re.finditer(f"{left}(?=({middle}){right})", text)]
-        kept = {c for a, b, c in places
-                if not any(x <= a and b <= y and y - x > b - a and other != c for x, y, other in places)}  # fmt: skip
+        # From the left, the longer first: what holds a place came before it and reaches as far. Of those that came,
+        # `far` has the one that reaches farthest, and the farthest of another class.
+        kept, far = set(), []  # far: (end, -start, class), at most two, of different classes
+        for start, end, label in sorted(places, key=lambda place: (place[0], -place[1])):
+            if all(place[:2] <= (end, -start) for place in far if place[2] != label):
+                kept.add(label)
+            best = {c: place for *place, c in sorted([*far, (end, -start, label)])}
+            far = sorted(((*place, c) for c, place in best.items()), reverse=True)[:2]
         return tuple(sorted(kept))
 
 
@@ -3520,7 +3564,7 @@ def name_of(row, source=".", target="."):
 def naming_column(path):
     """The column that names a table's rows: image, or one that key_of takes if the images are not downloaded yet."""
     names = read_table(path)[0]
-    if {"key", "status", "error_message"} <= set(names):  # of img2dataset, whose tars have the images
+    if path.endswith(".parquet") and {"key", "status", "error_message"} <= set(names):  # the tars have the images
         return "image"
     return next((name for name in ("image", "url", "URL", "key", "caption") if name in names), "image")
 
@@ -3749,13 +3793,15 @@ def build_frequency(paths, out, classes, synonyms, relevance, settings, run):
         with np.load(part) as arrays:
             for label, *drawn in json.loads(bytes(arrays["sample"])):
                 samples[label].append(drawn)
-        samples = defaultdict(list, {k: heapq.nlargest(n_sample, v) for k, v in samples.items()})  # memory stays flat
+                if len(samples[label]) > 2 * n_sample:  # memory stays flat
+                    samples[label] = heapq.nlargest(n_sample, samples[label])
+    samples = {label: heapq.nlargest(n_sample, drawn) for label, drawn in samples.items()}
     if n_sample:
         columns = ("name", "label", "definition", "key", "caption", "relevant")
         write_tsv(f"{out.removesuffix('.tsv')}.sample.tsv", columns,
                   (dict(name=row["name"], label=label, definition=row.get("definition"), key=key, caption=text)
                    for label, row in enumerate(rows)
-                   for _, key, text in samples[label]))  # fmt: skip
+                   for _, key, text in samples.get(label, ())))  # fmt: skip
     table = []
     for label, (row, n) in enumerate(zip(rows, class_counts.tolist())):
         line = dict(name=row["name"], count=n)
@@ -4654,7 +4700,8 @@ def profile_quota(counts, profile, imbalance, rows, seed):
 def rescue(hashes, labels, mask, pool, is_equal):
     """Give each class of the pool that lost all rows its row of the smallest hash back.
 
-    is_equal: so many rows of the 10 largest classes go instead, largest hash first, never a class's last.
+    is_equal: so many rows of the 10 largest classes go instead, largest hash first, never a class's last; rows without
+    a label are one class more, which needs none.
     Returns: (mask, number of rescued rows).
     """
     n, n_classes = mask.sum(), int(labels.max(initial=-1)) + 1
@@ -4662,12 +4709,13 @@ def rescue(hashes, labels, mask, pool, is_equal):
     mask = mask | bottom_per_class(hashes, labels, pool, lost)
     n_rescued = mask.sum() - n
     while is_equal and mask.sum() > n:
-        counts = class_counts(labels[mask], n_classes)
-        largest = np.argsort(-counts, kind="stable")[:10]
+        counts = np.r_[class_counts(labels[mask], n_classes), (labels[mask] < 0).sum()]
+        largest = np.where((order := np.argsort(-counts, kind="stable")[:10]) < n_classes, order, -1)
         last = bottom_per_class(hashes, labels, mask, np.ones(n_classes, np.int64))
         rows = np.flatnonzero(mask & ~last & np.isin(labels, largest))
         if not len(rows):
-            raise SystemExit(f"--rows {n} cannot hold a row of each of {(counts > 0).sum()} classes; try --no-rescue")
+            n_kept = (counts[:-1] > 0).sum()
+            raise SystemExit(f"--rows {n} cannot hold a row of each of {n_kept} classes; try --no-rescue")
         mask[rows[np.argsort(-hashes[rows], kind="stable")[: mask.sum() - n]]] = False
     return mask, int(n_rescued)
 
@@ -4731,13 +4779,18 @@ def subset_tables(tables, out, threshold, class_list, match_frequency, fill, sho
     known = find_classes(classes, paths[0])
     column, _, least = threshold.rpartition("=") if threshold else (None, "", "nan")
     hashes, labels, values = scan_rows(paths, key, seed, known, column)
-    n, more = len(hashes), scan_rows(fill_paths, key, seed, known)
+    fill_column = column if fill and column in open_tables(fill_paths)[0] else None
+    if fill and column and not fill_column:
+        print(f"note: --fill has no column {column}: its rows are taken whatever --threshold says", file=sys.stderr)
+    n, more = len(hashes), scan_rows(fill_paths, key, seed, known, fill_column)
     hashes, labels = ranks_of(np.concatenate([hashes, more[0]])), np.concatenate([labels, more[1]])
     n_classes = len(known[0]) or int(labels.max(initial=-1)) + 1
     match = table_counts(match_frequency, known, n_classes) if match_frequency else None
     n_classes = n_classes if match is None else len(match)  # it may have classes that the tables lack
     is_fill = np.arange(len(hashes)) >= n
     mask, counts, wanted = ~is_fill, {"rows": n}, []
+    if fill_column:
+        is_fill[n:] = more[2] >= float(least)
     before = class_counts(labels[mask], n_classes)
 
     def count(what, was):
@@ -4962,8 +5015,9 @@ def outputs_of(args):
     beside = dict(laionet="all", dedup="pairs", curate="entries", status="classes")
     beside["frequency"] = "sample" if getattr(args, "sample", 0) else ""
     kind = beside.get(args.command)
-    if args.command == "index" and args.holdout:  # they appear together: other cuts may share images
-        return [args.out, os.path.join(os.path.dirname(args.out), "val.tsv")], []
+    if args.command == "index":  # train and val appear together: other cuts may share images
+        val, classes = (os.path.join(os.path.dirname(args.out), name) for name in ("val.tsv", "classes.tsv"))
+        return [args.out, *([val] if args.holdout else [])], [] if os.path.exists(classes) else [classes]
     return [args.out], [f"{args.out.removesuffix('.tsv')}.{kind}.tsv"] if kind else []
 
 
@@ -5034,8 +5088,8 @@ def run_command(args):
             more = defaultdict(list)
             for row in open_tables([args.synonyms], ["name", "synonyms"])[1] if args.synonyms else ():
                 more[row["name"]] += split_names(row["synonyms"])
-            names = match_settings(class_rows(args.classes), args.match, False, args.lemmas, args.wordnet, more,
-                                   [args.classes, args.synonyms])  # fmt: skip
+            names = match_settings(class_rows(args.classes), args.match, args.match == "substring", args.lemmas,
+                                   args.wordnet, more, [args.classes, args.synonyms])  # fmt: skip
             settings |= names | dict(n_sample=args.sample, seed=args.seed, weights=args.weights)
             build_frequency(paths, args.out, args.classes, args.synonyms, args.relevance, settings, run)
     elif args.command == "check":

@@ -50,6 +50,8 @@ Differences from the paper's notebooks and from the methods' released code:
  6. 11-point average precision does not count recall 0 as precision 1, and leaves out `difficult` objects (label -1).
  7. Logistic regression runs to its optimum for every strength; the released sweep stops at 100 iterations.
  8. Percentiles are widened for small samples of models (Hesterberg, arXiv 1411.5279, section 5.3.1).
+ 9. --calibrate takes the temperature of the least negative log-likelihood; GLA's code the one whose mean confidence is
+    the accuracy.
 """
 
 import argparse

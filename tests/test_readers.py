@@ -132,7 +132,7 @@ def test_crlf_bom_and_quoted_line_breaks(tmp_path):
     (tmp_path / "a.tsv").write_bytes(b"\xef\xbb\xbfimage\tcaption\r\n\r\na\tb\r\n")
     (tmp_path / "b.csv").write_bytes(b'\xef\xbb\xbfimage,caption\r\na,"b\r\nc"\r\n')
     assert list(bd.open_tables([str(tmp_path / "a.tsv")])[1]) == [{"image": "a", "caption": "b"}]
-    assert list(bd.open_tables([str(tmp_path / "b.csv")])[1]) == [{"image": "a", "caption": "b\nc"}]
+    assert list(bd.open_tables([str(tmp_path / "b.csv")])[1]) == [{"image": "a", "caption": "b c"}]  # as in a TSV
 
 
 def test_files_are_found(tmp_path):

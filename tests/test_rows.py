@@ -1,0 +1,197 @@
+"""build_datasets.py: rows and names that containers, widths, quotas and kills must not change or lose."""
+
+import bz2
+import errno
+import json
+import random
+import re
+import time
+
+import numpy as np
+import pytest
+from programs import answer
+from test_index import make_tar, read, sample
+
+import build_datasets as bd
+
+CLASSES = "name\tsynonyms\nsea lion\t\nlion\t\n"
+
+
+def told(folder, *flags, code=0):
+    result = answer(bd, *flags, folder=folder)
+    assert result.returncode == code, result.stderr
+    return result.stderr
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "classes.tsv").write_text(CLASSES)
+    return tmp_path
+
+
+def test_a_caption_has_one_label_in_every_container(folder):
+    """A line break inside of a name: as in TSV, where it cannot be, it is a blank."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    caption = "two sea\nlion"
+    pq.write_table(pa.table({"caption": [caption]}), folder / "a.parquet")
+    (folder / "a.csv").write_text(f'caption\n"{caption}"\n')
+    (folder / "a.jsonl").write_text(json.dumps({"caption": caption}) + "\n")
+    (folder / "a.tsv").write_text("caption\ntwo sea lion\n")
+    for kind in ("tsv", "jsonl", "csv", "parquet"):
+        told(folder, "label", f"a.{kind}", "--classes", "classes.tsv", "--match", "word", "--out", "out.tsv")
+        assert [(row["caption"], row["label"]) for row in read(folder / "out.tsv")] == [("two sea lion", "0")], kind
+
+
+def test_texts_that_no_table_can_hold_are_lost_samples(folder):
+    """4 MiB of bytes that are no UTF-8 become 12 MiB: a line of that length would stop every command after `index`."""
+    members = [("a.jpg", b"x"), ("a.txt", b"\xff" * 2**22), *sample("b")]
+    make_tar(folder / "0.tar", members)
+    told(folder, "index", "0.tar", "--out", "t.tsv")
+    assert [row["caption"] for row in read(folder / "t.tsv")] == ["a cat"]
+    assert json.loads((folder / "t.tsv.json").read_text())["counts"]["texts of more than 10 MiB"] == 1
+    (folder / "c.csv").write_text(f"caption,more\n{'x' * 6 * 2**20},{'y' * 6 * 2**20}\nlion,b\n")
+    told(folder, "label", "c.csv", "--classes", "classes.tsv", "--skip-bad", "--out", "l.tsv")
+    assert [row["caption"] for row in read(folder / "l.tsv")] == ["lion"]
+
+
+def test_an_empty_txt_does_not_hide_the_caption_of_the_json(folder):
+    make_tar(folder / "0.tar", [("a.jpg", b"x"), ("a.txt", b" \n"), ("a.json", b'{"title": "a lion"}')])
+    told(folder, "index", "0.tar", "--out", "t.tsv")
+    assert read(folder / "t.tsv")[0]["caption"] == "a lion"
+
+
+@pytest.mark.parametrize("rule, counts", [("substring", [0, 1]), ("word", [1, 2])])
+def test_frequency_counts_what_label_labels(folder, rule, counts):
+    """Case counts for substring, as published, in both; a caption counts for each class that it names."""
+    (folder / "a.tsv").write_text("caption\nA Sea Lion\nmy lion\n")
+    flags = ["a.tsv", "--classes", "classes.tsv", "--match", rule, "--out"]
+    told(folder, "frequency", *flags, "f.tsv")
+    assert [int(row["count"]) for row in read(folder / "f.tsv")] == counts
+    told(folder, "label", *flags, "l.tsv", "--multi", "all")
+    assert np.bincount([int(row["label"]) for row in read(folder / "l.tsv")], minlength=2).tolist() == counts
+
+
+def test_a_folder_called_as_a_compressed_file_begins(folder):
+    make_tar(folder / "0.tar", [("BZhang/1.jpg", b"x"), ("BZhang/1.txt", b"a cat")])
+    told(folder, "index", "0.tar", "--out", "t.tsv")
+    assert len(read(folder / "t.tsv")) == 1
+    (folder / "1.tar").write_bytes(bz2.compress((folder / "0.tar").read_bytes()))
+    assert "bzip2" in told(folder, "index", "1.tar", "--out", "u.tsv", code=2)
+
+
+def test_a_source_that_is_no_tar_is_told_before_the_others_are_read(folder, monkeypatch):
+    for i in range(3):
+        make_tar(folder / f"{i}.tar", sample("a"))
+    (folder / "9.tar").write_text("<html>not found</html>" * 99)
+    monkeypatch.setattr(bd, "in_processes", lambda *_: pytest.fail("tars are read"))
+    assert "9.tar: not a tar" in told(folder, "index", *(f"{i}.tar" for i in (0, 1, 2, 9)), "--out", "t.tsv", code=2)
+
+
+def test_a_full_disk_ends_index_at_once_and_is_not_the_inputs_fault(folder, monkeypatch):
+    for i in range(3):
+        make_tar(folder / f"{i}.tar", sample("a"))
+    asked = []
+
+    def full(function, jobs, workers):
+        for (job,) in jobs:
+            asked.append(job["path"])
+            yield function(job)
+
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(bd, "in_processes", full)
+    monkeypatch.setattr(bd, "row_bytes", no_room)
+    error = told(folder, "index", "0.tar", "1.tar", "2.tar", "--out", "t.tsv", code=2)
+    assert "No space left" in error and "0.tar" not in error and asked == ["0.tar"]
+
+
+def test_what_killed_runs_of_index_left_does_no_harm(folder):
+    """Rows of a run of the same table go; those of another table are perhaps being written."""
+    make_tar(folder / "0.tar", sample("a"))
+    for name in (".index-t.tsv-abcdefgh", ".index-u.tsv-abcdefgh"):
+        (folder / name).mkdir()
+        (folder / name / "0.train").write_text("x")
+    told(folder, "index", "0.tar", "--out", "t.tsv")
+    assert not (folder / ".index-t.tsv-abcdefgh").exists() and (folder / ".index-u.tsv-abcdefgh").exists()
+    (folder / "imagenet" / "cat").mkdir(parents=True)
+    (folder / "imagenet" / "cat" / "1.jpg").write_bytes(b"x")
+    (folder / "d").mkdir()
+    (folder / "d" / "classes.tsv.json.partial").touch()  # of `classes`
+    told(folder, "index", "imagenet", "--out", "d/train.tsv")
+    assert (folder / "d" / "classes.tsv").read_text().startswith("name\t")
+
+
+def test_rows_without_a_label_go_for_classes_that_lost_all(folder):
+    rows = [f"{i}.jpg\t" for i in range(990)] + [f"c{i}.jpg\t{i}" for i in range(10)]
+    (folder / "a.tsv").write_text("image\tlabel\n" + "\n".join(rows) + "\n")
+    (folder / "classes.tsv").unlink()
+    told(folder, "subset", "a.tsv", "--rows", "100", "--out", "b.tsv")
+    kept = read(folder / "b.tsv")
+    assert len(kept) == 100 and {row["label"] for row in kept} >= set(map(str, range(10)))
+    assert "cannot hold a row of each of 10 classes" in told(folder, "subset", "a.tsv", "--rows", "9", "--out", "c.tsv",
+                                                            code=2)
+
+
+def test_threshold_holds_for_rows_of_fill_too(folder):
+    (folder / "a.tsv").write_text("image\tlabel\tsimilarity\na.jpg\t0\t0.9\n")
+    (folder / "b.tsv").write_text("image\tlabel\tsimilarity\nb.jpg\t0\t0.1\nc.jpg\t0\t0.8\n")
+    (folder / "bare.tsv").write_text("image\tlabel\nd.jpg\t0\n")
+    (folder / "wanted.tsv").write_text("name\tcount\nsea lion\t3\nlion\t0\n")
+    flags = ["subset", "a.tsv", "--threshold", "similarity=0.7", "--match-frequency", "wanted.tsv", "--out", "o.tsv"]
+    told(folder, *flags, "--fill", "b.tsv")
+    assert [row["image"] for row in read(folder / "o.tsv")] == ["a.jpg", "c.jpg"]
+    assert "no column similarity" in told(folder, *flags, "--fill", "bare.tsv")
+    assert [row["image"] for row in read(folder / "o.tsv")] == ["a.jpg", "d.jpg"]
+
+
+def test_names_of_columns_are_flat(folder):
+    (folder / "a.jsonl").write_text(json.dumps({"caption": "a lion", "a\tb": 1, "": 2}) + "\n")
+    told(folder, "label", "a.jsonl", "--classes", "classes.tsv", "--out", "o.tsv")
+    row = read(folder / "o.tsv")[0]
+    assert (row["a b"], row["_"], row["label"]) == ("1", "2", "1")
+
+
+def test_a_pattern_passes_over_what_is_being_written(folder):
+    (folder / "data").mkdir()
+    (folder / "data" / "a.tsv").write_text("image\tcaption\n1.jpg\ta lion\n")
+    told(folder, "label", "data/*", "--classes", "classes.tsv", "--out", "data/z.tsv")
+    assert len(read(folder / "data" / "z.tsv")) == 1
+
+
+def test_rows_to_try_again_are_a_table(folder):
+    """`status` has img2dataset's columns, but no tars beside it."""
+    (folder / "retry.tsv").write_text("key\turl\tcaption\tlabel\tstatus\terror_message\n0\thttp://a\tx\t\tfailed\t404\n")
+    told(folder, "subset", "retry.tsv", "--fraction", "1", "--out", "o.tsv")
+    assert read(folder / "o.tsv")[0]["url"] == "http://a"
+
+
+def longest_by_pairs(places):
+    """The rule as it is said: a class stays if a place of it is not strictly inside of a place of another class."""
+    return tuple(sorted({c for a, b, c in places if not any(
+        x <= a and b <= y and y - x > b - a and other != c for x, y, other in places)}))
+
+
+def test_longest_equals_the_naive_loop_and_is_not_quadratic(monkeypatch):
+    rng, spans = random.Random(0), []
+    matcher = bd.Matcher([("x", 0)], "word")
+
+    class Found:
+        def __init__(self, span):
+            self.span = lambda _: span
+
+    monkeypatch.setattr(matcher, "prepared", lambda caption: caption)
+    monkeypatch.setattr(matcher, "named", (np.arange(4), np.arange(4)))
+    monkeypatch.setattr(matcher, "needles", list(range(4)))
+    monkeypatch.setattr(matcher, "pattern", lambda needle: ("", str(needle), ""))
+    monkeypatch.setattr(bd.re, "finditer", lambda pattern, _: map(Found, spans[int(re.search(r"\d", pattern)[0])]))
+    for _ in range(2000):
+        spans[:] = [[(a := rng.randrange(8), a + rng.randint(1, 5)) for _ in range(rng.randrange(4))] for _ in range(4)]
+        places = [(*span, c) for c in range(4) for span in spans[c]]
+        assert matcher.longest("", range(4)) == longest_by_pairs(places), places
+    spans[:] = [[(8 * i, 8 * i + 3) for i in range(50_000)], [(8 * i + 4, 8 * i + 7) for i in range(50_000)], [], []]
+    start = time.perf_counter()
+    assert matcher.longest("", range(4)) == (0, 1)
+    assert time.perf_counter() - start < 10  # 10^10 comparisons take an hour

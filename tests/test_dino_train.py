@@ -327,6 +327,27 @@ def test_each_collapse_has_its_words(sign, value, said, world, tmp_path, monkeyp
     assert f"the model has collapsed: {said}; try" in printed
 
 
+@pytest.mark.parametrize("centering", ["mean", "sinkhorn"])
+def test_signs_of_a_collapse_are_those_of_centred_logits(centering, world, tmp_path, monkeypatch):
+    """What all images share the centre takes off: it is no collapse; the centre is the one that the targets had."""
+    seen, center_and_sharpen, diagnostics = [], dino.center_and_sharpen, dino.diagnostics
+
+    def targets_of(logits, center, proto_ids, *more):
+        seen.append((logits.clone(), center[proto_ids].clone()))
+        return center_and_sharpen(logits, center, proto_ids, *more)
+
+    def signs_of(loss, logits, *more):
+        expected = seen[-1][0] - seen[-1][1] if centering == "mean" else None
+        assert expected is None or torch.equal(logits, expected) and bool(seen[-1][1].any()) == (len(seen) > 1)
+        seen.append(seen[-1] if seen else ())
+        return diagnostics(loss, logits, *more)
+
+    monkeypatch.setattr(dino, "center_and_sharpen", targets_of)
+    monkeypatch.setattr(dino, "diagnostics", signs_of)
+    run_here("--root", world, "--steps", "3", *SMALL, *QUICK, "--eval-sets", "--centering", centering, "--out", tmp_path)
+    assert len(seen) == (6 if centering == "mean" else 3)
+
+
 def test_non_finite_steps_are_left_out(world, tmp_path, monkeypatch):
     """Two bad steps are skipped: the weights stay finite; ten in a row end the run."""
     calls, dino_loss = [], dino.dino_loss
@@ -394,6 +415,7 @@ def test_bad_input(world, trained, tmp_path, capsys):
         (["--warmup-teacher-temp", "0.1"], "go together"),
         (["--warmup-teacher-temp-steps", "9"], "go together"),
         (["--prototype-power", "1"], "it needs --sample-prototypes"),
+        (["--prototype-power", "1", "--sample-prototypes", "64"], "nothing is drawn"),
         (["--teacher-temp", "0"], "must be positive"),
         (["--student-temp", "0"], "must be positive"),
         (["--teacher-temp", "nan"], "must be positive"),

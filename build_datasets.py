@@ -3926,7 +3926,7 @@ def locate_image(table: Table, row: int) -> tuple[Path, int, int]:
 @functools.lru_cache(maxsize=64)
 def open_npy(path: Path) -> np.ndarray:
     """Memory map of a uint8 array (N, H, W, 3)."""
-    array = np.load(path, mmap_mode="r")
+    array = np.lib.format.open_memmap(path, mode="r")  # np.load would take an .npz by another name
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
         raise ValueError(f"{path} holds {array.dtype} {array.shape}, expected uint8 (N, H, W, 3)")
     return array

@@ -203,6 +203,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.text_embeddings and (len(args.text_embeddings) > 2 or args.data.count(",") or args.caption != "{caption}"):
         parser.error("--text-embeddings takes TRAIN.npy and perhaps CLASSES.npy, and one --data set with its own "
                      "captions")
+    if args.text_embeddings and (args.bpe, args.text_arch) != ("auto", "auto"):
+        parser.error("--bpe and --text-arch are of a text tower, which --text-embeddings takes the place of")
     if args.word_dropout > 0 and args.text_head == "frozen":
         parser.error("--word-dropout changes captions at every epoch, --text-head frozen embeds each caption once: "
                      "choose one")
@@ -864,12 +866,13 @@ def read_labels(table: Table, class_names: list[str]) -> np.ndarray:
     ids |= dict.fromkeys((name for name, n in Counter(class_names).items() if n > 1), -1)  # a crane, and another
     labels = np.full(len(table), -1)
     for row in range(len(table)):
-        field = table.get(row, "label").split("|")[0].strip()
+        field = table.get(row, "label").strip("| ").split("|")[0].strip()
         if field:
             label = int(field) if field.isdecimal() and len(field) < 19 else ids.get(field, -1)  # of 64 bits
             if not 0 <= label < (len(class_names) or label + 1):
-                raise SystemExit(f"{table.path}: row {row + 1} has label {field[:100]!r}, not the number, nor a name "
-                                 f"that no other has, of the {len(class_names)} classes of classes.tsv")
+                known = f"nor a name that no other has, of the {len(class_names)} classes of classes.tsv"
+                raise SystemExit(f"{table.path}: row {row + 1} has label {field[:100]!r}, not the number, "
+                                 + (known if class_names else "and there is no classes.tsv for names"))
             labels[row] = label
     return labels
 
@@ -886,8 +889,10 @@ def match_classes(captions: Iterable[str], classes: list[dict[str, str]]) -> np.
             word = re.search(r"\w+|$", name)
             by_first_word[word.group()].append((name, word.start(), c))
     counts = np.zeros(len(classes), np.int64)
+    wordless = [(re.compile(rf"(?<!\w){re.escape(name)}(?!\w)"), c) for name, _, c in by_first_word.pop("", ())]
     for caption in captions:
         caption, found = caption.lower(), set()
+        found.update(c for pattern, c in wordless if pattern.search(caption))
         for word in re.finditer(r"\w+", caption):
             for name, offset, c in by_first_word.get(word.group(), ()):
                 start, end = word.start() - offset, word.start() - offset + len(name)
@@ -1142,7 +1147,7 @@ def locate_image(table: Table, row: int) -> tuple[Path, int, int]:
 @functools.lru_cache(maxsize=64)
 def open_npy(path: Path) -> np.ndarray:
     """Memory map of a uint8 array (N, H, W, 3)."""
-    array = np.load(path, mmap_mode="r")
+    array = np.lib.format.open_memmap(path, mode="r")  # np.load would take an .npz by another name
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
         raise ValueError(f"{path} holds {array.dtype} {array.shape}, expected uint8 (N, H, W, 3)")
     return array
@@ -1616,6 +1621,7 @@ class World:
     templates: list[str]  # prompts with {} for the class name
     class_embeddings: np.ndarray | None  # [C, width] given embeddings of the class prompts
     stored: torch.Tensor | None = None  # [C, D] class vectors of a checkpoint, for where there are no such embeddings
+    has_own_counts: bool = True  # class_counts are those of the model's training
 
 
 def encode_rows(n: int, dim: int, encode: Callable[[int, int], torch.Tensor], device: torch.device) -> torch.Tensor:
@@ -1870,9 +1876,9 @@ def find_test_sets(names: list[str], root: Path) -> dict[str, Table]:
     paths = [Path(file) if file == name and Path(file).is_file() else root / file for name, file in zip(names, files)]
     is_unique = [sum(path.stem == other.stem for other in paths) == 1 for path in paths]
     stems = [path.stem if unique else f"{path.parent.name}-{path.stem}" for path, unique in zip(paths, is_unique)]
-    if len(set(stems)) < len(stems) or "run" in stems:
+    if len(set(stems)) < len(stems) or {"run", "loss", "step"} & set(stems):
         raise SystemExit(f"--eval-sets: {', '.join(map(str, paths))} would be called {', '.join(stems)} in "
-                         "metrics.json: names must differ, and run has another meaning there")
+                         "metrics.json: names must differ, and run, loss and step have other meanings in the logs")
     return {stem: Table(path) for stem, path in zip(stems, paths)}
 
 
@@ -1969,7 +1975,7 @@ def count_classes(captions: list[Captions], shares: np.ndarray, classes: list[di
             rows = range(0, n_rows, math.ceil(n_rows / COUNT_CAPTIONS))
             found, seen = match_classes((source(row, 0) for row in rows), classes), len(rows)
         counts += found * (share * total / seen)
-    return np.rint(counts).astype(np.int64)
+    return np.where(counts > 0, np.rint(counts).clip(1), 0).astype(np.int64)  # a class that is there stays
 
 
 def caption_statistics(pairs: Pairs, sampler: Sampler) -> str:
@@ -2118,7 +2124,7 @@ def checkpoint_of(model: CLIP, tokenizer: Tokenizer | None, world: World, args: 
         "activation": model.activation,
         "prototypes": None if prototypes is None else prototypes.cpu(),  # [C, D]
         "class_names": [row["name"] for row in world.classes],
-        "class_counts": torch.from_numpy(world.class_counts),
+        "class_counts": torch.from_numpy(world.class_counts * world.has_own_counts),
     } | ({"bpe": "\n".join(tokenizer.merges)} if tokenizer else {})
 
 
@@ -2225,11 +2231,9 @@ def evaluate_checkpoint(args: argparse.Namespace, world: World, rank: int, devic
     world.classes = world.classes or [{"name": name} for name in loaded.get("class_names", [])]
     names = [row["name"] for row in world.classes]
     sets = [part.strip().split(":")[0] for part in args.data.split(",")]
-    if names == loaded.get("class_names"):
+    world.has_own_counts = names == loaded.get("class_names") and bool(loaded["class_counts"].any())
+    if world.has_own_counts:
         world.class_counts = loaded["class_counts"].numpy()
-        now = RUN_FLAGS | {"templates", "text_embeddings", "max_pixels"}
-        trained = {k: v for k, v in loaded["args"].items() if k not in now}
-        args = argparse.Namespace(**vars(args) | trained | {"root": str(world.root)})
     elif names and all(s.endswith(".tsv") or (world.root / s / "train.tsv").is_file() for s in sets):
         read_training_sets(args, world)
         if rank == 0:
@@ -2237,7 +2241,12 @@ def evaluate_checkpoint(args: argparse.Namespace, world: World, rank: int, devic
     elif names and rank == 0:
         print(f"frequencies of the classes are not known: {args.eval_only} has none for the {len(names)} classes of "
               f"{world.root}, and there is no --data {args.data} in it")
+    now, unknown = RUN_FLAGS | {"templates", "text_embeddings", "max_pixels"}, {"data": None, "seed": None}
+    trained = {k: v for k, v in (loaded.get("args") or unknown).items() if k not in now}
+    args = argparse.Namespace(**vars(args) | trained | {"root": str(world.root)})
     given = world.class_embeddings
+    if given is not None and tokenizer is not None:
+        raise SystemExit(f"{args.eval_only} has a text tower, which makes the class vectors: no --text-embeddings then")
     if tokenizer is None and given is not None and given.shape[1] != model.text_mlp[0].in_features:
         raise SystemExit(f"{args.eval_only} was trained on embeddings {model.text_mlp[0].in_features} wide, "
                          f"--text-embeddings has {given.shape[1]}")
@@ -2353,6 +2362,9 @@ def main(args: argparse.Namespace) -> None:
     resume = out / "checkpoint.pt" if args.resume in ("auto", "off") else Path(args.resume)
     if args.resume != "off" and (resume.is_file() or args.resume != "auto"):
         checkpoint = load_checkpoint(resume, vars(args), RUN_FLAGS)
+        if checkpoint.get("rows", sizes) != sizes:
+            raise SystemExit(f"{resume} was made with {checkpoint['rows']} rows of --data, which has {sizes} now: pass "
+                             "another --out, or --resume off to replace it")
         if tokenizer and checkpoint["bpe"] != "\n".join(tokenizer.merges):
             raise SystemExit(f"{resume} was made with other byte-pair merges than those of now (--data or --bpe has "
                              "changed): pass another --out, or --resume off to replace it")
@@ -2476,7 +2488,7 @@ def main(args: argparse.Namespace) -> None:
             prototypes = class_prototypes(model, tokenizer, world, device) if step + 1 == steps else None
             checkpoint = checkpoint_of(model, tokenizer, world, args, step + 1, prototypes)
             checkpoint |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng_state(device),
-                           "seconds": seconds_before + time.time() - started}
+                           "rows": sizes, "seconds": seconds_before + time.time() - started}
             save = functools.partial(torch.save, checkpoint)
             on_one_rank(rank, functools.partial(write_atomically, out / "checkpoint.pt", save))
         if is_stopped:

@@ -960,12 +960,13 @@ def read_labels(table: Table, class_names: list[str]) -> np.ndarray:
     ids |= dict.fromkeys((name for name, n in Counter(class_names).items() if n > 1), -1)  # a crane, and another
     labels = np.full(len(table), -1)
     for row in range(len(table)):
-        field = table.get(row, "label").split("|")[0].strip()
+        field = table.get(row, "label").strip("| ").split("|")[0].strip()
         if field:
             label = int(field) if field.isdecimal() and len(field) < 19 else ids.get(field, -1)  # of 64 bits
             if not 0 <= label < (len(class_names) or label + 1):
-                raise SystemExit(f"{table.path}: row {row + 1} has label {field[:100]!r}, not the number, nor a name "
-                                 f"that no other has, of the {len(class_names)} classes of classes.tsv")
+                known = f"nor a name that no other has, of the {len(class_names)} classes of classes.tsv"
+                raise SystemExit(f"{table.path}: row {row + 1} has label {field[:100]!r}, not the number, "
+                                 + (known if class_names else "and there is no classes.tsv for names"))
             labels[row] = label
     return labels
 
@@ -1002,7 +1003,7 @@ def locate_image(table: Table, row: int) -> tuple[Path, int, int]:
 @functools.lru_cache(maxsize=64)
 def open_npy(path: Path) -> np.ndarray:
     """Memory map of a uint8 array (N, H, W, 3)."""
-    array = np.load(path, mmap_mode="r")
+    array = np.lib.format.open_memmap(path, mode="r")  # np.load would take an .npz by another name
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
         raise ValueError(f"{path} holds {array.dtype} {array.shape}, expected uint8 (N, H, W, 3)")
     return array
@@ -1863,9 +1864,9 @@ def find_test_sets(names: list[str], root: Path) -> dict[str, Table]:
     paths = [Path(file) if file == name and Path(file).is_file() else root / file for name, file in zip(names, files)]
     is_unique = [sum(path.stem == other.stem for other in paths) == 1 for path in paths]
     stems = [path.stem if unique else f"{path.parent.name}-{path.stem}" for path, unique in zip(paths, is_unique)]
-    if len(set(stems)) < len(stems) or "run" in stems:
+    if len(set(stems)) < len(stems) or {"run", "loss", "step"} & set(stems):
         raise SystemExit(f"--eval-sets: {', '.join(map(str, paths))} would be called {', '.join(stems)} in "
-                         "metrics.json: names must differ, and run has another meaning there")
+                         "metrics.json: names must differ, and run, loss and step have other meanings in the logs")
     return {stem: Table(path) for stem, path in zip(stems, paths)}
 
 
@@ -2042,7 +2043,7 @@ def find_worlds(args: argparse.Namespace, root: Path) -> list[tuple[Table | None
         names, name = [row["name"] for row in read_classes(folder)], folder.resolve().name
         if not names:
             raise SystemExit(f"--transfer {folder}: no classes.tsv with a column name")
-        if any(name in test_sets for _, test_sets, _, _ in worlds) or name == "run":
+        if any(name in test_sets for _, test_sets, _, _ in worlds) or name in ("run", "loss", "step"):
             raise SystemExit(f"--transfer {folder}: {name} is taken in metrics.json, rename the folder")
         worlds.append((Table(folder / "train.tsv"), {name: Table(folder / "test.tsv")}, names, True))
     for bank, tests, names, is_transfer in worlds:  # now, not after the training
@@ -2207,6 +2208,9 @@ def main(args: argparse.Namespace) -> None:
     resume = out / "checkpoint.pt" if args.resume in ("auto", "off") else Path(args.resume)
     if args.resume != "off" and (resume.is_file() or args.resume != "auto"):
         checkpoint = load_checkpoint(resume, vars(args), RUN_FLAGS)
+        if checkpoint.get("rows", sizes) != sizes:
+            raise SystemExit(f"{resume} was made with {checkpoint['rows']} rows of --data, which has {sizes} now: pass "
+                             "another --out, or --resume off to replace it")
         student.load_state_dict(checkpoint["student"])
         teacher.load_state_dict(checkpoint["state_dict"] | {"head.prototypes": teacher.head.prototypes})
         for own, name in ((table.weight, "student_prototypes"), (teacher_prototypes, "dino_prototypes"),
@@ -2352,7 +2356,7 @@ def main(args: argparse.Namespace) -> None:
             checkpoint |= {"student": student.state_dict(), "student_prototypes": table.weight,
                            "prototype_state": table.state, "center": center, "usage": usage, "last_won": last_won,
                            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng_state(device),
-                           "seconds": seconds_before + time.time() - started}
+                           "rows": sizes, "seconds": seconds_before + time.time() - started}
             save = functools.partial(torch.save, checkpoint)
             on_one_rank(rank, functools.partial(write_atomically, out / "checkpoint.pt", save))
         if is_stopped:

@@ -1013,7 +1013,7 @@ def models_of_run(folder: Path, group: str, id_set: str, shifts: list[str], subs
                   n_of: dict[str, float]) -> dict:
     """One model of the robustness plot: {"model", "group", shift: (acc_id, n_id, acc, n)} from a run's folder."""
     told = read_json(folder / "args.json").get("args") or read_json(folder / "metrics.json").get("run")  # --eval-only
-    name = group or str(told.get("data", "runs") if isinstance(told, dict) else "runs")
+    name = group or str(told.get("data") or "runs" if isinstance(told, dict) else "runs")
     metrics, model = read_metrics(folder), {"model": str(folder), "group": name}
     id_path = folder / f"{id_set}.npz"
     other = {p.name.removesuffix("_test.npz") for p in folder.glob("transfer/*_test.npz")}  # worlds of other classes

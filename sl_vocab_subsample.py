@@ -200,6 +200,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--head-init is read by --head frozen and finetune: a learned head starts at random")
     if args.sampler != "instance" and ":" in args.data:
         parser.error("--sampler class and sqrt draw by class over all sets: no weights in --data then")
+    if args.sampler != "instance" and args.multi_label in ("all", "random"):
+        parser.error("--sampler class and sqrt draw by the first label: they need --multi-label first or drop")
+    if args.trim_shots and not args.trim_tail:
+        parser.error("--trim-shots is of --trim-tail, which is not given")
+    for flag in ("vocab_group", "vocab_power"):
+        if not args.vocab and getattr(args, flag) != parser.get_default(flag):
+            parser.error(f"--{flag.replace('_', '-')} is of --vocab, which is not given")
     if args.trim_tail and args.multi_label in ("all", "random"):
         parser.error("--trim-tail cuts by the first label: it needs --multi-label first or drop")
     if args.freeze_backbone and not args.init:
@@ -368,13 +375,14 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, smoothing: float =
 
 
 def adjustment_of(loss: str, tau: float, class_counts: torch.Tensor) -> torch.Tensor | None:
-    """[C] what is added to the logits in training: tau ln(count share); -inf for a class without images.
+    """[C] what is added to the logits in training: tau ln(count share); -inf for a class without images. class_counts:
+    images as often as the sampler draws them.
 
     balanced: Ren et al., arXiv 2007.10740, equation 4. logit-adjusted: Menon et al., arXiv 2007.07314, equation 10, the
     same at tau 1. Predictions are made without it.
     """
-    tau = {"balanced": 1.0, "logit-adjusted": tau}.get(loss, 0.0)
-    return tau * (class_counts.double() / class_counts.sum()).log().float() if tau else None
+    factor = {"balanced": 1.0, "logit-adjusted": tau}.get(loss, 0.0)
+    return factor * (class_counts.double() / class_counts.sum()).log().float() if factor else None
 
 
 # Copied from clip.py
@@ -1044,7 +1052,7 @@ def locate_image(table: Table, row: int) -> tuple[Path, int, int]:
 @functools.lru_cache(maxsize=64)
 def open_npy(path: Path) -> np.ndarray:
     """Memory map of a uint8 array (N, H, W, 3)."""
-    array = np.load(path, mmap_mode="r")
+    array = np.lib.format.open_memmap(path, mode="r")  # np.load would take an .npz by another name
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
         raise ValueError(f"{path} holds {array.dtype} {array.shape}, expected uint8 (N, H, W, 3)")
     return array
@@ -1747,9 +1755,9 @@ def find_test_sets(names: list[str], root: Path) -> dict[str, Table]:
     paths = [Path(file) if file == name and Path(file).is_file() else root / file for name, file in zip(names, files)]
     is_unique = [sum(path.stem == other.stem for other in paths) == 1 for path in paths]
     stems = [path.stem if unique else f"{path.parent.name}-{path.stem}" for path, unique in zip(paths, is_unique)]
-    if len(set(stems)) < len(stems) or "run" in stems:
+    if len(set(stems)) < len(stems) or {"run", "loss", "step"} & set(stems):
         raise SystemExit(f"--eval-sets: {', '.join(map(str, paths))} would be called {', '.join(stems)} in "
-                         "metrics.json: names must differ, and run has another meaning there")
+                         "metrics.json: names must differ, and run, loss and step have other meanings in the logs")
     return {stem: Table(path) for stem, path in zip(stems, paths)}
 
 
@@ -2035,6 +2043,8 @@ def main(args: argparse.Namespace) -> None:
         raise SystemExit(f"--head-init has vectors of width {prototypes.shape[1]}, --arch {args.arch} features of 384")
     model = Classifier(args.arch, C, prototypes, args.head == "frozen")
     fresh = load_tower(model, args.init) if args.init else ""
+    if args.freeze_backbone and args.head == "frozen" and not fresh:
+        raise SystemExit("--freeze-backbone with --head frozen leaves nothing to train")
     model.to(device)
     if args.arch in ("tiny", "RN50", "resnet50"):
         model.visual.to(memory_format=torch.channels_last)
@@ -2051,7 +2061,8 @@ def main(args: argparse.Namespace) -> None:
     if world_size > 1:
         warnings.filterwarnings("ignore", "`broadcast_buffers`")  # older torch does not know its new name
         net = DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
-    adjustment = adjustment_of(args.loss, args.tau, counts)
+    power = {"instance": 1.0, "sqrt": 0.5, "class": 0.0}[args.sampler]
+    adjustment = adjustment_of(args.loss, args.tau, torch.where(counts > 0, counts.double() ** power, 0))
     adjustment = None if adjustment is None else adjustment.to(device)
 
     # --- optimizer
@@ -2096,7 +2107,7 @@ def main(args: argparse.Namespace) -> None:
     if args.sampler == "instance":
         sampler = Sampler(sizes, shares, args.batch_size, args.seed, start, steps, rank, world_size)
     else:
-        power, first = (0.5 if args.sampler == "sqrt" else 0.0), [labels[:, 0] for labels in label_sets]
+        first = [labels[:, 0] for labels in label_sets]
         sampler = ClassSampler(first, power, args.batch_size, args.seed, start, steps, rank, world_size)
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=dict, num_workers=workers,
                                          pin_memory=device.type == "cuda", worker_init_fn=ignore_sigterm)

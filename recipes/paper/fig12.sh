@@ -13,8 +13,9 @@
 # Faults avoided: each set of weights once, with its own activation.
 #
 # In: fig2.sh; RAW and WEIGHTS as for fig1a.sh and fig1b.sh; in SETS, for cub, food101, pets, flowers102, places365,
-# eurosat, dtd: SET/names.txt, a class a line in label order, and class folders of these names in SET/test. Not run yet
-# on the real data; every line is parsed by tests/test_paper_recipes.py.
+# eurosat, dtd: SET/names.txt, a class a line in label order, and class folders of these names, without slashes
+# (Places365: apartment_building outdoor), in SET/test. Not run yet on the real data; every line is parsed by
+# tests/test_paper_recipes.py.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 ROOT=${ROOT:-data/imagenet} RAW=${RAW:-data/raw} WEIGHTS=${WEIGHTS:-data/weights} SETS=${SETS:-data/sets}

@@ -4,7 +4,7 @@
 #
 # Paper, Spearman on LAION-400M / LAION-2B: ImageNet .834 / .838 (1000 classes), CUB .957 / .949 (179), Food .902 /
 # .921 (101), Pets .848 / .831 (31), Flowers .824 / .816 (97), DTD .487 / .514 (46), EuroSAT .863 / .875 (10). Ours are
-# larger, in the median by 1.7 to 1.8 on ImageNet, by 1.1 to 1.25 elsewhere.
+# larger, in the median by a factor of 1.7 to 1.8 on ImageNet, of 1.1 to 1.25 elsewhere.
 #
 # Deviations: the figure has no released code; these are all classes with a name in both. Places365 is not among
 # theirs. Their EuroSAT counts satellite captions only, about 1000 times fewer.

@@ -7,7 +7,8 @@
 # LAION-2B .994, CC-12M .933, YFCC-15M .782, MetaCLIP-400M .761, MetaCLIP-2.5B .772. The top 10 % of the classes hold
 # 68 to 75 % of the matches, 46 % in MetaCLIP.
 #
-# Deviations: one plot instead of three panels; MetaCLIP's data card is summed by awk.
+# Deviations: one plot instead of three panels; MetaCLIP's data card is summed by awk; ImageNet-Captions' agreement with
+# the web sets (.18 to .38) is left out.
 # Faults avoided: classes x captions set tests in Python, all tokens pickled (theirs); an inverted index instead.
 #
 # In: fig2.sh (classes.tsv with the paper's negative words, cc12m, yfcc); RAW/laion400m, RAW/laion2b: their parquet

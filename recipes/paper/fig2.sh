@@ -11,8 +11,10 @@
 #  1. `{synonym}` draws among OpenAI's class name and WordNet's lemmas (theirs: the lemmas).
 #  2. Rows of ImageNet-Captions are put in order by a hash, not by Python's shuffle.
 #  3. Lemmas of several classes are left out for LAIONet as in theirs; how many of its images are still online differs.
-# Faults avoided: in YFCC15M-Cls no image stands twice (the released script repeats those of several classes, and ends
-# in an error); our tables have no quotes, img2dataset gets its own (theirs wrote with, read without); the class name is
+#  4. In YFCC15M-Cls an image of several classes is left out (the paper gives it several labels; its figures used a file
+#     without repeats that is not released; the released script repeats them, and ends in an error): other rows, so
+#     figures 1b, 6 and 13 differ in these too.
+# Faults avoided: our tables have no quotes, img2dataset gets its own (theirs wrote with, read without); the class name is
 # not written into captions but chosen at training time; LAIONet's images stay in tars (theirs: three million files).
 #
 # In, in ROOT: wnids.txt (n01440764 <tab> tench, in label order, with OpenAI's names, each once), templates.txt

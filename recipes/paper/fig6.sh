@@ -10,7 +10,8 @@
 #  1. SL on 100 classes has 1000 vectors and --vocab 100: the classes without an image are never drawn, so the softmax
 #     is over the 100, as with a head of 100.
 #  2. SL: decay on matrices only, cosine by step, evaluated at resize 224 (theirs: on all parameters, by epoch, 256).
-#  3. Features are gathered with gradient; what an epoch leaves over begins the next batch (theirs dropped it).
+#  3. A class that the tenth of all images would lose keeps a row (theirs: a plain draw).
+#  4. Features are gathered with gradient; what an epoch leaves over begins the next batch (theirs dropped it).
 # Faults avoided: (b) compared its own CLIP with open_clip's released one, of another recipe, run with the wrong
 # activation; here both are trained alike, and the released one has a line of its own. 12 million more images are still
 # more data and more concepts at once.

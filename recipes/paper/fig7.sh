@@ -7,7 +7,8 @@
 # -.02, -.21, -.24, -.26, -.27; rho(freq, NC2_W) .35, .25, .18, .62, .62, .69, .62. t-SNE is only looked at.
 #
 # Deviations: fewer checkpoints (see fig1b.sh). t-SNE of the class vectors of 80 prompts and of 50 images of each of 25
-# frequent and 8 rare classes, as in the paper; other classes are drawn.
+# frequent and 8 rare classes, as in the paper; other classes are drawn. The t-SNE of all 1000 classes' image means is
+# left out.
 # Faults avoided: class vectors are given centred too, uncentred NC2_W mostly measures their common mean; the t-SNE
 # model's QuickGELU weights run with QuickGELU; NC1 without C matrices of D x D (4.2 GB in theirs).
 #

@@ -1,0 +1,138 @@
+"""The trainers: what is not known is not made up, what is ignored is refused, what has changed is noticed."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from programs import answer
+
+import clip
+import dino_laionet as dino
+import evaluate
+import sl_vocab_subsample as sl
+
+FLAGS = "--batch-size 16 --steps 2 --log-every 1 --precision fp32 --device cpu --workers 0".split()
+DINO = ["--prototypes", "8", "--probe-images", "60", "--no-baselines"]
+
+
+def table(path, text):
+    path.write_text(text)
+    return clip.Table(path)
+
+
+@pytest.fixture(scope="module")
+def trained(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained")
+    assert answer(clip, "--root", world, "--eval-sets", "val", "--out", out, *FLAGS).returncode == 0
+    return out
+
+
+def test_released_weights_have_no_frequencies_of_their_own(world, trained, tmp_path):
+    """Scored by those of --data; exported they are still unknown, and no robustness plot has them among our runs."""
+    content = torch.load(trained / "checkpoint.pt", weights_only=True)
+    torch.save({k: content[k] for k in ("state_dict", "arch", "activation", "bpe")}, tmp_path / "raw.pt")
+    flags = ["--root", world, "--eval-sets", "val", "--device", "cpu", "--workers", "0"]
+    told = answer(clip, "--eval-only", tmp_path / "raw.pt", *flags, "--data", "incaps", "--export", tmp_path / "clip.pt",
+                  "--out", tmp_path / "a")
+    assert told.returncode == 0 and "those of --data incaps" in told.stdout, told.stderr
+    metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    assert metrics["run"]["data"] is None is metrics["run"]["seed"] and metrics["val"]["head"] is not None
+    exported = torch.load(tmp_path / "clip.pt", weights_only=True)
+    assert not exported["class_counts"].any() and exported["args"]["data"] is None
+    told = answer(clip, "--eval-only", tmp_path / "clip.pt", *flags, "--data", "laionet", "--out", tmp_path / "b")
+    assert "those of --data laionet" in told.stdout and told.returncode == 0
+    with np.load(tmp_path / "b" / "val.npz") as found, np.load(trained / "val.npz") as own:
+        assert np.array_equal(found["class_counts"], own["class_counts"])
+        assert np.array_equal(found["logits"], own["logits"])
+    assert evaluate.models_of_run(tmp_path / "b", "", "val", [], {}, {})["group"] == "runs"
+    told = answer(clip, "--eval-only", trained / "checkpoint.pt", *flags, "--data", "incaps", "--out", tmp_path / "c")
+    assert "those of --data" not in told.stdout, "a run of ours knows what it was trained on"
+    assert json.loads((tmp_path / "c" / "metrics.json").read_text())["run"]["data"] == "laionet"
+
+
+def test_class_vectors_beside_a_text_tower_are_refused(world, trained, tmp_path):
+    for name, n in (("t", 2), ("c", 120)):
+        np.save(tmp_path / f"{name}.npy", np.ones((n, 8), np.float32))
+    told = answer(clip, "--eval-only", trained / "checkpoint.pt", "--root", world, "--text-head", "frozen",
+                  "--text-embeddings", tmp_path / "t.npy", tmp_path / "c.npy", "--device", "cpu", "--out", tmp_path / "o")
+    assert told.returncode == 2 and "has a text tower" in told.stderr
+
+
+@pytest.mark.parametrize("module, more", [(clip, []), (dino, DINO)])
+def test_a_table_that_has_changed_is_noticed_on_resume(world, tmp_path, module, more):
+    flags = ["--root", world, "--eval-sets", "val", "--out", tmp_path, *FLAGS, *more]
+    assert answer(module, *flags).returncode == 0
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    torch.save(checkpoint | {"step": 1, "rows": [7]}, tmp_path / "checkpoint.pt")
+    told = answer(module, *flags)
+    assert told.returncode == 2 and "was made with [7] rows of --data" in told.stderr
+
+
+@pytest.mark.parametrize("name", ["loss", "step", "run"])
+def test_test_sets_are_not_called_as_what_the_log_has(world, tmp_path, name):
+    (tmp_path / f"{name}.tsv").write_text("image\tlabel\n")
+    for module in (clip, sl, dino):
+        with pytest.raises(SystemExit, match="other meanings in the logs"):
+            module.find_test_sets([str(tmp_path / f"{name}.tsv")], world)
+
+
+@pytest.mark.parametrize("module, flags, message", [
+    (clip, ["--text-head", "frozen", "--text-embeddings", "t.npy", "--bpe", "b.txt"], "of a text tower"),
+    (sl, ["--sampler", "class", "--multi-label", "random"], "draw by the first label"),
+    (sl, ["--trim-shots", "5"], "--trim-tail, which is not given"),
+    (sl, ["--vocab-group", "32"], "--vocab-group is of --vocab"),
+    (sl, ["--vocab-power", "0"], "--vocab-power is of --vocab"),
+])
+def test_flags_without_an_effect_are_refused(module, flags, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        module.parse_args(flags)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_nothing_to_train_is_refused(world, trained, tmp_path):
+    told = answer(sl, "--root", world, "--init", trained / "checkpoint.pt", "--head", "frozen", "--head-init",
+                  trained / "checkpoint.pt", "--freeze-backbone", "--out", tmp_path, *FLAGS)
+    assert told.returncode == 2 and "nothing to train" in told.stderr
+
+
+@pytest.mark.parametrize("sampler, power", [("instance", 1), ("sqrt", 0.5), ("class", 0)])
+def test_a_balanced_softmax_adds_the_prior_of_what_is_drawn(world, tmp_path, monkeypatch, sampler, power):
+    seen, adjustment_of = [], sl.adjustment_of
+    monkeypatch.setattr(sl, "adjustment_of", lambda *args: seen.append(adjustment_of(*args)) or seen[-1])
+    told = answer(sl, "--root", world, "--eval-sets", "val", "--loss", "balanced", "--sampler", sampler, "--out", tmp_path,
+                  *FLAGS)
+    assert told.returncode == 0, told.stderr
+    with np.load(tmp_path / "val.npz") as file:
+        counts = file["class_counts"].astype(float)
+    drawn = np.where(counts > 0, counts**power, 0)
+    with np.errstate(divide="ignore"):
+        assert seen[0].numpy() == pytest.approx(np.log(drawn / drawn.sum()), rel=1e-5)
+
+
+def test_labels_and_names_at_the_edge(tmp_path):
+    """The first of several labels may be empty; a name may have no letter; a name needs classes."""
+    assert clip.read_labels(table(tmp_path / "a.tsv", "image\tlabel\nx\t|3\nx\t3|1\nx\t|\n"), []).tolist() == [3, 3, -1]
+    with pytest.raises(SystemExit, match="there is no classes.tsv"):
+        clip.read_labels(table(tmp_path / "b.tsv", "image\tlabel\nx\tcat\n"), [])
+    classes = [dict(name="☂"), dict(name="cat", synonyms="=^.^=")]
+    captions = ["rain ☂!", "a☂", "my cat", "so =^.^= it is", "a concatenation"]
+    assert clip.match_classes(captions, classes).tolist() == [1, 2]
+
+
+def test_a_class_that_a_mixture_all_but_lost_is_still_there(tmp_path):
+    """As in the other trainers: 0.2 images are not none."""
+    classes, sets = [dict(name=name) for name in "ab"], []
+    for name, labels in (("x", [1] + [0] * 99), ("y", [0] * 100)):
+        rows = table(tmp_path / f"{name}.tsv", "image\tlabel\tcaption\n" + "".join(f"i\t{c}\tt\n" for c in labels))
+        sets.append(clip.Captions(rows, np.array(labels), ["{caption}"], classes, 0))
+    assert clip.count_classes(sets, np.array([0.1, 0.9]), classes).tolist() == [200, 1]
+
+
+def test_an_npz_by_another_name_is_no_picture(tmp_path):
+    with open(tmp_path / "a.npy", "wb") as file:
+        np.savez(file, x=np.zeros(3))
+    rows = table(tmp_path / "a.tsv", "image\na.npy:0\n")
+    assert clip.read_image(rows, 0, 1, 10**6) == "no .npy file of uint8 (N, H, W, 3)"
+    with pytest.raises(SystemExit, match="images of"):
+        clip.load_pixels([rows])

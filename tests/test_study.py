@@ -59,7 +59,7 @@ def test_page_of_known_results(tmp_path):
     text = (tmp_path / "shapes.md").read_text()
     assert "| 1 | Supervised learning and CLIP" in text
     assert "| reproduces | 6 | 0 | 0 | reproduces |" in text.split("| 2 |")[0]
-    assert "| rho(freq, acc): SL matched - CLIP | 0.300 ± 0.025 | 0.120 |" in text
+    assert "| rho(freq, acc): SL matched - CLIP | 0.300 ± 0.025 | 0.126 |" in text
     row = "| rho(freq, pred), CLIP templates: masked - kept | 0.000 ± 0.745 |  | -0.300, 0.000, 0.300 | open (over 100 worlds) |"
     assert row in text
     assert (tmp_path / "shapes_1.png").stat().st_size > 5000

@@ -1743,28 +1743,34 @@ def imbalance_metrics(predictions: np.ndarray, labels: np.ndarray, class_counts:
     }
 
 
-def retrieval_metrics(
-    image_features: torch.Tensor, text_features: torch.Tensor, image_ids: np.ndarray
-) -> dict[str, float]:
+def retrieval_metrics(image_features: torch.Tensor, text_features: torch.Tensor, image_ids: np.ndarray,
+                      caption_ids: np.ndarray | None = None) -> dict[str, float]:
     """Recall at 1, 5 and 10 of texts for an image and of images for a text; any text of an image is right for it.
 
     image_features: [n_images, D]; text_features: [n, D]; image_ids: [n] the image of each text. Unit vectors.
+    caption_ids: [n], equal for equal captions: a caption that several images have is right for each of them.
     The rank of the best right item counts the wrong items with a higher or an equal score (a constant model has rank
-    last; NaN is wrong), and the same caption of another image is a wrong item. Queries go in chunks: memory is
-    O(chunk * n).
+    last; NaN is wrong). Queries go in chunks: memory is O(chunk * n).
     """
-    owner = torch.as_tensor(image_ids, device=image_features.device)  # [n]
-    ranks = {"i2t": [], "t2i": []}
+    device = image_features.device
+    owner = torch.as_tensor(image_ids, device=device)  # [n]
+    group = np.unique(np.arange(len(owner)) if caption_ids is None else caption_ids, return_inverse=True)[1]
+    group, ranks = torch.from_numpy(group).to(device), {"i2t": [], "t2i": []}
     with exact_matmul():
-        for start in range(0, len(image_features), 256):
-            scores = image_features[start : start + 256] @ text_features.T  # [chunk, n]
-            right = owner[None] == torch.arange(start, start + len(scores), device=owner.device)[:, None]
-            best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-            ranks["i2t"].append((~(scores < best) & ~right).sum(1))
-        for start in range(0, len(text_features), 256):
-            scores = text_features[start : start + 256] @ image_features.T  # [chunk, n_images]
-            right = F.one_hot(owner[start : start + 256], len(image_features)).bool()
-            ranks["t2i"].append((~(scores < scores[right][:, None]) & ~right).sum(1))
+        for way, queries, items in ("i2t", image_features, text_features), ("t2i", text_features, image_features):
+            for start in range(0, len(queries), 256):
+                scores = queries[start : start + 256] @ items.T  # [chunk, items]
+                if way == "i2t":
+                    has_group = torch.zeros(len(scores), len(group), dtype=torch.bool, device=device)
+                    mine = (owner >= start) & (owner < start + len(scores))
+                    has_group[owner[mine] - start, group[mine]] = True
+                    right = has_group[:, group]
+                else:
+                    query, text = (group[start : start + 256, None] == group).nonzero(as_tuple=True)
+                    right = torch.zeros_like(scores, dtype=torch.bool)
+                    right[query, owner[text]] = True
+                best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+                ranks[way].append((~(scores < best) & ~right).sum(1))
     return {f"{way}_r{k}": float((torch.cat(ranks[way]) < k).double().mean()) for way in ranks for k in (1, 5, 10)}
 
 
@@ -1828,8 +1834,9 @@ def evaluate(model: CLIP, tokenizer: Tokenizer | None, world: World, workers: in
             first = torch.from_numpy(first).to(device)
             captions = [table.get(row, "caption") for row in rows]
             texts = F.normalize(encode_texts(model, tokenizer, captions, device), dim=1)
-            result["retrieval"] = retrieval_metrics(features[first], texts, image_ids)
-            extra = {"text_features": texts.cpu().numpy().astype(np.float16),
+            caption_ids = np.array([caption_id(caption) for caption in captions])
+            result["retrieval"] = retrieval_metrics(features[first], texts, image_ids, caption_ids)
+            extra = {"text_features": texts.cpu().numpy().astype(np.float16), "caption_ids": caption_ids,
                      "image_ids": first.cpu().numpy()[image_ids]}  # the row of each caption's image
         metrics[name] = result
         if npz_folder is not None and (not dist.is_initialized() or dist.get_rank() == 0):

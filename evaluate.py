@@ -152,7 +152,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--draws", type=count, default=5, help="draws of the images; the interval is over them")
     p.add_argument("--C", type=strength, default=0.316, help="inverse strength, as scikit-learn's")
     p = command("retrieval", "recall at k of texts for images and images for texts", device)
-    p.add_argument("files", nargs="+", help="features [n_images, D], text_features [n, D], image_ids [n]")
+    p.add_argument("files", nargs="+", help="features [n_images, D], text_features [n, D], image_ids [n]; caption_ids "
+                                             "[n], equal for equal captions, which are right for all of their images")
     p.add_argument("--k", nargs="+", type=count, default=[1, 5, 10], help="places that count")
     p = command("calibration", "expected calibration error, temperature, reliability", files)
     p.add_argument("--bins", type=count, default=15, help="confidence bins")
@@ -1583,6 +1584,31 @@ def retrieval_ranks(images: np.ndarray, texts: np.ndarray, owner: np.ndarray,
     return (torch.cat(before).round().long() - own).cpu().numpy(), ((t2i + len(x)) / 2).round().long().cpu().numpy() - 1
 
 
+def shared_ranks(images: np.ndarray, texts: np.ndarray, owner: np.ndarray, group: np.ndarray,
+                 device: str) -> tuple[np.ndarray, np.ndarray]:
+    """retrieval_ranks where captions repeat: one that several images have is right for each of them.
+
+    group: [n] number of each text's caption. All scores are made twice.
+    """
+    x, t, owner, group = (torch.as_tensor(v).to(device) for v in (images, texts, owner, group))
+    best, before, t2i = torch.full((len(t),), -torch.inf, device=device), [], torch.zeros(len(t), device=device)
+    for is_counted in (False, True):  # the best right image of each text is known after all images
+        for start in range(0, len(x), 256):
+            with exact_matmul():
+                scores = x[start : start + 256] @ t.T
+            has_group = torch.zeros(len(scores), int(group.max()) + 1, dtype=torch.bool, device=device)
+            mine = (owner >= start) & (owner < start + len(scores))
+            has_group[owner[mine] - start, group[mine]] = True
+            right = has_group[:, group]  # [256, n]
+            of_right = scores.masked_fill(~right, -torch.inf)
+            if is_counted:
+                before.append(((scores >= of_right.amax(1, keepdim=True) - 2e-6) & ~right).sum(1))
+                t2i += ((scores >= best - 2e-6) & ~right).sum(0)
+            else:
+                best = torch.maximum(best, of_right.amax(0))
+    return torch.cat(before).cpu().numpy(), t2i.round().long().cpu().numpy()
+
+
 def retrieval(paths: list[str], ks: list[int], boot: int, seed: int, device: str) -> dict:
     """Recall at k, texts for an image (any of its texts) and images for a text; intervals resample images."""
     rows = {}
@@ -1602,7 +1628,13 @@ def retrieval(paths: list[str], ks: list[int], boot: int, seed: int, device: str
         check_finite_rows(path, "text_features", texts)
         images, texts = (torch.nn.functional.normalize(torch.from_numpy(v.astype(np.float32)), dim=1).numpy()
                          for v in (images[used], texts))
-        i2t, t2i = retrieval_ranks(images, texts, owner.astype(np.int64), device)
+        captions = data.get("caption_ids", np.arange(len(texts)))
+        refuse(captions.shape != (len(texts),), f"{path}: caption_ids {captions.shape}, expected one a text")
+        captions, owner = np.unique(captions, return_inverse=True)[1], owner.astype(np.int64)
+        if captions.max() + 1 < len(texts):
+            i2t, t2i = shared_ranks(images, texts, owner, captions, device)
+        else:
+            i2t, t2i = retrieval_ranks(images, texts, owner, device)
         rng, n, n_texts = np.random.default_rng(seed), len(images), np.bincount(owner)
         is_hit, n_hits = {k: i2t < k for k in ks}, {k: np.bincount(owner, t2i < k) for k in ks}
         draws = {f"{way}{what}": [] for what in (*(f"_r{k}" for k in ks), " median rank") for way in ("i2t", "t2i")}

@@ -13,12 +13,14 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy import stats
 
 import clip
+import evaluate
 
 # ------------------------------------------------------------------------------ Table
 
@@ -729,6 +731,32 @@ def test_retrieval_equals_brute_force(n_images, n, levels):
     texts = generator.integers(-levels, levels + 1, (n, 6)) + images[owner]
     ours = clip.retrieval_metrics(torch.from_numpy(images).float(), torch.from_numpy(texts).float(), owner)
     assert ours == pytest.approx(slow_retrieval(images, texts, owner))
+
+
+@pytest.mark.parametrize("n_images, n, n_captions", [(300, 700, 200), (300, 700, 5), (6, 6, 1)])
+def test_a_caption_of_several_images_is_right_for_each(n_images, n, n_captions):
+    """methods.md M: duplicates are grouped, any image of the group is right; here and in evaluate.py, by brute force."""
+    rng = np.random.default_rng(n_captions)
+    owner = rng.permutation(np.r_[np.arange(n_images), rng.integers(n_images, size=n - n_images)])
+    captions, kinds = rng.integers(n_captions, size=n) - 2**62, rng.normal(size=(n_captions, 16))
+    texts = F.normalize(torch.from_numpy(kinds[captions + 2**62]).float(), dim=1)
+    noise = torch.from_numpy(0.4 * rng.normal(size=(n_images, 16))).float()
+    images = F.normalize(texts[np.unique(owner, return_index=True)[1]] + noise, dim=1)
+    scores = (images.double() @ texts.double().T).numpy()
+    has = np.zeros((n_images, n_captions), bool)
+    has[owner, captions + 2**62] = True
+    right = has[:, captions + 2**62]
+    i2t = np.array([(row[~ok] >= row[ok].max() - 1e-6).sum() for row, ok in zip(scores, right)])
+    t2i = np.array([(row[~ok] >= row[ok].max() - 1e-6).sum() for row, ok in zip(scores.T, right.T)])
+    assert n_captions > 1 or not i2t.any() and not t2i.any()
+    ours = clip.retrieval_metrics(images, texts, owner, captions)
+    assert ours == pytest.approx({f"{way}_r{k}": (rank < k).mean() for way, rank in (("i2t", i2t), ("t2i", t2i))
+                                  for k in (1, 5, 10)}, abs=2 / n_images)
+    group = np.unique(captions, return_inverse=True)[1]
+    found = evaluate.shared_ranks(images.numpy(), texts.numpy(), owner, group, "cpu")
+    assert all(np.mean(a != b) < 0.01 for a, b in zip(found, (i2t, t2i)))
+    alone = evaluate.shared_ranks(images.numpy(), texts.numpy(), owner, np.arange(n), "cpu")
+    assert all(map(np.array_equal, alone, evaluate.retrieval_ranks(images.numpy(), texts.numpy(), owner, "cpu")))
 
 
 def test_constant_features_rank_last():

@@ -535,7 +535,13 @@ def with_reports(tables, others):
             if os.path.exists(f"{path}.partial"):
                 print(f"note: {path}.partial is of a run that was killed; it is made anew", file=sys.stderr)
         for path in others:  # of a killed run that called its table so
-            Path(f"{path}.json.partial").unlink(missing_ok=True)
+            if os.path.exists(f"{path}.json.partial"):
+                with open(f"{path}.json.partial", "ab") as lock:
+                    try:
+                        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except BlockingIOError:
+                        raise SystemExit(f"{path}: another process is writing it; wait") from None
+                Path(f"{path}.json.partial").unlink(missing_ok=True)
         yield
     finally:  # what has no report by now will have none
         for path, lock in locks.items():
@@ -1642,16 +1648,17 @@ def sample_row(sample, label, classes, beside, counts):
     label, caption, fields = sample_fields(texts, label, *classes, counts)
     losses = {"without an image": image is None,
               "file name with a tab, line break or invalid UTF-8": not is_writable_name(image or ""),
-              "empty image": n_bytes == 0, "neither caption nor label": not caption and label == "",
-              "texts of more than 10 MiB": is_long([caption, *map(tsv_field, fields.values())])}  # fmt: skip
+              "empty image": n_bytes == 0, "neither caption nor label": not caption and label == ""}  # fmt: skip
     loss = next(filter(losses.get, losses), "")
-    counts[loss] += bool(loss)
     row_of, extra = beside
     if extra and not loss:
         place = row_of.get(key.rpartition("/")[2].partition(".")[0])  # a file's key has its suffix
         counts["not in the parquet"] += place is None
         if place is not None:
             fields = {**{column: values[place] for column, values in extra.items()}, **fields}
+    if not loss and is_long([caption, *map(tsv_field, fields.values())]):
+        loss = "texts of more than 10 MiB"
+    counts[loss] += bool(loss)
     return loss, label, caption, fields
 
 
@@ -1978,7 +1985,8 @@ def build_index(sources, out, holdout, classes, workers, seed):
         write_tsv(out, columns, rows_of(results, jobs, ".train"))
     if names and not classes:
         classes = beside
-        write_tsv(beside, ("name", "synonyms", "definition"), [dict(name=name) for name in names])
+        with with_reports([], [beside]):
+            write_tsv(beside, ("name", "synonyms", "definition"), [dict(name=name) for name in names])
 
     warnings, is_bare = [w for r in results for w in r["warnings"]], [r["stats"] is None for r in results]
     if not all(is_bare):  # img2dataset writes it last
@@ -4012,7 +4020,7 @@ def find_classes(given, table):
 
 def label_number(field, ids, n_classes):
     """The class number in a label field (3, 3.0, `3|17`, a name or wnid); -1: empty; None: no such class."""
-    field = field.split("|")[0].strip()
+    field = field.strip("| ").split("|")[0].strip()
     if not field:
         return -1
     # pandas makes floats of integers where one is missing
@@ -4779,9 +4787,11 @@ def subset_tables(tables, out, threshold, class_list, match_frequency, fill, sho
     known = find_classes(classes, paths[0])
     column, _, least = threshold.rpartition("=") if threshold else (None, "", "nan")
     hashes, labels, values = scan_rows(paths, key, seed, known, column)
-    fill_column = column if fill and column in open_tables(fill_paths)[0] else None
-    if fill and column and not fill_column:
-        print(f"note: --fill has no column {column}: its rows are taken whatever --threshold says", file=sys.stderr)
+    lacking = [path for path in fill_paths if column and column not in read_table(path)[0]]
+    fill_column = column if fill and not lacking else None
+    if lacking:
+        print(f"note: --fill: no column {column} in {lacking[0]}: its rows are taken whatever --threshold says",
+              file=sys.stderr)
     n, more = len(hashes), scan_rows(fill_paths, key, seed, known, fill_column)
     hashes, labels = ranks_of(np.concatenate([hashes, more[0]])), np.concatenate([labels, more[1]])
     n_classes = len(known[0]) or int(labels.max(initial=-1)) + 1
@@ -5015,9 +5025,8 @@ def outputs_of(args):
     beside = dict(laionet="all", dedup="pairs", curate="entries", status="classes")
     beside["frequency"] = "sample" if getattr(args, "sample", 0) else ""
     kind = beside.get(args.command)
-    if args.command == "index":  # train and val appear together: other cuts may share images
-        val, classes = (os.path.join(os.path.dirname(args.out), name) for name in ("val.tsv", "classes.tsv"))
-        return [args.out, *([val] if args.holdout else [])], [] if os.path.exists(classes) else [classes]
+    if args.command == "index" and args.holdout:  # they appear together: other cuts may share images
+        return [args.out, os.path.join(os.path.dirname(args.out), "val.tsv")], []
     return [args.out], [f"{args.out.removesuffix('.tsv')}.{kind}.tsv"] if kind else []
 
 

@@ -2223,9 +2223,9 @@ class RunLog:
             sys.stdout.flush()
 
 
-def root_of(root: str, data: str) -> Path:
+def root_of(root: str, data: str | None) -> Path:
     """Folder of the world: --root; if that is auto, of the first TSV of --data, else the built-in world's."""
-    files = [part.strip() for part in data.split(",") if re.search(r"\.tsv(:[\d.]+)?$", part.strip())]
+    files = [part.strip() for part in (data or "").split(",") if re.search(r"\.tsv(:[\d.]+)?$", part.strip())]
     return Path(root) if root != "auto" else Path(files[0]).parent if files else Path(SHAPES_ROOT)
 
 
@@ -2237,6 +2237,7 @@ def evaluate_checkpoint(args: argparse.Namespace, world: World, rank: int, devic
     model, tokenizer, loaded = build_model(args, world.root, [], 0)
     world.classes = world.classes or [{"name": name} for name in loaded.get("class_names", [])]
     names = [row["name"] for row in world.classes]
+    world.class_counts = np.zeros(len(names), np.int64)
     sets = [part.strip().split(":")[0] for part in args.data.split(",")]
     world.has_own_counts = names == loaded.get("class_names") and bool(loaded["class_counts"].any())
     if world.has_own_counts:
@@ -2249,7 +2250,8 @@ def evaluate_checkpoint(args: argparse.Namespace, world: World, rank: int, devic
         print(f"frequencies of the classes are not known: {args.eval_only} has none for the {len(names)} classes of "
               f"{world.root}, and there is no --data {args.data} in it")
     now, unknown = RUN_FLAGS | {"templates", "text_embeddings", "max_pixels"}, {"data": None, "seed": None}
-    trained = {k: v for k, v in (loaded.get("args") or unknown).items() if k not in now}
+    trained = loaded["args"] if "class_names" in loaded and isinstance(loaded.get("args"), dict) else unknown
+    trained = {k: v for k, v in trained.items() if k not in now}
     args = argparse.Namespace(**vars(args) | trained | {"root": str(world.root)})
     given = world.class_embeddings
     if given is not None and tokenizer is not None:

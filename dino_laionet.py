@@ -1976,9 +1976,9 @@ class RunLog:
 
 
 # Copied from clip.py
-def root_of(root: str, data: str) -> Path:
+def root_of(root: str, data: str | None) -> Path:
     """Folder of the world: --root; if that is auto, of the first TSV of --data, else the built-in world's."""
-    files = [part.strip() for part in data.split(",") if re.search(r"\.tsv(:[\d.]+)?$", part.strip())]
+    files = [part.strip() for part in (data or "").split(",") if re.search(r"\.tsv(:[\d.]+)?$", part.strip())]
     return Path(root) if root != "auto" else Path(files[0]).parent if files else Path(SHAPES_ROOT)
 
 

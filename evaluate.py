@@ -16,7 +16,7 @@
     python evaluate.py probe runs/dino/transfer/unseen_train.npz runs/dino/transfer/unseen_test.npz
     python evaluate.py knn runs/dino/transfer runs/sampled/transfer --sets unseen    # unseen_train.npz, _test.npz
     python evaluate.py fewshot runs/dino/transfer/unseen_train.npz runs/dino/transfer/unseen_test.npz --shots 1 4
-    python evaluate.py retrieval pairs.npz                                      # features, text_features, image_ids
+    python evaluate.py retrieval pairs.npz              # features, text_features, image_ids, caption_ids (optional)
     python evaluate.py calibration runs/clip/val.npz --plot reliability.png
     python evaluate.py concepts shared laion.tsv yfcc.tsv cc12m.tsv --plot tail.png
     python evaluate.py report runs/sl runs/clip collapse.json --out report.html  # runs, and --json of other commands
@@ -135,7 +135,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--subset", nargs="*", type=pair(), default=[], metavar="SHIFT=FILE", help="classes of a shift, as "
                    "imbalance's --classes; without it, those that its labels have")
     p.add_argument("--n", nargs="*", type=pair(between(1, kind=float)), default=[], metavar="SET=N",
-                   help="images of a table's test sets, for intervals")
+                   help="images of test sets where tables and runs do not say it, for intervals")
     p.add_argument("--split", nargs="*", type=pair(between(1e-6, 1 - 1e-6, float)), default=[], metavar="SHIFT=ACC",
                    help="two lines, left and right of this ID accuracy, for sets chosen against one model")
     p = command("compare", "two models on the same images: paired bootstrap, McNemar's test; A's thirds", counted)
@@ -1613,7 +1613,7 @@ def retrieval(paths: list[str], ks: list[int], boot: int, seed: int, device: str
     """Recall at k, texts for an image (any of its texts) and images for a text; intervals resample images."""
     rows = {}
     for name, path in zip(short_names(paths), paths):
-        data = read_npz(path, ("features", "text_features", "image_ids"))
+        data = read_npz(path, ("features", "text_features", "image_ids", "caption_ids"))
         sides = [data.get(key, np.zeros(0)) for key in ("features", "text_features")]
         if any(v.ndim != 2 or 0 in v.shape or v.dtype.kind not in "fiu" for v in sides):
             raise SystemExit(f"{path}: needs features [n_images, D] and text_features [n, D]; found {', '.join(data)}")

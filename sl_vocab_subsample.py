@@ -204,9 +204,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--sampler class and sqrt draw by the first label: they need --multi-label first or drop")
     if args.trim_shots and not args.trim_tail:
         parser.error("--trim-shots is of --trim-tail, which is not given")
-    for flag in ("vocab_group", "vocab_power"):
-        if not args.vocab and getattr(args, flag) != parser.get_default(flag):
-            parser.error(f"--{flag.replace('_', '-')} is of --vocab, which is not given")
     if args.trim_tail and args.multi_label in ("all", "random"):
         parser.error("--trim-tail cuts by the first label: it needs --multi-label first or drop")
     if args.freeze_backbone and not args.init:
@@ -220,6 +217,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                  "eval_every", "max_bad", "vocab_power", "vocab_group", "trim_tail", "trim_shots", "tau"):
         if not 0 <= getattr(args, flag) < 2**32:  # numpy's seeds; NaN is not
             parser.error(f"--{flag.replace('_', '-')} must be at least 0 and below 2**32, got {getattr(args, flag)}")
+    for flag in ("vocab_group", "vocab_power"):
+        if not args.vocab and getattr(args, flag) != parser.get_default(flag):
+            parser.error(f"--{flag.replace('_', '-')} is of --vocab, which is not given")
     return args
 
 
@@ -1984,9 +1984,9 @@ def evaluate_file(args: argparse.Namespace, root: Path, rank: int, device: torch
 
 
 # Copied from clip.py
-def root_of(root: str, data: str) -> Path:
+def root_of(root: str, data: str | None) -> Path:
     """Folder of the world: --root; if that is auto, of the first TSV of --data, else the built-in world's."""
-    files = [part.strip() for part in data.split(",") if re.search(r"\.tsv(:[\d.]+)?$", part.strip())]
+    files = [part.strip() for part in (data or "").split(",") if re.search(r"\.tsv(:[\d.]+)?$", part.strip())]
     return Path(root) if root != "auto" else Path(files[0]).parent if files else Path(SHAPES_ROOT)
 
 

@@ -734,7 +734,7 @@ def test_retrieval_equals_brute_force(n_images, n, levels):
 
 
 @pytest.mark.parametrize("n_images, n, n_captions", [(300, 700, 200), (300, 700, 5), (6, 6, 1)])
-def test_a_caption_of_several_images_is_right_for_each(n_images, n, n_captions):
+def test_a_caption_of_several_images_is_right_for_each(tmp_path, n_images, n, n_captions):
     """methods.md M: duplicates are grouped, any image of the group is right; here and in evaluate.py, by brute force."""
     rng = np.random.default_rng(n_captions)
     owner = rng.permutation(np.r_[np.arange(n_images), rng.integers(n_images, size=n - n_images)])
@@ -755,6 +755,9 @@ def test_a_caption_of_several_images_is_right_for_each(n_images, n, n_captions):
     group = np.unique(captions, return_inverse=True)[1]
     found = evaluate.shared_ranks(images.numpy(), texts.numpy(), owner, group, "cpu")
     assert all(np.mean(a != b) < 0.01 for a, b in zip(found, (i2t, t2i)))
+    np.savez(tmp_path / "pairs.npz", features=images, text_features=texts, image_ids=owner, caption_ids=captions)
+    row = next(iter(evaluate.retrieval([str(tmp_path / "pairs.npz")], [1, 5, 10], 0, 0, "cpu")["rows"].values()))
+    assert {name: row[name]["value"] for name in ours} == pytest.approx(ours, abs=2 / n_images)
     alone = evaluate.shared_ranks(images.numpy(), texts.numpy(), owner, np.arange(n), "cpu")
     assert all(map(np.array_equal, alone, evaluate.retrieval_ranks(images.numpy(), texts.numpy(), owner, "cpu")))
 

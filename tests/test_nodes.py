@@ -25,6 +25,10 @@ def test_nodes_continue_from_the_same_checkpoint_or_not_at_all(world, tmp_path, 
     env = ENV | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": "0"}
     nodes = [subprocess.Popen([sys.executable, ROOT / script, *map(str, flags), "--steps", "2", "--out", tmp_path / rank],
                               env=env | {"RANK": rank}, stdout=-3, stderr=-1, text=True) for rank in "01"]
-    for node in nodes:
-        _, told = node.communicate(timeout=200)
-        assert node.returncode == 2 and "not the same on all nodes" in told, told[-2000:]
+    try:
+        for node in nodes:
+            _, told = node.communicate(timeout=200)
+            assert node.returncode == 2 and "not the same on all nodes" in told, told[-2000:]
+    finally:
+        for node in nodes:
+            node.kill()

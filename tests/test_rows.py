@@ -51,7 +51,7 @@ def test_texts_that_no_table_can_hold_are_lost_samples(folder):
     told(folder, "index", "0.tar", "--out", "t.tsv")
     assert [row["caption"] for row in read(folder / "t.tsv")] == ["a cat"]
     assert json.loads((folder / "t.tsv.json").read_text())["counts"]["texts of more than 10 MiB"] == 1
-    (folder / "c.csv").write_text(f"caption,more\n{'x' * 6 * 2**20},{'y' * 6 * 2**20}\nlion,b\n")
+    (folder / "c.csv").write_text(f"caption,more\n\"{'x' * 6 * 2**20}\n{'y' * 6 * 2**20}\",a\nlion,b\n")
     told(folder, "label", "c.csv", "--classes", "classes.tsv", "--skip-bad", "--out", "l.tsv")
     assert [row["caption"] for row in read(folder / "l.tsv")] == ["lion"]
 

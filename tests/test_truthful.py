@@ -1,5 +1,6 @@
 """The trainers: what is not known is not made up, what is ignored is refused, what has changed is noticed."""
 
+import argparse
 import json
 
 import numpy as np
@@ -46,6 +47,24 @@ def test_released_weights_have_no_frequencies_of_their_own(world, trained, tmp_p
         assert np.array_equal(found["class_counts"], own["class_counts"])
         assert np.array_equal(found["logits"], own["logits"])
     assert evaluate.models_of_run(tmp_path / "b", "", "val", [], {}, {})["group"] == "runs"
+    bare = tmp_path / "bare"  # a root without classes.tsv has those of the checkpoint
+    bare.mkdir()
+    for suffix in ("npy", "tsv"):
+        (bare / f"val.{suffix}").write_bytes((world / f"val.{suffix}").read_bytes())
+    told = answer(clip, "--eval-only", tmp_path / "clip.pt", *flags[2:], "--root", bare, "--out", tmp_path / "d")
+    assert told.returncode == 0 and "frequencies of the classes are not known" in told.stdout, told.stderr
+    assert json.loads((tmp_path / "d" / "metrics.json").read_text())["val"]["spearman_acc"] is None
+    for script in (clip, sl):  # without --root: the built-in world, here one that is there
+        (tmp_path / "home" / "data").mkdir(parents=True, exist_ok=True)
+        if not (tmp_path / "home" / "data" / "shapes").exists():
+            (tmp_path / "home" / "data" / "shapes").symlink_to(world)
+        told = answer(script, "--eval-only", tmp_path / "clip.pt", *flags[2:], folder=tmp_path / "home")
+        assert told.returncode == (0 if script is clip else 2) and "Traceback" not in told.stderr, told.stderr
+    others = {"args": argparse.Namespace(data="theirs"), "state_dict": content["state_dict"], "bpe": content["bpe"]}
+    torch.save(others, tmp_path / "theirs.pt")
+    told = answer(clip, "--eval-only", tmp_path / "theirs.pt", *flags, "--arch", "tiny", "--activation", "gelu", "--out",
+                  tmp_path / "e")
+    assert "Traceback" not in told.stderr and told.returncode in (0, 2), told.stderr
     told = answer(clip, "--eval-only", trained / "checkpoint.pt", *flags, "--data", "incaps", "--out", tmp_path / "c")
     assert "those of --data" not in told.stdout, "a run of ours knows what it was trained on"
     assert json.loads((tmp_path / "c" / "metrics.json").read_text())["run"]["data"] == "laionet"

@@ -884,7 +884,7 @@ def test_what_is_wrong_with_a_test_set_is_told_before_training(own_pairs, tmp_pa
         run_here(*flags, "flickr")
     (own_pairs / "empty.npy").touch()
     (own_pairs / "empty.tsv").write_text("image\tlabel\tcaption\nempty.npy:0\t0\ta\n")
-    with pytest.raises(SystemExit, match="images of own/empty.tsv: No data left"):
+    with pytest.raises(SystemExit, match="images of own/empty.tsv: EOF"):
         run_here(*flags, "empty")
     assert not (tmp_path / "runs").exists()
 

@@ -125,6 +125,7 @@ def test_the_loop_is_plain_dino(world, tmp_path, M, centering, optimizer, n_loca
         assert all(torch.equal(a, b) for a, b in pairs + others)
     else:
         assert np.allclose([line["loss"] for line in log_of(tmp_path)], losses, rtol=1e-5)
-        assert all(torch.allclose(a, b, rtol=0, atol=1e-6) for a, b in pairs)
+        close = 1e-6 if optimizer == "sgd" else 1e-5  # AdamW divides by gradients that are small: 4e-6 on AVX-512
+        assert all(torch.allclose(a, b, rtol=0, atol=close) for a, b in pairs)
         if optimizer == "sgd":  # AdamW divides by gradients that are all but 0: of biases before batch norm
             assert all(torch.allclose(a.float(), b.float(), rtol=1e-5, atol=1e-6) for a, b in others)

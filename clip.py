@@ -1421,8 +1421,11 @@ def stack_images(items: list[tuple[torch.Tensor, str | int]]) -> tuple[torch.Ten
 # ------------------------------------------------------------------------------ plumbing
 
 
-def setup_distributed(device: str) -> tuple[int, int, torch.device]:
-    """Rank, number of processes and device; joins the process group when started by torchrun."""
+def setup_distributed(device: str) -> tuple[int, int, torch.device, dist.ProcessGroup | None]:
+    """Rank, number of processes, device; joins the process group when started by torchrun.
+
+    Returns, last, a group of several processes for flags and counts: it does not wait for the GPU.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
@@ -1434,11 +1437,15 @@ def setup_distributed(device: str) -> tuple[int, int, torch.device]:
         raise SystemExit(f"--device {device}: {str(error).splitlines()[0][:200]}") from None
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    else:
+        keep_freed_memory()
     if "RANK" not in os.environ:
-        return 0, 1, torch.device(device)
-    # An hour, since one process may render data or pretrain a text tower while the others wait.
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=datetime.timedelta(hours=1))
-    return dist.get_rank(), dist.get_world_size(), torch.device(device)
+        return 0, 1, torch.device(device), None
+    hour = datetime.timedelta(hours=1)  # one process may render data or pretrain a text tower while the others wait
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=hour)
+    control = dist.new_group(backend="gloo", timeout=hour) if dist.get_world_size() > 1 else None
+    return dist.get_rank(), dist.get_world_size(), torch.device(device), control
 
 
 def keep_freed_memory() -> None:
@@ -1602,6 +1609,42 @@ def load_checkpoint(path: Path, args: dict, run_flags: set[str]) -> dict:
         flags = ", ".join(f"--{k.replace('_', '-')} {checkpoint['args'].get(k)}, now {args[k]}" for k in differing)
         raise SystemExit(f"{path} was made with {flags}: pass another --out, or --resume off to replace it")
     return checkpoint
+
+
+def find_checkpoint(resume: str, path: Path, args: dict, run_flags: set[str],
+                    control: dist.ProcessGroup | None) -> dict | None:
+    """What --resume says is to be continued, None to start anew; the same on all processes."""
+    checkpoint = None
+    if resume != "off" and (path.is_file() or resume != "auto"):
+        checkpoint = load_checkpoint(path, args, run_flags)
+    step = checkpoint["step"] if checkpoint else 0
+    if control and total(step, control) != step * dist.get_world_size():
+        raise SystemExit(f"{path}: not the same on all nodes: --out must be on storage that they share")
+    return checkpoint
+
+
+def restore(checkpoint: dict, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+            device: torch.device) -> tuple[int, float]:
+    """Optimiser, scaler and random states of a checkpoint; returns its step and the seconds until then."""
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    if checkpoint["scaler"]:  # empty but for fp16
+        scaler.load_state_dict(checkpoint["scaler"])
+    set_rng_state(checkpoint["rng"], device)
+    return checkpoint["step"], checkpoint["seconds"]
+
+
+def save_checkpoint(path: Path, checkpoint: dict, rank: int) -> None:
+    """Written by the first process, whole or not at all. All ranks."""
+    on_one_rank(rank, lambda: write_atomically(path, lambda file: torch.save(checkpoint, file)))
+
+
+def wrap_ddp(model: nn.Module, device: torch.device, world_size: int) -> nn.Module:
+    """Average gradients over the processes; buffers are each one's own (batch norm sees to its own)."""
+    if world_size == 1:
+        return model
+    warnings.filterwarnings("ignore", "`broadcast_buffers`")  # older torch does not know its new name
+    device_ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 # ------------------------------------------------------------------------------ evaluate
@@ -1916,6 +1959,14 @@ def map_embeddings(path: str, n: int, owners: str) -> np.ndarray:
     return rows
 
 
+def map_text_embeddings(paths: list[str], table: Table, world: World) -> np.ndarray:
+    """The captions' --text-embeddings [rows of the table, width]; SystemExit if the classes' have another width."""
+    features = map_embeddings(paths[0], len(table), f"the rows of {table.path}")
+    if world.class_embeddings is not None and world.class_embeddings.shape[1] != features.shape[1]:
+        raise SystemExit(f"{paths[1]} is {world.class_embeddings.shape[1]} wide, {paths[0]} {features.shape[1]}")
+    return features
+
+
 def read_world(args: argparse.Namespace, root: Path) -> World:
     """Classes, test sets and prompts of a root; class counts are still zero."""
     classes = read_classes(root)
@@ -2172,21 +2223,35 @@ def note_bad_images(counts: Counter, bad: list[tuple[str, str]]) -> None:
 
 
 class RunLog:
-    """Log lines of a run: OUT/log.jsonl, the terminal, and TensorBoard or Weights & Biases if asked for.
+    """What a run counts between two log lines, which go to OUT/log.jsonl, the terminal, TensorBoard and W&B.
 
-    start: first step to come; lines of later steps, of a run that was killed, are dropped. wandb: project, or "".
+    Every process counts, the first writes. start: first step to come; lines of later steps, of a run that was killed,
+    are dropped. n_rows: of the training sets. control: all processes, None if it is one.
     """
 
-    def __init__(self, out: Path, start: int, tensorboard: bool, wandb: str, flags: dict):
+    def __init__(self, out: Path, start: int, args: argparse.Namespace, n_rows: int, device: torch.device,
+                 control: dist.ProcessGroup | None):
+        self.args, self.n_rows, self.control, self.device = args, n_rows, control, device
+        self.world_size = dist.get_world_size() if control else 1
+        self.is_main = not control or dist.get_rank() == 0
+        self.bad, self.n_seen, self.n_logged, self.logged_at = Counter(), 0, 0, time.time()
+        self.loss_sum = torch.zeros((), device=device)
+        self.left_out = torch.zeros((), dtype=torch.int64, device=device)  # steps, for gradients that are not finite
+        self.left_out_in_a_row = self.left_out.clone()
+        if self.is_main:
+            self.open(out, start)
+
+    def open(self, out: Path, start: int) -> None:
+        """The files of a run; SystemExit without the packages that are asked for."""
         path, self.writer, self.wandb = out / "log.jsonl", None, None
-        if tensorboard:
+        if self.args.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise SystemExit("--tensorboard needs tensorboard: pip install tensorboard") from None
-        if wandb:
+        if self.args.wandb:
             try:
-                import wandb as client
+                import wandb
             except ImportError:
                 raise SystemExit("--wandb needs wandb: pip install wandb") from None
         lines = path.read_text().splitlines(keepends=True) if start and path.is_file() else []
@@ -2196,14 +2261,56 @@ class RunLog:
             raise SystemExit(f"{path}: a line is no JSON with a step ({error}): move the file away") from None
         write_atomically(path, lambda file: file.write("".join(kept).encode()))
         self.file = open(path, "a", buffering=1)
-        if tensorboard:
+        if self.args.tensorboard:
             self.writer = SummaryWriter(out)
-        if wandb:
+        if self.args.wandb:
             run_id = hashlib.sha1(str(path.resolve()).encode()).hexdigest()[:12]  # the same for a continued run
-            self.wandb = client.init(project=wandb, name=out.name, config=flags, id=run_id, resume="allow")
+            self.wandb = wandb.init(project=self.args.wandb, name=out.name, config=vars(self.args), id=run_id,
+                                    resume="allow")
+        if self.args.resume == "off" and (out / "checkpoint.pt").is_file():  # if killed before its first save, a
+            os.replace(out / "checkpoint.pt", out / "checkpoint.old.pt")  # run would be continued there
+        write_json(out / "args.json", {"args": vars(self.args), "argv": sys.argv,
+                                       "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()})
+
+    def count(self, step: int, n_images: int, parts: dict[str, torch.Tensor], is_taken: torch.Tensor,
+              bad: list[tuple[str, str]], is_log_step: bool) -> None:
+        """After each step. All ranks.
+
+        parts: tensors by name, `loss` among them, of which a message says what was not finite. is_taken: bool, whether
+        the gradient was finite, equal on all ranks. bad: reason and example of each image that could not be read.
+        """
+        self.n_seen += n_images
+        self.loss_sum += torch.where(is_taken, parts["loss"].detach(), 0)
+        self.left_out += ~is_taken
+        self.left_out_in_a_row = torch.where(is_taken, 0, self.left_out_in_a_row + 1)
+        if is_log_step or self.device.type == "cpu":  # Sync
+            check_finite(step, parts, int(self.left_out_in_a_row), self.control)
+        note_bad_images(self.bad, bad)
+
+    def report(self, step: int, **numbers: float) -> None:
+        """Write the line of a step, and count anew. All ranks.
+
+        numbers: further ones, equal on all ranks. Raises: SystemExit if more than --max-bad of the images are broken.
+        """
+        n_done, n_seen = (step + 1) * self.args.batch_size, self.n_seen * self.world_size
+        n_new, n_left_out = n_seen - self.n_logged, int(self.left_out)  # Sync
+        n_bad = int(total(sum(self.bad.values()), self.control))
+        n_taken = n_new // self.args.batch_size - n_left_out
+        loss = total(float(self.loss_sum), self.control) / self.world_size / (n_taken or math.nan)
+        self.write({"step": step + 1, "samples": n_done, "epoch": round(n_done / self.n_rows, 4), "loss": loss,
+                    **numbers, "images_per_s": round(n_new / (time.time() - self.logged_at), 1),
+                    "left_out": n_left_out, "bad_images": n_bad})
+        if n_bad > self.args.max_bad * max(1000, n_seen):
+            raise SystemExit(f"{n_bad} of {n_seen} images cannot be read ({dict(self.bad)} on this process), more than "
+                             f"--max-bad {self.args.max_bad}")
+        self.n_logged, self.logged_at = n_seen, time.time()
+        self.loss_sum.zero_()
+        self.left_out.zero_()
 
     def write(self, line: dict) -> None:
         """line: {"step": int, name: number, ...}; nested dicts are kept in the file, flattened elsewhere."""
+        if not self.is_main:
+            return
         try:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
             self.file.write(json.dumps(finite) + "\n")  # JSON has no NaN
@@ -2274,7 +2381,7 @@ def report(model: CLIP, tokenizer: Tokenizer | None, world: World, args: argpars
     on_one_rank(rank, lambda: write_json(out / "metrics.json", metrics | {"run": run}))
     if args.export:
         export = checkpoint_of(model, tokenizer, world, args, step, class_prototypes(model, tokenizer, world, device))
-        on_one_rank(rank, lambda: write_atomically(Path(args.export), lambda file: torch.save(export, file)))
+        save_checkpoint(Path(args.export), export, rank)
     if rank == 0:
         print_table(metrics)
         for name, m in metrics.items():
@@ -2288,19 +2395,13 @@ def report(model: CLIP, tokenizer: Tokenizer | None, world: World, args: argpars
 
 def main(args: argparse.Namespace) -> None:
     # --- setup
-    rank, world_size, device = setup_distributed(args.device)
+    rank, world_size, device, control = setup_distributed(args.device)
     is_main, out = rank == 0, Path(args.out)
-    control = None  # of processes, for flags and counts: it does not wait for the GPU
-    if world_size > 1:
-        control = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=1))
     precision, reason = pick_precision(args.precision, device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     autocast = functools.partial(torch.autocast, device.type, dtype, enabled=precision != "fp32")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     random.seed(args.seed)
     np.random.seed(args.seed)
-    if device.type == "cpu":
-        keep_freed_memory()
     torch.manual_seed(args.seed)  # the same on all processes, so they start from the same weights
 
     # --- data
@@ -2328,15 +2429,10 @@ def main(args: argparse.Namespace) -> None:
               flush=True)
     if sum(sizes) < args.batch_size:
         raise SystemExit(f"--batch-size {args.batch_size} is larger than the {sum(sizes)} rows of --data {args.data}")
-    text_width, text_features = 0, None
-    if args.text_embeddings:
-        text_features = map_embeddings(args.text_embeddings[0], sizes[0], f"the rows of {tables[0].path}")
-        text_width = text_features.shape[1]
-        if world.class_embeddings is not None and world.class_embeddings.shape[1] != text_width:
-            raise SystemExit(f"{args.text_embeddings[1]} is {world.class_embeddings.shape[1]} wide, "
-                             f"{args.text_embeddings[0]} {text_width}")
+    text_features = map_text_embeddings(args.text_embeddings, tables[0], world) if args.text_embeddings else None
 
     # --- model
+    text_width = 0 if text_features is None else text_features.shape[1]
     model, tokenizer, _ = build_model(args, root, captions, text_width)
     pixels = load_pixels(tables, model.image_size)  # [rows of all sets, H, W, 3] uint8, or None
     model.to(device)
@@ -2352,11 +2448,7 @@ def main(args: argparse.Namespace) -> None:
         model.visual.compile()
         if model.text_arch == "transformer":
             model.transformer.compile()
-    device_ids = [device] if device.type == "cuda" else None
-    net = model
-    if world_size > 1:
-        warnings.filterwarnings("ignore", "`broadcast_buffers`")  # older torch does not know its new name
-        net = DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    net = wrap_ddp(model, device, world_size)
 
     # --- optimizer
     steps = math.ceil(args.epochs * sum(sizes) / args.batch_size) if args.epochs else args.steps
@@ -2369,8 +2461,8 @@ def main(args: argparse.Namespace) -> None:
     # --- resume
     start, seconds_before, started = 0, 0.0, time.time()
     resume = out / "checkpoint.pt" if args.resume in ("auto", "off") else Path(args.resume)
-    if args.resume != "off" and (resume.is_file() or args.resume != "auto"):
-        checkpoint = load_checkpoint(resume, vars(args), RUN_FLAGS)
+    checkpoint = find_checkpoint(args.resume, resume, vars(args), RUN_FLAGS, control)
+    if checkpoint:
         if checkpoint.get("rows", sizes) != sizes:
             raise SystemExit(f"{resume} was made with {checkpoint['rows']} rows of --data, which has {sizes} now: pass "
                              "another --out, or --resume off to replace it")
@@ -2378,13 +2470,7 @@ def main(args: argparse.Namespace) -> None:
             raise SystemExit(f"{resume} was made with other byte-pair merges than those of now (--data or --bpe has "
                              "changed): pass another --out, or --resume off to replace it")
         load_state(model, checkpoint["state_dict"], str(resume))
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if checkpoint["scaler"]:  # empty but for fp16
-            scaler.load_state_dict(checkpoint["scaler"])
-        set_rng_state(checkpoint["rng"], device)
-        start, seconds_before = checkpoint["step"], checkpoint["seconds"]
-    if total(start, control) != start * world_size:
-        raise SystemExit(f"{resume}: not the same on all nodes: --out must be on storage that they share")
+        start, seconds_before = restore(checkpoint, optimizer, scaler, device)
 
     # --- loader
     has_dropout = args.word_dropout < 0 and model.arch == "tiny" and args.text_head != "frozen"
@@ -2404,25 +2490,17 @@ def main(args: argparse.Namespace) -> None:
                                          pin_memory=device.type == "cuda", worker_init_fn=ignore_sigterm)
 
     # --- log
-    log, stop_signals = None, []
     if is_main:
-        log = RunLog(out, start, args.tensorboard, args.wandb, vars(args))
-        if args.resume == "off" and (out / "checkpoint.pt").is_file():  # if killed before its first save, a run
-            os.replace(out / "checkpoint.pt", out / "checkpoint.old.pt")  # would be continued there
-        write_json(out / "args.json",
-                   {"args": vars(args), "argv": sys.argv,
-                    "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()})
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {steps} steps of "
               f"{args.batch_size} pairs, chance loss ln({args.batch_size}) = {math.log(args.batch_size):.3f}"
               + (f", continued from step {start}" if start else ""))
         print(caption_statistics(pairs, sampler), flush=True)
+    log, stop_signals = RunLog(out, start, args, sum(sizes), device, control), []
     signal.signal(signal.SIGTERM, lambda number, frame: stop_signals.append(number))
 
     # --- loop
     model.train()
-    bad, n_cut, n_seen, n_logged, logged_at = Counter(), 0, 0, 0, time.time()
-    loss_sum = torch.zeros((), device=device)
-    left_out, left_out_in_a_row = torch.zeros(2, dtype=torch.int64, device=device)  # steps, for gradients not finite
+    n_cut = 0
     running = [buffer for name, buffer in model.named_buffers() if "running_" in name]
     progress = tqdm(total=steps, initial=start, disable=not (is_main and sys.stderr.isatty()), unit="step")
     for step, batch in enumerate(loader, start):
@@ -2447,12 +2525,8 @@ def main(args: argparse.Namespace) -> None:
         if args.clip_grad:
             nn.utils.clip_grads_with_norm_(params, args.clip_grad, grad_norm)
         is_taken = grad_norm.isfinite()  # equal on all ranks
-        left_out, left_out_in_a_row = left_out + ~is_taken, torch.where(is_taken, 0, left_out_in_a_row + 1)
         for buffer, before in zip(running, kept):  # a step that is left out leaves no trace in batch norm either
             torch.where(is_taken, buffer, before, out=buffer)
-        if is_log_step or device.type == "cpu":  # Sync
-            check_finite(step, dict(zip(("loss", "image_features", "text_features"), parts)), int(left_out_in_a_row),
-                         control)
         if precision != "fp16":  # as GradScaler has a fused optimizer leave a step out, on the device
             optimizer.found_inf = (~is_taken).float()
         scaler.step(optimizer)
@@ -2460,37 +2534,21 @@ def main(args: argparse.Namespace) -> None:
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))  # CLIP section 2.5
-            loss_sum += torch.where(is_taken, parts[0], 0)
-        n_seen, n_cut = n_seen + len(images), n_cut + batch["n_cut"]
-        note_bad_images(bad, batch["bad"])
+        parts = dict(zip(("loss", "image_features", "text_features"), parts))
+        log.count(step, len(images), parts, is_taken, batch["bad"], is_log_step)
+        n_cut += batch["n_cut"]
         progress.update()
 
         if is_log_step:
-            n_done, n_seen_all = (step + 1) * args.batch_size, n_seen * world_size
-            n_bad = total(sum(bad.values()), control)
-            n_left_out = int(left_out)  # Sync
-            n_taken = (n_seen - n_logged) // len(images) - n_left_out
-            line = {"step": step + 1, "samples": n_done, "epoch": round(n_done / sum(sizes), 4),
-                    "loss": total(float(loss_sum), control) / world_size / (n_taken or math.nan), "lr": lr,
-                    "logit_scale": float(model.logit_scale.detach().exp()), "grad_norm": float(grad_norm),
-                    "images_per_s": round((n_seen - n_logged) * world_size / (time.time() - logged_at), 1),
-                    "left_out": n_left_out, "bad_images": int(n_bad),
-                    "truncated": total(n_cut, control) / n_seen_all}
-            if is_main:
-                log.write(line)
-            if n_bad > args.max_bad * max(1000, n_seen_all):
-                raise SystemExit(f"{int(n_bad)} of {n_seen_all} images cannot be read ({dict(bad)} on this process), "
-                                 f"more than --max-bad {args.max_bad}")
-            n_logged, logged_at = n_seen, time.time()
-            loss_sum.zero_()
-            left_out.zero_()
+            log.report(step, lr=lr, logit_scale=float(model.logit_scale.detach().exp()), grad_norm=float(grad_norm),
+                       truncated=total(n_cut, control) / (log.n_seen * world_size))
         if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < steps:
             paused_at = time.time()
             metrics = evaluate(model, tokenizer, world, args.workers, args.max_pixels, device)
+            log.write({"step": step + 1, **metrics})
             if is_main:
-                log.write({"step": step + 1, **metrics})
                 print_table(metrics)
-            logged_at += time.time() - paused_at  # images_per_s is that of training
+            log.logged_at += time.time() - paused_at  # images_per_s is that of training
         is_stopped = total(len(stop_signals), control)
         if is_stopped or step + 1 == steps or (args.save_every and (step + 1) % args.save_every == 0):
             # Prompts of many classes take minutes: only a finished run has class prototypes.
@@ -2498,8 +2556,7 @@ def main(args: argparse.Namespace) -> None:
             checkpoint = checkpoint_of(model, tokenizer, world, args, step + 1, prototypes)
             checkpoint |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng_state(device),
                            "rows": sizes, "seconds": seconds_before + time.time() - started}
-            save = functools.partial(torch.save, checkpoint)
-            on_one_rank(rank, functools.partial(write_atomically, out / "checkpoint.pt", save))
+            save_checkpoint(out / "checkpoint.pt", checkpoint, rank)
         if is_stopped:
             if is_main:
                 how = "the same command" if args.resume == "auto" else "--resume auto"

@@ -1352,8 +1352,11 @@ def stack_images(items: list[tuple[torch.Tensor, str | int]]) -> tuple[torch.Ten
 
 
 # Copied from clip.py
-def setup_distributed(device: str) -> tuple[int, int, torch.device]:
-    """Rank, number of processes and device; joins the process group when started by torchrun."""
+def setup_distributed(device: str) -> tuple[int, int, torch.device, dist.ProcessGroup | None]:
+    """Rank, number of processes, device; joins the process group when started by torchrun.
+
+    Returns, last, a group of several processes for flags and counts: it does not wait for the GPU.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
@@ -1365,11 +1368,15 @@ def setup_distributed(device: str) -> tuple[int, int, torch.device]:
         raise SystemExit(f"--device {device}: {str(error).splitlines()[0][:200]}") from None
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    else:
+        keep_freed_memory()
     if "RANK" not in os.environ:
-        return 0, 1, torch.device(device)
-    # An hour, since one process may render data or pretrain a text tower while the others wait.
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=datetime.timedelta(hours=1))
-    return dist.get_rank(), dist.get_world_size(), torch.device(device)
+        return 0, 1, torch.device(device), None
+    hour = datetime.timedelta(hours=1)  # one process may render data or pretrain a text tower while the others wait
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=hour)
+    control = dist.new_group(backend="gloo", timeout=hour) if dist.get_world_size() > 1 else None
+    return dist.get_rank(), dist.get_world_size(), torch.device(device), control
 
 
 # Copied from clip.py
@@ -1472,6 +1479,16 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
 
 
+def make_optimizer(name: str, groups: list[dict], lr: float) -> torch.optim.Optimizer:
+    """SGD with a momentum of 0.9, or AdamW with betas of 0.9 and 0.98."""
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr, (0.9, 0.98), eps=1e-8, fused=True)
+    optimizer = torch.optim.SGD(groups, lr, 0.9, fused=True)
+    for p in (p for group in groups for p in group["params"]):  # torch leaves it unset if the first step is skipped
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
+
+
 # Copied from clip.py
 def rng_state(device: torch.device) -> dict:
     """States of all random generators, as tensors and builtins."""
@@ -1546,6 +1563,46 @@ def load_checkpoint(path: Path, args: dict, run_flags: set[str]) -> dict:
         flags = ", ".join(f"--{k.replace('_', '-')} {checkpoint['args'].get(k)}, now {args[k]}" for k in differing)
         raise SystemExit(f"{path} was made with {flags}: pass another --out, or --resume off to replace it")
     return checkpoint
+
+
+# Copied from clip.py
+def find_checkpoint(resume: str, path: Path, args: dict, run_flags: set[str],
+                    control: dist.ProcessGroup | None) -> dict | None:
+    """What --resume says is to be continued, None to start anew; the same on all processes."""
+    checkpoint = None
+    if resume != "off" and (path.is_file() or resume != "auto"):
+        checkpoint = load_checkpoint(path, args, run_flags)
+    step = checkpoint["step"] if checkpoint else 0
+    if control and total(step, control) != step * dist.get_world_size():
+        raise SystemExit(f"{path}: not the same on all nodes: --out must be on storage that they share")
+    return checkpoint
+
+
+# Copied from clip.py
+def restore(checkpoint: dict, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+            device: torch.device) -> tuple[int, float]:
+    """Optimiser, scaler and random states of a checkpoint; returns its step and the seconds until then."""
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    if checkpoint["scaler"]:  # empty but for fp16
+        scaler.load_state_dict(checkpoint["scaler"])
+    set_rng_state(checkpoint["rng"], device)
+    return checkpoint["step"], checkpoint["seconds"]
+
+
+# Copied from clip.py
+def save_checkpoint(path: Path, checkpoint: dict, rank: int) -> None:
+    """Written by the first process, whole or not at all. All ranks."""
+    on_one_rank(rank, lambda: write_atomically(path, lambda file: torch.save(checkpoint, file)))
+
+
+# Copied from clip.py
+def wrap_ddp(model: nn.Module, device: torch.device, world_size: int) -> nn.Module:
+    """Average gradients over the processes; buffers are each one's own (batch norm sees to its own)."""
+    if world_size == 1:
+        return model
+    warnings.filterwarnings("ignore", "`broadcast_buffers`")  # older torch does not know its new name
+    device_ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 # ------------------------------------------------------------------------------ evaluate
@@ -1815,21 +1872,35 @@ def note_bad_images(counts: Counter, bad: list[tuple[str, str]]) -> None:
 
 # Copied from clip.py
 class RunLog:
-    """Log lines of a run: OUT/log.jsonl, the terminal, and TensorBoard or Weights & Biases if asked for.
+    """What a run counts between two log lines, which go to OUT/log.jsonl, the terminal, TensorBoard and W&B.
 
-    start: first step to come; lines of later steps, of a run that was killed, are dropped. wandb: project, or "".
+    Every process counts, the first writes. start: first step to come; lines of later steps, of a run that was killed,
+    are dropped. n_rows: of the training sets. control: all processes, None if it is one.
     """
 
-    def __init__(self, out: Path, start: int, tensorboard: bool, wandb: str, flags: dict):
+    def __init__(self, out: Path, start: int, args: argparse.Namespace, n_rows: int, device: torch.device,
+                 control: dist.ProcessGroup | None):
+        self.args, self.n_rows, self.control, self.device = args, n_rows, control, device
+        self.world_size = dist.get_world_size() if control else 1
+        self.is_main = not control or dist.get_rank() == 0
+        self.bad, self.n_seen, self.n_logged, self.logged_at = Counter(), 0, 0, time.time()
+        self.loss_sum = torch.zeros((), device=device)
+        self.left_out = torch.zeros((), dtype=torch.int64, device=device)  # steps, for gradients that are not finite
+        self.left_out_in_a_row = self.left_out.clone()
+        if self.is_main:
+            self.open(out, start)
+
+    def open(self, out: Path, start: int) -> None:
+        """The files of a run; SystemExit without the packages that are asked for."""
         path, self.writer, self.wandb = out / "log.jsonl", None, None
-        if tensorboard:
+        if self.args.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise SystemExit("--tensorboard needs tensorboard: pip install tensorboard") from None
-        if wandb:
+        if self.args.wandb:
             try:
-                import wandb as client
+                import wandb
             except ImportError:
                 raise SystemExit("--wandb needs wandb: pip install wandb") from None
         lines = path.read_text().splitlines(keepends=True) if start and path.is_file() else []
@@ -1839,14 +1910,56 @@ class RunLog:
             raise SystemExit(f"{path}: a line is no JSON with a step ({error}): move the file away") from None
         write_atomically(path, lambda file: file.write("".join(kept).encode()))
         self.file = open(path, "a", buffering=1)
-        if tensorboard:
+        if self.args.tensorboard:
             self.writer = SummaryWriter(out)
-        if wandb:
+        if self.args.wandb:
             run_id = hashlib.sha1(str(path.resolve()).encode()).hexdigest()[:12]  # the same for a continued run
-            self.wandb = client.init(project=wandb, name=out.name, config=flags, id=run_id, resume="allow")
+            self.wandb = wandb.init(project=self.args.wandb, name=out.name, config=vars(self.args), id=run_id,
+                                    resume="allow")
+        if self.args.resume == "off" and (out / "checkpoint.pt").is_file():  # if killed before its first save, a
+            os.replace(out / "checkpoint.pt", out / "checkpoint.old.pt")  # run would be continued there
+        write_json(out / "args.json", {"args": vars(self.args), "argv": sys.argv,
+                                       "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()})
+
+    def count(self, step: int, n_images: int, parts: dict[str, torch.Tensor], is_taken: torch.Tensor,
+              bad: list[tuple[str, str]], is_log_step: bool) -> None:
+        """After each step. All ranks.
+
+        parts: tensors by name, `loss` among them, of which a message says what was not finite. is_taken: bool, whether
+        the gradient was finite, equal on all ranks. bad: reason and example of each image that could not be read.
+        """
+        self.n_seen += n_images
+        self.loss_sum += torch.where(is_taken, parts["loss"].detach(), 0)
+        self.left_out += ~is_taken
+        self.left_out_in_a_row = torch.where(is_taken, 0, self.left_out_in_a_row + 1)
+        if is_log_step or self.device.type == "cpu":  # Sync
+            check_finite(step, parts, int(self.left_out_in_a_row), self.control)
+        note_bad_images(self.bad, bad)
+
+    def report(self, step: int, **numbers: float) -> None:
+        """Write the line of a step, and count anew. All ranks.
+
+        numbers: further ones, equal on all ranks. Raises: SystemExit if more than --max-bad of the images are broken.
+        """
+        n_done, n_seen = (step + 1) * self.args.batch_size, self.n_seen * self.world_size
+        n_new, n_left_out = n_seen - self.n_logged, int(self.left_out)  # Sync
+        n_bad = int(total(sum(self.bad.values()), self.control))
+        n_taken = n_new // self.args.batch_size - n_left_out
+        loss = total(float(self.loss_sum), self.control) / self.world_size / (n_taken or math.nan)
+        self.write({"step": step + 1, "samples": n_done, "epoch": round(n_done / self.n_rows, 4), "loss": loss,
+                    **numbers, "images_per_s": round(n_new / (time.time() - self.logged_at), 1),
+                    "left_out": n_left_out, "bad_images": n_bad})
+        if n_bad > self.args.max_bad * max(1000, n_seen):
+            raise SystemExit(f"{n_bad} of {n_seen} images cannot be read ({dict(self.bad)} on this process), more than "
+                             f"--max-bad {self.args.max_bad}")
+        self.n_logged, self.logged_at = n_seen, time.time()
+        self.loss_sum.zero_()
+        self.left_out.zero_()
 
     def write(self, line: dict) -> None:
         """line: {"step": int, name: number, ...}; nested dicts are kept in the file, flattened elsewhere."""
+        if not self.is_main:
+            return
         try:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
             self.file.write(json.dumps(finite) + "\n")  # JSON has no NaN
@@ -1992,19 +2105,13 @@ def root_of(root: str, data: str | None) -> Path:
 
 def main(args: argparse.Namespace) -> None:
     # --- setup
-    rank, world_size, device = setup_distributed(args.device)
+    rank, world_size, device, control = setup_distributed(args.device)
     is_main, out = rank == 0, Path(args.out)
-    control = None  # of processes, for flags and counts: it does not wait for the GPU
-    if world_size > 1:
-        control = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=1))
     precision, reason = pick_precision(args.precision, device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     autocast = functools.partial(torch.autocast, device.type, dtype, enabled=precision != "fp32")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     random.seed(args.seed)
     np.random.seed(args.seed)
-    if device.type == "cpu":
-        keep_freed_memory()
     torch.manual_seed(args.seed)  # the same on all processes, so they start from the same weights
 
     # --- data
@@ -2056,47 +2163,32 @@ def main(args: argparse.Namespace) -> None:
             module.sync = args.bn == "sync"
     if args.compile:
         model.visual.compile()
-    device_ids = [device] if device.type == "cuda" else None
-    net = model
-    if world_size > 1:
-        warnings.filterwarnings("ignore", "`broadcast_buffers`")  # older torch does not know its new name
-        net = DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    net = wrap_ddp(model, device, world_size)
     power = {"instance": 1.0, "sqrt": 0.5, "class": 0.0}[args.sampler]
     adjustment = adjustment_of(args.loss, args.tau, torch.where(counts > 0, counts.double() ** power, 0))
     adjustment = None if adjustment is None else adjustment.to(device)
 
     # --- optimizer
     steps = math.ceil(args.epochs * sum(sizes) / args.batch_size) if args.epochs else args.steps
-    groups = param_groups(model, args.weight_decay)
+    peak_lr = args.lr or (3e-3 if args.arch == "tiny" else 1e-3)
     if args.optimizer == "sgd":
         peak_lr = args.lr or 0.1 * args.batch_size / 256  # the paper's appendix C
-        optimizer = torch.optim.SGD(groups, peak_lr, 0.9, fused=True)
-        for p in (p for group in groups for p in group["params"]):  # torch leaves it unset if the first step is skipped
-            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-    else:
-        peak_lr = args.lr or (3e-3 if args.arch == "tiny" else 1e-3)
-        optimizer = torch.optim.AdamW(groups, peak_lr, (0.9, 0.98), eps=1e-8, fused=True)
+    optimizer = make_optimizer(args.optimizer, param_groups(model, args.weight_decay), peak_lr)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     # --- resume
     start, seconds_before, started = 0, 0.0, time.time()
     resume = out / "checkpoint.pt" if args.resume in ("auto", "off") else Path(args.resume)
-    if args.resume != "off" and (resume.is_file() or args.resume != "auto"):
-        checkpoint = load_checkpoint(resume, vars(args), RUN_FLAGS)
+    checkpoint = find_checkpoint(args.resume, resume, vars(args), RUN_FLAGS, control)
+    if checkpoint:
         is_same = checkpoint["class_names"] == class_names and torch.equal(checkpoint["class_counts"], counts)
         if not is_same or checkpoint["prototypes"].shape != model.prototypes.shape:
             raise SystemExit(f"{resume} was made with other classes, or other labels, than {root}/classes.tsv and "
                              f"--data {args.data} have now, or with a --head-init of another width: pass another "
                              "--out, or --resume off to replace it")
         model.load_state_dict(checkpoint["state_dict"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if checkpoint["scaler"]:  # empty but for fp16
-            scaler.load_state_dict(checkpoint["scaler"])
-        set_rng_state(checkpoint["rng"], device)
-        start, seconds_before = checkpoint["step"], checkpoint["seconds"]
-    if total(start, control) != start * world_size:
-        raise SystemExit(f"{resume}: not the same on all nodes: --out must be on storage that they share")
+        start, seconds_before = restore(checkpoint, optimizer, scaler, device)
 
     # --- loader
     dataset = LabelledImages(tables, label_sets, args.multi_label == "random", pixels is not None, model.image_size,
@@ -2113,18 +2205,12 @@ def main(args: argparse.Namespace) -> None:
                                          pin_memory=device.type == "cuda", worker_init_fn=ignore_sigterm)
 
     # --- log
-    log, stop_signals = None, []
     if is_main:
-        log = RunLog(out, start, args.tensorboard, args.wandb, vars(args))
-        if args.resume == "off" and (out / "checkpoint.pt").is_file():  # if killed before its first save, a run
-            os.replace(out / "checkpoint.pt", out / "checkpoint.old.pt")  # would be continued there
-        write_json(out / "args.json",
-                   {"args": vars(args), "argv": sys.argv,
-                    "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()})
         chance = f"about ln({args.vocab}) = {math.log(args.vocab):.3f}" if has_vocab else f"ln({C}) = {math.log(C):.3f}"
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {steps} steps of "
               f"{args.batch_size} images, chance loss {chance}"
               + (f", continued from step {start}" if start else ""), flush=True)
+    log, stop_signals = RunLog(out, start, args, sum(sizes), device, control), []
     signal.signal(signal.SIGTERM, lambda number, frame: stop_signals.append(number))
 
     # --- loop
@@ -2132,9 +2218,7 @@ def main(args: argparse.Namespace) -> None:
     if args.freeze_backbone:
         model.visual.eval()
     B, group_size = args.batch_size // world_size, args.vocab_group or args.batch_size
-    bad, n_seen, n_logged, logged_at, vocab_sizes = Counter(), 0, 0, time.time(), np.zeros(3)
-    loss_sum = torch.zeros((), device=device)
-    left_out, left_out_in_a_row = torch.zeros(2, dtype=torch.int64, device=device)  # steps, for gradients not finite
+    vocab_sizes = np.zeros(3)
     running = [buffer for name, buffer in model.named_buffers() if "running_" in name]
     progress = tqdm(total=steps, initial=start, disable=not (is_main and sys.stderr.isatty()), unit="step")
     for step, batch in enumerate(loader, start):
@@ -2170,11 +2254,8 @@ def main(args: argparse.Namespace) -> None:
         if args.clip_grad:
             nn.utils.clip_grads_with_norm_(params, args.clip_grad, grad_norm)
         is_taken = grad_norm.isfinite()  # equal on all ranks
-        left_out, left_out_in_a_row = left_out + ~is_taken, torch.where(is_taken, 0, left_out_in_a_row + 1)
         for buffer, before in zip(running, kept):  # a step that is left out leaves no trace in batch norm either
             torch.where(is_taken, buffer, before, out=buffer)
-        if is_log_step or device.type == "cpu":  # Sync
-            check_finite(step, {"loss": loss, "image_features": features}, int(left_out_in_a_row), control)
         if precision != "fp16":  # as GradScaler has a fused optimizer leave a step out, on the device
             optimizer.found_inf = (~is_taken).float()
         scaler.step(optimizer)
@@ -2182,55 +2263,37 @@ def main(args: argparse.Namespace) -> None:
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))  # CLIP section 2.5
-            loss_sum += torch.where(is_taken, loss.detach(), 0)
-        n_seen += len(images)
-        note_bad_images(bad, batch["bad"])
+        log.count(step, len(images), {"loss": loss, "image_features": features}, is_taken, batch["bad"], is_log_step)
         progress.update()
 
         if is_log_step:
-            n_done, n_seen_all = (step + 1) * args.batch_size, n_seen * world_size
-            n_bad = total(sum(bad.values()), control)
-            n_left_out = int(left_out)  # Sync
-            n_taken = (n_seen - n_logged) // len(images) - n_left_out
-            line = {"step": step + 1, "samples": n_done, "epoch": round(n_done / sum(sizes), 4),
-                    "loss": total(float(loss_sum), control) / world_size / (n_taken or math.nan), "lr": lr,
-                    "logit_scale": float(model.logit_scale.detach().exp()), "grad_norm": float(grad_norm),
-                    "images_per_s": round((n_seen - n_logged) * world_size / (time.time() - logged_at), 1),
-                    "left_out": n_left_out, "bad_images": int(n_bad)}
+            numbers = {"lr": lr, "logit_scale": float(model.logit_scale.detach().exp()), "grad_norm": float(grad_norm)}
             if has_vocab:
                 size, n_drawn, n_groups = (total(x, control) for x in vocab_sizes)
-                line |= {"vocab": round(size / n_groups, 2), "drawn": round(n_drawn / size, 4)}
+                numbers |= {"vocab": round(size / n_groups, 2), "drawn": round(n_drawn / size, 4)}
                 if is_main and step < args.log_every + start and size != args.vocab * n_groups:
                     reason = (f"less than what some of the groups of {group_size} images hold"
                               if size > args.vocab * n_groups else "more than the classes that can be drawn")
                     print(f"--vocab {args.vocab} is {reason}: the vocabularies have {size / n_groups:.1f} classes, "
                           f"{n_drawn / size:.1%} of them drawn")
                 vocab_sizes[:] = 0
-            if is_main:
-                log.write(line)
-            if n_bad > args.max_bad * max(1000, n_seen_all):
-                raise SystemExit(f"{int(n_bad)} of {n_seen_all} images cannot be read ({dict(bad)} on this process), "
-                                 f"more than --max-bad {args.max_bad}")
-            n_logged, logged_at = n_seen, time.time()
-            loss_sum.zero_()
-            left_out.zero_()
+            log.report(step, **numbers)
         if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < steps:
             paused_at = time.time()
             metrics = evaluate_classifier(model, class_names, class_counts, trimmed, test_sets, args.workers,
                                           args.max_pixels, device)
+            log.write({"step": step + 1, **metrics})
             if is_main:
-                log.write({"step": step + 1, **metrics})
                 print_table(metrics)
             if args.freeze_backbone:
                 model.visual.eval()
-            logged_at += time.time() - paused_at  # images_per_s is that of training
+            log.logged_at += time.time() - paused_at  # images_per_s is that of training
         is_stopped = total(len(stop_signals), control)
         if is_stopped or step + 1 == steps or (args.save_every and (step + 1) % args.save_every == 0):
             checkpoint = checkpoint_of_classifier(model, class_names, class_counts, trimmed, args, step + 1)
             checkpoint |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng_state(device),
                            "seconds": seconds_before + time.time() - started}
-            save = functools.partial(torch.save, checkpoint)
-            on_one_rank(rank, functools.partial(write_atomically, out / "checkpoint.pt", save))
+            save_checkpoint(out / "checkpoint.pt", checkpoint, rank)
         if is_stopped:
             if is_main:
                 how = "the same command" if args.resume == "auto" else "--resume auto"

@@ -1,5 +1,6 @@
 """clip.py as a program: loss and gradients over processes, GradCache, resume, kill, frozen towers, broken input."""
 
+import argparse
 import contextlib
 import functools
 import json
@@ -586,9 +587,14 @@ def test_cached_captions_on_a_full_disk_are_one_line(tmp_path, monkeypatch):
     assert not (tmp_path / "y.npy").exists()
 
 
+def open_log(out, start, **flags):
+    args = argparse.Namespace(**{"tensorboard": False, "wandb": "", "resume": "auto"} | flags)
+    return clip.RunLog(out, start, args, 8, torch.device("cpu"), None)
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a disk that is always full")
 def test_log_on_a_full_disk_is_one_line(tmp_path):
-    log = clip.RunLog(tmp_path, 0, False, "", {})
+    log = open_log(tmp_path, 0)
     log.write({"step": 1})
     log.file = open("/dev/full", "a", buffering=1)
     with pytest.raises(SystemExit, match="cannot write .*No space left.*a checkpoint written before is kept"):
@@ -973,13 +979,13 @@ def test_checkpoints_of_other_programs_are_named(world, tmp_path):
 
 
 def test_the_log_is_json_whatever_the_gradient(tmp_path):
-    log = clip.RunLog(tmp_path, 0, False, "", {})
+    log = open_log(tmp_path, 0)
     log.write({"step": 1, "grad_norm": float("inf"), "loss": float("nan")})
     log.file.close()
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 1, "grad_norm": null, "loss": null}\n'
     (tmp_path / "log.jsonl").write_text("not JSON\n")
     with pytest.raises(SystemExit, match="a line is no JSON with a step"):
-        clip.RunLog(tmp_path, 1, False, "", {})
+        open_log(tmp_path, 1)
 
 
 def test_init_decides_the_architecture(world, tmp_path):
@@ -1072,7 +1078,7 @@ def test_a_logger_that_is_missing_is_told_before_anything_is_written(tensorboard
     for name in "torch.utils.tensorboard", "wandb":
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(SystemExit, match="pip install"):
-        clip.RunLog(tmp_path / "out", 0, tensorboard, wandb, {})
+        open_log(tmp_path / "out", 0, tensorboard=tensorboard, wandb=wandb)
     assert not (tmp_path / "out").exists()
 
 

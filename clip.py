@@ -2234,7 +2234,7 @@ class RunLog:
         self.args, self.n_rows, self.control, self.device = args, n_rows, control, device
         self.world_size = dist.get_world_size() if control else 1
         self.is_main = not control or dist.get_rank() == 0
-        self.bad, self.n_seen, self.n_logged, self.logged_at = Counter(), 0, 0, time.time()
+        self.bad, self.logged, self.logged_at = Counter(), start, time.time()
         self.loss_sum = torch.zeros((), device=device)
         self.left_out = torch.zeros((), dtype=torch.int64, device=device)  # steps, for gradients that are not finite
         self.left_out_in_a_row = self.left_out.clone()
@@ -2272,14 +2272,13 @@ class RunLog:
         write_json(out / "args.json", {"args": vars(self.args), "argv": sys.argv,
                                        "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()})
 
-    def count(self, step: int, n_images: int, parts: dict[str, torch.Tensor], is_taken: torch.Tensor,
-              bad: list[tuple[str, str]], is_log_step: bool) -> None:
+    def count(self, step: int, parts: dict[str, torch.Tensor], is_taken: torch.Tensor, bad: list[tuple[str, str]],
+              is_log_step: bool) -> None:
         """After each step. All ranks.
 
         parts: tensors by name, `loss` among them, of which a message says what was not finite. is_taken: bool, whether
         the gradient was finite, equal on all ranks. bad: reason and example of each image that could not be read.
         """
-        self.n_seen += n_images
         self.loss_sum += torch.where(is_taken, parts["loss"].detach(), 0)
         self.left_out += ~is_taken
         self.left_out_in_a_row = torch.where(is_taken, 0, self.left_out_in_a_row + 1)
@@ -2287,23 +2286,25 @@ class RunLog:
             check_finite(step, parts, int(self.left_out_in_a_row), self.control)
         note_bad_images(self.bad, bad)
 
+    def n_bad(self) -> int:
+        """Broken images of the whole run. All ranks."""
+        return int(total(sum(self.bad.values()), self.control))
+
     def report(self, step: int, **numbers: float) -> None:
         """Write the line of a step, and count anew. All ranks.
 
         numbers: further ones, equal on all ranks. Raises: SystemExit if more than --max-bad of the images are broken.
         """
-        n_done, n_seen = (step + 1) * self.args.batch_size, self.n_seen * self.world_size
-        n_new, n_left_out = n_seen - self.n_logged, int(self.left_out)  # Sync
-        n_bad = int(total(sum(self.bad.values()), self.control))
-        n_taken = n_new // self.args.batch_size - n_left_out
-        loss = total(float(self.loss_sum), self.control) / self.world_size / (n_taken or math.nan)
+        n_steps, n_left_out, n_bad = step + 1 - self.logged, int(self.left_out), self.n_bad()  # Sync
+        n_done, n_new = (step + 1) * self.args.batch_size, n_steps * self.args.batch_size
+        loss = total(float(self.loss_sum), self.control) / self.world_size / ((n_steps - n_left_out) or math.nan)
         self.write({"step": step + 1, "samples": n_done, "epoch": round(n_done / self.n_rows, 4), "loss": loss,
                     **numbers, "images_per_s": round(n_new / (time.time() - self.logged_at), 1),
                     "left_out": n_left_out, "bad_images": n_bad})
-        if n_bad > self.args.max_bad * max(1000, n_seen):
-            raise SystemExit(f"{n_bad} of {n_seen} images cannot be read ({dict(self.bad)} on this process), more than "
+        if n_bad > self.args.max_bad * max(1000, n_done):
+            raise SystemExit(f"{n_bad} of {n_done} images cannot be read ({dict(self.bad)} on this process), more than "
                              f"--max-bad {self.args.max_bad}")
-        self.n_logged, self.logged_at = n_seen, time.time()
+        self.logged, self.logged_at = step + 1, time.time()
         self.loss_sum.zero_()
         self.left_out.zero_()
 
@@ -2496,11 +2497,13 @@ def main(args: argparse.Namespace) -> None:
               + (f", continued from step {start}" if start else ""))
         print(caption_statistics(pairs, sampler), flush=True)
     log, stop_signals = RunLog(out, start, args, sum(sizes), device, control), []
+    if checkpoint and is_main:
+        log.bad += Counter({"before it was continued": checkpoint.get("n_bad", 0)})
     signal.signal(signal.SIGTERM, lambda number, frame: stop_signals.append(number))
 
     # --- loop
     model.train()
-    n_cut = 0
+    n_cut = checkpoint.get("n_cut", 0) if checkpoint and is_main else 0
     running = [buffer for name, buffer in model.named_buffers() if "running_" in name]
     progress = tqdm(total=steps, initial=start, disable=not (is_main and sys.stderr.isatty()), unit="step")
     for step, batch in enumerate(loader, start):
@@ -2535,13 +2538,13 @@ def main(args: argparse.Namespace) -> None:
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))  # CLIP section 2.5
         parts = dict(zip(("loss", "image_features", "text_features"), parts))
-        log.count(step, len(images), parts, is_taken, batch["bad"], is_log_step)
+        log.count(step, parts, is_taken, batch["bad"], is_log_step)
         n_cut += batch["n_cut"]
         progress.update()
 
         if is_log_step:
             log.report(step, lr=lr, logit_scale=float(model.logit_scale.detach().exp()), grad_norm=float(grad_norm),
-                       truncated=total(n_cut, control) / (log.n_seen * world_size))
+                       truncated=total(n_cut, control) / ((step + 1) * args.batch_size))
         if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < steps:
             paused_at = time.time()
             metrics = evaluate(model, tokenizer, world, args.workers, args.max_pixels, device)
@@ -2555,7 +2558,8 @@ def main(args: argparse.Namespace) -> None:
             prototypes = class_prototypes(model, tokenizer, world, device) if step + 1 == steps else None
             checkpoint = checkpoint_of(model, tokenizer, world, args, step + 1, prototypes)
             checkpoint |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng_state(device),
-                           "rows": sizes, "seconds": seconds_before + time.time() - started}
+                           "rows": sizes, "n_bad": log.n_bad(), "n_cut": total(n_cut, control),
+                           "seconds": seconds_before + time.time() - started}
             save_checkpoint(out / "checkpoint.pt", checkpoint, rank)
         if is_stopped:
             if is_main:

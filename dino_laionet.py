@@ -1995,7 +1995,7 @@ class RunLog:
         self.args, self.n_rows, self.control, self.device = args, n_rows, control, device
         self.world_size = dist.get_world_size() if control else 1
         self.is_main = not control or dist.get_rank() == 0
-        self.bad, self.n_seen, self.n_logged, self.logged_at = Counter(), 0, 0, time.time()
+        self.bad, self.logged, self.logged_at = Counter(), start, time.time()
         self.loss_sum = torch.zeros((), device=device)
         self.left_out = torch.zeros((), dtype=torch.int64, device=device)  # steps, for gradients that are not finite
         self.left_out_in_a_row = self.left_out.clone()
@@ -2033,14 +2033,13 @@ class RunLog:
         write_json(out / "args.json", {"args": vars(self.args), "argv": sys.argv,
                                        "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()})
 
-    def count(self, step: int, n_images: int, parts: dict[str, torch.Tensor], is_taken: torch.Tensor,
-              bad: list[tuple[str, str]], is_log_step: bool) -> None:
+    def count(self, step: int, parts: dict[str, torch.Tensor], is_taken: torch.Tensor, bad: list[tuple[str, str]],
+              is_log_step: bool) -> None:
         """After each step. All ranks.
 
         parts: tensors by name, `loss` among them, of which a message says what was not finite. is_taken: bool, whether
         the gradient was finite, equal on all ranks. bad: reason and example of each image that could not be read.
         """
-        self.n_seen += n_images
         self.loss_sum += torch.where(is_taken, parts["loss"].detach(), 0)
         self.left_out += ~is_taken
         self.left_out_in_a_row = torch.where(is_taken, 0, self.left_out_in_a_row + 1)
@@ -2048,23 +2047,25 @@ class RunLog:
             check_finite(step, parts, int(self.left_out_in_a_row), self.control)
         note_bad_images(self.bad, bad)
 
+    def n_bad(self) -> int:
+        """Broken images of the whole run. All ranks."""
+        return int(total(sum(self.bad.values()), self.control))
+
     def report(self, step: int, **numbers: float) -> None:
         """Write the line of a step, and count anew. All ranks.
 
         numbers: further ones, equal on all ranks. Raises: SystemExit if more than --max-bad of the images are broken.
         """
-        n_done, n_seen = (step + 1) * self.args.batch_size, self.n_seen * self.world_size
-        n_new, n_left_out = n_seen - self.n_logged, int(self.left_out)  # Sync
-        n_bad = int(total(sum(self.bad.values()), self.control))
-        n_taken = n_new // self.args.batch_size - n_left_out
-        loss = total(float(self.loss_sum), self.control) / self.world_size / (n_taken or math.nan)
+        n_steps, n_left_out, n_bad = step + 1 - self.logged, int(self.left_out), self.n_bad()  # Sync
+        n_done, n_new = (step + 1) * self.args.batch_size, n_steps * self.args.batch_size
+        loss = total(float(self.loss_sum), self.control) / self.world_size / ((n_steps - n_left_out) or math.nan)
         self.write({"step": step + 1, "samples": n_done, "epoch": round(n_done / self.n_rows, 4), "loss": loss,
                     **numbers, "images_per_s": round(n_new / (time.time() - self.logged_at), 1),
                     "left_out": n_left_out, "bad_images": n_bad})
-        if n_bad > self.args.max_bad * max(1000, n_seen):
-            raise SystemExit(f"{n_bad} of {n_seen} images cannot be read ({dict(self.bad)} on this process), more than "
+        if n_bad > self.args.max_bad * max(1000, n_done):
+            raise SystemExit(f"{n_bad} of {n_done} images cannot be read ({dict(self.bad)} on this process), more than "
                              f"--max-bad {self.args.max_bad}")
-        self.n_logged, self.logged_at = n_seen, time.time()
+        self.logged, self.logged_at = step + 1, time.time()
         self.loss_sum.zero_()
         self.left_out.zero_()
 
@@ -2335,6 +2336,8 @@ def main(args: argparse.Namespace) -> None:
               f"{args.batch_size} images, {M} of {K} prototypes, ln {M} = {math.log(M):.3f}"
               + (f", continued from step {start}" if start else ""), flush=True)
     log, stop_signals = RunLog(out, start, args, sum(sizes), device, control), []
+    if checkpoint and is_main:
+        log.bad += Counter({"before it was continued": checkpoint.get("n_bad", 0)})
     signal.signal(signal.SIGTERM, lambda number, frame: stop_signals.append(number))
 
     # --- loop
@@ -2397,7 +2400,7 @@ def main(args: argparse.Namespace) -> None:
             usage += won
             last_won.masked_fill_(won > 0, step)
         parts = {"loss": loss, "teacher_logits": teacher_logits}
-        log.count(step, len(batch["draws"][0]), parts, is_taken, batch["bad"], is_log_step)
+        log.count(step, parts, is_taken, batch["bad"], is_log_step)
         progress.update()
 
         if is_log_step:
@@ -2424,7 +2427,7 @@ def main(args: argparse.Namespace) -> None:
             checkpoint |= {"student": student.state_dict(), "student_prototypes": table.weight,
                            "prototype_state": table.state, "center": center, "usage": usage, "last_won": last_won,
                            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng_state(device),
-                           "rows": sizes, "seconds": seconds_before + time.time() - started}
+                           "rows": sizes, "n_bad": log.n_bad(), "seconds": seconds_before + time.time() - started}
             save_checkpoint(out / "checkpoint.pt", checkpoint, rank)
         if is_stopped:
             if is_main:

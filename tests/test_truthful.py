@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from programs import answer
+from PIL import Image
+from programs import answer, log_of
 
 import clip
 import dino_laionet as dino
@@ -155,3 +156,31 @@ def test_an_npz_by_another_name_is_no_picture(tmp_path):
     assert clip.read_image(rows, 0, 1, 10**6) == "no .npy file of uint8 (N, H, W, 3)"
     with pytest.raises(SystemExit, match="images of"):
         clip.load_pixels([rows])
+
+
+@pytest.mark.parametrize("script", [clip, sl, dino], ids=lambda module: module.__name__)
+def test_what_the_log_counts_goes_on_after_a_resume(script, tmp_path, monkeypatch):
+    """Broken images and cut captions of the whole run, as if it had not been stopped."""
+    rng = np.random.default_rng(0)
+    for i in range(1, 24):  # 0.png is missing
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(tmp_path / f"{i}.png")
+    rows = [f"{i}.png\t{i % 2}\t{'word ' * (5 + 300 * (i % 3 == 0))}\n" for i in range(24)]
+    (tmp_path / "train.tsv").write_text("image\tlabel\tcaption\n" + "".join(rows))
+    (tmp_path / "classes.tsv").write_text("name\ncat\ndog\n")
+    flags = ["--data", tmp_path / "train.tsv", *FLAGS, "--steps", "6", "--save-every", "3", "--max-bad", "1", "--eval-sets"]
+    flags += [] if script is not dino else ["--probe-set", tmp_path / "train.tsv", "--local-crops", "1", *DINO]
+    assert answer(script, *flags, "--out", tmp_path / "straight").returncode == 0
+    save = script.save_checkpoint
+
+    def save_and_stop(*given):
+        save(*given)
+        raise SystemExit("stopped")
+
+    monkeypatch.setattr(script, "save_checkpoint", save_and_stop)
+    assert "stopped" in answer(script, *flags, "--out", tmp_path / "stopped").stderr
+    monkeypatch.undo()
+    told = answer(script, *flags, "--out", tmp_path / "stopped")
+    assert "continued from step 3" in told.stdout and told.returncode == 0, told.stderr
+    a, b = ([{**line, "images_per_s": 0} for line in log_of(tmp_path / name)] for name in ("straight", "stopped"))
+    assert a == b and 2 <= a[2]["bad_images"] < a[5]["bad_images"] and len(a) == 6
+    assert script is not clip or 0.2 < a[5]["truncated"] < 0.5

@@ -800,11 +800,11 @@ class Table:
         with open(path, "rb") as file:
             header = file.readline()
         names = header.decode("utf-8-sig", "replace").rstrip("\r\n").split("\t")
-        self.columns = {name: i for i, name in enumerate(names)}
+        self.columns, lower = {name: i for i, name in enumerate(names)}, [name.lower() for name in names]
         for name, aliases in ALIASES.items():
-            found = [alias for alias in aliases if alias in self.columns]
+            found = [alias for alias in (name, *aliases) if alias in lower]
             if name not in self.columns and found:
-                self.columns[name] = self.columns[found[0]]
+                self.columns[name] = lower.index(found[0])
         self.n_fields = len(names)
         if "image" not in self.columns:
             raise SystemExit(f"{path}: no image column; found {names}; expected a tab-separated header with image (or "
@@ -860,19 +860,33 @@ def read_classes(root: Path) -> list[dict[str, str]]:
     return [dict(zip(lines[0], line + [""] * len(lines[0]))) for line in lines[1:]]
 
 
-def read_labels(table: Table, class_names: list[str]) -> np.ndarray:
-    """[n] int64 labels, -1 for none. A field is a class number, several (`3|17`, the first counts), or a class name."""
-    ids = {name: i for i, name in enumerate(class_names)}
-    ids |= dict.fromkeys((name for name, n in Counter(class_names).items() if n > 1), -1)  # a crane, and another
-    labels = np.full(len(table), -1)
+def class_ids(classes: list[dict[str, str]]) -> dict[str, int]:
+    """Number of a class by its name and wnid; -1 for what several classes are called (a crane, and another)."""
+    ids = {}
+    for column in ("name", "wnid"):
+        names = [row.get(column, "") for row in classes]
+        n_called = Counter(names)
+        ids |= {name: i if n_called[name] == 1 else -1 for i, name in enumerate(names) if name}
+    return ids
+
+
+def label_of(field: str, ids: dict[str, int]) -> int:
+    """The class of a label: its number (3, or 3.0 as pandas writes it beside a missing one), name or wnid; or -1."""
+    is_number = re.fullmatch(r"\d{1,18}(\.0*)?", field, re.A)
+    return int(field.partition(".")[0]) if is_number else ids.get(field, -1)
+
+
+def read_labels(table: Table, classes: list[dict[str, str]]) -> np.ndarray:
+    """[n] int64 labels, -1 for none; of several in a field (`3|17`) the first counts."""
+    ids, labels = class_ids(classes), np.full(len(table), -1)
     for row in range(len(table)):
         field = table.get(row, "label").strip("| ").split("|")[0].strip()
         if field:
-            label = int(field) if field.isdecimal() and len(field) < 19 else ids.get(field, -1)  # of 64 bits
-            if not 0 <= label < (len(class_names) or label + 1):
-                known = f"nor a name that no other has, of the {len(class_names)} classes of classes.tsv"
+            label = label_of(field, ids)
+            if not 0 <= label < (len(classes) or label + 1):
+                known = f"nor a name or wnid that no other has, of the {len(classes)} classes of classes.tsv"
                 raise SystemExit(f"{table.path}: row {row + 1} has label {field[:100]!r}, not the number, "
-                                 + (known if class_names else "and there is no classes.tsv for names"))
+                                 + (known if classes else "and there is no classes.tsv for names"))
             labels[row] = label
     return labels
 
@@ -1859,7 +1873,7 @@ def evaluate(model: CLIP, tokenizer: Tokenizer | None, world: World, workers: in
         result = dict.fromkeys(("n", "top1", "balanced", "head", "medium", "tail", "spearman_acc", "spearman_pred",
                                 "chance", "retrieval", "knn", "probe"))
         result |= {"n": len(rows), "bad_images": dict(bad)}
-        labels = read_labels(table, names)[rows]
+        labels = read_labels(table, world.classes)[rows]
         embed = embed[torch.from_numpy(rows).to(device)]
         if not bool(embed.isfinite().all()):
             raise SystemExit(f"{name}: the image features are not finite: the model has diverged")
@@ -1981,7 +1995,7 @@ def read_world(args: argparse.Namespace, root: Path) -> World:
             raise SystemExit(f"--templates {args.templates}: no {{}} for the class name in {template!r}")
     counts, test_sets = np.zeros(len(classes), np.int64), find_test_sets(args.eval_sets, root)
     for table in test_sets.values() if not args.eval_only else ():
-        read_labels(table, [row["name"] for row in classes])  # what is wrong is told before training, not after it
+        read_labels(table, classes)  # what is wrong is told before training, not after it
         load_pixels([table])
         for row in range(len(table)) if "label" not in table.columns else ():
             table[row]  # has as many fields as the header
@@ -1995,7 +2009,7 @@ def read_training_sets(args: argparse.Namespace, world: World) -> tuple[list[Cap
     captions = []
     for path in paths:
         table = Table(path)
-        labels = read_labels(table, [row["name"] for row in world.classes])
+        labels = read_labels(table, world.classes)
         needed = [""] if args.eval_only and (labels >= 0).any() else templates  # only the labels are counted then
         captions.append(Captions(table, labels, needed, world.classes, args.seed))
     shares = np.array([len(c.table) if weight is None else weight for weight, c in zip(weights, captions)], float)

@@ -892,11 +892,11 @@ class Table:
         with open(path, "rb") as file:
             header = file.readline()
         names = header.decode("utf-8-sig", "replace").rstrip("\r\n").split("\t")
-        self.columns = {name: i for i, name in enumerate(names)}
+        self.columns, lower = {name: i for i, name in enumerate(names)}, [name.lower() for name in names]
         for name, aliases in ALIASES.items():
-            found = [alias for alias in aliases if alias in self.columns]
+            found = [alias for alias in (name, *aliases) if alias in lower]
             if name not in self.columns and found:
-                self.columns[name] = self.columns[found[0]]
+                self.columns[name] = lower.index(found[0])
         self.n_fields = len(names)
         if "image" not in self.columns:
             raise SystemExit(f"{path}: no image column; found {names}; expected a tab-separated header with image (or "
@@ -954,19 +954,35 @@ def read_classes(root: Path) -> list[dict[str, str]]:
 
 
 # Copied from clip.py
-def read_labels(table: Table, class_names: list[str]) -> np.ndarray:
-    """[n] int64 labels, -1 for none. A field is a class number, several (`3|17`, the first counts), or a class name."""
-    ids = {name: i for i, name in enumerate(class_names)}
-    ids |= dict.fromkeys((name for name, n in Counter(class_names).items() if n > 1), -1)  # a crane, and another
-    labels = np.full(len(table), -1)
+def class_ids(classes: list[dict[str, str]]) -> dict[str, int]:
+    """Number of a class by its name and wnid; -1 for what several classes are called (a crane, and another)."""
+    ids = {}
+    for column in ("name", "wnid"):
+        names = [row.get(column, "") for row in classes]
+        n_called = Counter(names)
+        ids |= {name: i if n_called[name] == 1 else -1 for i, name in enumerate(names) if name}
+    return ids
+
+
+# Copied from clip.py
+def label_of(field: str, ids: dict[str, int]) -> int:
+    """The class of a label: its number (3, or 3.0 as pandas writes it beside a missing one), name or wnid; or -1."""
+    is_number = re.fullmatch(r"\d{1,18}(\.0*)?", field, re.A)
+    return int(field.partition(".")[0]) if is_number else ids.get(field, -1)
+
+
+# Copied from clip.py
+def read_labels(table: Table, classes: list[dict[str, str]]) -> np.ndarray:
+    """[n] int64 labels, -1 for none; of several in a field (`3|17`) the first counts."""
+    ids, labels = class_ids(classes), np.full(len(table), -1)
     for row in range(len(table)):
         field = table.get(row, "label").strip("| ").split("|")[0].strip()
         if field:
-            label = int(field) if field.isdecimal() and len(field) < 19 else ids.get(field, -1)  # of 64 bits
-            if not 0 <= label < (len(class_names) or label + 1):
-                known = f"nor a name that no other has, of the {len(class_names)} classes of classes.tsv"
+            label = label_of(field, ids)
+            if not 0 <= label < (len(classes) or label + 1):
+                known = f"nor a name or wnid that no other has, of the {len(classes)} classes of classes.tsv"
                 raise SystemExit(f"{table.path}: row {row + 1} has label {field[:100]!r}, not the number, "
-                                 + (known if class_names else "and there is no classes.tsv for names"))
+                                 + (known if classes else "and there is no classes.tsv for names"))
             labels[row] = label
     return labels
 
@@ -1755,20 +1771,23 @@ def linear_probe(x: torch.Tensor, labels: torch.Tensor, C: int, seed: int) -> tu
     return fit_logistic(x, labels, C, best[1], None), best[1]
 
 
-def labelled_features(model: Network | RawPixels, table: Table, class_names: list[str], args: argparse.Namespace,
-                      device: torch.device) -> tuple[torch.Tensor, np.ndarray, np.ndarray, Counter]:
+def labelled_features(
+    model: Network | RawPixels, table: Table, classes: list[dict[str, str]], args: argparse.Namespace,
+    device: torch.device
+) -> tuple[torch.Tensor, np.ndarray, np.ndarray, Counter]:
     """Features [n, d] of the images that can be read, their labels and rows; counts of the others. All ranks."""
     embed, readable, bad = encode_images(model, table, args.workers, args.max_pixels, device)
     rows = np.flatnonzero(readable)
     embed = embed[torch.from_numpy(rows).to(device)]
     if not bool(embed.isfinite().all()):
         raise SystemExit(f"{table.path}: the image features are not finite: the model has diverged")
-    return embed, read_labels(table, class_names)[rows], rows, bad
+    return embed, read_labels(table, classes)[rows], rows, bad
 
 
 @torch.no_grad()
-def probe_features(model: Network | RawPixels, bank: Table, test_sets: dict[str, Table], class_names: list[str],
-                   args: argparse.Namespace, device: torch.device, is_whole: bool) -> dict[str, dict]:
+def probe_features(model: Network | RawPixels, bank: Table, test_sets: dict[str, Table],
+                   classes: list[dict[str, str]], args: argparse.Namespace, device: torch.device,
+                   is_whole: bool) -> dict[str, dict]:
     """k-NN and linear probe, fitted on a labelled set, of each test set. All ranks.
 
     is_whole: encode all of the bank, though the probe is fitted on --probe-images.
@@ -1780,14 +1799,14 @@ def probe_features(model: Network | RawPixels, bank: Table, test_sets: dict[str,
         keep = np.sort(np.random.default_rng([0, 10]).choice(len(bank), args.probe_images, replace=False))
     if not is_whole:
         bank.starts = bank.starts[torch.from_numpy(keep)]
-    embed, labels, rows, _ = labelled_features(model, bank, class_names, args, device)
+    embed, labels, rows, _ = labelled_features(model, bank, classes, args, device)
     whole = embed, labels
     if is_whole:
         chosen = np.isin(rows, keep)
         embed, labels = embed[torch.from_numpy(chosen).to(device)], labels[chosen]
     if len(labels) < 2:
         raise SystemExit(f"{bank.path}: {len(labels)} images can be read, so no probe can be fitted")
-    labels, C = torch.from_numpy(labels).to(device), len(class_names)
+    labels, C = torch.from_numpy(labels).to(device), len(classes)
     mean, std = embed.mean(0), embed.std(0).clamp_min(1e-6)
 
     def standard(x: torch.Tensor) -> torch.Tensor:
@@ -1797,7 +1816,7 @@ def probe_features(model: Network | RawPixels, bank: Table, test_sets: dict[str,
         weights, decay = linear_probe(standard(embed), labels, C, args.seed)
     found = {}
     for name, table in test_sets.items():
-        x, test_labels, rows, bad = labelled_features(model, table, class_names, args, device)
+        x, test_labels, rows, bad = labelled_features(model, table, classes, args, device)
         with exact_matmul():
             knn = knn_votes(F.normalize(embed, dim=1), labels, F.normalize(x, dim=1), C)
             found[name] = {"knn": knn, "probe": standard(x) @ weights, "weights": (weights[:-1] / std[:, None]).T,
@@ -1806,13 +1825,12 @@ def probe_features(model: Network | RawPixels, bank: Table, test_sets: dict[str,
     return found
 
 
-def evaluate_dino(model: Network, worlds: list[tuple[Table | None, dict[str, Table], list[str], bool]],
-                  class_counts: np.ndarray, args: argparse.Namespace, device: torch.device,
-                  npz_folder: Path | None = None) -> dict[str, dict]:
+def evaluate_dino(model: Network, worlds: list[tuple], class_counts: np.ndarray, args: argparse.Namespace,
+                  device: torch.device, npz_folder: Path | None = None) -> dict[str, dict]:
     """Metrics of each test set of each world: top1, balanced, ... are the linear probe's. All ranks.
 
-    worlds: (labelled set, test sets, class names, whether it is a --transfer folder); class_counts [C] are the root's.
-    Without a labelled set (None) the features of the test sets are all there is.
+    worlds: (labelled set, test sets, rows of classes.tsv, whether it is a --transfer folder). Without a labelled set
+    (None) the features of the test sets are all there is. class_counts: [C], the root's.
     npz_folder: where the first process writes <set>.npz, of a --transfer folder transfer/<set>_train.npz, _test.npz;
     with it, and --baselines, a random network and raw pixels too.
     """
@@ -1825,23 +1843,25 @@ def evaluate_dino(model: Network, worlds: list[tuple[Table | None, dict[str, Tab
         models |= {"random_": random_network(args, banks[0], device), "pixels_": RawPixels()}
     keys = ("n", "top1", "balanced", "head", "medium", "tail", "spearman_acc", "spearman_pred", "chance", "retrieval")
     metrics, is_main = {}, not dist.is_initialized() or dist.get_rank() == 0
-    for bank, test_sets, class_names, is_transfer in worlds:
+    for bank, test_sets, classes, is_transfer in worlds:
         for name, table in test_sets.items() if bank is None else ():
-            x, labels, rows, bad = labelled_features(model, table, class_names, args, device)
+            x, labels, rows, bad = labelled_features(model, table, classes, args, device)
             metrics[name] = dict.fromkeys((*keys, "knn", "probe")) | {"n": len(rows), "bad_images": dict(bad)}
             if npz_folder is not None and is_main:
                 arrays = {"features": x.cpu().numpy().astype(np.float16), "labels": labels, "rows": rows}
                 write_atomically(npz_folder / f"{name}.npz", lambda file, arrays=arrays: np.savez(file, **arrays))
         if bank is None:
             continue
-        counts = np.zeros(len(class_names), np.int64) if is_transfer else class_counts  # no training frequencies there
+        counts = np.zeros(len(classes), np.int64) if is_transfer else class_counts  # no training frequencies there
         for kind, probed in models.items():
-            for name, found in probe_features(probed, bank, test_sets, class_names, args, device,
+            for name, found in probe_features(probed, bank, test_sets, classes, args, device,
                                               is_transfer and not kind and npz_folder is not None).items():
                 labels, labelled = found["labels"], found["labels"] >= 0
                 guesses = {key: found[key].argmax(1).cpu().numpy() for key in ("knn", "probe")}
                 right = {kind + key: float((guess[labelled] == labels[labelled]).mean()) if labelled.any() else None
                          for key, guess in guesses.items()}
+                if test_sets[name].path.samefile(bank.path):  # where an image's nearest neighbour is itself
+                    right[kind + "knn"] = None
                 if kind:
                     metrics[name] |= right | {f"{kind}probe_decay": found["decay"]}
                     continue
@@ -1854,7 +1874,7 @@ def evaluate_dino(model: Network, worlds: list[tuple[Table | None, dict[str, Tab
                     half = {"logits": found["probe"], "features": found["features"], "prototypes": found["weights"]}
                     arrays = {key: x.cpu().numpy().astype(np.float16) for key, x in half.items()}
                     arrays |= {"predictions": guesses["probe"], "labels": labels, "rows": found["rows"],
-                               "class_counts": counts, "class_names": np.array(class_names, str)}
+                               "class_counts": counts, "class_names": np.array([row["name"] for row in classes], str)}
                     files = {f"transfer/{name}_test.npz" if is_transfer else f"{name}.npz": arrays}
                     if is_transfer:  # evaluate.py probe has the paper's protocol, over many runs
                         files[f"transfer/{name}_train.npz"] = {
@@ -2099,12 +2119,12 @@ def root_of(root: str, data: str | None) -> Path:
     return Path(root) if root != "auto" else Path(files[0]).parent if files else Path(SHAPES_ROOT)
 
 
-def count_labels(tables: list[Table], shares: np.ndarray, class_names: list[str]) -> np.ndarray:
+def count_labels(tables: list[Table], shares: np.ndarray, classes: list[dict[str, str]]) -> np.ndarray:
     """[C] int64 training images a class, by the sets' shares as in clip.py; for the metrics only."""
-    class_counts, n_rows = np.zeros(len(class_names)), sum(map(len, tables))
-    for table, share in zip(tables, shares) if class_names else []:
-        labels = read_labels(table, class_names)
-        class_counts += np.bincount(labels[labels >= 0], minlength=len(class_names)) * share * n_rows / len(table)
+    class_counts, n_rows = np.zeros(len(classes)), sum(map(len, tables))
+    for table, share in zip(tables, shares) if classes else []:
+        labels = read_labels(table, classes)
+        class_counts += np.bincount(labels[labels >= 0], minlength=len(classes)) * share * n_rows / len(table)
     return np.where(class_counts > 0, np.rint(class_counts).clip(1), 0).astype(np.int64)
 
 
@@ -2142,32 +2162,32 @@ def load_teacher(args: argparse.Namespace) -> dict:
     return loaded
 
 
-def find_worlds(args: argparse.Namespace, root: Path) -> list[tuple[Table | None, dict[str, Table], list[str], bool]]:
+def find_worlds(args: argparse.Namespace, root: Path) -> list[tuple]:
     """What features are probed on, as evaluate_dino takes it: the root's first; it needs classes.tsv for a probe."""
-    worlds, class_names = [], [row["name"] for row in read_classes(root)]
+    worlds, classes = [], read_classes(root)
     test_sets = find_test_sets(args.eval_sets, root)
-    if class_names and test_sets:
+    if classes and test_sets:
         name = args.probe_set
         if name == "auto":
             name = "imagenet" if (root / "imagenet" / "train.tsv").is_file() else str(find_sets(args.data, root)[0][0])
         bank = Table(name if name.endswith(".tsv") else root / name / "train.tsv")
-        worlds.append((bank, test_sets, class_names, False))
+        worlds.append((bank, test_sets, classes, False))
     elif test_sets:
         worlds.append((None, test_sets, [], False))
     in_root = [path.parent for path in sorted(root.glob("*/classes.tsv"))
                if (path.parent / "train.tsv").is_file() and (path.parent / "test.tsv").is_file()]
     for folder in [f for name in args.transfer for f in (in_root if name == "auto" else [Path(name)])]:
-        names, name = [row["name"] for row in read_classes(folder)], folder.resolve().name
-        if not names:
+        classes, name = read_classes(folder), folder.resolve().name
+        if not classes:
             raise SystemExit(f"--transfer {folder}: no classes.tsv with a column name")
         if any(name in test_sets for _, test_sets, _, _ in worlds) or name in ("run", "loss", "step"):
             raise SystemExit(f"--transfer {folder}: {name} is taken in metrics.json, rename the folder")
-        worlds.append((Table(folder / "train.tsv"), {name: Table(folder / "test.tsv")}, names, True))
-    for bank, tests, names, is_transfer in worlds:  # now, not after the training
+        worlds.append((Table(folder / "train.tsv"), {name: Table(folder / "test.tsv")}, classes, True))
+    for bank, tests, classes, is_transfer in worlds:  # now, not after the training
         for table in tests.values():
-            read_labels(table, names)
+            read_labels(table, classes)
         if bank is not None:
-            is_labelled = read_labels(bank, names) >= 0
+            is_labelled = read_labels(bank, classes) >= 0
             if is_labelled.sum() < 2:
                 hint = "" if is_transfer else "; pass another --probe-set"
                 raise SystemExit(f"{bank.path}: {is_labelled.sum()} rows with a label, so no probe can be fitted{hint}")
@@ -2220,7 +2240,7 @@ def evaluate_teacher(args: argparse.Namespace, loaded: dict, worlds: list, rank:
         raise SystemExit(f"{args.eval_only} does not fit its --arch: {' '.join(str(error).split())[:300]}") from None
     for name in ("arch", "data", "seed", "head_hidden", "prototype_dim", "head_bn"):  # also of the random network
         setattr(args, name, made_with[name])
-    if worlds and loaded["class_names"] != worlds[0][2]:
+    if worlds and loaded["class_names"] != [row["name"] for row in worlds[0][2]]:
         loaded["class_counts"] = torch.zeros(len(worlds[0][2]), dtype=torch.int64)
         if rank == 0 and worlds[0][2] and not worlds[0][3]:
             print(f"frequencies of the classes are not known: {args.eval_only} has those of other classes, or of "
@@ -2248,13 +2268,14 @@ def main(args: argparse.Namespace) -> None:
     if args.eval_only:
         evaluate_teacher(args, loaded, worlds, rank, device)
         return
-    class_names = [row["name"] for row in read_classes(root)]
+    classes = read_classes(root)
+    class_names = [row["name"] for row in classes]
     paths, weights = find_sets(args.data, root)
     tables = [Table(path) for path in paths]
     sizes = [len(table) for table in tables]
     shares = np.array([size if weight is None else weight for weight, size in zip(weights, sizes)], float)
     shares /= shares.sum()
-    class_counts = count_labels(tables, shares, class_names)
+    class_counts = count_labels(tables, shares, classes)
     if is_main:
         print(describe(root, tables, shares, class_names, class_counts))
         print(f"precision {precision} ({reason}), {device}, {world_size} process{'es' if world_size > 1 else ''}",

@@ -928,11 +928,11 @@ class Table:
         with open(path, "rb") as file:
             header = file.readline()
         names = header.decode("utf-8-sig", "replace").rstrip("\r\n").split("\t")
-        self.columns = {name: i for i, name in enumerate(names)}
+        self.columns, lower = {name: i for i, name in enumerate(names)}, [name.lower() for name in names]
         for name, aliases in ALIASES.items():
-            found = [alias for alias in aliases if alias in self.columns]
+            found = [alias for alias in (name, *aliases) if alias in lower]
             if name not in self.columns and found:
-                self.columns[name] = self.columns[found[0]]
+                self.columns[name] = lower.index(found[0])
         self.n_fields = len(names)
         if "image" not in self.columns:
             raise SystemExit(f"{path}: no image column; found {names}; expected a tab-separated header with image (or "
@@ -989,18 +989,33 @@ def read_classes(root: Path) -> list[dict[str, str]]:
     return [dict(zip(lines[0], line + [""] * len(lines[0]))) for line in lines[1:]]
 
 
-def read_label_sets(table: Table, class_names: list[str]) -> np.ndarray:
-    """[n, J] int64 labels of each row, none twice, -1 pads; a field is empty, a class number or name, or `3|17`."""
-    ids = {name: i for i, name in enumerate(class_names)}
-    ids |= dict.fromkeys((name for name, n in Counter(class_names).items() if n > 1), -1)  # a crane, and another
-    rows = []
+# Copied from clip.py
+def class_ids(classes: list[dict[str, str]]) -> dict[str, int]:
+    """Number of a class by its name and wnid; -1 for what several classes are called (a crane, and another)."""
+    ids = {}
+    for column in ("name", "wnid"):
+        names = [row.get(column, "") for row in classes]
+        n_called = Counter(names)
+        ids |= {name: i if n_called[name] == 1 else -1 for i, name in enumerate(names) if name}
+    return ids
+
+
+# Copied from clip.py
+def label_of(field: str, ids: dict[str, int]) -> int:
+    """The class of a label: its number (3, or 3.0 as pandas writes it beside a missing one), name or wnid; or -1."""
+    is_number = re.fullmatch(r"\d{1,18}(\.0*)?", field, re.A)
+    return int(field.partition(".")[0]) if is_number else ids.get(field, -1)
+
+
+def read_label_sets(table: Table, classes: list[dict[str, str]]) -> np.ndarray:
+    """[n, J] int64 labels of each row (a field is empty, a label, or several: `3|17`), none twice, -1 pads."""
+    ids, rows = class_ids(classes), []
     for row in range(len(table)):
         fields = [field.strip() for field in table.get(row, "label").split("|")]
-        labels = [int(field) if field.isdecimal() and len(field) < 19 else ids.get(field, -1)
-                  for field in fields if field]
-        if any(not 0 <= label < len(class_names) for label in labels):
+        labels = [label_of(field, ids) for field in fields if field]
+        if any(not 0 <= label < len(classes) for label in labels):
             raise SystemExit(f"{table.path}: row {row + 1} has label {'|'.join(fields)[:100]!r}, not the number, nor a "
-                             f"name that no other has, of the {len(class_names)} classes of classes.tsv")
+                             f"name or wnid that no other has, of the {len(classes)} classes of classes.tsv")
         rows.append(list(dict.fromkeys(labels)))
     label_sets = np.full((len(rows), max(1, *map(len, rows))), -1)
     for row, labels in enumerate(rows):
@@ -1733,7 +1748,7 @@ def print_table(metrics: dict[str, dict]) -> None:
 
 
 @torch.no_grad()
-def evaluate_classifier(model: Classifier, class_names: list[str], class_counts: np.ndarray, trimmed: np.ndarray,
+def evaluate_classifier(model: Classifier, classes: list[dict[str, str]], class_counts: np.ndarray, trimmed: np.ndarray,
                         test_sets: dict[str, Table], workers: int, max_pixels: int, device: torch.device,
                         npz_folder: Path | None = None) -> dict[str, dict]:
     """Accuracy and imbalance metrics of labelled test sets. All ranks.
@@ -1748,7 +1763,7 @@ def evaluate_classifier(model: Classifier, class_names: list[str], class_counts:
     prototypes, metrics = F.normalize(model.prototypes.float(), dim=1), {}
     for name, table in test_sets.items():
         embed, readable, bad = encode_images(model, table, workers, max_pixels, device)
-        labels = read_label_sets(table, class_names)[:, 0]
+        labels = read_label_sets(table, classes)[:, 0]
         rows = np.flatnonzero(readable)
         embed, labels = embed[torch.from_numpy(rows).to(device)], labels[rows]
         if not bool(embed.isfinite().all()):
@@ -1771,7 +1786,7 @@ def evaluate_classifier(model: Classifier, class_names: list[str], class_counts:
         if npz_folder is not None and (not dist.is_initialized() or dist.get_rank() == 0):
             arrays = {"logits": logits.numpy().astype(np.float16), "predictions": logits.argmax(1).numpy(),
                       "features": embed.cpu().numpy().astype(np.float16), "labels": labels, "rows": rows,
-                      "class_counts": class_counts, "class_names": np.array(class_names, str),
+                      "class_counts": class_counts, "class_names": np.array([row["name"] for row in classes], str),
                       "prototypes": prototypes.cpu().numpy().astype(np.float16)}
             write_atomically(npz_folder / f"{name}.npz", lambda file, arrays=arrays: np.savez(file, **arrays))
     model.train()
@@ -1980,14 +1995,14 @@ class RunLog:
             sys.stdout.flush()
 
 
-def read_labelled_sets(args: argparse.Namespace, root: Path, class_names: list[str]
+def read_labelled_sets(args: argparse.Namespace, root: Path, classes: list[dict[str, str]]
                        ) -> tuple[list[Table], list[np.ndarray], np.ndarray, np.ndarray, np.ndarray, str]:
     """Tables with the rows that are trained on, their labels [n, J], the sets' shares, class counts, trimmed classes.
 
     Also a sentence on the rows left out. Counts are those of the labels (an image with k labels counts
     1 / k for each), weighted by the sets' shares.
     """
-    if not class_names:
+    if not classes:
         raise SystemExit(f"{root}/classes.tsv is missing or has no classes: a classifier needs their names, one a row "
                          "below the header name")
     paths, weights = find_sets(args.data, root)
@@ -1995,7 +2010,7 @@ def read_labelled_sets(args: argparse.Namespace, root: Path, class_names: list[s
     for table in tables:
         if "label" not in table.columns:
             raise SystemExit(f"{table.path}: no column label; it has {', '.join(table.columns)}")
-        labels = read_label_sets(table, class_names)
+        labels = read_label_sets(table, classes)
         n_labels = (labels >= 0).sum(1)
         keep = n_labels == 1 if args.multi_label == "drop" else n_labels > 0
         lost += Counter({"without a label": int((n_labels == 0).sum()), "with several labels": int((~keep).sum())
@@ -2004,11 +2019,11 @@ def read_labelled_sets(args: argparse.Namespace, root: Path, class_names: list[s
         table.starts = table.starts[torch.from_numpy(keep)]
         label_sets.append(labels)
     trimmed = np.zeros(0, np.int64)
-    if args.trim_tail >= len(class_names):
-        raise SystemExit(f"--trim-tail {args.trim_tail} must be less than the {len(class_names)} classes")
+    if args.trim_tail >= len(classes):
+        raise SystemExit(f"--trim-tail {args.trim_tail} must be less than the {len(classes)} classes")
     if args.trim_tail:
         first = np.concatenate([labels[:, 0] for labels in label_sets])
-        counts = sum(np.bincount(x[:, 0], minlength=len(class_names)) * (1 if w is None else w / max(1, len(x)))
+        counts = sum(np.bincount(x[:, 0], minlength=len(classes)) * (1 if w is None else w / max(1, len(x)))
                      for x, w in zip(label_sets, weights))
         keep, trimmed = trim_tail(first, counts, args.trim_tail, args.trim_shots, args.seed)
         lost["trimmed from the tail"] = int((~keep).sum())
@@ -2019,18 +2034,18 @@ def read_labelled_sets(args: argparse.Namespace, root: Path, class_names: list[s
             raise SystemExit(f"{table.path}: no row with a label is left")
     shares = np.array([len(table) if weight is None else weight for weight, table in zip(weights, tables)], float)
     shares /= shares.sum()
-    n, class_counts = sum(map(len, tables)), np.zeros(len(class_names))
+    n, class_counts = sum(map(len, tables)), np.zeros(len(classes))
     for labels, share in zip(label_sets, shares):
         is_label = labels >= 0
         part = np.broadcast_to(1 / is_label.sum(1, keepdims=True), labels.shape)[is_label]
-        class_counts += np.bincount(labels[is_label], part, len(class_names)) * share * n / len(labels)
+        class_counts += np.bincount(labels[is_label], part, len(classes)) * share * n / len(labels)
     class_counts = np.where(class_counts > 0, np.rint(class_counts).clip(1), 0).astype(np.int64)
     left_out = ", ".join(f"{number:,} {reason}" for reason, number in lost.items() if number) or "none"
     return tables, label_sets, shares, class_counts, trimmed, f"rows left out: {left_out}"
 
 
-def checkpoint_of_classifier(model: Classifier, class_names: list[str], class_counts: np.ndarray, trimmed: np.ndarray,
-                             args: argparse.Namespace, step: int) -> dict:
+def checkpoint_of_classifier(model: Classifier, classes: list[dict[str, str]], class_counts: np.ndarray,
+                             trimmed: np.ndarray, args: argparse.Namespace, step: int) -> dict:
     """What a checkpoint holds, in tensors and builtins."""
     return {
         "state_dict": {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()},
@@ -2039,18 +2054,18 @@ def checkpoint_of_classifier(model: Classifier, class_names: list[str], class_co
         "arch": model.arch,
         "pixels": model.pixels,
         "prototypes": F.normalize(model.prototypes.detach().float(), dim=1).cpu(),  # [C, D]
-        "class_names": class_names,
+        "class_names": [row["name"] for row in classes],
         "class_counts": torch.from_numpy(class_counts),
         "trimmed": torch.from_numpy(trimmed),
     }
 
 
-def report_classifier(model: Classifier, class_names: list[str], class_counts: np.ndarray, trimmed: np.ndarray,
+def report_classifier(model: Classifier, classes: list[dict[str, str]], class_counts: np.ndarray, trimmed: np.ndarray,
                       test_sets: dict[str, Table], args: argparse.Namespace, step: int, seconds: float, rank: int,
                       device: torch.device, precision: str) -> None:
     """Evaluate, write metrics.json and <set>.npz, print the table. All ranks."""
     out = Path(args.out)
-    metrics = evaluate_classifier(model, class_names, class_counts, trimmed, test_sets, args.workers, args.max_pixels,
+    metrics = evaluate_classifier(model, classes, class_counts, trimmed, test_sets, args.workers, args.max_pixels,
                                   device, out)
     run = {"script": Path(__file__).name, "step": step, "seconds": round(seconds, 1), "data": args.data,
            "seed": args.seed, "precision": precision, "versions": {"torch": torch.__version__, "numpy": np.__version__}}
@@ -2081,7 +2096,8 @@ def evaluate_file(args: argparse.Namespace, root: Path, rank: int, device: torch
     if len(class_counts) != len(loaded["class_names"]) or (class_counts < 0).any():
         raise SystemExit(f"{args.eval_only}: its class_counts must be {len(loaded['class_names'])} numbers of at least "
                          f"0, they are {len(class_counts)}, the least {class_counts.min(initial=0)}")
-    class_names = [row["name"] for row in read_classes(root)] or loaded["class_names"]
+    classes = read_classes(root) or [{"name": name} for name in loaded["class_names"]]
+    class_names = [row["name"] for row in classes]
     if class_names != loaded["class_names"]:
         what = "another order of the" if sorted(class_names) == sorted(loaded["class_names"]) else "other"
         raise SystemExit(f"{args.eval_only} was trained with {what} classes ({len(loaded['class_names'])}) than "
@@ -2093,7 +2109,7 @@ def evaluate_file(args: argparse.Namespace, root: Path, rank: int, device: torch
         raise SystemExit(f"{args.eval_only} does not fit its --arch: {' '.join(str(error).split())[:300]}") from None
     model.use_pixels(pixels)
     args.data, args.seed = loaded["args"]["data"], loaded["args"]["seed"]
-    report_classifier(model.to(device), class_names, class_counts, loaded["trimmed"].numpy(),
+    report_classifier(model.to(device), classes, class_counts, loaded["trimmed"].numpy(),
                       find_test_sets(args.eval_sets, root), args, loaded["step"], 0.0, rank, device, "fp32")
 
 
@@ -2128,10 +2144,11 @@ def main(args: argparse.Namespace) -> None:
     head_init = str(root / "clip.pt") if args.head_init == "auto" else args.head_init
     if args.head != "learned" and args.head_init == "auto":
         on_one_rank(rank, lambda: ensure_clip_pt(root, args.device, "--head frozen and finetune"))
-    class_names, test_sets = [row["name"] for row in read_classes(root)], find_test_sets(args.eval_sets, root)
-    tables, label_sets, shares, class_counts, trimmed, left_out = read_labelled_sets(args, root, class_names)
+    classes, test_sets = read_classes(root), find_test_sets(args.eval_sets, root)
+    class_names = [row["name"] for row in classes]
+    tables, label_sets, shares, class_counts, trimmed, left_out = read_labelled_sets(args, root, classes)
     for table in test_sets.values():  # what is wrong with them is told before training, not after it
-        read_label_sets(table, class_names)
+        read_label_sets(table, classes)
         load_pixels([table])
     C, sizes, counts = len(class_names), [len(table) for table in tables], torch.from_numpy(class_counts)
     has_vocab = 0 < args.vocab < C
@@ -2283,7 +2300,7 @@ def main(args: argparse.Namespace) -> None:
             log.report(step, **numbers)
         if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < steps:
             paused_at = time.time()
-            metrics = evaluate_classifier(model, class_names, class_counts, trimmed, test_sets, args.workers,
+            metrics = evaluate_classifier(model, classes, class_counts, trimmed, test_sets, args.workers,
                                           args.max_pixels, device)
             log.write({"step": step + 1, **metrics})
             if is_main:
@@ -2293,7 +2310,7 @@ def main(args: argparse.Namespace) -> None:
             log.logged_at += time.time() - paused_at  # images_per_s is that of training
         is_stopped = total(len(stop_signals), control)
         if is_stopped or step + 1 == steps or (args.save_every and (step + 1) % args.save_every == 0):
-            checkpoint = checkpoint_of_classifier(model, class_names, class_counts, trimmed, args, step + 1)
+            checkpoint = checkpoint_of_classifier(model, classes, class_counts, trimmed, args, step + 1)
             checkpoint |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng_state(device),
                            "n_bad": log.n_bad(), "seconds": seconds_before + time.time() - started}
             save_checkpoint(out / "checkpoint.pt", checkpoint, rank)
@@ -2305,7 +2322,7 @@ def main(args: argparse.Namespace) -> None:
 
     progress.close()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # all is saved: the same command evaluates
-    report_classifier(model, class_names, class_counts, trimmed, test_sets, args, steps,
+    report_classifier(model, classes, class_counts, trimmed, test_sets, args, steps,
                       seconds_before + time.time() - started, rank, device, precision)
 
 

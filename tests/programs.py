@@ -86,6 +86,11 @@ def kill_after(n_lines, out, script, *flags, processes=1, env=ENV):
     process.wait()
 
 
+def named(names):
+    """Rows of a classes.tsv that has names only."""
+    return [{"name": name} for name in names]
+
+
 def log_of(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 

@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from programs import named
 from scipy import stats
 
 import clip
 import evaluate
+import sl_vocab_subsample as sl
 
 # ------------------------------------------------------------------------------ Table
 
@@ -129,21 +131,36 @@ def test_read_classes(tmp_path):
         clip.read_classes(tmp_path)
 
 
+@pytest.mark.parametrize("field, label", [("2.0", 2), ("2.", 2), ("n1", 1), ("n2", 2), ("crane", -1), ("bat", 0)])
+def test_labels_as_check_takes_them(tmp_path, field, label):
+    """As pandas writes a number beside a missing one, by wnid, by a name that is another's wnid too (the wnid wins)."""
+    classes = [{"name": name, "wnid": wnid} for name, wnid in (("a", "bat"), ("crane", "n1"), ("crane", "n2"), ("bat", ""))]
+    one = table_of(tmp_path, f"FILE\tWnid\nx\t{field}\n", "one.tsv")
+    several = table_of(tmp_path, f"image\tclass\nx\t{field}|3\n", "several.tsv")
+    if label < 0:  # of two classes
+        for read, table in (clip.read_labels, one), (sl.read_label_sets, several):
+            with pytest.raises(SystemExit, match="row 1 has label 'crane"):
+                read(table, classes)
+        return
+    assert clip.read_labels(one, classes).tolist() == [label]
+    assert sl.read_label_sets(several, classes).tolist() == [[label, 3]]
+
+
 def test_read_labels(tmp_path):
     rows = ["3", "0|17", "cat", "", "cat|1", " 1 ", "sea lion"]
     table = table_of(tmp_path, "image\tlabel\n" + "".join(f"x\t{row}\n" for row in rows))
     names = ["a", "sea lion", "cat", "d"]
-    labels = clip.read_labels(table, names)
+    labels = clip.read_labels(table, named(names))
     assert labels.tolist() == [3, 0, 2, -1, 2, 1, 1] and labels.dtype == np.int64
-    with pytest.raises(SystemExit, match="row 1 has label 'crane', not the number, nor a name that no other has"):
-        clip.read_labels(table_of(tmp_path, "image\tlabel\nx\tcrane\n", "twice.tsv"), ["crane", "b", "crane"])
-    for field in ("4", "-1", "dog", "4|1", "1.0", "9" * 30):
+    with pytest.raises(SystemExit, match="row 1 has label 'crane', not the number, nor a name or wnid that no other has"):
+        clip.read_labels(table_of(tmp_path, "image\tlabel\nx\tcrane\n", "twice.tsv"), named(["crane", "b", "crane"]))
+    for field in ("4", "-1", "dog", "4|1", "1.5", "9" * 30):
         bad = table_of(tmp_path, f"image\tlabel\nx\t0\nx\t{field}\n", "bad.tsv")
         with pytest.raises(
             SystemExit, match=rf"bad.tsv: row 2 has label '{field.split('|')[0]}', not the number, .* of the 4 classes"
         ):
-            clip.read_labels(bad, names)
-    assert clip.read_labels(table_of(tmp_path, "image\nx\n"), names).tolist() == [-1]
+            clip.read_labels(bad, named(names))
+    assert clip.read_labels(table_of(tmp_path, "image\nx\n"), named(names)).tolist() == [-1]
     assert clip.read_labels(table_of(tmp_path, "image\tlabel\nx\t900\n"), []).tolist() == [900]  # no classes.tsv
     with pytest.raises(SystemExit, match="row 1 has label '9{100}'"):
         clip.read_labels(table_of(tmp_path, f"image\tlabel\nx\t{'9' * 5_000}\n"), [])

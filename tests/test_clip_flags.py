@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from programs import named
 
 import clip
 
@@ -45,7 +46,7 @@ def slow_loop(root, **changes):
     tables, classes = [clip.Table(root / name / "train.tsv") for name in shares], clip.read_classes(root)
     sizes, has_pixels, names = list(map(len, tables)), (root / "bpe.txt").is_file(), [row["name"] for row in classes]
     templates = clip.read_lines(s.caption[1:]) if s.caption.startswith("@") else [s.caption]
-    captions = [clip.Captions(table, clip.read_labels(table, names), templates, classes, s.seed) for table in tables]
+    captions = [clip.Captions(table, clip.read_labels(table, named(names)), templates, classes, s.seed) for table in tables]
     pixels = [torch.from_numpy(np.load(root / name / "train.npy")) for name in shares if has_pixels]
     own = () if has_pixels else clip.train_bpe([captions[0](row, 0) for row in range(sizes[0])], 8192)
     tokenizer = clip.Tokenizer(own or clip.read_merges(root / "bpe.txt"))
@@ -185,7 +186,7 @@ def test_evaluation_by_hand(world, tmp_path):
     """Class vectors of --templates, logits, predictions, retrieval: float64; some rows have no label or no image."""
     pixels, table, owner = np.load(world / "val.npy")[:40], clip.Table(world / "val.tsv"), np.arange(40) * 7 % 40 // 2
     names, said = [row["name"] for row in clip.read_classes(world)], np.array([table.get(i, "caption") for i in range(40)])
-    labels = np.where(np.isin(np.arange(40), (7, 8)), -1, clip.read_labels(table, names)[:40])
+    labels = np.where(np.isin(np.arange(40), (7, 8)), -1, clip.read_labels(table, named(names))[:40])
     for name, images, marks in ("mine", range(40), np.where(labels < 0, "", labels)), ("pairs", owner, [""] * 40):
         places = ["no.png" if i == 3 else f"{world / 'val.npy'}:{i}" for i in images]
         (tmp_path / f"{name}.tsv").write_text("image\tlabel\tcaption\n" + "".join(map("{}\t{}\t{}\n".format, places, marks, said)))
@@ -201,7 +202,7 @@ def test_evaluation_by_hand(world, tmp_path):
     prompts = torch.stack([embed([f"here is a {name}", f"{name} {name}, once more"]).mean(0) for name in names])
     prototypes, unit, kept = F.normalize(prompts, dim=1), F.normalize(features, dim=1), np.delete(np.arange(40), 3)
     assert all(torch.allclose(x["prototypes"].double(), prototypes, atol=1e-5) for x in (export, saved))
-    counts = np.bincount(clip.read_labels(clip.Table(world / "laionet" / "train.tsv"), names), minlength=120)
+    counts = np.bincount(clip.read_labels(clip.Table(world / "laionet" / "train.tsv"), named(names)), minlength=120)
     with np.load(tmp_path / "mine.npz") as npz:
         logits, known = (100 * unit @ prototypes.T).numpy()[kept], npz["labels"] >= 0
         assert np.allclose(npz["logits"], logits, atol=0.1) and np.allclose(npz["features"], features[kept], atol=0.01)

@@ -20,7 +20,7 @@ import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from PIL import Image
-from programs import ENV, ROOT, assert_bit_equal, log_of, weights_of
+from programs import ENV, ROOT, assert_bit_equal, log_of, named, weights_of
 
 import clip
 import evaluate
@@ -822,7 +822,7 @@ def test_evaluation_with_other_classes(world, photos, tmp_path):
         *flags, "--root", other, "--data", mixed, "--out", tmp_path / "mixed"
     )
     labels = np.concatenate(
-        [clip.read_labels(clip.Table(world / name / "train.tsv"), names) for name in ("laionet", "incaps")]
+        [clip.read_labels(clip.Table(world / name / "train.tsv"), named(names)) for name in ("laionet", "incaps")]
     )
     with np.load(tmp_path / "mixed" / "val.npz") as file:  # the tables' numbers, whatever the root calls them
         assert np.array_equal(file["class_counts"], np.bincount(labels[labels >= 0], minlength=120))

@@ -14,7 +14,7 @@ import programs
 import pytest
 import torch
 from PIL import Image
-from programs import ENV, ROOT, assert_bit_equal, log_of, weights_of
+from programs import ENV, ROOT, assert_bit_equal, log_of, named, weights_of
 from sklearn.neighbors import KNeighborsClassifier
 
 import dino_laionet as dino
@@ -471,11 +471,11 @@ def test_probe_features_by_hand(world):
     args, names = dino.parse_args(["--probe-images", "200"]), [row["name"] for row in dino.read_classes(world)]
     bank, val = dino.Table(world / "imagenet" / "train.tsv"), dino.Table(world / "val.tsv")
     device = torch.device("cpu")
-    found = dino.probe_features(dino.RawPixels(), bank, {"val": val}, names, args, device, False)["val"]
+    found = dino.probe_features(dino.RawPixels(), bank, {"val": val}, named(names), args, device, False)["val"]
     keep = np.sort(np.random.default_rng([0, 10]).choice(300, 200, replace=False))
     x, queries = (np.load(world / name).transpose(0, 3, 1, 2).reshape(-1, 3072) / 255
                   for name in ("imagenet/train.npy", "val.npy"))  # fmt: skip
-    y = dino.read_labels(bank, names)[keep]
+    y = dino.read_labels(bank, named(names))[keep]
     oracle = KNeighborsClassifier(20, metric="cosine", weights=lambda distance: np.exp(-distance / 0.07)).fit(x[keep], y)
     votes = (found["knn"] / found["knn"].sum(1, keepdim=True))[:, oracle.classes_]
     np.testing.assert_allclose(votes, oracle.predict_proba(queries), atol=1e-3)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from programs import log_of, weights_of
+from programs import log_of, named, weights_of
 
 import sl_vocab_subsample as sl
 
@@ -272,13 +272,13 @@ def test_the_tail_is_that_of_the_mixture(tmp_path):
         (tmp_path / name / "train.tsv").write_text("image\tlabel\n" + "".join(rows))
     for data, tail in (("light,heavy", 1), ("light:1,heavy:9", 0)):
         args = sl.parse_args(["--data", data, "--trim-tail", "1"])
-        assert sl.read_labelled_sets(args, tmp_path, ["a", "b"])[4].tolist() == [tail]
+        assert sl.read_labelled_sets(args, tmp_path, named(["a", "b"]))[4].tolist() == [tail]
 
 
 def test_a_table_without_labels_is_told_so(tmp_path):
     (tmp_path / "t.tsv").write_text("image\ttarget\nx.jpg\t0\n")
     with pytest.raises(SystemExit, match="t.tsv: no column label; it has image, target"):
-        sl.read_labelled_sets(sl.parse_args(["--data", str(tmp_path / "t.tsv")]), tmp_path, ["a"])
+        sl.read_labelled_sets(sl.parse_args(["--data", str(tmp_path / "t.tsv")]), tmp_path, named(["a"]))
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
@@ -291,7 +291,7 @@ def test_the_loop_is_plain_supervised_learning(kind, world, tmp_path):
     model.visual.to(memory_format=torch.channels_last)
     names, sets = [row["name"] for row in sl.read_classes(world)], ("laionet", "incaps")
     pixels = [torch.from_numpy(np.load(world / name / "train.npy")) for name in sets]
-    labels = [sl.read_label_sets(sl.Table(world / name / "train.tsv"), names)[:, 0] for name in sets]
+    labels = [sl.read_label_sets(sl.Table(world / name / "train.tsv"), named(names))[:, 0] for name in sets]
     groups = [dict(params=[p for p in model.parameters() if (p.ndim < 2) == is_flat], weight_decay=2.0 * (not is_flat))
               for is_flat in (False, True)]  # fmt: skip
     optimizer = torch.optim.SGD(groups, 2e-3, 0.9) if kind == "sgd" else torch.optim.AdamW(groups, 2e-3, (0.9, 0.98))
@@ -316,7 +316,7 @@ def test_a_replacement_brings_its_own_label(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "t.tsv").write_text("image\tlabel\n" + "none.png\t0\n" * 5 + "a.png\t1\n")
     table = sl.Table(tmp_path / "t.tsv")
-    data = sl.LabelledImages([table], [sl.read_label_sets(table, ["x", "y"])], False, False, 8, 1.0, 10**6, 0)
+    data = sl.LabelledImages([table], [sl.read_label_sets(table, named(["x", "y"]))], False, False, 8, 1.0, 10**6, 0)
     assert (data.__getitems__(np.array([[0, i, 0] for i in range(6)]))["labels"] == 1).all()
 
 

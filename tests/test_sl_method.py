@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.v2.functional as tv
+from programs import named
 
 import dino_laionet as dino
 import sl_vocab_subsample as sl
@@ -267,17 +268,17 @@ def table_of(tmp_path, labels):
 
 def test_label_sets(tmp_path):
     table = table_of(tmp_path, ["2", "", "0|2", "dog", "dog | 0"])
-    assert sl.read_label_sets(table, ["cat", "dog", "cow"]).tolist() == [[2, -1], [-1, -1], [0, 2], [1, -1], [1, 0]]
-    assert sl.read_label_sets(table_of(tmp_path, ["1|1|0|dog"]), ["cat", "dog"]).tolist() == [[1, 0]]  # none twice
+    assert sl.read_label_sets(table, named(["cat", "dog", "cow"])).tolist() == [[2, -1], [-1, -1], [0, 2], [1, -1], [1, 0]]
+    assert sl.read_label_sets(table_of(tmp_path, ["1|1|0|dog"]), named(["cat", "dog"])).tolist() == [[1, 0]]  # none twice
     for wrong in ("3", "-1", "bird", "0|9", "9" * 5_000):
         with pytest.raises(SystemExit, match="row 1 has label"):
-            sl.read_label_sets(table_of(tmp_path, [wrong]), ["cat", "dog", "cow"])
+            sl.read_label_sets(table_of(tmp_path, [wrong]), named(["cat", "dog", "cow"]))
 
 
 def test_one_of_several_labels_is_drawn(tmp_path):
     """--multi-label random: each of an image's labels evenly, by seed, example and epoch alone."""
     table = table_of(tmp_path, ["0|1|2", "1|2", "2"] * 100)
-    label_sets = sl.read_label_sets(table, ["cat", "dog", "cow"])
+    label_sets = sl.read_label_sets(table, named(["cat", "dog", "cow"]))
     examples = np.array([(0, row, epoch) for epoch in range(20) for row in range(300)])
     drawn = {}
     for seed in 0, 1:

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from programs import ROOT, assert_bit_equal, log_of, weights_of
+from programs import ROOT, assert_bit_equal, log_of, named, weights_of
 
 import clip
 import dino_laionet as dino
@@ -252,7 +252,7 @@ def test_counts_are_those_of_the_mixture(module, more, world, tmp_path):
     flags = ["--root", world, "--data", "laionet:3,incaps:1", "--steps", 1, *FLAGS[:-1], *more]
     programs.run_here(module, *flags, "--out", tmp_path)
     names = [row["name"] for row in clip.read_classes(world)]
-    a, b = (np.bincount(clip.read_labels(clip.Table(world / name / "train.tsv"), names), minlength=120)
+    a, b = (np.bincount(clip.read_labels(clip.Table(world / name / "train.tsv"), named(names)), minlength=120)
             for name in ("laionet", "incaps"))  # fmt: skip
     found = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["class_counts"].numpy()
     assert a.sum() == b.sum() == 300 and np.abs(found - (1.5 * a + 0.5 * b)).max() <= 0.5

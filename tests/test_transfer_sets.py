@@ -7,6 +7,7 @@ import numpy as np
 import programs
 import pytest
 from PIL import Image
+from programs import named
 from sklearn.datasets import load_digits
 
 import dino_laionet as dino
@@ -21,7 +22,7 @@ def parts(folder):
     """Class names, and {part: table, labels}, read as dino_laionet.py reads them."""
     names = [row["name"] for row in dino.read_classes(folder)]
     tables = {part: dino.Table(folder / f"{part}.tsv") for part in ("train", "test")}
-    return names, {part: (table, dino.read_labels(table, names)) for part, table in tables.items()}
+    return names, {part: (table, dino.read_labels(table, named(names))) for part, table in tables.items()}
 
 
 def test_digits(tmp_path):

@@ -296,7 +296,7 @@ def parse_args(argv=None):
     check.add_argument("--sample", type=int, default=0, help="decode so many images, picked by hash; 0: all")
     check.add_argument("--max-bad", type=float, default=0.0, help="fraction of bad rows that is still exit code 0")
     check.add_argument("--classes", help="classes.tsv; default: beside the first table, or one folder up, if any")
-    check.add_argument("--max-pixels", type=int, default=100_000_000, help="an image with more is bad, not decoded")
+    check.add_argument("--max-pixels", type=int, default=89_478_485, help="an image with more is bad, not decoded")
     check.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; the result is the same")
     check.add_argument("--seed", type=int, default=0, help="redraws which images --sample takes")
 
@@ -321,7 +321,7 @@ def parse_args(argv=None):
     dedup.add_argument("--against-embeddings", nargs="+", default=[], metavar="FILE", help="of the rows of --against")
     dedup.add_argument("--chain", action=argparse.BooleanOptionalAction, default=False, help="with --against: drop the "
                        "copies of a test image's copies too (DINOv2); compares all rows with each other")  # fmt: skip
-    dedup.add_argument("--max-pixels", type=int, default=100_000_000, help="an image with more is kept, not decoded")
+    dedup.add_argument("--max-pixels", type=int, default=89_478_485, help="an image with more is kept, not decoded")
     dedup.add_argument("--backend", choices=("blocks", "faiss"), default="blocks", help="for embeddings: blocks of a "
                        "matrix product, or exact search by faiss (pip install faiss-cpu); the result is the same")
     dedup.add_argument("--device", default="cpu", help="cpu, or cuda: where embeddings are compared")

@@ -18,7 +18,8 @@ Released weights (ours, open_clip's, OpenAI's) become the clip.pt of a world; ot
 open_clip's --activation:
     python clip.py --eval-only RN50.pt --arch RN50 --root ROOT --bpe bpe_simple_vocab_16e6.txt.gz --export ROOT/clip.pt
 The paper's recipe (RN50, 32 epochs of ImageNet-Captions) adds these flags to --root ROOT --data incaps --arch RN50:
-    --batch-size 1024 --epochs 32 --lr 1e-3 --weight-decay 0.2 --beta2 0.999 --warmup-steps 500
+    --batch-size 1024 --epochs 32 --lr 1e-3 --weight-decay 0.2 --beta2 0.999 --warmup-steps 500 --precision fp16
+    --bpe bpe_simple_vocab_16e6.txt.gz --templates openai_templates.txt   (CLIP's 80 prompts, {} for the name)
 
 A data set is a TSV (columns image, label, caption, any others); an image is `photos/1.jpg`, `00000.tar:512:34567`
 (offset and size in an uncompressed tar) or `val.npy:17` (row of a uint8 array); `build_datasets.py index` writes such
@@ -33,18 +34,22 @@ Expected on the default world: val top-1 0.78 to 0.82, Spearman(frequency, predi
 Deviations from the paper and its code:
  1. Gathered features carry gradients between processes: encoders get the one-process gradient (theirs: 1 / processes).
  2. Texts are cut to the longest of the batch: exact, since the text transformer is causal and pooled at the end token.
- 3. Gradient accumulation is GradCache (arXiv 2101.06983) with replayed random states: the exact full-batch gradient.
+ 3. Gradient accumulation is GradCache (arXiv 2101.06983) with replayed random states: the exact full-batch gradient,
+    except that batch norm sees chunks.
  4. A frozen text tower embeds each distinct caption once, before training, and is not run again.
  5. The tokenizer leaves out `ftfy` (repairs mis-decoded text); ids differ from CLIP's on such texts only.
  6. A broken image is replaced by another pair and counted, up to --max-bad.
  7. Templates of --caption @FILE are drawn per example and epoch, not once per image.
  8. A class name stands in a caption only where --caption says {class}; theirs stood before every natural caption.
- 9. The activation is stored with the weights and compared: theirs ran QuickGELU weights with GELU in two figures, and
-    frozen and scratch text towers had different ones.
+ 9. The activation is stored with the weights and compared: theirs ran QuickGELU weights with GELU in two figures. A
+    frozen text tower of OpenAI's has QuickGELU, a new one GELU, as theirs, unless --activation quick_gelu is given.
 10. --text-embeddings trains the projection on fixed vectors; theirs kept the language model's dropout on.
 11. The defaults are shared with sl_vocab_subsample.py. Their CLIP and supervised runs differed in optimiser, updates,
     epochs, batch norm, weight decay, precision and evaluation too.
 12. Everything that is drawn depends on --seed; their figures are single runs, the supervised ones without a seed.
+13. What an epoch leaves over begins the next batch, which may so hold an image twice; theirs dropped it.
+14. On 32 px images (not in the paper): a bag-of-words text tower with one hidden layer, half of the words of a caption
+    left out at random (--word-dropout), a short list of prompts, square .npy images cropped bilinearly on the device.
 """
 
 import argparse
@@ -810,9 +815,10 @@ class Table:
             raise SystemExit(f"{path}: no image column; found {names}; expected a tab-separated header with image (or "
                              f"{', '.join(ALIASES['image'])}), label, caption")
         content = np.memmap(path, np.uint8, "r")
-        starts = [np.array([len(header)])]
+        starts, self.crc = [np.array([len(header)])], zlib.crc32(header)  # of all bytes: what a run was trained on
         for block in range(len(header), len(content), 2**26):
             starts.append(np.flatnonzero(content[block : block + 2**26] == ord("\n")) + block + 1)
+            self.crc = zlib.crc32(content[block : block + 2**26], self.crc)
         starts = np.concatenate(starts)
         starts = starts[starts < len(content)]
         starts = starts[~np.isin(content[starts], (ord("\n"), ord("\r")))]  # no blank lines
@@ -1306,8 +1312,10 @@ def load_pixels(tables: list[Table], image_size: int = 0) -> torch.Tensor | None
         pixels = np.empty((n, H, W, 3), np.uint8)
         for path, rows in places.items():
             rows = np.array(rows)
+            if rows[:, 1].max() >= len(arrays[path]):
+                return None  # a broken image: replaced and counted there
             pixels[rows[:, 0]] = arrays[path][rows[:, 1]]
-    except (OSError, ValueError, IndexError, EOFError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise SystemExit(f"images of {', '.join(str(table.path) for table in tables)}: {error}") from None
     return torch.from_numpy(pixels)
 
@@ -1625,16 +1633,26 @@ def load_checkpoint(path: Path, args: dict, run_flags: set[str]) -> dict:
     return checkpoint
 
 
-def find_checkpoint(resume: str, path: Path, args: dict, run_flags: set[str],
+def find_checkpoint(resume: str, path: Path, args: dict, run_flags: set[str], tables: list[Table],
                     control: dist.ProcessGroup | None) -> dict | None:
     """What --resume says is to be continued, None to start anew; the same on all processes."""
-    checkpoint = None
+    checkpoint, crcs = None, [table.crc for table in tables]
     if resume != "off" and (path.is_file() or resume != "auto"):
         checkpoint = load_checkpoint(path, args, run_flags)
     step = checkpoint["step"] if checkpoint else 0
     if control and total(step, control) != step * dist.get_world_size():
         raise SystemExit(f"{path}: not the same on all nodes: --out must be on storage that they share")
+    if checkpoint and checkpoint.get("crcs", crcs) != crcs:
+        changed = " or ".join(str(table.path) for table in tables)
+        raise SystemExit(f"{path} was made with another {changed}: pass another --out, or --resume off to replace it")
     return checkpoint
+
+
+def resumable(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, tables: list[Table], n_bad: int,
+              seconds: float, device: torch.device) -> dict:
+    """What a checkpoint holds beside the model, to be continued from; undone by `restore`."""
+    return {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng_state(device),
+            "crcs": [table.crc for table in tables], "n_bad": n_bad, "seconds": seconds}
 
 
 def restore(checkpoint: dict, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
@@ -2213,7 +2231,8 @@ def check_finite(step: int, parts: dict[str, torch.Tensor], skipped_in_a_row: in
                  group: dist.ProcessGroup | None) -> None:
     """Report a step left out for its non-finite gradient, and what was not finite; SystemExit after ten in a row.
 
-    parts: tensors by name, to be looked at. skipped_in_a_row: equal on all processes.
+    parts: tensors by name, to be looked at. skipped_in_a_row: equal on all processes; on a GPU, which is asked at log
+    steps only, the most since the last of these.
     """
     if not skipped_in_a_row:
         return
@@ -2240,22 +2259,22 @@ class RunLog:
     """What a run counts between two log lines, which go to OUT/log.jsonl, the terminal, TensorBoard and W&B.
 
     Every process counts, the first writes. start: first step to come; lines of later steps, of a run that was killed,
-    are dropped. n_rows: of the training sets. control: all processes, None if it is one.
+    are dropped. tables: the training sets. control: all processes, None if it is one.
     """
 
-    def __init__(self, out: Path, start: int, args: argparse.Namespace, n_rows: int, device: torch.device,
-                 control: dist.ProcessGroup | None):
-        self.args, self.n_rows, self.control, self.device = args, n_rows, control, device
+    def __init__(self, out: Path, start: int, args: argparse.Namespace, tables: list[Table],
+                 device: torch.device, control: dist.ProcessGroup | None):
+        self.args, self.n_rows, self.control, self.device = args, sum(map(len, tables)), control, device
         self.world_size = dist.get_world_size() if control else 1
         self.is_main = not control or dist.get_rank() == 0
         self.bad, self.logged, self.logged_at = Counter(), start, time.time()
         self.loss_sum = torch.zeros((), device=device)
         self.left_out = torch.zeros((), dtype=torch.int64, device=device)  # steps, for gradients that are not finite
-        self.left_out_in_a_row = self.left_out.clone()
+        self.in_a_row = self.most_in_a_row = self.left_out.clone()
         if self.is_main:
-            self.open(out, start)
+            self.open(out, start, tables)
 
-    def open(self, out: Path, start: int) -> None:
+    def open(self, out: Path, start: int, tables: list[Table]) -> None:
         """The files of a run; SystemExit without the packages that are asked for."""
         path, self.writer, self.wandb = out / "log.jsonl", None, None
         if self.args.tensorboard:
@@ -2283,8 +2302,10 @@ class RunLog:
                                     resume="allow")
         if self.args.resume == "off" and (out / "checkpoint.pt").is_file():  # if killed before its first save, a
             os.replace(out / "checkpoint.pt", out / "checkpoint.old.pt")  # run would be continued there
-        write_json(out / "args.json", {"args": vars(self.args), "argv": sys.argv,
-                                       "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()})
+        write_json(out / "args.json", {
+            "args": vars(self.args), "argv": sys.argv, "data_crc32": {str(t.path): f"{t.crc:08x}" for t in tables},
+            "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
+            "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()})
 
     def count(self, step: int, parts: dict[str, torch.Tensor], is_taken: torch.Tensor, bad: list[tuple[str, str]],
               is_log_step: bool) -> None:
@@ -2295,9 +2316,11 @@ class RunLog:
         """
         self.loss_sum += torch.where(is_taken, parts["loss"].detach(), 0)
         self.left_out += ~is_taken
-        self.left_out_in_a_row = torch.where(is_taken, 0, self.left_out_in_a_row + 1)
+        self.in_a_row = torch.where(is_taken, 0, self.in_a_row + 1)
+        self.most_in_a_row = torch.maximum(self.most_in_a_row, self.in_a_row)
         if is_log_step or self.device.type == "cpu":  # Sync
-            check_finite(step, parts, int(self.left_out_in_a_row), self.control)
+            check_finite(step, parts, int(self.most_in_a_row), self.control)
+            self.most_in_a_row = torch.zeros_like(self.in_a_row)
         note_bad_images(self.bad, bad)
 
     def n_bad(self) -> int:
@@ -2476,11 +2499,8 @@ def main(args: argparse.Namespace) -> None:
     # --- resume
     start, seconds_before, started = 0, 0.0, time.time()
     resume = out / "checkpoint.pt" if args.resume in ("auto", "off") else Path(args.resume)
-    checkpoint = find_checkpoint(args.resume, resume, vars(args), RUN_FLAGS, control)
+    checkpoint = find_checkpoint(args.resume, resume, vars(args), RUN_FLAGS, tables, control)
     if checkpoint:
-        if checkpoint.get("rows", sizes) != sizes:
-            raise SystemExit(f"{resume} was made with {checkpoint['rows']} rows of --data, which has {sizes} now: pass "
-                             "another --out, or --resume off to replace it")
         if tokenizer and checkpoint["bpe"] != "\n".join(tokenizer.merges):
             raise SystemExit(f"{resume} was made with other byte-pair merges than those of now (--data or --bpe has "
                              "changed): pass another --out, or --resume off to replace it")
@@ -2510,7 +2530,7 @@ def main(args: argparse.Namespace) -> None:
               f"{args.batch_size} pairs, chance loss ln({args.batch_size}) = {math.log(args.batch_size):.3f}"
               + (f", continued from step {start}" if start else ""))
         print(caption_statistics(pairs, sampler), flush=True)
-    log, stop_signals = RunLog(out, start, args, sum(sizes), device, control), []
+    log, stop_signals = RunLog(out, start, args, tables, device, control), []
     if checkpoint and is_main:
         log.bad += Counter({"before it was continued": checkpoint.get("n_bad", 0)})
     signal.signal(signal.SIGTERM, lambda number, frame: stop_signals.append(number))
@@ -2571,9 +2591,9 @@ def main(args: argparse.Namespace) -> None:
             # Prompts of many classes take minutes: only a finished run has class prototypes.
             prototypes = class_prototypes(model, tokenizer, world, device) if step + 1 == steps else None
             checkpoint = checkpoint_of(model, tokenizer, world, args, step + 1, prototypes)
-            checkpoint |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng_state(device),
-                           "rows": sizes, "n_bad": log.n_bad(), "n_cut": total(n_cut, control),
-                           "seconds": seconds_before + time.time() - started}
+            seconds = seconds_before + time.time() - started
+            checkpoint |= resumable(optimizer, scaler, tables, log.n_bad(), seconds, device)
+            checkpoint["n_cut"] = total(n_cut, control)
             save_checkpoint(out / "checkpoint.pt", checkpoint, rank)
         if is_stopped:
             if is_main:

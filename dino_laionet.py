@@ -18,7 +18,7 @@ The defaults are a recipe for 32 px images. The paper's, on LAIONet, is
     torchrun --nproc-per-node 8 dino_laionet.py --root ROOT --arch RN50 --batch-size 1024 --epochs 100
 with --warmup-steps 31800 --optimizer sgd --lr 0.12 --weight-decay 1e-4 --ema 0.996 --teacher-temp 0.04 --no-head-bn
 --augment dino --global-size 224 --global-scale 0.14 1 --crop-aspect 1.3333 --local-crops 8 --local-size 96
---sample-prototypes 16384
+--sample-prototypes 16384 --precision fp16
 
 A data set is a TSV with a column image (clip.py's docstring has the formats). Labels are not trained on; k-NN and a
 linear probe are fitted on the features of a labelled set (--probe-set). Written to --out: args.json, log.jsonl,
@@ -55,6 +55,7 @@ Deviations from the paper and its code:
 11. RN50 starts as CLIP's does, with residual branches off, ViT's patch embedding as its other matrices (theirs: torch's
     defaults); AdamW's second beta is 0.98 (0.999), warm-up begins at peak / steps and the cosine ends at 0 (0, 1e-6).
 12. Test images are seen at the tower's own size (32 px, else 224), whatever --global-size is.
+13. What an epoch leaves over begins the next batch; theirs dropped it.
 """
 
 import argparse
@@ -434,7 +435,7 @@ def clip_gradients(params: list[nn.Parameter], largest: float, is_per_tensor: bo
 @torch.no_grad()
 def diagnostics(loss: torch.Tensor, teacher_logits: torch.Tensor, targets: torch.Tensor, embed: torch.Tensor,
                 temperature: float) -> dict:
-    """Signs of a collapse, as 0-d tensors; of this process's rows.
+    """Signs of a collapse, as 0-d tensors; of this process's rows, but for spread_entropy. All ranks.
 
     teacher_entropy: mean over rows of H(targets) / ln M; near 1, the targets say nothing. kl_uniform: ln M less
     H(targets), nats. teacher_kl: mean KL(targets || student), the loss less H(targets), nats; at 0 there is nothing to
@@ -448,6 +449,9 @@ def diagnostics(loss: torch.Tensor, teacher_logits: torch.Tensor, targets: torch
     largest = math.log(targets.shape[1])
     of_rows = entropy(targets).mean()
     raw = (teacher_logits / temperature).softmax(1).mean(0)
+    if dist.is_initialized():  # a mean of few rows is less spread
+        dist.all_reduce(raw)  # All ranks
+        raw /= dist.get_world_size()
     unit = F.normalize(embed.float(), dim=1)
     return {"teacher_entropy": of_rows / largest, "kl_uniform": largest - of_rows, "teacher_kl": loss - of_rows,
             "spread_entropy": entropy(raw) / largest, "feature_std": unit.std(0).mean() * unit.shape[1] ** 0.5}
@@ -902,9 +906,10 @@ class Table:
             raise SystemExit(f"{path}: no image column; found {names}; expected a tab-separated header with image (or "
                              f"{', '.join(ALIASES['image'])}), label, caption")
         content = np.memmap(path, np.uint8, "r")
-        starts = [np.array([len(header)])]
+        starts, self.crc = [np.array([len(header)])], zlib.crc32(header)  # of all bytes: what a run was trained on
         for block in range(len(header), len(content), 2**26):
             starts.append(np.flatnonzero(content[block : block + 2**26] == ord("\n")) + block + 1)
+            self.crc = zlib.crc32(content[block : block + 2**26], self.crc)
         starts = np.concatenate(starts)
         starts = starts[starts < len(content)]
         starts = starts[~np.isin(content[starts], (ord("\n"), ord("\r")))]  # no blank lines
@@ -1136,8 +1141,10 @@ def load_pixels(tables: list[Table], image_size: int = 0) -> torch.Tensor | None
         pixels = np.empty((n, H, W, 3), np.uint8)
         for path, rows in places.items():
             rows = np.array(rows)
+            if rows[:, 1].max() >= len(arrays[path]):
+                return None  # a broken image: replaced and counted there
             pixels[rows[:, 0]] = arrays[path][rows[:, 1]]
-    except (OSError, ValueError, IndexError, EOFError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise SystemExit(f"images of {', '.join(str(table.path) for table in tables)}: {error}") from None
     return torch.from_numpy(pixels)
 
@@ -1579,16 +1586,27 @@ def load_checkpoint(path: Path, args: dict, run_flags: set[str]) -> dict:
 
 
 # Copied from clip.py
-def find_checkpoint(resume: str, path: Path, args: dict, run_flags: set[str],
+def find_checkpoint(resume: str, path: Path, args: dict, run_flags: set[str], tables: list[Table],
                     control: dist.ProcessGroup | None) -> dict | None:
     """What --resume says is to be continued, None to start anew; the same on all processes."""
-    checkpoint = None
+    checkpoint, crcs = None, [table.crc for table in tables]
     if resume != "off" and (path.is_file() or resume != "auto"):
         checkpoint = load_checkpoint(path, args, run_flags)
     step = checkpoint["step"] if checkpoint else 0
     if control and total(step, control) != step * dist.get_world_size():
         raise SystemExit(f"{path}: not the same on all nodes: --out must be on storage that they share")
+    if checkpoint and checkpoint.get("crcs", crcs) != crcs:
+        changed = " or ".join(str(table.path) for table in tables)
+        raise SystemExit(f"{path} was made with another {changed}: pass another --out, or --resume off to replace it")
     return checkpoint
+
+
+# Copied from clip.py
+def resumable(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, tables: list[Table], n_bad: int,
+              seconds: float, device: torch.device) -> dict:
+    """What a checkpoint holds beside the model, to be continued from; undone by `restore`."""
+    return {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng_state(device),
+            "crcs": [table.crc for table in tables], "n_bad": n_bad, "seconds": seconds}
 
 
 # Copied from clip.py
@@ -1978,7 +1996,8 @@ def check_finite(step: int, parts: dict[str, torch.Tensor], skipped_in_a_row: in
                  group: dist.ProcessGroup | None) -> None:
     """Report a step left out for its non-finite gradient, and what was not finite; SystemExit after ten in a row.
 
-    parts: tensors by name, to be looked at. skipped_in_a_row: equal on all processes.
+    parts: tensors by name, to be looked at. skipped_in_a_row: equal on all processes; on a GPU, which is asked at log
+    steps only, the most since the last of these.
     """
     if not skipped_in_a_row:
         return
@@ -2007,22 +2026,22 @@ class RunLog:
     """What a run counts between two log lines, which go to OUT/log.jsonl, the terminal, TensorBoard and W&B.
 
     Every process counts, the first writes. start: first step to come; lines of later steps, of a run that was killed,
-    are dropped. n_rows: of the training sets. control: all processes, None if it is one.
+    are dropped. tables: the training sets. control: all processes, None if it is one.
     """
 
-    def __init__(self, out: Path, start: int, args: argparse.Namespace, n_rows: int, device: torch.device,
-                 control: dist.ProcessGroup | None):
-        self.args, self.n_rows, self.control, self.device = args, n_rows, control, device
+    def __init__(self, out: Path, start: int, args: argparse.Namespace, tables: list[Table],
+                 device: torch.device, control: dist.ProcessGroup | None):
+        self.args, self.n_rows, self.control, self.device = args, sum(map(len, tables)), control, device
         self.world_size = dist.get_world_size() if control else 1
         self.is_main = not control or dist.get_rank() == 0
         self.bad, self.logged, self.logged_at = Counter(), start, time.time()
         self.loss_sum = torch.zeros((), device=device)
         self.left_out = torch.zeros((), dtype=torch.int64, device=device)  # steps, for gradients that are not finite
-        self.left_out_in_a_row = self.left_out.clone()
+        self.in_a_row = self.most_in_a_row = self.left_out.clone()
         if self.is_main:
-            self.open(out, start)
+            self.open(out, start, tables)
 
-    def open(self, out: Path, start: int) -> None:
+    def open(self, out: Path, start: int, tables: list[Table]) -> None:
         """The files of a run; SystemExit without the packages that are asked for."""
         path, self.writer, self.wandb = out / "log.jsonl", None, None
         if self.args.tensorboard:
@@ -2050,8 +2069,10 @@ class RunLog:
                                     resume="allow")
         if self.args.resume == "off" and (out / "checkpoint.pt").is_file():  # if killed before its first save, a
             os.replace(out / "checkpoint.pt", out / "checkpoint.old.pt")  # run would be continued there
-        write_json(out / "args.json", {"args": vars(self.args), "argv": sys.argv,
-                                       "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()})
+        write_json(out / "args.json", {
+            "args": vars(self.args), "argv": sys.argv, "data_crc32": {str(t.path): f"{t.crc:08x}" for t in tables},
+            "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
+            "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()})
 
     def count(self, step: int, parts: dict[str, torch.Tensor], is_taken: torch.Tensor, bad: list[tuple[str, str]],
               is_log_step: bool) -> None:
@@ -2062,9 +2083,11 @@ class RunLog:
         """
         self.loss_sum += torch.where(is_taken, parts["loss"].detach(), 0)
         self.left_out += ~is_taken
-        self.left_out_in_a_row = torch.where(is_taken, 0, self.left_out_in_a_row + 1)
+        self.in_a_row = torch.where(is_taken, 0, self.in_a_row + 1)
+        self.most_in_a_row = torch.maximum(self.most_in_a_row, self.in_a_row)
         if is_log_step or self.device.type == "cpu":  # Sync
-            check_finite(step, parts, int(self.left_out_in_a_row), self.control)
+            check_finite(step, parts, int(self.most_in_a_row), self.control)
+            self.most_in_a_row = torch.zeros_like(self.in_a_row)
         note_bad_images(self.bad, bad)
 
     def n_bad(self) -> int:
@@ -2329,11 +2352,8 @@ def main(args: argparse.Namespace) -> None:
     # --- resume
     start, seconds_before, started = 0, 0.0, time.time()
     resume = out / "checkpoint.pt" if args.resume in ("auto", "off") else Path(args.resume)
-    checkpoint = find_checkpoint(args.resume, resume, vars(args), RUN_FLAGS, control)
+    checkpoint = find_checkpoint(args.resume, resume, vars(args), RUN_FLAGS, tables, control)
     if checkpoint:
-        if checkpoint.get("rows", sizes) != sizes:
-            raise SystemExit(f"{resume} was made with {checkpoint['rows']} rows of --data, which has {sizes} now: pass "
-                             "another --out, or --resume off to replace it")
         student.load_state_dict(checkpoint["student"])
         teacher.load_state_dict(checkpoint["state_dict"] | {"head.prototypes": teacher.head.prototypes})
         for own, name in ((table.weight, "student_prototypes"), (teacher_prototypes, "dino_prototypes"),
@@ -2356,7 +2376,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"{sum(p.numel() for p in student.parameters()) / 1e6:.2f} M parameters, {steps} steps of "
               f"{args.batch_size} images, {M} of {K} prototypes, ln {M} = {math.log(M):.3f}"
               + (f", continued from step {start}" if start else ""), flush=True)
-    log, stop_signals = RunLog(out, start, args, sum(sizes), device, control), []
+    log, stop_signals = RunLog(out, start, args, tables, device, control), []
     if checkpoint and is_main:
         log.bad += Counter({"before it was continued": checkpoint.get("n_bad", 0)})
     signal.signal(signal.SIGTERM, lambda number, frame: stop_signals.append(number))
@@ -2446,9 +2466,9 @@ def main(args: argparse.Namespace) -> None:
         if is_stopped or step + 1 == steps or (args.save_every and (step + 1) % args.save_every == 0):
             checkpoint = checkpoint_of_dino(teacher, teacher_prototypes, class_names, class_counts, args, step + 1)
             checkpoint |= {"student": student.state_dict(), "student_prototypes": table.weight,
-                           "prototype_state": table.state, "center": center, "usage": usage, "last_won": last_won,
-                           "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng_state(device),
-                           "rows": sizes, "n_bad": log.n_bad(), "seconds": seconds_before + time.time() - started}
+                           "prototype_state": table.state, "center": center, "usage": usage, "last_won": last_won}
+            seconds = seconds_before + time.time() - started
+            checkpoint |= resumable(optimizer, scaler, tables, log.n_bad(), seconds, device)
             save_checkpoint(out / "checkpoint.pt", checkpoint, rank)
         if is_stopped:
             if is_main:

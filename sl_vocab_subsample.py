@@ -39,18 +39,21 @@ Deviations from the paper and its code:
     of processes, and draws come from (seed, step, group). Theirs held all classes of a process's images, so M = 50 was
     about 62, or 222 at 256 images a process; the realised size is logged here, and a nominal one that is too small is
     named.
- 2. Classes without a training image are never drawn by frequency, and no class twice (theirs could be near M = C).
- 3. The default optimiser, augmentation and evaluation are clip.py's, so that the two compare; theirs differ in all.
+ 2. Classes without a training image are never drawn by frequency, and no class twice (theirs could be near M = C). So
+    no M < C holds them, while M = C does.
+ 3. The default optimiser and evaluation are clip.py's, so that the two compare; theirs differ in both.
  4. Momentum and weight decay act on all rows of a learned head: decay on the length of a row only, which logits do not
     see (its next gradients do: they grow as the row shrinks); momentum carries on the rows that left the vocabulary, as
     it does in theirs.
- 5. The schedule is the cosine (theirs had the names of cosine and step exchanged).
+ 5. The schedule is the cosine, by step (theirs by epoch, with the names of cosine and step exchanged).
  6. Weight decay is on matrices only (theirs on gains, biases and the scale too).
  7. Rows that compare differ in one flag: theirs trained the vocabulary of figure 8 at four times the baselines' batch
     and learning rate.
  8. What is drawn depends on --seed: --trim-tail's images too, which theirs drew without one.
  9. A row's labels stay together, as 3|17, under --multi-label; theirs repeated the row, and took the list of labels for
     the class counts.
+10. What an epoch leaves over begins the next batch; theirs dropped it.
+11. A frozen head has the class prototypes of clip.pt, means over its prompts; theirs the one prompt "a {class}".
 """
 
 import argparse
@@ -142,7 +145,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     method.add_argument("--loss", default="softmax",
                         choices=["softmax", "balanced", "logit-adjusted", "log-q", "focal"],
                         help="cross-entropy; with logits + ln(class count); with --tau times that; minus "
-                             "ln(probability of being drawn), which undoes --vocab; weighted by (1 - p)^2")
+                             "ln(probability of being drawn), which undoes --vocab, but for classes that are never "
+                             "drawn; weighted by (1 - p)^2")
     method.add_argument("--tau", type=float, default=1.0, help="strength of --loss logit-adjusted")
     method.add_argument("--label-smoothing", type=float, default=0.0,
                         help="part of the target spread evenly over the vocabulary")
@@ -341,7 +345,7 @@ def vocab_logits(features: torch.Tensor, prototypes: torch.Tensor, scale: torch.
     """Cosine logits, -inf outside of a row's vocabulary: [B, U], or [B, C] without a vocabulary.
 
     features: [B, D] unit. prototypes: [C, D] of any length. adjustment: [C], added. correct: subtract log_q, which
-    makes the sum of exponentials an unbiased estimate of the one over all classes (sampled softmax).
+    makes the sum of exponentials an unbiased estimate of the one over the classes that can be drawn (sampled softmax).
     """
     if vocab is not None and vocab.ids is not None:
         prototypes = prototypes[vocab.ids]
@@ -938,9 +942,10 @@ class Table:
             raise SystemExit(f"{path}: no image column; found {names}; expected a tab-separated header with image (or "
                              f"{', '.join(ALIASES['image'])}), label, caption")
         content = np.memmap(path, np.uint8, "r")
-        starts = [np.array([len(header)])]
+        starts, self.crc = [np.array([len(header)])], zlib.crc32(header)  # of all bytes: what a run was trained on
         for block in range(len(header), len(content), 2**26):
             starts.append(np.flatnonzero(content[block : block + 2**26] == ord("\n")) + block + 1)
+            self.crc = zlib.crc32(content[block : block + 2**26], self.crc)
         starts = np.concatenate(starts)
         starts = starts[starts < len(content)]
         starts = starts[~np.isin(content[starts], (ord("\n"), ord("\r")))]  # no blank lines
@@ -1218,8 +1223,10 @@ def load_pixels(tables: list[Table], image_size: int = 0) -> torch.Tensor | None
         pixels = np.empty((n, H, W, 3), np.uint8)
         for path, rows in places.items():
             rows = np.array(rows)
+            if rows[:, 1].max() >= len(arrays[path]):
+                return None  # a broken image: replaced and counted there
             pixels[rows[:, 0]] = arrays[path][rows[:, 1]]
-    except (OSError, ValueError, IndexError, EOFError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise SystemExit(f"images of {', '.join(str(table.path) for table in tables)}: {error}") from None
     return torch.from_numpy(pixels)
 
@@ -1581,16 +1588,27 @@ def load_checkpoint(path: Path, args: dict, run_flags: set[str]) -> dict:
 
 
 # Copied from clip.py
-def find_checkpoint(resume: str, path: Path, args: dict, run_flags: set[str],
+def find_checkpoint(resume: str, path: Path, args: dict, run_flags: set[str], tables: list[Table],
                     control: dist.ProcessGroup | None) -> dict | None:
     """What --resume says is to be continued, None to start anew; the same on all processes."""
-    checkpoint = None
+    checkpoint, crcs = None, [table.crc for table in tables]
     if resume != "off" and (path.is_file() or resume != "auto"):
         checkpoint = load_checkpoint(path, args, run_flags)
     step = checkpoint["step"] if checkpoint else 0
     if control and total(step, control) != step * dist.get_world_size():
         raise SystemExit(f"{path}: not the same on all nodes: --out must be on storage that they share")
+    if checkpoint and checkpoint.get("crcs", crcs) != crcs:
+        changed = " or ".join(str(table.path) for table in tables)
+        raise SystemExit(f"{path} was made with another {changed}: pass another --out, or --resume off to replace it")
     return checkpoint
+
+
+# Copied from clip.py
+def resumable(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, tables: list[Table], n_bad: int,
+              seconds: float, device: torch.device) -> dict:
+    """What a checkpoint holds beside the model, to be continued from; undone by `restore`."""
+    return {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng_state(device),
+            "crcs": [table.crc for table in tables], "n_bad": n_bad, "seconds": seconds}
 
 
 # Copied from clip.py
@@ -1861,7 +1879,8 @@ def check_finite(step: int, parts: dict[str, torch.Tensor], skipped_in_a_row: in
                  group: dist.ProcessGroup | None) -> None:
     """Report a step left out for its non-finite gradient, and what was not finite; SystemExit after ten in a row.
 
-    parts: tensors by name, to be looked at. skipped_in_a_row: equal on all processes.
+    parts: tensors by name, to be looked at. skipped_in_a_row: equal on all processes; on a GPU, which is asked at log
+    steps only, the most since the last of these.
     """
     if not skipped_in_a_row:
         return
@@ -1890,22 +1909,22 @@ class RunLog:
     """What a run counts between two log lines, which go to OUT/log.jsonl, the terminal, TensorBoard and W&B.
 
     Every process counts, the first writes. start: first step to come; lines of later steps, of a run that was killed,
-    are dropped. n_rows: of the training sets. control: all processes, None if it is one.
+    are dropped. tables: the training sets. control: all processes, None if it is one.
     """
 
-    def __init__(self, out: Path, start: int, args: argparse.Namespace, n_rows: int, device: torch.device,
-                 control: dist.ProcessGroup | None):
-        self.args, self.n_rows, self.control, self.device = args, n_rows, control, device
+    def __init__(self, out: Path, start: int, args: argparse.Namespace, tables: list[Table],
+                 device: torch.device, control: dist.ProcessGroup | None):
+        self.args, self.n_rows, self.control, self.device = args, sum(map(len, tables)), control, device
         self.world_size = dist.get_world_size() if control else 1
         self.is_main = not control or dist.get_rank() == 0
         self.bad, self.logged, self.logged_at = Counter(), start, time.time()
         self.loss_sum = torch.zeros((), device=device)
         self.left_out = torch.zeros((), dtype=torch.int64, device=device)  # steps, for gradients that are not finite
-        self.left_out_in_a_row = self.left_out.clone()
+        self.in_a_row = self.most_in_a_row = self.left_out.clone()
         if self.is_main:
-            self.open(out, start)
+            self.open(out, start, tables)
 
-    def open(self, out: Path, start: int) -> None:
+    def open(self, out: Path, start: int, tables: list[Table]) -> None:
         """The files of a run; SystemExit without the packages that are asked for."""
         path, self.writer, self.wandb = out / "log.jsonl", None, None
         if self.args.tensorboard:
@@ -1933,8 +1952,10 @@ class RunLog:
                                     resume="allow")
         if self.args.resume == "off" and (out / "checkpoint.pt").is_file():  # if killed before its first save, a
             os.replace(out / "checkpoint.pt", out / "checkpoint.old.pt")  # run would be continued there
-        write_json(out / "args.json", {"args": vars(self.args), "argv": sys.argv,
-                                       "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()})
+        write_json(out / "args.json", {
+            "args": vars(self.args), "argv": sys.argv, "data_crc32": {str(t.path): f"{t.crc:08x}" for t in tables},
+            "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
+            "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()})
 
     def count(self, step: int, parts: dict[str, torch.Tensor], is_taken: torch.Tensor, bad: list[tuple[str, str]],
               is_log_step: bool) -> None:
@@ -1945,9 +1966,11 @@ class RunLog:
         """
         self.loss_sum += torch.where(is_taken, parts["loss"].detach(), 0)
         self.left_out += ~is_taken
-        self.left_out_in_a_row = torch.where(is_taken, 0, self.left_out_in_a_row + 1)
+        self.in_a_row = torch.where(is_taken, 0, self.in_a_row + 1)
+        self.most_in_a_row = torch.maximum(self.most_in_a_row, self.in_a_row)
         if is_log_step or self.device.type == "cpu":  # Sync
-            check_finite(step, parts, int(self.left_out_in_a_row), self.control)
+            check_finite(step, parts, int(self.most_in_a_row), self.control)
+            self.most_in_a_row = torch.zeros_like(self.in_a_row)
         note_bad_images(self.bad, bad)
 
     def n_bad(self) -> int:
@@ -2198,7 +2221,7 @@ def main(args: argparse.Namespace) -> None:
     # --- resume
     start, seconds_before, started = 0, 0.0, time.time()
     resume = out / "checkpoint.pt" if args.resume in ("auto", "off") else Path(args.resume)
-    checkpoint = find_checkpoint(args.resume, resume, vars(args), RUN_FLAGS, control)
+    checkpoint = find_checkpoint(args.resume, resume, vars(args), RUN_FLAGS, tables, control)
     if checkpoint:
         is_same = checkpoint["class_names"] == class_names and torch.equal(checkpoint["class_counts"], counts)
         if not is_same or checkpoint["prototypes"].shape != model.prototypes.shape:
@@ -2228,7 +2251,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {steps} steps of "
               f"{args.batch_size} images, chance loss {chance}"
               + (f", continued from step {start}" if start else ""), flush=True)
-    log, stop_signals = RunLog(out, start, args, sum(sizes), device, control), []
+    log, stop_signals = RunLog(out, start, args, tables, device, control), []
     if checkpoint and is_main:
         log.bad += Counter({"before it was continued": checkpoint.get("n_bad", 0)})
     signal.signal(signal.SIGTERM, lambda number, frame: stop_signals.append(number))
@@ -2311,8 +2334,8 @@ def main(args: argparse.Namespace) -> None:
         is_stopped = total(len(stop_signals), control)
         if is_stopped or step + 1 == steps or (args.save_every and (step + 1) % args.save_every == 0):
             checkpoint = checkpoint_of_classifier(model, classes, class_counts, trimmed, args, step + 1)
-            checkpoint |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng_state(device),
-                           "n_bad": log.n_bad(), "seconds": seconds_before + time.time() - started}
+            seconds = seconds_before + time.time() - started
+            checkpoint |= resumable(optimizer, scaler, tables, log.n_bad(), seconds, device)
             save_checkpoint(out / "checkpoint.pt", checkpoint, rank)
         if is_stopped:
             if is_main:

@@ -10,6 +10,7 @@
 #     3 and 4 a data set). Any other model joins as an .npz with labels, predictions and features.
 #  2. SL: decay on matrices only, cosine by step, evaluated at resize 224 (theirs: on all parameters, by epoch, 256).
 #  3. Features are gathered with gradient; what an epoch leaves over begins the next batch (theirs dropped it).
+#  4. Text towers from scratch have QuickGELU, as the frozen ones of OpenAI have (theirs GELU).
 # Faults avoided: one definition of frequency (that of figure 1a) for all web sets, theirs took -Cls counts for two of
 # them; each set of weights once, with its own activation (theirs had QuickGELU weights run with GELU, neighbouring
 # epochs and COCO-tuned models); SL has a seed; cosine and step are not exchanged.
@@ -23,7 +24,7 @@ ROOT=${ROOT:-data/imagenet} WEIGHTS=${WEIGHTS:-data/weights} OUT=${OUT:-runs/pap
 clip() { # NAME FLAGS: the paper's CLIP
   torchrun --nproc-per-node "$GPUS" clip.py --root "$ROOT" --arch RN50 --batch-size 1024 --epochs 32 --lr 1e-3 \
     --weight-decay 0.2 --beta2 0.999 --warmup-steps 500 --precision fp16 --templates "$ROOT/templates.txt" \
-    --out "$OUT/$1" "${@:2}"
+    --activation quick_gelu --out "$OUT/$1" "${@:2}"
 }
 sl() { # NAME FLAGS: the paper's SL; batch norm is each process's own, so 4 GPUs are part of it; lr 0.1 * batch / 256
   torchrun --nproc-per-node "$GPUS" sl_vocab_subsample.py --root "$ROOT" --arch RN50 --batch-size 256 --epochs 90 \

@@ -12,7 +12,7 @@
 #  1. A template is drawn per image and epoch (theirs: once per image). With full text that makes about 12 million
 #     different captions, 24 GB of frozen embeddings in the run's folder.
 #  2. Synset templates draw among OpenAI's class name and WordNet's lemmas.
-#  3. The frozen tower keeps QuickGELU, the scratch one has GELU, as in theirs.
+#  3. Text towers from scratch have QuickGELU, as the frozen ones of OpenAI have (theirs GELU).
 #  4. Features are gathered with gradient; what an epoch leaves over begins the next batch (theirs dropped it).
 # Faults avoided: title alone was worst, 24.2, with the class name before it; the last lines take the name away, on the
 # rows that then have a text. Same captions in a batch stay negatives, as in theirs; `--dup-captions mask` is the
@@ -26,7 +26,7 @@ ROOT=${ROOT:-data/imagenet} OUT=${OUT:-runs/paper} GPUS=${GPUS:-4}
 clip() { # NAME FLAGS: the paper's CLIP
   torchrun --nproc-per-node "$GPUS" clip.py --root "$ROOT" --arch RN50 --batch-size 1024 --epochs 32 --lr 1e-3 \
     --weight-decay 0.2 --beta2 0.999 --warmup-steps 500 --precision fp16 --templates "$ROOT/templates.txt" \
-    --out "$OUT/$1" "${@:2}"
+    --activation quick_gelu --out "$OUT/$1" "${@:2}"
 }
 both() { # NAME CAPTION: from scratch, and with the frozen tower of ROOT/clip.pt
   clip "captions/$1" --data incaps --caption "$2"

@@ -12,6 +12,7 @@
 #  2. One row for each class that a cut would lose, as in theirs; rows are chosen by a hash, so cuts lie inside each
 #     other.
 #  3. Features are gathered with gradient; what an epoch leaves over begins the next batch (theirs dropped it).
+#  4. Text towers from scratch have QuickGELU, as the frozen ones of OpenAI have (theirs GELU).
 # Faults avoided: the match of frequencies is seeded; no image is compared with itself (their spike at 1).
 #
 # In: fig2.sh, and fig3_captions.sh for the runs on ImageNet-Captions. Not run yet on the real data; every line is
@@ -24,7 +25,7 @@ ROWS=${ROWS:-448896} # of each cut; fewer, if fewer images of .82 are still onli
 clip() { # NAME FLAGS: the paper's CLIP
   torchrun --nproc-per-node "$GPUS" clip.py --root "$ROOT" --arch RN50 --batch-size 1024 --epochs 32 --lr 1e-3 \
     --weight-decay 0.2 --beta2 0.999 --warmup-steps 500 --precision fp16 --templates "$ROOT/templates.txt" \
-    --out "$OUT/$1" "${@:2}"
+    --activation quick_gelu --out "$OUT/$1" "${@:2}"
 }
 
 for threshold in 0.70 0.75 0.80 0.82; do

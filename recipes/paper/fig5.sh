@@ -14,6 +14,7 @@
 #  3. Correlations near the floor (scratch at .10 M: 3.2 %) say little, in theirs too.
 #  4. SL: decay on matrices only, cosine by step, evaluated at resize 224 (theirs: on all parameters, by epoch, 256).
 #  5. Features are gathered with gradient; what an epoch leaves over begins the next batch (theirs dropped it).
+#  6. Text towers from scratch have QuickGELU, as the frozen ones of OpenAI have (theirs GELU).
 # Faults avoided: SL has a seed; cosine and step are not exchanged; collapse of classes without test images is not 0/0.
 #
 # In: fig2.sh; pip install transformers. Not run yet on the real data; every line is parsed by
@@ -25,7 +26,7 @@ ROOT=${ROOT:-data/imagenet} OUT=${OUT:-runs/paper} GPUS=${GPUS:-4}
 clip() { # NAME FLAGS: the paper's CLIP
   torchrun --nproc-per-node "$GPUS" clip.py --root "$ROOT" --arch RN50 --batch-size 1024 --epochs 32 --lr 1e-3 \
     --weight-decay 0.2 --beta2 0.999 --warmup-steps 500 --precision fp16 --templates "$ROOT/templates.txt" \
-    --out "$OUT/$1" "${@:2}"
+    --activation quick_gelu --out "$OUT/$1" "${@:2}"
 }
 sl() { # NAME FLAGS: the paper's SL; batch norm is each process's own, so 4 GPUs are part of it; lr 0.1 * batch / 256
   torchrun --nproc-per-node "$GPUS" sl_vocab_subsample.py --root "$ROOT" --arch RN50 --batch-size 256 --epochs 90 \

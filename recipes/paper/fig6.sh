@@ -12,6 +12,7 @@
 #  2. SL: decay on matrices only, cosine by step, evaluated at resize 224 (theirs: on all parameters, by epoch, 256).
 #  3. A class that the tenth of all images would lose keeps a row (theirs: a plain draw).
 #  4. Features are gathered with gradient; what an epoch leaves over begins the next batch (theirs dropped it).
+#  5. Text towers from scratch have QuickGELU, as the frozen ones of OpenAI have (theirs GELU).
 # Faults avoided: (b) compared its own CLIP with open_clip's released one, of another recipe, run with the wrong
 # activation; here both are trained alike, and the released one has a line of its own. 12 million more images are still
 # more data and more concepts at once.
@@ -25,7 +26,7 @@ ROOT=${ROOT:-data/imagenet} WEIGHTS=${WEIGHTS:-data/weights} OUT=${OUT:-runs/pap
 clip() { # NAME FLAGS: the paper's CLIP
   torchrun --nproc-per-node "$GPUS" clip.py --root "$ROOT" --arch RN50 --batch-size 1024 --epochs 32 --lr 1e-3 \
     --weight-decay 0.2 --beta2 0.999 --warmup-steps 500 --precision fp16 --templates "$ROOT/templates.txt" \
-    --out "$OUT/$1" "${@:2}"
+    --activation quick_gelu --out "$OUT/$1" "${@:2}"
 }
 sl() { # NAME FLAGS: the paper's SL; batch norm is each process's own, so 4 GPUs are part of it; lr 0.1 * batch / 256
   torchrun --nproc-per-node "$GPUS" sl_vocab_subsample.py --root "$ROOT" --arch RN50 --batch-size 256 --epochs 90 \

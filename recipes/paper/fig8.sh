@@ -13,6 +13,7 @@
 #  1. V = 50 of groups of 256 images is what a GPU of theirs had: the about 222 classes of its images, none drawn.
 #  2. SL: decay on matrices only, cosine by step, evaluated at resize 224 (theirs: on all parameters, by epoch, 256).
 #  3. Features are gathered with gradient; what an epoch leaves over begins the next batch (theirs dropped it).
+#  4. Text towers from scratch have QuickGELU, as the frozen ones of OpenAI have (theirs GELU).
 # Faults avoided: the arm with a vocabulary changed batch and learning rate too (1024, 0.4); the frozen head has a run
 # with these as a control, and the vocabulary one at batch 256. The images that stay are seeded and the same in all
 # arms.
@@ -25,7 +26,7 @@ ROOT=${ROOT:-data/imagenet} OUT=${OUT:-runs/paper} GPUS=${GPUS:-4}
 clip() { # NAME FLAGS: the paper's CLIP
   torchrun --nproc-per-node "$GPUS" clip.py --root "$ROOT" --arch RN50 --batch-size 1024 --epochs 32 --lr 1e-3 \
     --weight-decay 0.2 --beta2 0.999 --warmup-steps 500 --precision fp16 --templates "$ROOT/templates.txt" \
-    --out "$OUT/$1" "${@:2}"
+    --activation quick_gelu --out "$OUT/$1" "${@:2}"
 }
 sl() { # NAME FLAGS: the paper's SL; batch norm is each process's own, so 4 GPUs are part of it; lr 0.1 * batch / 256
   torchrun --nproc-per-node "$GPUS" sl_vocab_subsample.py --root "$ROOT" --arch RN50 --batch-size 256 --epochs 90 \

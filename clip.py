@@ -5,8 +5,7 @@
 """CLIP: an image tower and a text tower learn to find each other's pair among the pairs of a batch.
 
 Paper: Radford et al., arXiv 2103.00020, section 2. The study this file serves is Wen et al., arXiv 2405.21070: a batch
-is a small vocabulary drawn anew at every step, and that makes CLIP far less biased by long-tailed data than supervised
-learning. Everything is here: data, towers, loss, optimisation, zero-shot evaluation.
+is a small vocabulary drawn anew at every step, which makes CLIP far less biased by long tails than supervised learning.
 
     python clip.py                                           # the built-in shapes world, 1 to 5 minutes on 2 CPU cores
     torchrun clip.py --data laionet --text-head frozen       # the image tower learns towards a frozen text tower
@@ -280,14 +279,9 @@ def exact_matmul() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def info_nce(
-    image_features: torch.Tensor,
-    text_features: torch.Tensor,
-    scale: torch.Tensor,
-    caption_ids: torch.Tensor | None = None,
-    dup_captions: str = "keep",
-    directions: str = "both",
-) -> torch.Tensor:
+def info_nce(image_features: torch.Tensor, text_features: torch.Tensor, scale: torch.Tensor,
+             caption_ids: torch.Tensor | None = None, dup_captions: str = "keep",
+             directions: str = "both") -> torch.Tensor:
     """Symmetric cross-entropy over matching pairs (InfoNCE), over the batch of all processes.
 
     image_features, text_features: [B, D] float32, unit norm; row i of both is one pair.
@@ -318,15 +312,10 @@ def info_nce(
     return losses.get(directions, (losses["image"] + losses["text"]) / 2)
 
 
-def backward_in_chunks(
-    net: nn.Module,
-    images: torch.Tensor,
-    texts: torch.Tensor,
-    loss_of: Callable[..., torch.Tensor],
-    n_chunks: int,
-    autocast: Callable[[], contextlib.AbstractContextManager],
-    grad_scale: Callable[[torch.Tensor], torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def backward_in_chunks(net: nn.Module, images: torch.Tensor, texts: torch.Tensor,
+                       loss_of: Callable[..., torch.Tensor], n_chunks: int,
+                       autocast: Callable[[], contextlib.AbstractContextManager],
+                       grad_scale: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """Backward pass of a loss over the whole batch with the activations of one chunk at a time (GradCache).
 
     net: (images, texts) -> image_features, text_features [., D], scale; may be wrapped in DDP.
@@ -334,8 +323,8 @@ def backward_in_chunks(
     autocast, grad_scale: precision context and GradScaler.scale.
     Returns: loss, image_features, text_features, detached; gradients are added to the parameters of net.
     Three passes: features without a graph; the loss on them, which gives dL/dfeatures; each chunk again, with its
-    random state and batch-norm buffers as they were, backpropagating sum(features * dL/dfeatures). The gradients equal
-    the full batch's, except that batch norm sees chunks (tests). Source: Gao et al., arXiv 2101.06983, section 3.2.
+    random state and batch-norm buffers as they were, and backward from its features with dL/dfeatures. The gradients
+    equal the full batch's, except that batch norm sees chunks (tests). Source: Gao et al., arXiv 2101.06983, 3.2.
     """
     if n_chunks == 1:
         with autocast():
@@ -369,13 +358,10 @@ def backward_in_chunks(
         wait = net.no_sync() if isinstance(net, DistributedDataParallel) and not is_last else contextlib.nullcontext()
         with wait:  # DDP averages gradients once, in the last chunk
             with autocast():
-                chunk_image, chunk_text, chunk_scale = net(*chunk)
-            surrogate = (chunk_image * image_grads[k]).sum()
-            if chunk_text.requires_grad:
-                surrogate = surrogate + (chunk_text * text_grads[k]).sum()
-            if is_last:
-                surrogate = surrogate + chunk_scale * scale.grad  # the scale is one more "feature" of the loss
-            surrogate.backward()
+                outputs = net(*chunk)
+            grads = [image_grads[k], text_grads[k]] + [scale.grad] * is_last  # the scale's once, not in each chunk
+            roots = [(output, grad) for output, grad in zip(outputs, grads) if output.requires_grad]
+            torch.autograd.backward(*zip(*roots))
     return loss.detach(), image_features.detach(), text_features.detach()
 
 # ------------------------------------------------------------------------------ model
@@ -727,13 +713,11 @@ def load_weights(path: str) -> dict:
     try:
         if path.endswith(".safetensors"):
             try:
-                from safetensors import SafetensorError
-                from safetensors.torch import load_file
+                import safetensors.torch
+                checkpoint = safetensors.torch.load_file(path)
             except ImportError:
                 raise SystemExit(f"{path}: needs safetensors (pip install safetensors)") from None
-            try:
-                checkpoint = load_file(path)
-            except SafetensorError as error:
+            except safetensors.SafetensorError as error:
                 raise ValueError(error) from None
         elif zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
             checkpoint = {k: v.float() for k, v in torch.jit.load(path, map_location="cpu").state_dict().items()}
@@ -743,16 +727,14 @@ def load_weights(path: str) -> dict:
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):  # the public DINO keeps its flags so
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint, dict):
-            raise ValueError(f"it holds a {type(checkpoint).__name__}, not a dictionary of weights")
     except UNREADABLE as error:
         raise SystemExit(f"{path}: cannot be read as a checkpoint: {str(error)[:300]}") from None
-    if "state_dict" not in checkpoint:
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         checkpoint = {"state_dict": checkpoint}
-    if not isinstance(checkpoint["state_dict"], dict) or not all(isinstance(k, str) for k in checkpoint["state_dict"]):
-        raise SystemExit(f"{path}: cannot be read as a checkpoint: its state_dict holds no weights by name")
-    prefix = re.compile(r"^(module\.|_orig_mod\.)+")
-    names = {prefix.sub("", k).replace("._orig_mod", ""): v for k, v in checkpoint["state_dict"].items()}
+    state = checkpoint["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
+        raise SystemExit(f"{path}: cannot be read as a checkpoint: it holds no weights by name")
+    names = {re.sub(r"^(module\.|_orig_mod\.)+|\._orig_mod", "", k): v for k, v in state.items()}
     return checkpoint | {"state_dict": names}
 
 
@@ -837,9 +819,8 @@ class Table:
         if self.file is None:
             with open(self.path, "rb") as file:
                 self.file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        start = int(self.starts[row])
-        end = self.file.find(b"\n", start)
-        line = self.file[start : end if end >= 0 else None].decode("utf-8", "replace").removesuffix("\r")
+        self.file.seek(int(self.starts[row]))
+        line = self.file.readline().decode("utf-8", "replace").removesuffix("\n").removesuffix("\r")
         fields = line.split("\t")
         if len(fields) != self.n_fields:
             raise SystemExit(f"{self.path}: row {row + 1} has {len(fields)} fields, the header {self.n_fields}: "
@@ -907,18 +888,16 @@ def match_classes(captions: Iterable[str], classes: list[dict[str, str]]) -> np.
     for c, row in enumerate(classes):
         for name in {row["name"].lower(), *row.get("synonyms", "").lower().split("|")} - {""}:
             word = re.search(r"\w+|$", name)
-            by_first_word[word.group()].append((name, word.start(), c))
+            pattern = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)")
+            by_first_word[word.group()].append((pattern, word.start(), c))
     counts = np.zeros(len(classes), np.int64)
-    wordless = [(re.compile(rf"(?<!\w){re.escape(name)}(?!\w)"), c) for name, _, c in by_first_word.pop("", ())]
+    wordless = by_first_word.pop("", ())
     for caption in captions:
-        caption, found = caption.lower(), set()
-        found.update(c for pattern, c in wordless if pattern.search(caption))
+        caption = caption.lower()
+        found = {c for pattern, _, c in wordless if pattern.search(caption)}
         for word in re.finditer(r"\w+", caption):
-            for name, offset, c in by_first_word.get(word.group(), ()):
-                start, end = word.start() - offset, word.start() - offset + len(name)
-                is_there = start >= 0 and caption.startswith(name, start)
-                before, after = caption[start - 1 : start], caption[end : end + 1]
-                if is_there and not re.match(r"\w", before) and not re.match(r"\w", after):
+            for pattern, offset, c in by_first_word.get(word.group(), ()):
+                if word.start() >= offset and pattern.match(caption, word.start() - offset):
                     found.add(c)
         counts[list(found)] += 1
     return counts
@@ -1293,14 +1272,12 @@ def load_pixels(tables: list[Table], image_size: int = 0) -> torch.Tensor | None
     """
     places, n = defaultdict(list), 0
     for table in tables:
-        if locate_image(table, 0)[0].suffix != ".npy":
-            return None
         for row in range(len(table)):
             path, index, _ = locate_image(table, row)
+            if path.suffix != ".npy" or index < 0:
+                return None
             places[path].append((n, index))
             n += 1
-    if any(path.suffix != ".npy" or min(index for _, index in rows) < 0 for path, rows in places.items()):
-        return None
     try:
         arrays = {path: open_npy(path) for path in places}
         shapes = {array.shape[1:] for array in arrays.values()}
@@ -1378,9 +1355,6 @@ class Pairs(torch.utils.data.Dataset):
         self.max_pixels, self.seed = max_pixels, seed
         self.pixel_offsets, self.text_features, self.text_ids, self.text_cut = None, None, None, None
 
-    def caption(self, s: int, row: int, epoch: int) -> str:
-        return self.captions[s](row, epoch)
-
     def __getitems__(self, examples: np.ndarray) -> dict:
         """[B, 3] (set, row, epoch) -> a batch: images or pixel_rows and boxes, texts, caption_ids, bad, n_cut."""
         bad = []
@@ -1393,7 +1367,7 @@ class Pairs(torch.utils.data.Dataset):
             boxes = crop_boxes(self.crop_scale, np.ones(len(examples)), self.seed, 2, *examples.T)
             batch = {"pixel_rows": torch.from_numpy(self.pixel_offsets[examples[:, 0]] + examples[:, 1]),
                      "boxes": torch.from_numpy(boxes).float()}
-        texts = [self.caption(*example) for example in examples.tolist()]
+        texts = [self.captions[s](row, epoch) for s, row, epoch in examples.tolist()]
         batch["caption_ids"] = torch.tensor([caption_id(text) for text in texts])
         if self.text_features is None:
             ids, cut = zip(*map(self.tokenizer.encode, texts))
@@ -1430,8 +1404,7 @@ class EvalImages(torch.utils.data.Dataset):
         image = read_image(self.table, row, self.image_size, self.max_pixels)
         if isinstance(image, str):
             return torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8), image
-        box = center_box(*image.size)
-        image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC, box)
+        image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC, center_box(*image.size))
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), 0
 
 
@@ -1473,10 +1446,9 @@ def setup_distributed(device: str) -> tuple[int, int, torch.device, dist.Process
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next step, which else maps and zeroes the pages of its activations anew.
 
-    With huge pages a quarter to a third less time for an RN50 step on a CPU (benchmarks/clip_step.py). Without glibc
-    nothing happens.
+    With huge pages a quarter to a third less time for an RN50 step on a CPU (benchmarks/clip_step.py).
     """
-    with contextlib.suppress(OSError, AttributeError, TypeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # without glibc nothing happens
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which is not given back
@@ -1586,14 +1558,13 @@ def write_atomically(path: Path, write: Callable) -> None:
     write: called with the open binary file. A link stays one; a device or a pipe is written to, not replaced.
     Raises: SystemExit if the disk is full or the folder cannot be written; what was there before is kept.
     """
-    part = None
+    place = os.path.realpath(path)
+    part = Path(f"{place}.{os.getpid()}.part")
     try:
         if path.exists() and not path.is_file():
             with open(path, "wb") as file:
                 write(file)
             return
-        place = path.resolve()
-        part = place.with_name(f"{place.name}.{os.getpid()}.part")
         part.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
             write(file)
@@ -1603,9 +1574,8 @@ def write_atomically(path: Path, write: Callable) -> None:
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         raise SystemExit(f"cannot write {path}: {str(error)[:200]}; a checkpoint written before is kept") from None
     finally:  # nothing is left of it after Ctrl-C and SIGTERM either
-        if part is not None:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -1797,7 +1767,6 @@ def imbalance_metrics(predictions: np.ndarray, labels: np.ndarray, class_counts:
     """
     C = len(class_counts)
     n_test = np.bincount(labels, minlength=C)
-    n_predicted = np.bincount(predictions, minlength=C)
     tested = n_test > 0
     accuracy = np.bincount(labels[predictions == labels], minlength=C)[tested] / n_test[tested]
     per_class = np.full(C, np.nan)
@@ -1813,7 +1782,7 @@ def imbalance_metrics(predictions: np.ndarray, labels: np.ndarray, class_counts:
         "medium": medium,
         "tail": tail,
         "spearman_acc": rank_correlation(class_counts[tested], accuracy),
-        "spearman_pred": rank_correlation(class_counts, n_predicted),
+        "spearman_pred": rank_correlation(class_counts, np.bincount(predictions, minlength=C)),
         "chance": 1 / C,
     }
 
@@ -1855,13 +1824,13 @@ def print_table(metrics: dict[str, dict]) -> None:
                "spearman_acc": "rho(freq,acc)", "spearman_pred": "rho(freq,pred)", "chance": "chance"}
     formats = {"n": "{}", "spearman_acc": "{:.3f}", "spearman_pred": "{:.3f}"}
     widths = {k: max(9, len(title) + 2) for k, title in columns.items()}
-    rows = {name: m for name, m in metrics.items() if name != "run" and m["top1"] is not None}
+    rows = {name: m for name, m in metrics.items() if m["top1"] is not None}
     if rows:
         print(f"{'test set':<14}" + "".join(f"{title:>{widths[k]}}" for k, title in columns.items()))
     for name, m in rows.items():
         cells = {k: "-" if m[k] is None else formats.get(k, "{:.1%}").format(m[k]) for k in columns}
         print(f"{name:<14}" + "".join(f"{cell:>{widths[k]}}" for k, cell in cells.items()))
-    rows = {name: m for name, m in metrics.items() if name != "run" and m["retrieval"]}
+    rows = {name: m for name, m in metrics.items() if m["retrieval"]}
     if rows:
         print(f"{'retrieval':<14}{'n':>9}" + "".join(f"{key:>9}" for key in next(iter(rows.values()))["retrieval"]))
     for name, m in rows.items():
@@ -2005,8 +1974,8 @@ def read_world(args: argparse.Namespace, root: Path) -> World:
     class_embeddings = None
     if len(args.text_embeddings) > 1:
         class_embeddings = map_embeddings(args.text_embeddings[1], len(classes), f"{len(classes)} classes")
-    if class_embeddings is not None and not np.isfinite(class_embeddings).all():
-        raise SystemExit(f"{args.text_embeddings[1]} holds values that are not finite")
+        if not np.isfinite(class_embeddings).all():
+            raise SystemExit(f"{args.text_embeddings[1]} holds values that are not finite")
     templates = TEMPLATES if args.templates == "auto" else read_lines(args.templates)
     for template in templates:
         if "{}" not in template:
@@ -2069,13 +2038,10 @@ def count_classes(captions: list[Captions], shares: np.ndarray, classes: list[di
 
 
 def caption_statistics(pairs: Pairs, sampler: Sampler) -> str:
-    """How often a caption occurs twice in a batch (of the first four), and the number of distinct captions.
-
-    The latter is counted up to COUNT_CAPTIONS rows.
-    """
+    """How often a caption is twice in a batch (of the first four); of up to COUNT_CAPTIONS rows, how many differ."""
     same = []
     for step in range(min(4, sampler.stop) or 1):
-        ids = [caption_id(pairs.caption(*example)) for example in sampler.batch(step).tolist()]
+        ids = [caption_id(pairs.captions[s](row, epoch)) for s, row, epoch in sampler.batch(step).tolist()]
         same.append(sum(n for n in Counter(ids).values() if n > 1) / len(ids))
     line = f"captions: {np.mean(same):.1%} of a batch share theirs with another pair"
     n_rows = sum(map(len, pairs.tables))
@@ -2098,7 +2064,7 @@ def allocate_npy(path: Path, shape: tuple[int, ...], dtype: type) -> None:
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     except OSError as error:
         with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
+            path.unlink()
         raise SystemExit(f"cannot write {path}: {error.strerror or error}") from None
 
 
@@ -2124,7 +2090,7 @@ def embed_captions(model: CLIP, pairs: Pairs, n_epochs: list[int], out: Path, de
     model.eval()
 
     def encode(start: int, stop: int) -> torch.Tensor:
-        texts = [pairs.caption(*example) for example in examples[start:stop].tolist()]
+        texts = [pairs.captions[s](row, epoch) for s, row, epoch in examples[start:stop].tolist()]
         tokens, cut = zip(*map(pairs.tokenizer.encode, texts))
         with autocast():
             embed = model.encode_text(pad_tokens(tokens).to(device)).float()
@@ -2145,20 +2111,17 @@ def embed_captions(model: CLIP, pairs: Pairs, n_epochs: list[int], out: Path, de
     return ids, np.load(path, mmap_mode="r")
 
 
-def build_model(
-    args: argparse.Namespace, root: Path, captions: list[Captions], text_width: int
-) -> tuple[CLIP, Tokenizer | None, dict]:
+def build_model(args: argparse.Namespace, root: Path, captions: list[Captions],
+                text_width: int) -> tuple[CLIP, Tokenizer | None, dict]:
     """Model and tokenizer from flags and loaded weights.
 
     captions: to learn byte-pair merges from, if no others are at hand. text_width: of given embeddings, or 0.
     Returns: model, tokenizer (None with given embeddings), the loaded checkpoint ({} if there is none).
     """
-    whole, loaded = args.eval_only or args.init, {}
-    source = whole or (str(root / "clip.pt") if args.text_init == "auto" else args.text_init)
-    if not whole and (args.text_head == "scratch" or text_width):
-        source = ""
-    if source:
-        loaded = load_weights(source)
+    source = whole = args.eval_only or args.init
+    if not whole and args.text_head != "scratch" and not text_width:
+        source = str(root / "clip.pt") if args.text_init == "auto" else args.text_init
+    loaded = load_weights(source) if source else {}
     arch = loaded.get("arch", args.arch) if whole else args.arch
     activation = pick_activation(args.activation, loaded, source) if source else args.activation.replace("auto", "gelu")
     embed_dim, tokenizer = ARCHS[args.arch]["embed_dim"], None
@@ -2276,17 +2239,14 @@ class RunLog:
 
     def open(self, out: Path, start: int, tables: list[Table]) -> None:
         """The files of a run; SystemExit without the packages that are asked for."""
-        path, self.writer, self.wandb = out / "log.jsonl", None, None
-        if self.args.tensorboard:
-            try:
+        path, self.wandb = out / "log.jsonl", None
+        try:
+            if self.args.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise SystemExit("--tensorboard needs tensorboard: pip install tensorboard") from None
-        if self.args.wandb:
-            try:
+            if self.args.wandb:
                 import wandb
-            except ImportError:
-                raise SystemExit("--wandb needs wandb: pip install wandb") from None
+        except ImportError as error:
+            raise SystemExit(f"--tensorboard or --wandb: {error}; pip install tensorboard, or wandb") from None
         lines = path.read_text().splitlines(keepends=True) if start and path.is_file() else []
         try:
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
@@ -2294,8 +2254,7 @@ class RunLog:
             raise SystemExit(f"{path}: a line is no JSON with a step ({error}): move the file away") from None
         write_atomically(path, lambda file: file.write("".join(kept).encode()))
         self.file = open(path, "a", buffering=1)
-        if self.args.tensorboard:
-            self.writer = SummaryWriter(out)
+        self.writer = SummaryWriter(out) if self.args.tensorboard else None
         if self.args.wandb:
             run_id = hashlib.sha1(str(path.resolve()).encode()).hexdigest()[:12]  # the same for a continued run
             self.wandb = wandb.init(project=self.args.wandb, name=out.name, config=vars(self.args), id=run_id,
@@ -2354,10 +2313,8 @@ class RunLog:
             self.file.write(json.dumps(finite) + "\n")  # JSON has no NaN
         except OSError as error:
             raise SystemExit(f"cannot write {self.file.name}: {error}; a checkpoint written before is kept") from None
-        numbers = {k: v for k, v in line.items() if isinstance(v, int | float)}
-        for name, metrics in line.items():
-            if isinstance(metrics, dict):
-                numbers |= {f"{name}/{k}": v for k, v in metrics.items() if isinstance(v, int | float)}
+        nested = {f"{name}/{k}": v for name, m in line.items() if isinstance(m, dict) for k, v in m.items()}
+        numbers = {k: v for k, v in (line | nested).items() if isinstance(v, int | float)}
         if self.writer:
             for name, value in numbers.items():
                 self.writer.add_scalar(name, value, line["step"])
@@ -2401,7 +2358,7 @@ def evaluate_checkpoint(args: argparse.Namespace, world: World, rank: int, devic
     given = world.class_embeddings
     if given is not None and tokenizer is not None:
         raise SystemExit(f"{args.eval_only} has a text tower, which makes the class vectors: no --text-embeddings then")
-    if tokenizer is None and given is not None and given.shape[1] != model.text_mlp[0].in_features:
+    if given is not None and given.shape[1] != model.text_mlp[0].in_features:
         raise SystemExit(f"{args.eval_only} was trained on embeddings {model.text_mlp[0].in_features} wide, "
                          f"--text-embeddings has {given.shape[1]}")
     world.stored = loaded.get("prototypes") if names == loaded.get("class_names") else None
@@ -2491,8 +2448,7 @@ def main(args: argparse.Namespace) -> None:
     # --- optimizer
     steps = math.ceil(args.epochs * sum(sizes) / args.batch_size) if args.epochs else args.steps
     peak_lr = args.lr or (3e-3 if model.arch == "tiny" else 1e-3)
-    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), peak_lr, (0.9, args.beta2), eps=1e-8,
-                                  fused=True)
+    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), peak_lr, (0.9, args.beta2), fused=True)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 

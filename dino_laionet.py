@@ -818,13 +818,11 @@ def load_weights(path: str) -> dict:
     try:
         if path.endswith(".safetensors"):
             try:
-                from safetensors import SafetensorError
-                from safetensors.torch import load_file
+                import safetensors.torch
+                checkpoint = safetensors.torch.load_file(path)
             except ImportError:
                 raise SystemExit(f"{path}: needs safetensors (pip install safetensors)") from None
-            try:
-                checkpoint = load_file(path)
-            except SafetensorError as error:
+            except safetensors.SafetensorError as error:
                 raise ValueError(error) from None
         elif zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
             checkpoint = {k: v.float() for k, v in torch.jit.load(path, map_location="cpu").state_dict().items()}
@@ -834,16 +832,14 @@ def load_weights(path: str) -> dict:
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):  # the public DINO keeps its flags so
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint, dict):
-            raise ValueError(f"it holds a {type(checkpoint).__name__}, not a dictionary of weights")
     except UNREADABLE as error:
         raise SystemExit(f"{path}: cannot be read as a checkpoint: {str(error)[:300]}") from None
-    if "state_dict" not in checkpoint:
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         checkpoint = {"state_dict": checkpoint}
-    if not isinstance(checkpoint["state_dict"], dict) or not all(isinstance(k, str) for k in checkpoint["state_dict"]):
-        raise SystemExit(f"{path}: cannot be read as a checkpoint: its state_dict holds no weights by name")
-    prefix = re.compile(r"^(module\.|_orig_mod\.)+")
-    names = {prefix.sub("", k).replace("._orig_mod", ""): v for k, v in checkpoint["state_dict"].items()}
+    state = checkpoint["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
+        raise SystemExit(f"{path}: cannot be read as a checkpoint: it holds no weights by name")
+    names = {re.sub(r"^(module\.|_orig_mod\.)+|\._orig_mod", "", k): v for k, v in state.items()}
     return checkpoint | {"state_dict": names}
 
 
@@ -928,9 +924,8 @@ class Table:
         if self.file is None:
             with open(self.path, "rb") as file:
                 self.file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        start = int(self.starts[row])
-        end = self.file.find(b"\n", start)
-        line = self.file[start : end if end >= 0 else None].decode("utf-8", "replace").removesuffix("\r")
+        self.file.seek(int(self.starts[row]))
+        line = self.file.readline().decode("utf-8", "replace").removesuffix("\n").removesuffix("\r")
         fields = line.split("\t")
         if len(fields) != self.n_fields:
             raise SystemExit(f"{self.path}: row {row + 1} has {len(fields)} fields, the header {self.n_fields}: "
@@ -1122,14 +1117,12 @@ def load_pixels(tables: list[Table], image_size: int = 0) -> torch.Tensor | None
     """
     places, n = defaultdict(list), 0
     for table in tables:
-        if locate_image(table, 0)[0].suffix != ".npy":
-            return None
         for row in range(len(table)):
             path, index, _ = locate_image(table, row)
+            if path.suffix != ".npy" or index < 0:
+                return None
             places[path].append((n, index))
             n += 1
-    if any(path.suffix != ".npy" or min(index for _, index in rows) < 0 for path, rows in places.items()):
-        return None
     try:
         arrays = {path: open_npy(path) for path in places}
         shapes = {array.shape[1:] for array in arrays.values()}
@@ -1371,8 +1364,7 @@ class EvalImages(torch.utils.data.Dataset):
         image = read_image(self.table, row, self.image_size, self.max_pixels)
         if isinstance(image, str):
             return torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8), image
-        box = center_box(*image.size)
-        image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC, box)
+        image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC, center_box(*image.size))
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), 0
 
 
@@ -1421,10 +1413,9 @@ def setup_distributed(device: str) -> tuple[int, int, torch.device, dist.Process
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next step, which else maps and zeroes the pages of its activations anew.
 
-    With huge pages a quarter to a third less time for an RN50 step on a CPU (benchmarks/clip_step.py). Without glibc
-    nothing happens.
+    With huge pages a quarter to a third less time for an RN50 step on a CPU (benchmarks/clip_step.py).
     """
-    with contextlib.suppress(OSError, AttributeError, TypeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # without glibc nothing happens
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which is not given back
@@ -1536,14 +1527,13 @@ def write_atomically(path: Path, write: Callable) -> None:
     write: called with the open binary file. A link stays one; a device or a pipe is written to, not replaced.
     Raises: SystemExit if the disk is full or the folder cannot be written; what was there before is kept.
     """
-    part = None
+    place = os.path.realpath(path)
+    part = Path(f"{place}.{os.getpid()}.part")
     try:
         if path.exists() and not path.is_file():
             with open(path, "wb") as file:
                 write(file)
             return
-        place = path.resolve()
-        part = place.with_name(f"{place.name}.{os.getpid()}.part")
         part.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
             write(file)
@@ -1553,9 +1543,8 @@ def write_atomically(path: Path, write: Callable) -> None:
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         raise SystemExit(f"cannot write {path}: {str(error)[:200]}; a checkpoint written before is kept") from None
     finally:  # nothing is left of it after Ctrl-C and SIGTERM either
-        if part is not None:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 # Copied from clip.py
@@ -1718,7 +1707,6 @@ def imbalance_metrics(predictions: np.ndarray, labels: np.ndarray, class_counts:
     """
     C = len(class_counts)
     n_test = np.bincount(labels, minlength=C)
-    n_predicted = np.bincount(predictions, minlength=C)
     tested = n_test > 0
     accuracy = np.bincount(labels[predictions == labels], minlength=C)[tested] / n_test[tested]
     per_class = np.full(C, np.nan)
@@ -1734,7 +1722,7 @@ def imbalance_metrics(predictions: np.ndarray, labels: np.ndarray, class_counts:
         "medium": medium,
         "tail": tail,
         "spearman_acc": rank_correlation(class_counts[tested], accuracy),
-        "spearman_pred": rank_correlation(class_counts, n_predicted),
+        "spearman_pred": rank_correlation(class_counts, np.bincount(predictions, minlength=C)),
         "chance": 1 / C,
     }
 
@@ -2043,17 +2031,14 @@ class RunLog:
 
     def open(self, out: Path, start: int, tables: list[Table]) -> None:
         """The files of a run; SystemExit without the packages that are asked for."""
-        path, self.writer, self.wandb = out / "log.jsonl", None, None
-        if self.args.tensorboard:
-            try:
+        path, self.wandb = out / "log.jsonl", None
+        try:
+            if self.args.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise SystemExit("--tensorboard needs tensorboard: pip install tensorboard") from None
-        if self.args.wandb:
-            try:
+            if self.args.wandb:
                 import wandb
-            except ImportError:
-                raise SystemExit("--wandb needs wandb: pip install wandb") from None
+        except ImportError as error:
+            raise SystemExit(f"--tensorboard or --wandb: {error}; pip install tensorboard, or wandb") from None
         lines = path.read_text().splitlines(keepends=True) if start and path.is_file() else []
         try:
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
@@ -2061,8 +2046,7 @@ class RunLog:
             raise SystemExit(f"{path}: a line is no JSON with a step ({error}): move the file away") from None
         write_atomically(path, lambda file: file.write("".join(kept).encode()))
         self.file = open(path, "a", buffering=1)
-        if self.args.tensorboard:
-            self.writer = SummaryWriter(out)
+        self.writer = SummaryWriter(out) if self.args.tensorboard else None
         if self.args.wandb:
             run_id = hashlib.sha1(str(path.resolve()).encode()).hexdigest()[:12]  # the same for a continued run
             self.wandb = wandb.init(project=self.args.wandb, name=out.name, config=vars(self.args), id=run_id,
@@ -2121,10 +2105,8 @@ class RunLog:
             self.file.write(json.dumps(finite) + "\n")  # JSON has no NaN
         except OSError as error:
             raise SystemExit(f"cannot write {self.file.name}: {error}; a checkpoint written before is kept") from None
-        numbers = {k: v for k, v in line.items() if isinstance(v, int | float)}
-        for name, metrics in line.items():
-            if isinstance(metrics, dict):
-                numbers |= {f"{name}/{k}": v for k, v in metrics.items() if isinstance(v, int | float)}
+        nested = {f"{name}/{k}": v for name, m in line.items() if isinstance(m, dict) for k, v in m.items()}
+        numbers = {k: v for k, v in (line | nested).items() if isinstance(v, int | float)}
         if self.writer:
             for name, value in numbers.items():
                 self.writer.add_scalar(name, value, line["step"])

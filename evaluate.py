@@ -2919,14 +2919,13 @@ def write_atomically(path: Path, write: Callable) -> None:
     write: called with the open binary file. A link stays one; a device or a pipe is written to, not replaced.
     Raises: SystemExit if the disk is full or the folder cannot be written; what was there before is kept.
     """
-    part = None
+    place = os.path.realpath(path)
+    part = Path(f"{place}.{os.getpid()}.part")
     try:
         if path.exists() and not path.is_file():
             with open(path, "wb") as file:
                 write(file)
             return
-        place = path.resolve()
-        part = place.with_name(f"{place.name}.{os.getpid()}.part")
         part.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
             write(file)
@@ -2936,9 +2935,8 @@ def write_atomically(path: Path, write: Callable) -> None:
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         raise SystemExit(f"cannot write {path}: {str(error)[:200]}; a checkpoint written before is kept") from None
     finally:  # nothing is left of it after Ctrl-C and SIGTERM either
-        if part is not None:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 # Copied from clip.py

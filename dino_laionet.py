@@ -315,15 +315,14 @@ def sinkhorn(logits: torch.Tensor, temperature: float, n_iterations: int = 3) ->
     Returns: [n, K], each row sums to 1. In the log domain: finite while logits / temperature are.
     Source: SwAV, arXiv 2006.09882, section 3.1. All ranks.
     """
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
     log_q = logits / temperature
     for _ in range(n_iterations):
         largest = log_q.amax(0)  # [K]
-        if world_size > 1:
+        if dist.is_initialized():
             dist.all_reduce(largest, dist.ReduceOp.MAX)  # All ranks
         largest = largest.nan_to_num(neginf=0.0)
         mass = (log_q - largest).exp().sum(0)
-        if world_size > 1:
+        if dist.is_initialized():
             dist.all_reduce(mass)  # All ranks
         log_q = log_q - torch.where(mass > 0, largest + mass.log(), 0)  # each prototype sums to 1
         log_q = log_q - log_q.logsumexp(1, keepdim=True).nan_to_num(neginf=0.0)  # each sample sums to 1
@@ -407,7 +406,7 @@ class PrototypeTable:
             return
         self.weight[proto_ids] = rows.detach()
         for name, value in optimizer.state.get(rows, {}).items():
-            if isinstance(value, torch.Tensor) and value.ndim == 2:
+            if value.ndim == 2:  # not the number of steps
                 if name not in self.state:
                     self.state[name] = torch.zeros_like(self.weight)
                 self.state[name][proto_ids] = value
@@ -415,7 +414,7 @@ class PrototypeTable:
 
 def cosine_at(start: float, end: float, step: int, steps: int) -> float:
     """From start at step 0 towards end."""
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / max(steps, 1)))
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def clip_gradients(params: list[nn.Parameter], largest: float, is_per_tensor: bool) -> torch.Tensor:
@@ -852,11 +851,10 @@ def load_backbone(model: Network, path: str) -> None:
     if isinstance(weights.get("teacher"), dict):  # the public code's full checkpoint
         weights = {name.removeprefix("module."): value for name, value in weights["teacher"].items()}
     weights = {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}
-    for prefix in ("visual.", "backbone."):
-        if any(name.startswith(prefix) for name in weights):
-            weights = {name[len(prefix) :]: value for name, value in weights.items() if name.startswith(prefix)}
-    own = model.visual.state_dict()
+    prefix = next((p for p in ("visual.", "backbone.") if any(name.startswith(p) for name in weights)), "")
+    weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     weights = {name: value for name, value in weights.items() if not name.startswith("fc.")}
+    own = model.visual.state_dict()
     weights |= {name: own[name] for name in own if model.arch == "tiny" and name.startswith("proj.")}  # not used here
     missing, unexpected = sorted(own.keys() - weights), sorted(weights.keys() - own)
     shapes = [f"{k} {tuple(weights[k].shape)} for {tuple(own[k].shape)}" for k in own.keys() & weights.keys()
@@ -1800,9 +1798,8 @@ def probe_features(model: Network | RawPixels, bank: Table, test_sets: dict[str,
     Returns: {set: {knn, probe: [n, C] scores, weights [C, d] of raw features, decay, features, labels, rows, bad, bank:
     its features and labels}}.
     """
-    bank, keep = copy.copy(bank), np.arange(len(bank))
-    if len(bank) > args.probe_images:
-        keep = np.sort(np.random.default_rng([0, 10]).choice(len(bank), args.probe_images, replace=False))
+    bank, n = copy.copy(bank), min(len(bank), args.probe_images)
+    keep = np.sort(np.random.default_rng([0, 10]).choice(len(bank), n, replace=False))
     if not is_whole:
         bank.starts = bank.starts[torch.from_numpy(keep)]
     embed, labels, rows, _ = labelled_features(model, bank, classes, args, device)
@@ -1813,7 +1810,7 @@ def probe_features(model: Network | RawPixels, bank: Table, test_sets: dict[str,
     if len(labels) < 2:
         raise SystemExit(f"{bank.path}: {len(labels)} images can be read, so no probe can be fitted")
     labels, C = torch.from_numpy(labels).to(device), len(classes)
-    mean, std = embed.mean(0), embed.std(0).clamp_min(1e-6)
+    unit, mean, std = F.normalize(embed, dim=1), embed.mean(0), embed.std(0).clamp_min(1e-6)
 
     def standard(x: torch.Tensor) -> torch.Tensor:
         return torch.cat([(x - mean) / std, x.new_ones(len(x), 1)], 1)
@@ -1824,10 +1821,9 @@ def probe_features(model: Network | RawPixels, bank: Table, test_sets: dict[str,
     for name, table in test_sets.items():
         x, test_labels, rows, bad = labelled_features(model, table, classes, args, device)
         with exact_matmul():
-            knn = knn_votes(F.normalize(embed, dim=1), labels, F.normalize(x, dim=1), C)
-            found[name] = {"knn": knn, "probe": standard(x) @ weights, "weights": (weights[:-1] / std[:, None]).T,
-                           "features": x, "labels": test_labels, "rows": rows, "bad": bad, "decay": decay,
-                           "bank": whole}
+            found[name] = {"knn": knn_votes(unit, labels, F.normalize(x, dim=1), C), "probe": standard(x) @ weights,
+                           "weights": (weights[:-1] / std[:, None]).T, "features": x, "labels": test_labels,
+                           "rows": rows, "bad": bad, "decay": decay, "bank": whole}
     return found
 
 
@@ -1848,14 +1844,18 @@ def evaluate_dino(model: Network, worlds: list[tuple], class_counts: np.ndarray,
     if npz_folder is not None and args.baselines and banks:
         models |= {"random_": random_network(args, banks[0], device), "pixels_": RawPixels()}
     keys = ("n", "top1", "balanced", "head", "medium", "tail", "spearman_acc", "spearman_pred", "chance", "retrieval")
-    metrics, is_main = {}, not dist.is_initialized() or dist.get_rank() == 0
+    metrics, is_writer = {}, npz_folder is not None and (not dist.is_initialized() or dist.get_rank() == 0)
+
+    def write(name: str, halves: dict[str, torch.Tensor], **arrays: np.ndarray) -> None:
+        arrays = {key: x.cpu().numpy().astype(np.float16) for key, x in halves.items()} | arrays
+        write_atomically(npz_folder / f"{name}.npz", lambda file: np.savez(file, **arrays))
+
     for bank, test_sets, classes, is_transfer in worlds:
         for name, table in test_sets.items() if bank is None else ():
             x, labels, rows, bad = labelled_features(model, table, classes, args, device)
             metrics[name] = dict.fromkeys((*keys, "knn", "probe")) | {"n": len(rows), "bad_images": dict(bad)}
-            if npz_folder is not None and is_main:
-                arrays = {"features": x.cpu().numpy().astype(np.float16), "labels": labels, "rows": rows}
-                write_atomically(npz_folder / f"{name}.npz", lambda file, arrays=arrays: np.savez(file, **arrays))
+            if is_writer:
+                write(name, {"features": x}, labels=labels, rows=rows)
         if bank is None:
             continue
         counts = np.zeros(len(classes), np.int64) if is_transfer else class_counts  # no training frequencies there
@@ -1876,17 +1876,13 @@ def evaluate_dino(model: Network, worlds: list[tuple], class_counts: np.ndarray,
                 if labelled.any():
                     metrics[name] |= imbalance_metrics(guesses["probe"][labelled], labels[labelled], counts)
                 metrics[name] |= right
-                if npz_folder is not None and is_main:
-                    half = {"logits": found["probe"], "features": found["features"], "prototypes": found["weights"]}
-                    arrays = {key: x.cpu().numpy().astype(np.float16) for key, x in half.items()}
-                    arrays |= {"predictions": guesses["probe"], "labels": labels, "rows": found["rows"],
-                               "class_counts": counts, "class_names": np.array([row["name"] for row in classes], str)}
-                    files = {f"transfer/{name}_test.npz" if is_transfer else f"{name}.npz": arrays}
-                    if is_transfer:  # evaluate.py probe has the paper's protocol, over many runs
-                        files[f"transfer/{name}_train.npz"] = {
-                            "features": found["bank"][0].cpu().numpy().astype(np.float16), "labels": found["bank"][1]}
-                    for path, arrays in files.items():
-                        write_atomically(npz_folder / path, lambda file, arrays=arrays: np.savez(file, **arrays))
+                if is_writer:
+                    halves = {"logits": found["probe"], "features": found["features"], "prototypes": found["weights"]}
+                    write(f"transfer/{name}_test" if is_transfer else name, halves, predictions=guesses["probe"],
+                          labels=labels, rows=found["rows"], class_counts=counts,
+                          class_names=np.array([row["name"] for row in classes], str))
+                if is_writer and is_transfer:  # evaluate.py probe has the paper's protocol, over many runs
+                    write(f"transfer/{name}_train", {"features": found["bank"][0]}, labels=found["bank"][1])
     model.train()
     return metrics
 

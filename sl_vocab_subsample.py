@@ -439,7 +439,6 @@ TOWERS = {
     "dino-ViT-S-16": dict(embed_dim=384, image_size=224),  # of dino_laionet.py's ViT-S-16 and the published DINO
 }
 
-
 PIXELS = {  # mean and deviation of red, green and blue, of 0..1, that a tower was trained with
     "clip": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),  # openai/CLIP clip.py
     "imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),  # torchvision's and the public DINO's resnet50
@@ -827,12 +826,11 @@ def load_tower(model: Classifier, path: str) -> str:
         hint = "; if that is gelu, clip.py with --eval-only, --activation gelu and --export writes a file that names it"
         raise SystemExit(f"--init {path} was trained with {activation}, the ViT of this script has gelu"
                          + hint * (activation != "quick_gelu"))
-    prefixes = [p for p in ("visual.", "backbone.", "encoder.", "encoder_q.") if any(k.startswith(p) for k in weights)]
-    if prefixes:
-        weights = {k[len(prefixes[0]) :]: v for k, v in weights.items() if k.startswith(prefixes[0])}
-    is_ours = prefixes[:1] == ["visual."]
+    prefixes = ("visual.", "backbone.", "encoder.", "encoder_q.")
+    prefix = next((p for p in prefixes if any(k.startswith(p) for k in weights)), "")
+    weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
     fresh = "proj" if model.arch == "tiny" and "dino_prototypes" in loaded else ""
-    if model.arch == "resnet50" and not (is_ours and "fc.weight" in weights):
+    if model.arch == "resnet50" and not (prefix == "visual." and "fc.weight" in weights):
         fresh = "fc"
     if fresh:  # the file's last layer, a projection in SimCLR's and MoCo's, goes
         weights = {k: v for k, v in weights.items() if not k.startswith(f"{fresh}.")}
@@ -845,7 +843,7 @@ def load_tower(model: Classifier, path: str) -> str:
         raise SystemExit(f"--init {path} does not fit --arch {model.arch}: missing {missing[:5]}, unexpected "
                          f"{unexpected[:5]}, shapes {shapes[:5]}")
     broken = [name for name, value in weights.items() if not bool(value.isfinite().all())]
-    is_public = not is_ours and model.arch in ("resnet50", "dino-ViT-S-16")
+    is_public = prefix != "visual." and model.arch in ("resnet50", "dino-ViT-S-16")
     pixels = loaded.get("pixels", "imagenet" if is_public else "clip")
     if broken or pixels not in PIXELS:
         raise SystemExit(f"--init {path}: values that are not finite in {broken[:5]}" if broken else
@@ -862,19 +860,13 @@ def read_prototypes(path: str, class_names: list[str]) -> torch.Tensor:
     class in label order. Raises: SystemExit for an unreadable file, classes that are missing, a wrong shape, NaN, a
     vector of length 0, which has no direction.
     """
-    names = None
-    if path.endswith(".npy"):
-        try:
-            prototypes = torch.from_numpy(np.load(path))
-        except (*UNREADABLE, TypeError) as error:  # TypeError: an array of texts
-            raise SystemExit(f"--head-init {path}: {error}") from None
-    else:
-        try:
-            prototypes = torch.load(path, map_location="cpu", weights_only=True)
-        except UNREADABLE as error:
-            raise SystemExit(f"--head-init {path}: cannot be read: {str(error)[:200]}") from None
-        if isinstance(prototypes, dict):
-            names, prototypes = prototypes.get("class_names"), prototypes.get("prototypes")
+    names, is_npy = None, path.endswith(".npy")
+    try:
+        prototypes = torch.from_numpy(np.load(path)) if is_npy else torch.load(path, "cpu", weights_only=True)
+    except (*UNREADABLE, TypeError) as error:  # TypeError: an array of texts
+        raise SystemExit(f"--head-init {path}: cannot be read: {str(error)[:200]}") from None
+    if isinstance(prototypes, dict):
+        names, prototypes = prototypes.get("class_names"), prototypes.get("prototypes")
     is_array = isinstance(prototypes, torch.Tensor) and prototypes.ndim == 2
     if not is_array or prototypes.is_complex() or not prototypes.numel():
         found = "no prototypes" if prototypes is None else f"{tuple(getattr(prototypes, 'shape', ()))}"
@@ -1282,8 +1274,7 @@ class ClassSampler(Sampler):
         self.rows = self.rows[np.argsort(labels, kind="stable")]  # [n, 2] set, row, by class
         self.counts = np.bincount(labels)
         self.starts = np.cumsum(self.counts) - self.counts
-        weights = np.where(self.counts > 0, self.counts.astype(float) ** power, 0.0)
-        law = np.cumsum(weights)
+        law = np.cumsum(np.where(self.counts > 0, self.counts.astype(float) ** power, 0.0))
         self.law = law / law[-1]  # ends in 1 exactly, above every draw
 
     def batch(self, step: int) -> np.ndarray:
@@ -1312,17 +1303,16 @@ class LabelledImages(torch.utils.data.Dataset):
 
     def __getitems__(self, examples: np.ndarray) -> dict:
         """[B, 3] (set, row, epoch) -> a batch: images or pixel_rows and boxes, labels [B, J], bad."""
-        bad = []
+        batch, bad = {}, []
         if not self.on_device:
             min_side = self.image_size / math.sqrt(0.75 * self.crop_scale)  # of the smallest crop
-            examples, images, bad = read_crops(self.tables, examples, self.image_size, min_side, self.crop_scale,
-                                               self.max_pixels, self.seed)
-            batch = {"images": images}
-        else:
+            examples, batch["images"], bad = read_crops(self.tables, examples, self.image_size, min_side,
+                                                        self.crop_scale, self.max_pixels, self.seed)
+        rows = torch.from_numpy(self.offsets[examples[:, 0]] + examples[:, 1])  # a replacement brings its own label
+        if self.on_device:
             boxes = crop_boxes(self.crop_scale, np.ones(len(examples)), self.seed, 2, *examples.T)
-            batch = {"pixel_rows": torch.from_numpy(self.offsets[examples[:, 0]] + examples[:, 1]),
-                     "boxes": torch.from_numpy(boxes).float()}
-        labels = self.labels[self.offsets[examples[:, 0]] + examples[:, 1]]
+            batch = {"pixel_rows": rows, "boxes": torch.from_numpy(boxes).float()}
+        labels = self.labels[rows]
         if self.is_random:
             draw = torch.from_numpy(uniform_hash(self.seed, 5, *examples.T))
             labels = labels.gather(1, (draw * (labels >= 0).sum(1)).long()[:, None])
@@ -1776,21 +1766,19 @@ def evaluate_classifier(model: Classifier, classes: list[dict[str, str]], class_
             raise SystemExit(f"{name}: the image features are not finite: the model has diverged")
         with exact_matmul():
             logits = (model.logit_scale.exp() * F.normalize(embed, dim=1) @ prototypes.T).cpu()
-        result = dict.fromkeys(("n", "top1", "balanced", "head", "medium", "tail", "spearman_acc", "spearman_pred",
-                                "chance", "retrieval", "knn", "probe"))
-        result |= {"n": len(rows), "bad_images": dict(bad)}
-        labelled = labels >= 0
-        predictions = logits.argmax(1).numpy()[labelled]
+        metrics[name] = dict.fromkeys(("n", "top1", "balanced", "head", "medium", "tail", "spearman_acc",
+                                       "spearman_pred", "chance", "retrieval", "knn", "probe"))
+        metrics[name] |= {"n": len(rows), "bad_images": dict(bad)}
+        predictions, labelled = logits.argmax(1).numpy(), labels >= 0
         if labelled.any():
-            result |= imbalance_metrics(predictions, labels[labelled], class_counts)
+            metrics[name] |= imbalance_metrics(predictions[labelled], labels[labelled], class_counts)
         if len(trimmed):
-            y, is_trimmed = labels[labelled], np.isin(labels[labelled], trimmed)
-            for key, part in ("trimmed", is_trimmed), ("untrimmed", ~is_trimmed):
-                of_part = imbalance_metrics(predictions[part], y[part], class_counts) if part.any() else {}
-                result[key] = of_part.get("balanced")
-        metrics[name] = result
+            is_trimmed = np.isin(labels, trimmed)
+            for key, part in ("trimmed", is_trimmed), ("untrimmed", labelled & ~is_trimmed):
+                of_part = imbalance_metrics(predictions[part], labels[part], class_counts) if part.any() else {}
+                metrics[name][key] = of_part.get("balanced")
         if npz_folder is not None and (not dist.is_initialized() or dist.get_rank() == 0):
-            arrays = {"logits": logits.numpy().astype(np.float16), "predictions": logits.argmax(1).numpy(),
+            arrays = {"logits": logits.numpy().astype(np.float16), "predictions": predictions,
                       "features": embed.cpu().numpy().astype(np.float16), "labels": labels, "rows": rows,
                       "class_counts": class_counts, "class_names": np.array([row["name"] for row in classes], str),
                       "prototypes": prototypes.cpu().numpy().astype(np.float16)}
@@ -2018,8 +2006,8 @@ def read_labelled_sets(args: argparse.Namespace, root: Path, classes: list[dict[
         labels = read_label_sets(table, classes)
         n_labels = (labels >= 0).sum(1)
         keep = n_labels == 1 if args.multi_label == "drop" else n_labels > 0
-        lost += Counter({"without a label": int((n_labels == 0).sum()), "with several labels": int((~keep).sum())
-                         - int((n_labels == 0).sum())})
+        lost["without a label"] += int((n_labels == 0).sum())
+        lost["with several labels"] += int((~keep & (n_labels > 0)).sum())
         labels = labels[keep, :1] if args.multi_label in ("first", "drop") else labels[keep]
         table.starts = table.starts[torch.from_numpy(keep)]
         label_sets.append(labels)
@@ -2042,7 +2030,7 @@ def read_labelled_sets(args: argparse.Namespace, root: Path, classes: list[dict[
     n, class_counts = sum(map(len, tables)), np.zeros(len(classes))
     for labels, share in zip(label_sets, shares):
         is_label = labels >= 0
-        part = np.broadcast_to(1 / is_label.sum(1, keepdims=True), labels.shape)[is_label]
+        part = (is_label / is_label.sum(1, keepdims=True))[is_label]
         class_counts += np.bincount(labels[is_label], part, len(classes)) * share * n / len(labels)
     class_counts = np.where(class_counts > 0, np.rint(class_counts).clip(1), 0).astype(np.int64)
     left_out = ", ".join(f"{number:,} {reason}" for reason, number in lost.items() if number) or "none"

@@ -855,6 +855,7 @@ def load_backbone(model: Network, path: str) -> None:
     weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     weights = {name: value for name, value in weights.items() if not name.startswith("fc.")}
     own = model.visual.state_dict()
+    weights = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")} | weights  # torch 0.4 wrote none
     weights |= {name: own[name] for name in own if model.arch == "tiny" and name.startswith("proj.")}  # not used here
     missing, unexpected = sorted(own.keys() - weights), sorted(weights.keys() - own)
     shapes = [f"{k} {tuple(weights[k].shape)} for {tuple(own[k].shape)}" for k in own.keys() & weights.keys()
@@ -862,6 +863,9 @@ def load_backbone(model: Network, path: str) -> None:
     if missing or unexpected or shapes:
         raise SystemExit(f"--init {path} does not fit --arch {model.arch}: missing {missing[:5]}, unexpected "
                          f"{unexpected[:5]}, shapes {shapes[:5]}")
+    broken = [name for name, value in weights.items() if not bool(value.isfinite().all())]
+    if broken:
+        raise SystemExit(f"--init {path}: values that are not finite in {broken[:5]}")
     model.visual.load_state_dict(weights)
 
 
@@ -2153,6 +2157,8 @@ def load_teacher(args: argparse.Namespace) -> dict:
     missing = sorted({"dino_prototypes", "arch", "args", "class_names", "class_counts", "step"} - loaded.keys())
     if missing:
         raise SystemExit(f"{args.eval_only} is no checkpoint of this script: no {' or '.join(missing)} in it")
+    if loaded["arch"] not in TOWERS:
+        raise SystemExit(f"{args.eval_only} is no checkpoint of this script: it has the tower {loaded['arch']!r}")
     made_with = loaded["args"]
     if args.data == default.data:
         args.data = made_with["data"]

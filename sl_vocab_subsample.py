@@ -887,9 +887,10 @@ def read_prototypes(path: str, class_names: list[str]) -> torch.Tensor:
     if len(prototypes) != len(class_names):
         raise SystemExit(f"--head-init {path} has {len(prototypes)} rows for {len(class_names)} classes")
     prototypes = prototypes.detach().float().contiguous()  # what is broadcast has to be
-    if not bool(prototypes.isfinite().all()):
-        raise SystemExit(f"--head-init {path} holds values that are not finite")
-    zero = [name for name, is_zero in zip(class_names, (prototypes == 0).all(1).tolist()) if is_zero]
+    lengths = prototypes.norm(dim=1)
+    if not bool(lengths.isfinite().all()):
+        raise SystemExit(f"--head-init {path} holds values that are not finite, or too large to be squared")
+    zero = [name for name, length in zip(class_names, lengths.tolist()) if length < 1e-12]  # F.normalize's least
     if zero:
         raise SystemExit(f"--head-init {path}: {len(zero)} classes have a vector of length 0, which has no direction: "
                          f"{', '.join(zero[:10])}")
@@ -2085,7 +2086,9 @@ def evaluate_file(args: argparse.Namespace, root: Path, rank: int, device: torch
         raise SystemExit(f"{args.eval_only} is no checkpoint of this script: " + (
             f"no {' or '.join(missing)} in it" if missing else
             f"it has the tower {loaded['arch']!r} and the pixel statistics {pixels!r}"))
-    class_counts = loaded["class_counts"].numpy()
+    class_counts, n = loaded["class_counts"].numpy(), len(loaded["state_dict"]["prototypes"])
+    if n != len(loaded["class_names"]):
+        raise SystemExit(f"{args.eval_only}: {n} prototypes for {len(loaded['class_names'])} class names")
     if len(class_counts) != len(loaded["class_names"]) or (class_counts < 0).any():
         raise SystemExit(f"{args.eval_only}: its class_counts must be {len(loaded['class_names'])} numbers of at least "
                          f"0, they are {len(class_counts)}, the least {class_counts.min(initial=0)}")

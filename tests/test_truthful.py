@@ -7,6 +7,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from programs import answer, log_of
 
@@ -194,3 +195,33 @@ def test_what_the_log_counts_goes_on_after_a_resume(script, tmp_path, monkeypatc
     a, b = ([{**line, "images_per_s": 0} for line in log_of(tmp_path / name)] for name in ("straight", "stopped"))
     assert a == b and 2 <= a[2]["bad_images"] < a[5]["bad_images"] and len(a) == 6
     assert script is not clip or 0.2 < a[5]["truncated"] < 0.5
+
+
+def test_weights_that_would_score_in_silence_are_refused(world, trained, tmp_path):
+    """Directions that cannot be normalised, a head with fewer rows than names, NaN, a tower that does not exist."""
+    for size in 1e20, 1e-20:
+        np.save(tmp_path / "head.npy", np.eye(3, dtype=np.float32) * size)
+        with pytest.raises(SystemExit, match="too large to be squared" if size > 1 else "a and b|length"):
+            sl.read_prototypes(str(tmp_path / "head.npy"), ["a", "b", "c"])
+    flags = ["--root", world, "--eval-sets", "val", *FLAGS]
+    assert answer(sl, *flags, "--out", tmp_path / "sl").returncode == 0
+    content = torch.load(tmp_path / "sl" / "checkpoint.pt", weights_only=True)
+    content["state_dict"]["prototypes"] = content["state_dict"]["prototypes"][:3]
+    torch.save(content, tmp_path / "cut.pt")
+    told = answer(sl, *flags[:4], "--eval-only", tmp_path / "cut.pt", "--out", tmp_path / "cut")
+    assert told.returncode == 2 and "3 prototypes for 120 class names" in told.stderr
+    network = dino.Network("tiny", 8, 8, 4, False)
+    weights = network.state_dict()
+    torch.save({"state_dict": weights | {"visual.conv1.weight": weights["visual.conv1.weight"] * np.nan}}, tmp_path / "nan.pt")
+    with pytest.raises(SystemExit, match=r"not finite in \['conv1.weight'\]"):
+        dino.load_backbone(network, str(tmp_path / "nan.pt"))
+    old = {k: v for k, v in torchvision.models.resnet50().state_dict().items() if "num_batches" not in k}
+    torch.save(old, tmp_path / "resnet50.pth")  # as torch 0.4 wrote it
+    network = dino.Network("resnet50", 8, 8, 4, False)
+    dino.load_backbone(network, str(tmp_path / "resnet50.pth"))
+    assert torch.equal(network.visual.layer4[2].bn3.running_var, old["layer4.2.bn3.running_var"])
+    made = {name: {} for name in ("state_dict", "class_counts", "step")} | {"arch": "Babel", "class_names": []}
+    made |= {"dino_prototypes": torch.zeros(4, 8), "args": vars(dino.parse_args([]))}
+    torch.save(made, tmp_path / "babel.pt")
+    told = answer(dino, *flags[:4], "--eval-only", tmp_path / "babel.pt", "--out", tmp_path / "babel", "--device", "cpu")
+    assert told.returncode == 2 and "the tower 'Babel'" in told.stderr

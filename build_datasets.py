@@ -80,7 +80,6 @@ Deviations from the paper's and the data sets' own builders:
  5. ImageNet-Captions keeps title, tags and description as columns, and captions are made of them in training; theirs
     were one file a variant, with the class name put before the text and one template drawn an image.
  6. A threshold of laionet can be moved later: the similarity is a column.
- 7. What is lost at each step is counted in OUT.tsv.json.
 """
 
 import argparse
@@ -156,7 +155,6 @@ def parse_args(argv=None):
     shapes.add_argument("--caption-noise", type=float, default=0.01,
                         help="share of the captions of laionet, balanced, yfcc and web that do not say what is shown: "
                              "8 of 13 name nothing, the others another class")
-    shapes.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; the bytes do not depend on it")
 
     index = add("index", "table of the images in tars, class folders or a flat folder",
                 "tests/samples/shards --holdout 0.5 --out data/web/train.tsv",
@@ -167,7 +165,6 @@ def parse_args(argv=None):
     index.add_argument("--out", required=True, help="table to write, ending in .tsv; val.tsv and OUT.json go beside it")
     index.add_argument("--holdout", type=float, default=0.0, help="fraction of rows that go to val.tsv; 0: none")
     index.add_argument("--classes", help="classes.tsv that gives folders their labels; default: beside --out, if any")
-    index.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; the rows do not depend on it")
     index.add_argument("--seed", type=int, default=0, help="redraws which rows --holdout takes")
 
     classes = add("classes", "classes.tsv from a list of wnids or names",
@@ -295,9 +292,13 @@ def parse_args(argv=None):
     add_common(check, "table of bad rows to write: file, line, image, reason")
     check.add_argument("--sample", type=int, default=0, help="decode so many images, picked by hash; 0: all")
     check.add_argument("--max-bad", type=float, default=0.0, help="fraction of bad rows that is still exit code 0")
+<<<<<<< ours
     check.add_argument("--classes", help="classes.tsv; default: beside the first table, or one folder up, if any")
     check.add_argument("--max-pixels", type=int, default=89_478_485, help="an image with more is bad, not decoded")
     check.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; the result is the same")
+=======
+    check.add_argument("--max-pixels", type=int, default=100_000_000, help="an image with more is bad, not decoded")
+>>>>>>> theirs
     check.add_argument("--seed", type=int, default=0, help="redraws which images --sample takes")
 
     dedup = add("dedup", "drop copies inside a data set, or of the images of test sets",
@@ -325,7 +326,6 @@ def parse_args(argv=None):
     dedup.add_argument("--backend", choices=("blocks", "faiss"), default="blocks", help="for embeddings: blocks of a "
                        "matrix product, or exact search by faiss (pip install faiss-cpu); the result is the same")
     dedup.add_argument("--device", default="cpu", help="cpu, or cuda: where embeddings are compared")
-    dedup.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; the result is the same")
 
     prune = add("prune", "drop rows that are closer to a test set than a small training set is",
                 "data/shapes/web/train.tsv --embeddings data/shapes/web/train.npy --small "
@@ -375,7 +375,6 @@ def parse_args(argv=None):
     subset.add_argument("--key", default="image", help="column that names a row for the hash, e.g. url; names of "
                         "images are relative to the table's folder: of a cut in another folder, a further cut draws "
                         "other rows, unless --key is a column that stays, as url or key")  # fmt: skip
-    subset.add_argument("--classes", help="classes.tsv; default: beside the first table, or one folder up, if any")
     subset.add_argument("--dry-run", action="store_true", help="print the resulting histogram and write nothing")
     subset.add_argument("--seed", type=int, default=0, help="redraws the rows")
 
@@ -397,8 +396,11 @@ def parse_args(argv=None):
                 "rows, classes, Gini, head share, tail counts, caption lengths; Spearman correlation of the class "
                 "counts of each two.")
     add_common(stats)
-    stats.add_argument("--classes", help="classes.tsv; default: beside the first table, or one folder up, if any")
     stats.add_argument("--plot", help="picture to write: the sorted class counts (needs matplotlib)")
+    for command in (shapes, index, check, dedup):
+        command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; the result is the same")
+    for command in (check, subset, stats):
+        command.add_argument("--classes", help="classes.tsv; default: beside the first table, or one folder up, if any")
 
     args = parser.parse_args(argv)
     command = commands.choices[args.command]
@@ -410,13 +412,14 @@ def parse_args(argv=None):
     for name, least in dict(workers=1, sample=0, keep=0, rows=0, trim_tail=0, max_entries=0, min_count=0).items():
         if (given := getattr(args, name, least)) < least:
             command.error(f"--{name.replace('_', '-')}: got {given}, expected {least} or more")
+    for name, most in dict(caption_noise=1, distance=7, cosine=1).items():
+        if not 0 <= (given := getattr(args, name, 0)) <= most:
+            command.error(f"--{name.replace('_', '-')}: got {given}, expected 0 to {most}")
     if args.command == "shapes":
         if args.seed < 0:
             shapes.error(f"--seed: got {args.seed}, expected 0 or more")
         if not 0 < args.size <= 1000:
             shapes.error(f"--size: got {args.size}, expected a factor above 0 and at most 1000")
-        if not 0 <= args.caption_noise <= 1:
-            shapes.error(f"--caption-noise: got {args.caption_noise}, expected a share in [0, 1]")
     if args.command == "index":
         if not 0 <= args.holdout < 1:
             index.error(f"--holdout: got {args.holdout}, expected a fraction of at least 0 and below 1")
@@ -439,10 +442,6 @@ def parse_args(argv=None):
     if args.command == "curate" and (args.cap < 1 or not 0 <= args.tail_share < 1):
         curate.error(f"--cap {args.cap} --tail-share {args.tail_share}: expected a cap of 1 or more, a share in 0..1")
     if args.command == "dedup":
-        if not 0 <= args.distance <= 7:
-            dedup.error(f"--distance: got {args.distance}, expected 0 to 7 bits")
-        if not 0 <= args.cosine <= 1:
-            dedup.error(f"--cosine: got {args.cosine}, expected 0 to 1")
         if ("embedding" in args.by) != bool(args.embeddings):
             dedup.error("--by embedding and --embeddings go together")
         if args.backend == "faiss" and not args.embeddings:
@@ -524,8 +523,9 @@ def with_reports(tables, others):
     for path in (*tables, *(f"{path}.json" for path in tables), *others):
         if os.path.isdir(path):
             raise SystemExit(f"{path}: is a folder, expected the name of a file to write")
+    stale = [path for path in others if os.path.exists(f"{path}.json.partial")]  # a killed run called its table so
     try:
-        for path in tables:  # now, not after all the work
+        for path in (*tables, *stale):  # now, not after all the work
             lock = open(f"{path}.json.partial", "ab")
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -534,14 +534,9 @@ def with_reports(tables, others):
             locks[path] = lock
             if os.path.exists(f"{path}.partial"):
                 print(f"note: {path}.partial is of a run that was killed; it is made anew", file=sys.stderr)
-        for path in others:  # of a killed run that called its table so
-            if os.path.exists(f"{path}.json.partial"):
-                with open(f"{path}.json.partial", "ab") as lock:
-                    try:
-                        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    except BlockingIOError:
-                        raise SystemExit(f"{path}: another process is writing it; wait") from None
-                Path(f"{path}.json.partial").unlink(missing_ok=True)
+        for path in stale:
+            locks.pop(path).close()
+            Path(f"{path}.json.partial").unlink(missing_ok=True)
         yield
     finally:  # what has no report by now will have none
         for path, lock in locks.items():
@@ -1112,11 +1107,10 @@ def hardest(folder, train_labels, val_labels, pool_labels, keep):
     scores = features("adversarial.pool.npy") @ weight
     everyone = np.arange(len(scores))
     is_right = scores.argmax(axis=1) == pool_labels
-    true_score = scores[everyone, pool_labels].copy()
+    true_score = scores[everyone, pool_labels]
     scores[everyone, pool_labels] = -np.inf
     margin = np.round(true_score - scores.max(axis=1), 6)  # rounded: the last bits are the linear solver's
-    order = np.lexsort((everyone, margin))
-    kept = np.sort(np.concatenate([order[pool_labels[order] == c][:keep] for c in range(N_CLASSES)]))
+    kept = np.flatnonzero(bottom_per_class(margin, pool_labels, np.ones(len(scores), bool), np.full(N_CLASSES, keep)))
     return kept, float(val_accuracy), float(is_right[kept].mean())
 
 
@@ -1299,7 +1293,6 @@ def render_world(folder, seed, size, names, caption_noise, workers):
     concepts["adversarial"] = concepts["adversarial"][kept]
     texts["adversarial"] = [texts["adversarial"][i] for i in kept]
 
-    # The tables.
     rows = {}
     for name in concepts:
         first_label = N_CLASSES if name.startswith("unseen/") else 0  # it has a list of classes of its own
@@ -1310,12 +1303,9 @@ def render_world(folder, seed, size, names, caption_noise, workers):
         write_tsv(os.path.join(folder, f"{stem[name]}.tsv"), COLUMNS, lines)
         rows[name] = len(lines)
         if name in cut_counts:  # the first rows of each class, in the order of the whole set
-            seen_so_far, cut = np.zeros(N_CLASSES, dtype=np.int64), f"{name}4k"
-            small = []
-            for concept, line in zip(concepts[name], lines, strict=True):
-                if seen_so_far[concept] < cut_counts[name][concept]:
-                    small.append(dict(line, image=f"../{name}/{line['image']}", source=cut))
-                seen_so_far[concept] += 1
+            cut, order = f"{name}4k", np.arange(len(lines))
+            mask = bottom_per_class(order, concepts[name], np.ones(len(lines), bool), cut_counts[name])
+            small = [dict(line, image=f"../{name}/{line['image']}", source=cut) for line in compress(lines, mask)]
             os.mkdir(os.path.join(folder, cut))
             write_tsv(os.path.join(folder, cut, "train.tsv"), COLUMNS, small)
             rows[cut] = len(small)
@@ -1680,23 +1670,16 @@ def index_source(job):
     so that memory does not grow with them.
     Returns: dict with columns, counts, warnings, stats (of img2dataset, or None), and error ("" or why it is refused).
     """
-    counts, columns, reader = Counter(), {"image": 0, "label": 1, "caption": 2}, None
-    result = dict(path=job["path"], columns=columns, counts=counts, warnings=[], stats=None, error="", is_full=False,
-                  no_pyarrow=False)
+    counts, columns = Counter(), {"image": 0, "label": 1, "caption": 2}
+    result = dict(path=job["path"], columns=columns, counts=counts, warnings=[], stats=None, error="", is_full=False)
     names, n_image_bytes = hashlib.sha256(), 0
+    samples = read_samples(job["path"], job["name"], job["is_recursive"], job["label"], job["classes"], result)
     try:
-        if job["kind"] == "tar":
-            reader = TarReader(job["path"])
-            samples = tar_samples(reader, job["name"], counts)
-        else:
-            samples = folder_samples(job["path"], job["name"], job["is_recursive"], counts)
-        beside = ({}, {}) if job["is_recursive"] else read_beside(job["path"], result)
         with open(job["rows"] + ".train", "wb") as train, open(job["rows"] + ".val", "wb") as val:
-            for sample in samples:
+            for sample, loss, label, caption, fields in samples:
                 key, image, n_bytes, _ = sample
                 n_image_bytes += n_bytes
                 names.update(sample_bytes(sample))
-                loss, label, caption, fields = sample_row(sample, job["label"], job["classes"], beside, counts)
                 if not loss:
                     is_val = unit_hash(job["seed"], f"{job['key']}/{key}") < job["holdout"]
                     counts["rows in val.tsv" if is_val else "rows"] += 1
@@ -1705,14 +1688,7 @@ def index_source(job):
         result["is_full"] = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         result["error"] = f"{os.path.dirname(job['rows']) if result['is_full'] else job['path']}: {error}"
         return result
-    finally:
-        if reader:
-            reader.file.close()
     result["read"] = dict(image_bytes=n_image_bytes, sha256_of_names_sizes_texts=names.hexdigest())
-    check_tar(reader.problem if reader else "", result)
-    if reader:
-        counts["members that are no plain files"] = reader.n_other
-        counts["members"] += reader.n_other
     return result
 
 
@@ -1765,12 +1741,25 @@ def read_beside(path, result):
     return row_of, {k: v for k, v in columns.items() if k not in ("image", "label", "caption")}
 
 
-def check_tar(problem, result):
-    """Warn of a damaged tar and of a shard that does not hold the images that img2dataset says it wrote."""
-    counts, path = result["counts"], result["path"]
+def read_samples(path, name, is_recursive, label, classes, result):
+    """The samples of a tar or folder: (sample, *sample_row). name: of tar_samples or folder_samples.
+
+    result: of index_source. It gets warnings of a damaged tar, and of a shard that does not hold the images that
+    img2dataset says it wrote.
+    """
+    counts, reader = result["counts"], None if os.path.isdir(path) else TarReader(path)
+    with reader.file if reader else contextlib.nullcontext():
+        beside = ({}, {}) if is_recursive else read_beside(path, result)
+        samples = tar_samples(reader, name, counts) if reader else folder_samples(path, name, is_recursive, counts)
+        for sample in samples:
+            yield sample, *sample_row(sample, label, classes, beside, counts)
     n_images = counts["samples"] - counts["without an image"]
-    if problem:
-        result["warnings"].append(f"{path}: {problem} ({counts['members']} members, {n_images} images kept)")
+    if reader:
+        if reader.problem:
+            kept = f"({counts['members']} members, {n_images} images kept)"
+            result["warnings"].append(f"{path}: {reader.problem} {kept}")
+        counts["members that are no plain files"] = reader.n_other
+        counts["members"] += reader.n_other
     claimed = (result["stats"] or {}).get("successes", n_images)
     if claimed != n_images:
         result["warnings"].append(f"{path}: {n_images} images, but its _stats.json counts {claimed} successes")
@@ -1781,10 +1770,9 @@ def check_tar(problem, result):
 
 def has_images(folder):
     """Whether a folder or one below it holds a file named like an image."""
-    for _, _, files in os.walk(folder, onerror=stop, followlinks=True):
-        if any(os.path.splitext(f)[1][1:].lower() in IMAGE_SUFFIXES for f in files if not f.startswith(".")):
-            return True
-    return False
+    walk = os.walk(folder, onerror=stop, followlinks=True)
+    names = (name for _, _, files in walk for name in files if not name.startswith("."))
+    return any(os.path.splitext(name)[1][1:].lower() in IMAGE_SUFFIXES for name in names)
 
 
 def shard_folders(folder, names):
@@ -1956,7 +1944,7 @@ def build_index(sources, out, holdout, classes, workers, seed):
         raise SystemExit(f"--classes: no such file: {classes}")
     labels = labels_by_name(classes) if classes else ({}, 0)
     names = sorted({name for _, name in found if name is not None})
-    label_of = folder_labels(names, classes, labels[0]) if names else {}
+    label_of = folder_labels(names, classes, labels[0])
 
     prefix = f".index-{os.path.basename(out)}-"
     with os.scandir(folder) as entries:  # of killed runs: OUT is locked
@@ -1992,7 +1980,7 @@ def build_index(sources, out, holdout, classes, workers, seed):
     if not all(is_bare):  # img2dataset writes it last
         warnings += [f"{r['path']}: no readable _stats.json, unlike its neighbours; an unfinished shard?"
                      for r in compress(results, is_bare)]  # fmt: skip
-    if any(r["no_pyarrow"] for r in results):
+    if any(r.get("no_pyarrow") for r in results):
         warnings.append(".parquet beside the shards was not read: pip install pyarrow, unless the JSON has all")
     if names:
         empty = [j["path"] for j, r in zip(jobs, results, strict=True) if not r["counts"]["samples"]]
@@ -2252,23 +2240,19 @@ def tar_rows(path, bad, warnings=None):
     bad: Counter or list, as of note_bad, of samples that are left out; warnings: of what is wrong with the tar, else
     in bad too.
     """
-    counts, result = Counter(), dict(path=path, warnings=[], stats=None)
-    reader = None if os.path.isdir(path) else TarReader(path)
+    counts = Counter()
+    result = dict(path=path, counts=counts, warnings=[], stats=None)
+    samples = read_samples(path, os.path.basename(path), False, None, (None, 0), result)
     try:
-        with reader.file if reader else contextlib.nullcontext():
-            beside, name = read_beside(path, result), os.path.basename(path)
-            samples = tar_samples(reader, name, counts) if reader else folder_samples(path, name, False, counts)
-            for sample in samples:
-                loss, label, caption, fields = sample_row(sample, None, (None, 0), beside, counts)
-                if loss:
-                    note_bad(bad, path, counts["samples"], loss)
-                else:
-                    fields = {name or "_": value for name, value in fields.items()}
-                    fields |= dict(image=sample[1], label=label, caption=caption)
-                    yield counts["samples"], {tsv_field(name): tsv_field(value) for name, value in fields.items()}
+        for sample, loss, label, caption, fields in samples:
+            if loss:
+                note_bad(bad, path, counts["samples"], loss)
+            else:
+                fields = {name or "_": value for name, value in fields.items()}
+                fields |= dict(image=sample[1], label=label, caption=caption)
+                yield counts["samples"], {tsv_field(name): tsv_field(value) for name, value in fields.items()}
     except NotATarError as error:
         raise SystemExit(f"{path}: {error}") from None
-    check_tar(reader.problem if reader else "", result | dict(counts=counts))
     if result.get("no_pyarrow") and warnings is not None:
         note_bad(warnings, path, 0, ".parquet beside it was not read: pip install pyarrow, unless the JSON has all")
     for warning in result["warnings"]:
@@ -2908,14 +2892,13 @@ class Matcher:
             for number in np.searchsorted(self.named[0], np.flatnonzero(self.named[1] == label), "right") - 1:
                 left, middle, right = self.pattern(self.needles[number])
                 places += [(*found.span(1), label) for found in re.finditer(f"{left}(?=({middle}){right})", text)]
-        # From the left, the longer first: what holds a place came before it and reaches as far. Of those that came,
-        # `far` has the one that reaches farthest, and the farthest of another class.
-        kept, far = set(), []  # far: (end, -start, class), at most two, of different classes
+        # From the left, the longer first: what holds a place came before it and reaches as far. Places inside one of
+        # their own class need no exception: either that one stays, or what holds it, of another class, holds all.
+        kept, far = set(), (0, 0)  # far: (end, -start) of the one that reaches farthest
         for start, end, label in sorted(places, key=lambda place: (place[0], -place[1])):
-            if all(place[:2] <= (end, -start) for place in far if place[2] != label):
+            if far <= (end, -start):
                 kept.add(label)
-            best = {c: place for *place, c in sorted([*far, (end, -start, label)])}
-            far = sorted(((*place, c) for c, place in best.items()), reverse=True)[:2]
+                far = end, -start
         return tuple(sorted(kept))
 
 
@@ -2959,7 +2942,8 @@ def shared_names(rows):
 def matcher_of(settings):
     """The Matcher of a command's settings (JSON); made once in each worker.
 
-    settings: names and negatives as lists per class, or entries (a table of curate), and Matcher's other arguments.
+    settings: names and negatives as lists per class, or entries (a table of curate), and Matcher's other arguments;
+    what else a command has among them does not matter here.
     """
     settings = json.loads(settings)
     if "entries" in settings:
@@ -2984,11 +2968,6 @@ def match_settings(rows, rule, is_sensitive=False, lemmas="none", wordnet="", mo
                 inputs={path: file_hash(path) for path in [*files, *nouns] if path},
                 names=[names_of(row) + (more_names or {}).get(row["name"], []) for row in rows],
                 negatives=[split_names(row.get("negative", "")) for row in rows])  # fmt: skip
-
-
-def matcher_for(settings):
-    """The Matcher of settings that hold what matched_rows needs beside it."""
-    return matcher_of(json.dumps({k: v for k, v in settings.items() if k not in ("columns", "out", "skip_bad")}))
 
 
 def in_chunks(rows, texts, size=4096):
@@ -3020,14 +2999,14 @@ def count_lost(path, bad, counts):
     counts["rows"] += lost.total()
 
 
-def matched_rows(path, settings, counts):
-    """(row as a dict, text, classes) of the rows of one table, images named relative to the table to be written.
+def matched_rows(path, out, settings, counts):
+    """(row as a dict, text, classes) of the rows of one table, images named relative to the table out.
 
-    settings: those of matcher_of and columns (joined to the text), out, skip_bad; counts: Counter that is added to.
+    settings: those of matcher_of and columns (joined to the text), skip_bad; counts: Counter that is added to.
     """
     bad = Counter() if settings["skip_bad"] else None
-    _, rows = open_tables([path], settings["columns"], bad, settings["out"])
-    matcher = matcher_for(settings)
+    _, rows = open_tables([path], settings["columns"], bad, out)
+    matcher = matcher_of(json.dumps(settings))
     for chunk in in_chunks(rows, dict.values):
         texts = [" ".join(filter(None, [row[column] for column in settings["columns"]])) for row in chunk]
         counts["rows"] += len(chunk)
@@ -3076,13 +3055,12 @@ def run_files(work, paths, out, settings, run):
         finally:
             if n_shards == 1 and not os.listdir(f"{out}.parts"):  # bad input; other shards may be about to write
                 os.rmdir(f"{out}.parts")
-    if not is_merge and (n_shards > 1 or "/" in shard):
-        if shard or rank:
-            then = "; when all are, the same command with --merge" if shard else ""  # torchrun's rank 0 merges
-            print(f"shard {rank}/{n_shards}: {len(todo)} files done{then}")
-            return None
-        while not all(map(os.path.exists, parts)):  # torchrun ends all ranks if one fails
-            time.sleep(1)
+    if not is_merge and (rank or "/" in shard):
+        then = "; when all are, the same command with --merge" if shard else ""  # torchrun's rank 0 merges
+        print(f"shard {rank}/{n_shards}: {len(todo)} files done{then}")
+        return None
+    while not all(map(os.path.exists, parts)):  # torchrun ends all ranks if one fails
+        time.sleep(1)
     return parts
 
 
@@ -3113,12 +3091,10 @@ def finish(out, paths, flags, funnel_counts, **more):
 
 def label_file(path, part, settings):
     """Label one table: PART.tsv with the rows that keep a label, PART with the counts. Arguments: as run_files."""
-    settings, counts = dict(settings), Counter()
-    multi = settings.pop("multi")
-    matcher = matcher_for(settings)
+    counts, multi, matcher = Counter(), settings["multi"], matcher_of(json.dumps(settings))
 
     def rows():
-        for row, text, classes in matched_rows(path, settings, counts):
+        for row, text, classes in matched_rows(path, settings["out"], settings, counts):
             counts[f"rows that name {min(len(classes), 3)}{'+' if len(classes) > 2 else ''} classes"] += 1
             if multi == "longest" and len(classes) > 1:
                 classes = matcher.longest(text, classes)
@@ -3314,8 +3290,7 @@ def build_incaps(path, images, classes, out, seed, keep_repeats):
         key = (name, number) if keep_repeats else name
         if key in kept:
             counts["repeated file name"] -= 1
-        order = lambda row: (-len(row["caption"]), row["caption"])  # noqa: E731
-        kept[key] = min(kept.get(key, row), row, key=order)
+        kept[key] = min(kept.get(key, row), row, key=lambda row: (-len(row["caption"]), row["caption"]))
     rows = sorted(kept.values(), key=lambda row: (unit_hash(seed, row["filename"]), row["filename"]))
     if not rows:
         raise SystemExit(f"no rows; nothing was written: {counts}")
@@ -3419,7 +3394,7 @@ def text_features(path, texts, batch_size=256):
                     x = x + linear(h, f"{block}.mlp.c_proj")
                 x = norm(x, "ln_final")[torch.arange(len(x)), ends] @ w["text_projection"]
             features.append(F.normalize(x, dim=1).numpy())
-    return np.concatenate(features) if features else np.zeros((0, 1), np.float32)
+    return np.concatenate(features)
 
 
 def read_embeddings(folder, name, n_rows):
@@ -3455,8 +3430,7 @@ def query_features(path, queries):
 
 def laionet_file(path, part, settings):
     """Rows of one table that name just one class, with label and similarity of caption and definition, as PART.tsv."""
-    settings, counts = dict(settings), Counter()
-    clip, embeddings, queries = (settings.pop(key) for key in ("clip", "embeddings", "queries"))
+    counts, (clip, embeddings, queries) = Counter(), (settings[key] for key in ("clip", "embeddings", "queries"))
     if clip:
         definitions = query_features(clip, tuple(queries))
     elif embeddings:
@@ -3469,7 +3443,7 @@ def laionet_file(path, part, settings):
             raise SystemExit(f"--embeddings: {path}: {captions.shape[1]} numbers a row, classes {definitions.shape[1]}")
 
     def named():
-        for number, (row, text, classes) in enumerate(matched_rows(path, settings, counts)):
+        for number, (row, text, classes) in enumerate(matched_rows(path, settings["out"], settings, counts)):
             is_tagged = nsfw is not None and row.get(nsfw, "").upper() != "UNLIKELY"
             losses = {"no class": not classes, "several classes": len(classes) > 1, "NSFW tag": is_tagged}
             if any(losses.values()):
@@ -3543,11 +3517,10 @@ def build_laionet(paths, out, classes, threshold, settings, run):
 
 def splitmix64(x):
     """Uniform 64-bit hash of uint64. Source: the finaliser of splitmix64 (Steele et al., OOPSLA 2014)."""
-    with np.errstate(over="ignore"):
-        x = x + GOLDEN
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+    x = x + GOLDEN
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def hash64(*parts):
@@ -3579,12 +3552,11 @@ def naming_column(path):
 
 def entry_file(path, part, settings):
     """First pass over one table: counts per entry, and in PART.rows which entries each row has; no row is held."""
-    settings, counts = dict(settings), Counter()
-    n_entries, seed = settings.pop("n_entries"), str(settings.pop("seed"))
-    settings["out"] = path  # an image is hashed by the name it has here, wherever OUT lies
+    counts, n_entries, seed = Counter(), settings["n_entries"], str(settings["seed"])
+    rows = matched_rows(path, path, settings, counts)  # an image is hashed by its name here, wherever OUT lies
     entry_counts = np.zeros(n_entries, np.int64)
     with whole_file(f"{part}.rows") as f:
-        for chunk in in_chunks(matched_rows(path, settings, counts), lambda found: found[0].values()):
+        for chunk in in_chunks(rows, lambda found: found[0].values()):
             lengths = np.array([len(entries) for _, _, entries in chunk], np.int32)
             ids = np.fromiter(itertools.chain.from_iterable(entries for _, _, entries in chunk), np.int32)
             keys = np.array([hash64(seed, key_of(row)) for row, _, entries in chunk if entries], np.uint64)
@@ -3741,19 +3713,17 @@ def wilson(yes, n, total, z=1.959964):
 def frequency_file(path, part, settings):
     """Count the captions of one table that name each class, or add up their weights; with n_sample the captions of the
     smallest hashes too."""
-    settings, counts = dict(settings), Counter()
-    n_sample, seed, n_classes, weights = (settings.pop(key) for key in ("n_sample", "seed", "n_classes", "weights"))
-    settings["out"] = path  # as in entry_file
-    class_counts, samples = np.zeros(n_classes, np.int64), defaultdict(list)
+    n_sample, seed, n_classes, weights = (settings[key] for key in ("n_sample", "seed", "n_classes", "weights"))
+    counts, class_counts, samples = Counter(), np.zeros(n_classes, np.int64), defaultdict(list)
     if n_sample:
-        for row, text, classes in matched_rows(path, settings, counts):
+        for row, text, classes in matched_rows(path, path, settings, counts):  # path: as in entry_file
             for label in classes:
                 class_counts[label] += 1
                 drawn = (-hash64(str(seed), str(label), key_of(row)), key_of(row), text)
                 (heapq.heappush if len(samples[label]) < n_sample else heapq.heappushpop)(samples[label], drawn)
     else:  # only the captions are read
         bad = Counter() if settings["skip_bad"] else None
-        matcher = matcher_for(settings)
+        matcher = matcher_of(json.dumps(settings))
         n, needed = len(settings["columns"]), settings["columns"] + ([weights] if weights else [])
         for chunk in in_chunks(read_table(path, needed, bad, is_all=False)[1], lambda row: row[1]):
             counts["rows"] += len(chunk)
@@ -3764,8 +3734,8 @@ def frequency_file(path, part, settings):
             amounts = np.array([int(fields[n]) if weights else 1 for _, fields in chunk], np.int64)
             np.add.at(class_counts, labels, amounts[rows])
         count_lost(path, bad, counts)
-    drawn = [[label, *found] for label in sorted(samples) for found in samples[label]]
-    save_part(part, counts, counts=class_counts, sample=np.frombuffer(json.dumps(drawn).encode(), np.uint8))
+    drawn = json.dumps(sorted(samples.items())).encode()
+    save_part(part, counts, counts=class_counts, sample=np.frombuffer(drawn, np.uint8))
 
 
 def read_relevance(path, names):
@@ -3799,11 +3769,8 @@ def build_frequency(paths, out, classes, synonyms, relevance, settings, run):
     (counts, class_counts), samples = merge_counts(parts), defaultdict(list)
     for part in parts:
         with np.load(part) as arrays:
-            for label, *drawn in json.loads(bytes(arrays["sample"])):
-                samples[label].append(drawn)
-                if len(samples[label]) > 2 * n_sample:  # memory stays flat
-                    samples[label] = heapq.nlargest(n_sample, samples[label])
-    samples = {label: heapq.nlargest(n_sample, drawn) for label, drawn in samples.items()}
+            for label, drawn in json.loads(bytes(arrays["sample"])):
+                samples[label] = heapq.nlargest(n_sample, samples[label] + drawn)
     if n_sample:
         columns = ("name", "label", "definition", "key", "caption", "relevant")
         write_tsv(f"{out.removesuffix('.tsv')}.sample.tsv", columns,
@@ -4009,9 +3976,8 @@ def find_classes(given, table):
     given: --classes, or None: beside the table or one folder up.
     """
     folder = os.path.dirname(table)
-    beside = [os.path.normpath(os.path.join(folder, up, "classes.tsv")) for up in ("", "..")]
-    paths = [given] if given else beside
-    path = next(filter(os.path.isfile, paths), given)
+    beside = (os.path.normpath(os.path.join(folder, up, "classes.tsv")) for up in ("", ".."))
+    path = given or next(filter(os.path.isfile, beside), None)
     if path is None:
         return [], {}, None
     labels, _ = labels_by_name(path)
@@ -4239,14 +4205,12 @@ def near_hashes(hashes, distance):
         order = np.argsort(values, kind="stable")
         starts = np.searchsorted(values[order], np.arange(2**16 + 1))
         for flip in flips:
-            first, n = starts[values ^ flip], np.diff(starts)[values ^ flip]
-            ends = np.cumsum(n)
-            start = 0
+            keys, start = values ^ flip, 0
+            ends = np.cumsum(np.diff(starts)[keys])
             while start < len(hashes):
                 stop = max(start + 1, int(np.searchsorted(ends, (ends[start - 1] if start else 0) + 2**22, "right")))
-                i = np.repeat(np.arange(start, stop), n[start:stop])
-                within = np.arange(len(i)) - np.repeat(ends[start:stop] - n[start:stop], n[start:stop])
-                j = order[np.repeat(first[start:stop], n[start:stop]) + within + (ends[start - 1] if start else 0)]
+                i, at = members(starts, keys[start:stop])
+                i, j = i + start, order[at]
                 i, j = i[i < j], j[i < j]
                 bits = count_bits(hashes[i] ^ hashes[j])
                 yield i[bits <= distance], j[bits <= distance], bits[bits <= distance]
@@ -4438,11 +4402,9 @@ def keep_best(paths, roots, area, protect, out):
 def dedup_tables(tables, out, by, distance, cosine, embeddings, protect, against, against_embeddings, chain,
                  max_pixels, backend, device, workers):  # fmt: skip
     """Write the rows of tables that are no copies of others, or of rows of `against`. Arguments: as the flags."""
-    paths, tests, protected = find_tables(tables), find_tables(against) if against else [], []
-    if protect:
-        protected = find_tables(protect)
-        if missing := set(map(os.path.realpath, protected)) - set(map(os.path.realpath, paths)):
-            raise SystemExit(f"--protect: not among the tables: {', '.join(sorted(missing))}")
+    paths, tests, protected = map(find_tables, (tables, against, protect))
+    if missing := set(map(os.path.realpath, protected)) - set(map(os.path.realpath, paths)):
+        raise SystemExit(f"--protect: not among the tables: {', '.join(sorted(missing))}")
     hashed = [method for method in by if method != "embedding"]
     workers = workers if set(hashed) & set(IMAGE_HASHES) else 1  # texts alone are not worth the start of processes
     found = [hash_tables(each, hashed, max_pixels, workers) for each in (paths, tests)]
@@ -4461,9 +4423,7 @@ def dedup_tables(tables, out, by, distance, cosine, embeddings, protect, against
     best, names = keep_best(paths + tests, roots, found[:, -1] if is_decoded else None, protected, out)
     sizes = np.bincount(roots, minlength=n_all)
     if against:
-        tainted = np.zeros(n_all, bool)
-        tainted[roots[n:]] = True
-        keep = ~tainted[roots[:n]]
+        keep = ~np.isin(roots[:n], roots[n:])
     else:
         keep = sizes[roots] == 1
         keep[list(best.values())] = True
@@ -4783,7 +4743,7 @@ def rows_per_class(hashes, labels, mask, is_fill, wanted, counts, match, profile
 def subset_tables(tables, out, threshold, class_list, match_frequency, fill, shots, trim_tail, profile, imbalance,
                   fraction, rows, is_rescue, key, classes, dry_run, seed):  # fmt: skip
     """Write a part of the rows of tables. Arguments: as the flags."""
-    paths, fill_paths = find_tables(tables), find_tables(fill) if fill else []
+    paths, fill_paths = find_tables(tables), find_tables(fill)
     known = find_classes(classes, paths[0])
     column, _, least = threshold.rpartition("=") if threshold else (None, "", "nan")
     hashes, labels, values = scan_rows(paths, key, seed, known, column)
@@ -4894,8 +4854,7 @@ def source_name(path):
 
 
 def source_quota(rows, weights, available, is_spill):
-    """Rows of each source. weights, available: lists. Raises: SystemExit if they are short and is_spill is False."""
-    available = np.array(available)
+    """Rows of each source. weights, available: [S]. Raises: SystemExit if they are short and is_spill is False."""
     if rows > available.sum():
         raise SystemExit(f"--rows: got {rows:,}, there are {available.sum():,} rows to choose from")
     quota = round_shares(rows, weights)
@@ -4923,10 +4882,10 @@ def mix_tables(tables, out, rows, weights, is_spill, key, seed):
     is_own = of == of[first[inverse]]
     available = np.bincount(of[is_own], minlength=len(sources))
     quota = source_quota(rows, weights or [1] * len(sources), available, is_spill) if rows else available
-    mask = np.logical_or.reduce([bottom(hashes, is_own & (of == s), k) for s, k in enumerate(quota)])
+    mask = bottom_per_class(hashes, of, is_own, quota)
     columns, stream = open_tables(paths, out=out)
     chosen = (row | {"source": names[s]} for row, s, is_in in zip(stream, of.tolist(), mask.tolist()) if is_in)
-    n = write_tsv(out, [*columns, *["source"][: "source" not in columns]], chosen)
+    n = write_tsv(out, list(dict.fromkeys([*columns, "source"])), chosen)
     counts = {"rows": len(of), "copies of a row of an earlier source": int(is_own.sum()) - len(of),
               "not drawn": n - int(is_own.sum()), "rows left": n}  # fmt: skip
     shares = {name: dict(rows=int(k), share=round(int(k) / max(n, 1), 4)) for name, k in zip(names, quota)}

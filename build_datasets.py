@@ -292,13 +292,7 @@ def parse_args(argv=None):
     add_common(check, "table of bad rows to write: file, line, image, reason")
     check.add_argument("--sample", type=int, default=0, help="decode so many images, picked by hash; 0: all")
     check.add_argument("--max-bad", type=float, default=0.0, help="fraction of bad rows that is still exit code 0")
-<<<<<<< ours
-    check.add_argument("--classes", help="classes.tsv; default: beside the first table, or one folder up, if any")
     check.add_argument("--max-pixels", type=int, default=89_478_485, help="an image with more is bad, not decoded")
-    check.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; the result is the same")
-=======
-    check.add_argument("--max-pixels", type=int, default=100_000_000, help="an image with more is bad, not decoded")
->>>>>>> theirs
     check.add_argument("--seed", type=int, default=0, help="redraws which images --sample takes")
 
     dedup = add("dedup", "drop copies inside a data set, or of the images of test sets",

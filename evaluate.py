@@ -35,14 +35,12 @@ for what resampling itself moves (Gini, ECE); null where nothing can be computed
 classes have theirs beside them (accuracy_interval [C, 2]).
 No interval: counts; p-values; what is computed from no sample (class vectors, prototypes); what is chosen from a grid
 (probe's C; debias gives `wins`, the share of resamples of the held-out images in which it is the best too). Tables mark
-estimates without an interval: * on the terminal, † in a report. Fractions are in 0..1. The same seed gives the same
-bytes.
+estimates without one: * on the terminal, † in a report. Fractions are in 0..1. The same seed gives the same bytes.
 
 Dimension key: N images, C classes, D width, K prototypes, S shifts, boot resamples.
 
 Differences from the paper's notebooks and from the methods' released code:
- 1. Accuracies, correlations, differences and fits have intervals, and empty classes are left out of means of
-    accuracies (theirs: 0/0).
+ 1. Estimates have intervals, and classes without images are left out of means of accuracies (theirs: 0/0).
  2. Ties of float16 logits are broken by features @ prototypes, not by the lowest class; their number is reported.
  3. Intra-class similarity has no self-pairs; its interval resamples images, not pairs; curves keep one order.
  4. NC2 of class vectors is given centred too: uncentred it mostly measures their common mean.
@@ -50,8 +48,7 @@ Differences from the paper's notebooks and from the methods' released code:
  6. 11-point average precision does not count recall 0 as precision 1, and leaves out `difficult` objects (label -1).
  7. Logistic regression runs to its optimum for every strength; the released sweep stops at 100 iterations.
  8. Percentiles are widened for small samples of models (Hesterberg, arXiv 1411.5279, section 5.3.1).
- 9. --calibrate takes the temperature of the least negative log-likelihood; GLA's code the one whose mean confidence is
-    the accuracy.
+ 9. --calibrate minimises the negative log-likelihood; GLA's code makes the mean confidence equal to the accuracy.
 """
 
 import argparse
@@ -217,7 +214,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--val-zeroshot and --val-finetuned go together")
     if args.command == "debias" and args.val_zeroshot and args.wiseft:
         parser.error("--wiseft is chosen on the half that is held out: not with --val-zeroshot")
-    for flag in ("n", "split", "subset", "more") if args.command in ("robustness", "debias") else ():
+    for flag in ("n", "split", "subset", "more"):
         names = [name for name, _ in getattr(args, flag, [])]
         if len(set(names)) < len(names):
             parser.error(f"--{flag}: {', '.join(sorted({n for n in names if names.count(n) > 1}))} is given twice")
@@ -243,7 +240,7 @@ import numpy as np  # noqa: E402
 import scipy.ndimage  # noqa: E402
 import scipy.optimize  # noqa: E402
 import torch  # noqa: E402
-from scipy.sparse import coo_matrix, csr_matrix  # noqa: E402
+from scipy.sparse import csr_matrix  # noqa: E402
 from scipy.sparse.csgraph import connected_components  # noqa: E402
 from scipy.special import expit, log_softmax, logit, logsumexp, softmax  # noqa: E402
 from scipy.stats import beta, binom, binomtest, chi2, false_discovery_control, norm, rankdata, spearmanr  # noqa: E402
@@ -370,12 +367,11 @@ def read_predictions(path: str | Path, *need: str, counts: str = "", multi_label
         wrong = (values >= n_classes) | ((values < 0) & (name == "predictions"))
         refuse(wrong.any(), f"{path}: row {wrong.argmax()} has {name[:-1]} {values[wrong.argmax()]}, there are "
                f"{n_classes} classes")
-    if "class_counts" in data and data["class_counts"].min() < 0:
-        raise SystemExit(f"{path}: class_counts has {data['class_counts'].min()}")
-    for name in unknown & set(data):
+    refuse(frequencies.min() < 0, f"{path}: class_counts has {frequencies.min()}")
+    if frequencies.dtype.kind == "u":  # of which minus is no minus
+        data["class_counts"] = frequencies.astype(np.int64)
+    for name in unknown:
         del data[name]
-    if "class_counts" in data and data["class_counts"].dtype.kind == "u":  # of which minus is no minus
-        data["class_counts"] = data["class_counts"].astype(np.int64)
     if labels.min() < 0 and not is_multi:
         data = with_rows(data, labels >= 0)
     return data | {"path": str(path), "n_classes": n_classes, "labels": data["labels"].astype(np.int64)}
@@ -389,17 +385,15 @@ def predict(data: dict) -> tuple[np.ndarray, int]:
     if "predictions" in data:
         return data["predictions"].astype(np.int64), 0
     predictions, n_ties = np.empty(len(data["logits"]), np.int64), 0
-    prototypes = data.get("prototypes")
-    if prototypes is not None:
-        prototypes = unit_rows(prototypes)
+    can_break = {"features", "prototypes"} <= data.keys() and data["features"].shape[1] == data["prototypes"].shape[1]
+    prototypes = unit_rows(data["prototypes"]) if can_break else None
     for start in range(0, len(predictions), 8192):
         logits = data["logits"][start : start + 8192].astype(np.float32)
         predictions[start : start + 8192] = logits.argmax(1)
         is_best = logits == logits.max(1, keepdims=True)
         tied = np.flatnonzero(is_best.sum(1) > 1)
         n_ties += len(tied)
-        if len(tied) and prototypes is not None and "features" in data \
-                and data["features"].shape[1] == prototypes.shape[1]:
+        if can_break and len(tied):
             cosine = unit_rows(data["features"][start + tied]) @ prototypes.T
             predictions[start + tied] = np.where(is_best[tied], cosine, -np.inf).argmax(1)
     return predictions, n_ties
@@ -435,8 +429,7 @@ def ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def read_records(path: str | Path) -> list[dict[str, str]]:
-    """Rows of a CSV, TSV (by suffix) or JSON table (a list of objects, {model: object} or {class: count}) as dicts of
-    text."""
+    """Rows of a CSV, TSV or JSON table (a list of objects, {model: object} or {class: count}) as dicts of text."""
     with reading(path, " as a table"):
         if Path(path).suffix == ".json":
             rows = json.loads(Path(path).read_text("utf-8"))
@@ -444,8 +437,7 @@ def read_records(path: str | Path) -> list[dict[str, str]]:
                 rows = [v | {"model": k} if isinstance(v, dict) else {"class": k, "count": v} for k, v in rows.items()]
             return [{k: str(v) for k, v in row.items() if v is not None} for row in rows]
         with open(path, encoding="utf-8-sig", newline="") as file:
-            is_csv = Path(path).suffix == ".csv"
-            options = {} if is_csv else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+            options = {} if Path(path).suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
             reader = csv.DictReader(file, **options)
             rows, names = list(reader), reader.fieldnames or []
     refuse(len(set(names)) < len(names), f"{path}: two columns of the same name: {', '.join(names)}")
@@ -473,14 +465,13 @@ def read_named_counts(path: str | Path) -> dict[str, float]:
     """{class: count} of a table with columns class (or name, label) and count (or freq, frequency, n), or of lines with
     one number each (the classes are 0, 1, ...), or of a JSON object."""
     lines = count_lines(path)
-    is_list = bool(lines)
-    rows = [{"class": str(i), "count": line} for i, line in enumerate(lines)] if is_list else read_records(path)
+    rows = [{"class": str(i), "count": line} for i, line in enumerate(lines)] or read_records(path)
     columns, counts = list(rows[0]) if rows else [], {}
     key = next((c for c in ("class", "name", "label", "model") if c in columns), None)
     value = next((c for c in ("count", "freq", "frequency", "n") if c in columns), None)
     if key is None or value is None:
         raise SystemExit(f"{path}: found columns {columns}, expected class and count, or one number a line")
-    for i, row in enumerate(rows, 1 if is_list else 2):
+    for i, row in enumerate(rows, 1 if lines else 2):
         refuse(row.get(key) in counts, f"{path}:{i}: {row.get(key)} twice")
         counts[row.get(key)] = number(row.get(value), f"{path}:{i}", 0)
     return counts
@@ -556,10 +547,8 @@ def read_metrics(folder: Path) -> dict[str, dict]:
         found = {}
         for key in ("n", "chance", *REPORT_KEYS, "retrieval", "knn", "probe") if entry and name != "run" else ():
             value, where = entry.get(key), f"{path}: {name}: {key}"
-            is_object = isinstance(value, dict)
-            refuse(is_object and key != "retrieval", f"{where}: got an object, expected a number")
-            refuse(value is not None and not is_object and key == "retrieval", f"{where}: expected an object")
-            if is_object:
+            if value is not None and key == "retrieval":
+                refuse(not isinstance(value, dict), f"{where}: expected an object")
                 found[key] = {k: number(v, where) for k, v in value.items() if v is not None}
             elif value is not None:
                 found[key] = int(number(value, where, 1)) if key == "n" else number(value, where)
@@ -705,11 +694,10 @@ def rank_correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def spearman(x: np.ndarray, y: np.ndarray, boot: int, rng: np.random.Generator) -> dict[str, float | None]:
     """Spearman's correlation over classes, with the interval of resampling classes; pairs with a NaN are left out."""
-    both = np.isfinite(x) & np.isfinite(y)
-    x, y = x[both], y[both]
     pairs = np.stack([x, y], 1)
-    draws = bootstrap(pairs, boot, rng, lambda v: rank_correlations(*np.moveaxis(v, 2, 0))) if len(x) and boot else None
-    return estimate(rank_correlation(x, y), draws)
+    pairs = pairs[np.isfinite(pairs).all(1)]
+    draws = bootstrap(pairs, boot, rng, lambda v: rank_correlations(*np.moveaxis(v, 2, 0))) if len(pairs) else None
+    return estimate(rank_correlation(*pairs.T), draws)
 
 
 def gini(values: np.ndarray) -> np.ndarray:
@@ -845,7 +833,7 @@ def score_classes(data: dict, cuts: tuple[int, int], tail_classes: int, worst: i
         "spearman_acc": spearman(counts, accuracy, boot, rng),
         "spearman_pred": spearman(counts, n_predicted, boot, rng),
         "spearman_acc_pred": spearman(accuracy, n_predicted.astype(float), boot, rng),
-        "gini_counts": estimate(float(gini(counts)), bootstrap(counts, boot, rng, gini), biased_up_to=1),
+        "gini_counts": estimate(gini(counts), bootstrap(counts, boot, rng, gini), biased_up_to=1),
         "gini_pred": from_draws(gini(predicted), biased_up_to=1),
         "chance": 1 / data["n_classes"], "classes without test images": int((test == 0).sum()), "ties": n_ties,
     }, {"accuracy": accuracy, "accuracy_interval": binomial_interval(right[0], test), "predictions": n_predicted,
@@ -875,9 +863,8 @@ def imbalance(paths: list[str], counts: str, subset: str, cuts: tuple[int, int],
     if len(models) > 1 and len({tuple(m["class_counts"]) for m in models.values()}) == 1:
         for same in zip(*(m["bins"] for m in models.values())):
             over.append({"count": same[0]["count"]})
-            for key in ("accuracy", "predictions"):
+            for key, most in (("accuracy", 1), ("predictions", math.inf)):
                 values = [b[key]["value"] for b in same]  # nothing where a model has no test image
-                most = 1 if key == "accuracy" else math.inf
                 over[-1] |= {key: t_interval(values, 0, most), f"{key}_std": normal_std(values)} \
                     if None not in values else {key: estimate(None), f"{key}_std": estimate(None)}
     return {"rows": rows, "models": models, "bins_over_models": over}
@@ -926,7 +913,7 @@ def compare(paths_a: list[str], paths_b: list[str], counts: str, boot: int, seed
     sides = [[read_predictions(path, "predictions", counts=counts) for path in paths] for paths in (paths_a, paths_b)]
     first = sides[0][0]
     for data in sides[0] + sides[1]:
-        check_same_images(first, data)
+        check_same(first, data)
     labels, C = first["labels"], first["n_classes"]
     class_counts = first.get("class_counts", np.zeros(C))
     predictions = [[predict(data)[0] for data in side] for side in sides]
@@ -965,11 +952,11 @@ def compare(paths_a: list[str], paths_b: list[str], counts: str, boot: int, seed
     return {"rows": rows, "mcnemar": mcnemar}
 
 
-def check_same_images(a: dict, b: dict) -> None:
-    """SystemExit if two files of predictions are not of the same images and classes."""
-    for key in ("rows", "labels", "n_classes"):
+def check_same(a: dict, b: dict, what: str = "images", keys: tuple = ("rows", "labels", "n_classes")) -> None:
+    """SystemExit if two files of predictions both have one of these, and not the same."""
+    for key in keys:
         if key in a and key in b and not np.array_equal(a[key], b[key]):
-            raise SystemExit(f"{b['path']} and {a['path']} are not of the same images: their {key} differ")
+            raise SystemExit(f"{b['path']} and {a['path']} are not of the same {what}: their {key} differ")
 
 
 def plot_compare(results: dict, path: str) -> None:
@@ -1109,10 +1096,9 @@ class Line:
         while np.ptp(x) > 0 and (constant := np.ptp(x[index], axis=1) == 0).any():
             index[constant] = rng.integers(n, size=(int(constant.sum()), n))
         index = np.concatenate([np.arange(n)[None], index])
-        fits = [fit_lines(x[index], y[index], piece[index].astype(float)) for piece in pieces]
-        self.slope, self.intercept, self.r2 = (np.stack(v, -1) for v in zip(*fits))  # [1 + boot, pieces]
-        for values in (self.slope, self.intercept, self.r2):  # through two models every resample has the same line
-            values[1:, np.array(self.sizes) < 3] = np.nan
+        fits = np.stack([fit_lines(x[index], y[index], piece[index].astype(float)) for piece in pieces], -1)
+        fits[:, 1:, np.array(self.sizes) < 3] = np.nan  # through two models every resample has the same line
+        self.slope, self.intercept, self.r2 = fits  # [1 + boot, pieces] each
 
     def at(self, x: np.ndarray) -> np.ndarray:
         """Log odds [1 + boot, m] that the lines expect at x, [m] or [1 + boot, m]."""
@@ -1184,8 +1170,7 @@ def robustness(inputs: list[str], id_set: str, shifts: list[str], baseline: str,
                n_of: dict[str, float], splits: dict[str, float], boot: int, seed: int) -> dict:
     """Read tables and runs, leave out shifts that an input misses and then models that miss a shift, fit."""
     parts = []
-    for text in inputs:
-        group, path = split_name(text)
+    for group, path in map(split_name, inputs):
         parts.append([models_of_run(Path(path), group, id_set, shifts, subsets, n_of)] if Path(path).is_dir() else
                      models_of_table(path, group, id_set, shifts, subsets, n_of))
     models = [m for part in parts for m in part]
@@ -1302,7 +1287,7 @@ class Logistic:
             error.exp_()[rows, self.y] -= 1
         return float(value.sum(dtype=torch.float64)) / self.n, (x.T @ error).double().cpu() / self.n
 
-    def fit(self, C: float, max_iter: int = 10_000) -> float:
+    def fit(self, C: float) -> float:
         """Fit for one inverse strength; returns the objective."""
         decay = torch.full((len(self.weight), 1), 1 / (C * self.n), dtype=torch.float64)
         decay[-1] = 0
@@ -1321,7 +1306,7 @@ class Logistic:
                 break
             x = self.x.double() if is_second else self.x
             found = scipy.optimize.minimize(objective, start.numpy().ravel(), (x, unit), jac=True,
-                                            method="L-BFGS-B", options={"maxiter": max_iter, "maxfun": max_iter,
+                                            method="L-BFGS-B", options={"maxiter": 10_000, "maxfun": 10_000,
                                                                         "ftol": 1e-8, "gtol": 1e-9})
             start, unit = torch.from_numpy(found.x).view(-1, self.n_classes), max(found.fun * unit, 1e-300)
         self.weight = start * scale
@@ -1400,12 +1385,10 @@ def read_tasks(inputs: list[str], sets: list[str]) -> Iterator[tuple]:
     refuse(missing, f"{', '.join(missing[:3])}: cannot be read: no such file")
     for model, name, *paths in tasks:
         parts = [read_predictions(p, "features", multi_label=True) if p else None for p in paths]
-        for part in parts[1:]:
-            if part and any(part[k].shape[1:] != parts[0][k].shape[1:] for k in ("features", "labels")):
-                raise SystemExit(f"{part['path']} and {paths[0]} have features or labels of different widths")
-            if part and "class_names" in part and not np.array_equal(
-                    part["class_names"], parts[0].get("class_names", part["class_names"])):
-                raise SystemExit(f"{part['path']} and {paths[0]}: their class_names differ, and labels are numbers")
+        for part in filter(None, parts[1:]):
+            refuse(any(part[k].shape[1:] != parts[0][k].shape[1:] for k in ("features", "labels")),
+                   f"{part['path']} and {paths[0]} have features or labels of different widths")
+            check_same(parts[0], part, "classes", ("class_names",))
         refuse(parts[1] is not None and share_rows(parts[1]["features"], parts[2]["features"]),
                f"{paths[1]} and {paths[2]} hold the same images: those for validation must not be the test's")
         yield model, name, *parts
@@ -1479,7 +1462,7 @@ def transfer(command: str, inputs: list[str], sets: list[str], ks: list[int], pr
     """Table of models x sets, of probe with the mean, and the difference to the first model on the same test images."""
     rows, details, draws, tests, labels = {}, [], {}, {}, {}
     for model, name, train, val, test in read_tasks(inputs, sets):
-        check_same_images(tests.setdefault(name, {k: test[k] for k in ("path", "labels", "rows") if k in test}), test)
+        check_same(tests.setdefault(name, {k: test[k] for k in ("path", "labels", "rows") if k in test}), test)
         n_classes = max(part["n_classes"] for part in (train, val, test) if part)
         kind = metric_of(name, test["labels"], metric)
         own_seed = [seed, zlib.crc32(name.encode())]  # sets are drawn from independently, models on a set alike
@@ -1614,10 +1597,9 @@ def retrieval(paths: list[str], ks: list[int], boot: int, seed: int, device: str
     rows = {}
     for name, path in zip(short_names(paths), paths):
         data = read_npz(path, ("features", "text_features", "image_ids", "caption_ids"))
-        sides = [data.get(key, np.zeros(0)) for key in ("features", "text_features")]
-        if any(v.ndim != 2 or 0 in v.shape or v.dtype.kind not in "fiu" for v in sides):
+        images, texts = (data.get(key, np.zeros(0)) for key in ("features", "text_features"))
+        if any(v.ndim != 2 or 0 in v.shape or v.dtype.kind not in "fiu" for v in (images, texts)):
             raise SystemExit(f"{path}: needs features [n_images, D] and text_features [n, D]; found {', '.join(data)}")
-        images, texts = sides
         owner = data.get("image_ids", np.arange(len(texts)))
         if not (images.shape[1] == texts.shape[1] and owner.shape == (len(texts),) and owner.dtype.kind in "iu"
                 and owner.min() >= 0 and owner.max() < len(images)):
@@ -1630,7 +1612,7 @@ def retrieval(paths: list[str], ks: list[int], boot: int, seed: int, device: str
                          for v in (images[used], texts))
         captions = data.get("caption_ids", np.arange(len(texts)))
         refuse(captions.shape != (len(texts),), f"{path}: caption_ids {captions.shape}, expected one a text")
-        captions, owner = np.unique(captions, return_inverse=True)[1], owner.astype(np.int64)
+        captions = np.unique(captions, return_inverse=True)[1]
         if captions.max() + 1 < len(texts):
             i2t, t2i = shared_ranks(images, texts, owner, captions, device)
         else:
@@ -1686,19 +1668,17 @@ def calibration_bins(confidence: np.ndarray, n_bins: int, is_equal_mass: bool) -
 def calibration_error(bins: np.ndarray, confidence: np.ndarray, right: np.ndarray, boot: int,
                       rng: np.random.Generator) -> dict[str, float | None]:
     """ECE: sum over bins of n_b / n |accuracy - confidence|; bins are those of the sample in every resample."""
-    gap = right - confidence
-    draws = np.empty(boot)
-    for b in range(boot):
-        index = rng.integers(len(gap), size=len(gap))
-        draws[b] = np.abs(np.bincount(bins[index], gap[index])).sum() / len(gap)
-    return estimate(np.abs(np.bincount(bins, gap)).sum() / len(gap), draws, biased_up_to=1)
+    gap, draws = right - confidence, []
+    for b in range(1 + boot):
+        index = rng.integers(len(gap), size=len(gap)) if b else slice(None)
+        draws.append(np.abs(np.bincount(bins[index], gap[index])).sum() / len(gap))
+    return from_draws(draws, biased_up_to=1)
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """T in [0.01, 100] of the least negative log-likelihood of softmax(logits / T)."""
     found = scipy.optimize.minimize_scalar(lambda t: confidence_of(logits, labels, math.exp(t))[1].mean(),
-                                           bounds=(math.log(0.01), math.log(100)), method="bounded",
-                                           options={"xatol": 1e-6})
+                                           bounds=(math.log(0.01), math.log(100)), options={"xatol": 1e-6})
     return math.exp(found.x)
 
 
@@ -1733,16 +1713,14 @@ def calibration(paths: list[str], n_bins: int, fraction: float, boot: int, seed:
             temperature, temperature_draws(*held_out, temperature, boot, rng))}
         for label, t in (("", 1.0), (" at T", temperature)):
             confidence, nll = confidence_of(logits, labels, t)
-            bins = calibration_bins(confidence, n_bins, False)
+            bins, equal_bins = (calibration_bins(confidence, n_bins, is_equal) for is_equal in (False, True))
             rows[name] |= {f"confidence{label}": mean_over(confidence, boot, rng),
                            f"ece{label}": calibration_error(bins, confidence, right, boot, rng),
-                           f"ece, equal mass{label}": calibration_error(calibration_bins(confidence, n_bins, True),
-                                                                        confidence, right, boot, rng),
+                           f"ece, equal mass{label}": calibration_error(equal_bins, confidence, right, boot, rng),
                            f"nll{label}": mean_over(nll, boot, rng)}
-            curves[name + label] = [{"confidence": mean_over(confidence[bins == b], boot, rng),
-                                     "n": int((bins == b).sum()),
-                                     "accuracy": clopper_pearson(right[bins == b].mean(), (bins == b).sum())}
-                                    for b in np.unique(bins)]
+            curves[name + label] = [{"confidence": mean_over(confidence[inside], boot, rng), "n": int(inside.sum()),
+                                     "accuracy": clopper_pearson(right[inside].mean(), inside.sum())}
+                                    for inside in (bins == b for b in np.unique(bins))]
     return {"rows": rows, "curves": curves}
 
 
@@ -1853,15 +1831,15 @@ def collapse(paths: list[str], counts: str, boot: int, seed: int) -> dict:
         if boot:
             halves = jackknife_of_means(data["features"], labels, means, lambda m: np.array(
                 [cosine_gaps(m, True), cosine_gaps(m, False)]), rng)
-        for vectors, letter in ((means, "M"), (data.get("prototypes"), "W")):
-            for is_centred in (letter == "M", letter != "M") if vectors is not None else ():
-                # The paper centres means and leaves class vectors as they are; the other way round is marked.
-                suffix = "" if is_centred == (letter == "M") else " centred" if is_centred else " uncentred"
-                gaps = cosine_gaps(np.asarray(vectors, np.float64), is_centred)
-                metrics |= {f"NC2_{letter}{suffix}": gaps[0], f"NC2_{letter} nn{suffix}": gaps[1]}
-                if boot and letter == "M":
-                    intervals |= {f"{key}_interval": np.maximum(0, value[:, None] + half[:, None] * [-1, 1])
-                                  for key, value, half in zip(list(metrics)[-2:], gaps, halves[int(not is_centred)])}
+        # The paper centres means (M) and leaves class vectors (W) as they are; the other way round is marked.
+        kinds = [("M", True, ""), ("M", False, " uncentred"), ("W", False, ""), ("W", True, " centred")]
+        for letter, is_centred, suffix in kinds if "prototypes" in data else kinds[:2]:
+            vectors = means if letter == "M" else data["prototypes"].astype(np.float64)
+            names, gaps = (f"NC2_{letter}{suffix}", f"NC2_{letter} nn{suffix}"), cosine_gaps(vectors, is_centred)
+            metrics |= zip(names, gaps)
+            if boot and letter == "M":
+                intervals |= {f"{key}_interval": np.maximum(0, value[:, None] + half[:, None] * [-1, 1])
+                              for key, value, half in zip(names, gaps, halves[int(not is_centred)])}
         accuracy, frequency = np.full(C, np.nan), data.get("class_counts", np.full(C, np.nan))
         if "logits" in data or "predictions" in data:
             accuracy = class_accuracy(labels, predict(data)[0] == labels, C)
@@ -1912,8 +1890,7 @@ def similarity(path_a: str, path_b: str, n_pairs: int, max_images: int, min_pair
     sides = [read_predictions(path, "features") for path in (path_a, path_b)]
     widths = [side["features"].shape[1] for side in sides]
     refuse(widths[0] != widths[1], f"{path_a} has features of width {widths[0]}, {path_b} of {widths[1]}")
-    if all("class_names" in side for side in sides) and not np.array_equal(*(side["class_names"] for side in sides)):
-        raise SystemExit(f"{path_a} and {path_b}: their class_names differ, and classes are compared by their numbers")
+    check_same(*sides, "classes", ("class_names",))
     classes, means, draws, own, samples, free = [], [], [], [], ([], []), []
     for c in np.intersect1d(*(side["labels"] for side in sides)):
         chosen = [rng.permutation(np.flatnonzero(side["labels"] == c))[:max_images] for side in sides]
@@ -2035,8 +2012,7 @@ def read_array(path: str, key: str) -> tuple[np.ndarray, dict]:
 def greedy_cover(vectors: torch.Tensor, eps: float) -> tuple[np.ndarray, np.ndarray]:
     """Visit rows in order, keep one iff 1 - cosine to all kept is at least eps. Kept rows [M], group of each [K].
 
-    vectors: [K, D] unit float32. The order matters; the index order is ours. Same result as the naive loop; memory
-    O(4096^2 + K D).
+    vectors: [K, D] unit float32. The order matters: ours is the index. As the naive loop; memory O(4096^2 + K D).
     """
     kept, groups = [], np.full(len(vectors), -1)
     for start in range(0, len(vectors), 4096):
@@ -2070,12 +2046,11 @@ def linked_groups(vectors: torch.Tensor, groups: np.ndarray, eps: float) -> np.n
             if float(cosine.max()) <= 1 - eps:
                 continue
             a, b = labels[i : i + 4096], labels[j : j + 4096]
-            new = (cosine > 1 - eps).cpu().numpy() & (a[:, None] != b[None])
-            rows, columns = np.nonzero(new)
+            rows, columns = np.nonzero((cosine > 1 - eps).cpu().numpy() & (a[:, None] != b))
             if len(rows):
                 edges = np.unique(np.stack([a[rows], b[columns]]), axis=1)
                 n = int(labels.max()) + 1
-                labels = connected_components(coo_matrix((np.ones(edges.shape[1]), edges), (n, n)), False)[1][labels]
+                labels = connected_components(csr_matrix((np.ones(edges.shape[1]), edges), (n, n)), False)[1][labels]
     return labels
 
 
@@ -2301,15 +2276,12 @@ def debias_logits(zs: dict, ft: dict, val: dict[str, np.ndarray], log_prior: np.
            "logit adjustment": f_ft - chosen["tau"]["value"] * log_prior, "sum": f_zs + f_ft,
            "GLA": f_ft + f_zs - np.log(q) - log_prior}
     norms = np.linalg.norm(ft.get("prototypes", np.ones((1, 1))).astype(np.float64), axis=1, keepdims=True)
-    # A cosine head has tau 1 already.
     widths = {v.shape[1] for v in (val.get("ft_features"), ft.get("features"), ft.get("prototypes")) if v is not None}
-    if "ft_features" in val and "features" in ft and len(widths) == 1 and np.ptp(norms) > 1e-2 * norms.mean():
-        head = lambda x, t: x.astype(np.float64) @ (ft["prototypes"].astype(np.float64) / norms**t).T  # noqa: E731
-    else:
-        head = None
-    # With tau 0 it is the model (but for ties of float16), or features and prototypes are not those of the logits:
-    # dino_laionet.py's probe standardises features and has a bias.
-    if head and (head(val["ft_features"], 0).argmax(1) == val["ft"].argmax(1)).mean() > 0.99:
+    head = lambda x, t: x.astype(np.float64) @ (ft["prototypes"].astype(np.float64) / norms**t).T  # noqa: E731
+    # A cosine head has tau 1 already. With tau 0 it is the model (but for ties of float16), or features and prototypes
+    # are not those of the logits: dino_laionet.py's probe standardises features and has a bias.
+    if "ft_features" in val and "features" in ft and len(widths) == 1 and np.ptp(norms) > 1e-2 * norms.mean() \
+            and (head(val["ft_features"], 0).argmax(1) == val["ft"].argmax(1)).mean() > 0.99:
         chosen["tau-norm"] = best_of(grid[:11], lambda t: head(val["ft_features"], t), y, boot, seed)
         out["tau-normalised"] = head(ft["features"], chosen["tau-norm"]["value"])
     return out, chosen | {"q": q, "q_interval": prior_interval(v_zs, y, q)}
@@ -2324,13 +2296,13 @@ def debias(zeroshot: str, finetuned: str, val_zeroshot: str, val_finetuned: str,
     """
     zs, ft = (read_predictions(path, "logits") for path in (zeroshot, finetuned))
     extra = {name: read_predictions(path, "logits") for name, path in more.items()}
-    mixed = [read_predictions(path, "logits") for path in wiseft]
-    for data in (ft, *extra.values(), *mixed):
-        check_same_images(zs, data)
+    mixed = {path: read_predictions(path, "logits") for path in wiseft}
+    for data in (ft, *extra.values(), *mixed.values()):
+        check_same(zs, data)
     labels, C, test = zs["labels"], zs["n_classes"], np.ones(len(zs["labels"]), bool)
     if val_zeroshot:
         held_out = [read_predictions(path, "logits") for path in (val_zeroshot, val_finetuned)]
-        check_same_images(*held_out)
+        check_same(*held_out)
         for data, tested in zip(held_out, (zs, ft)):
             refuse(share_rows(data["logits"], tested["logits"]), f"{data['path']} holds the test images")
         refuse(held_out[0]["n_classes"] != C, f"{val_zeroshot} has {held_out[0]['n_classes']} classes, {zeroshot} {C}")
@@ -2352,8 +2324,8 @@ def debias(zeroshot: str, finetuned: str, val_zeroshot: str, val_finetuned: str,
     outcome, chosen = debias_logits(*cut, val, np.log(share / share.sum()), is_calibrated, boot, seed)
     refuse(mixed and "WiSE-FT" in extra, "--more: --wiseft makes the row WiSE-FT")
     if mixed:
-        best = best_of(wiseft, lambda path: mixed[wiseft.index(path)]["logits"][~test], val["labels"], boot, seed)
-        extra, chosen = extra | {"WiSE-FT": mixed[wiseft.index(best["value"])]}, chosen | {"WiSE-FT": best}
+        best = best_of(wiseft, lambda path: mixed[path]["logits"][~test], val["labels"], boot, seed)
+        extra, chosen = extra | {"WiSE-FT": mixed[best["value"]]}, chosen | {"WiSE-FT": best}
     refuse(set(outcome) & set(extra), f"--more: the table has {', '.join(set(outcome) & set(extra))} already")
     predictions = {name: f.argmax(1) for name, f in outcome.items()}
     predictions |= {"zero-shot": predict(cut[0])[0], "fine-tuned": predict(cut[1])[0]}
@@ -2482,10 +2454,9 @@ def shared_tail(paths: list[str], boot: int, seed: int) -> dict:
     for name, n in counts.items():
         rows[name] = {"classes": len(n), "total": n.sum(), "max": n.max(), "min": n.min(),
                       "never seen": int((n == 0).sum()),
-                      "median": estimate(np.median(n), bootstrap(n, boot, rng, lambda v: np.median(v, 1))),
-                      "gini": estimate(gini(n), bootstrap(n, boot, rng, gini), biased_up_to=1),
-                      "share of the top 10 %": estimate(top_share(n), bootstrap(n, boot, rng, top_share),
-                                                        biased_up_to=1)}
+                      "median": estimate(np.median(n), bootstrap(n, boot, rng, lambda v: np.median(v, 1)))}
+        rows[name] |= {key: estimate(of(n), bootstrap(n, boot, rng, of), biased_up_to=1)
+                       for key, of in (("gini", gini), ("share of the top 10 %", top_share))}
         rows[name] |= {f"rho with {other}": spearman(n, m, boot, rng) for other, m in counts.items() if other != name}
     return {"rows": rows, "classes": common, "counts": counts}
 
@@ -2754,11 +2725,10 @@ def set_section(test_set: str, rows: dict[str, dict], x_names: list[str]) -> tup
     columns = {"n": "n"} | {k: v for k, v in REPORT_KEYS.items() if k in present} | {
         c: c for c in sorted(present) if c.startswith(("retrieval", "knn", "probe"))}
     x_title = REPORT_KEYS["spearman_acc"]
-    wanted = [("", key, columns[key], "", x_names, True) for key in columns if key != "n"]
-    wanted += [("spearman_acc", key, f"{REPORT_KEYS[key]} against {x_title}", x_title)
-               for key in ("spearman_pred", "top1") if len(rows) > 1]
-    charts = [svg_chart(points, *how) for key_x, key_y, *how in wanted
-              if (points := chart_points(rows, key_x, key_y, x_names))]
+    charts = [svg_chart(points, title, "", x_names, is_line=True) for key, title in columns.items()
+              if key != "n" and (points := chart_points(rows, "", key, x_names))]
+    charts += [svg_chart(points, f"{REPORT_KEYS[key]} against {x_title}", x_title) for key in ("spearman_pred", "top1")
+               if len(rows) > 1 and (points := chart_points(rows, "spearman_acc", key, x_names))]
     bins = {name: row["bins"] for name, row in list(rows.items())[:7] if "bins" in row}  # more would be a tangle
     if bins:
         charts.append(svg_chart(bins, "accuracy of frequency bins", "log10 of the training images of the class",
@@ -2775,8 +2745,8 @@ def file_section(name: str, path: Path) -> tuple[str, list[str]]:
         for key in ("rows", *EXTRA_TABLES):
             rows = content["rows"] if key == "rows" else content.get(key)
             if rows:
-                columns = list(dict.fromkeys(c for row in rows.values() for c in row))
-                more = both_tables(name if key == "rows" else f"{name}: {key}", rows, dict(zip(columns, columns)))
+                columns = {c: c for row in rows.values() for c in row}
+                more = both_tables(name if key == "rows" else f"{name}: {key}", rows, columns)
                 text, lines = text + more[0], lines + more[1]
         if content["command"] in PLOTS and (content["command"] != "wiseft" or "id" in content):
             with tempfile.TemporaryDirectory() as folder:
@@ -2805,9 +2775,8 @@ def report_runs(runs: list[str], id_set: str, out: str, markdown: str, boot: int
     body, lines, tables, shifted = [], ["# Runs side by side", ""], {}, {}
     if scores:
         body = [f"<h1>{len(scores)} runs on {len(sets)} test sets</h1>",
-                "<p>Intervals are 95 %: images resampled for accuracies, "
-                f"classes for correlations, {boot} times; of runs with metrics.json alone, by formulas. A click on a "
-                "column's name sorts.</p>"]
+                f"<p>Intervals are 95 %: images resampled for accuracies, classes for correlations, {boot} times; of "
+                "runs with metrics.json alone, by formulas. A click on a column's name sorts.</p>"]
     for test_set in sets:
         rows = {name: score[test_set] for name, score in scores.items() if test_set in score}
         text, more, columns = set_section(test_set, rows, x_names)
@@ -2899,8 +2868,7 @@ def new_figure(n_panels: int, width: float = 4.2, height: float = 3.2) -> tuple:
 
 
 def save_figure(figure, path: str, *legends) -> None:
-    """Write a figure, with a legend where panels of `legends` have several series; without a date, so that equal input
-    gives equal bytes."""
+    """Write a figure, a legend where panels of `legends` have several series; no date: equal input, equal bytes."""
     import matplotlib
 
     for axis in legends:
@@ -2948,10 +2916,9 @@ def plain(value):
     """Arrays, NumPy numbers and NaN as JSON has them: lists, numbers, null."""
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple | np.ndarray):
-        return [plain(v) for v in (value.tolist() if isinstance(value, np.ndarray) else value)]
-    if isinstance(value, np.generic):
-        value = value.item()
+    value = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

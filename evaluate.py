@@ -94,7 +94,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     common, files, counted, shifted, device, task = (argparse.ArgumentParser(add_help=False) for _ in range(6))
-    common.add_argument("--boot", type=amount, default=1000, help="resamples for intervals (but fewshot's); 0: none")
+    common.add_argument("--boot", type=amount, default=1000,
+                        help="resamples for intervals (but fewshot's); 0: none; for those of correlations take 2000")
     common.add_argument("--seed", type=amount, default=0, help="of resamples, splits and draws")
     common.add_argument("--json", default="", help="write all numbers to this file")
     common.add_argument("--plot", default="", help="draw to this .png or .svg (pip install matplotlib)")
@@ -446,12 +447,13 @@ def read_records(path: str | Path) -> list[dict[str, str]]:
     return rows
 
 
-def number(text: str, where: str, low: float = -math.inf) -> float:
-    """A finite number of at least `low`, or SystemExit that says where."""
+def number(text: str, where: str, low: float = -math.inf, high: float = math.inf) -> float:
+    """A finite number from `low` to `high`, or SystemExit that says where."""
     with contextlib.suppress(ValueError, TypeError):
-        if low <= float(text) < math.inf:
+        if low <= float(text) <= high and math.isfinite(float(text)):
             return float(text)
-    raise SystemExit(f"{where}: got {text!r}, expected a number{f' of at least {low:g}' if low > -math.inf else ''}")
+    least, most = f" of at least {low:g}" * (low > -math.inf), f", at most {high:g}" * (high < math.inf)
+    raise SystemExit(f"{where}: got {text!r}, expected a number{least}{most}")
 
 
 def count_lines(path: str | Path) -> list[str]:
@@ -500,10 +502,11 @@ def read_subset(path: str | Path, class_names: np.ndarray | None, n_classes: int
     group_of = {}
     for i, fields in enumerate(lines):
         name = fields[0].strip()
-        c = place.get(name, int(name) if name.isdecimal() else -1)
+        c = place.get(name, int(name) if name.isdecimal() and len(name) < 10 else -1)
         if not 0 <= c < n_classes or names.count(name) > 1:
             raise SystemExit(f"{path}:{i + 1}: {names.count(name) or 'no'} class {name!r} among {n_classes}")
-        group_of[c] = fields[1] if len(fields) > 1 else c
+        group = fields[1] if len(fields) > 1 else c
+        refuse(group_of.setdefault(c, group) != group, f"{path}:{i + 1}: class {name!r} is in two groups")
     refuse(not group_of, f"{path}: no classes")
     ids = np.array(sorted(group_of))
     groups = {group: i for i, group in enumerate(dict.fromkeys(group_of[c] for c in ids.tolist()))}
@@ -549,11 +552,11 @@ def read_metrics(folder: Path) -> dict[str, dict]:
             value, where = entry.get(key), f"{path}: {name}: {key}"
             if value is not None and key == "retrieval":
                 refuse(not isinstance(value, dict), f"{where}: expected an object")
-                found[key] = {k: number(v, where) for k, v in value.items() if v is not None}
+                found[key] = {k: number(v, where, 0, 1) for k, v in value.items() if v is not None}
+            elif value is not None and key == "n":
+                found[key] = int(number(value, where, 1, 1e12))
             elif value is not None:
-                found[key] = int(number(value, where, 1)) if key == "n" else number(value, where)
-        if found.get("top1", 0) > 1:
-            raise SystemExit(f"{path}: {name}: top1 is {found['top1']}, expected a fraction in 0..1")
+                found[key] = number(value, where, -1 if key.startswith("spearman") else 0, 1)
         sets |= {name: found} if found else {}
     return sets
 
@@ -693,11 +696,16 @@ def rank_correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def spearman(x: np.ndarray, y: np.ndarray, boot: int, rng: np.random.Generator) -> dict[str, float | None]:
-    """Spearman's correlation over classes, with the interval of resampling classes; pairs with a NaN are left out."""
+    """Spearman's correlation over classes, with the interval of resampling classes; pairs with a NaN are left out.
+
+    Resamples in which one side is constant have none: they are left out of the interval and counted as `dropped`.
+    """
     pairs = np.stack([x, y], 1)
     pairs = pairs[np.isfinite(pairs).all(1)]
     draws = bootstrap(pairs, boot, rng, lambda v: rank_correlations(*np.moveaxis(v, 2, 0))) if len(pairs) else None
-    return estimate(rank_correlation(*pairs.T), draws)
+    found = estimate(rank_correlation(*pairs.T), draws)
+    dropped = 0 if found["low"] is None else int((~np.isfinite(draws)).sum())
+    return found | ({"dropped": dropped} if dropped else {})
 
 
 def gini(values: np.ndarray) -> np.ndarray:
@@ -1508,6 +1516,7 @@ def few_shot(train: dict, test: dict, n_classes: int, shots: int, C: float, metr
         labels = train["labels"][order]
         place = np.arange(len(labels)) - np.searchsorted(labels, labels)  # place inside its class
         chosen = order[place < shots]
+    refuse(not len(chosen), "fewshot: no training image has a label, so none can be drawn")
     model = Logistic(train["features"][chosen], train["labels"][chosen], n_classes, device)
     model.fit(C)
     return mean_of_classes(transfer_metric(model.scores(test["features"]), test["labels"], metric, 0, 0),
@@ -1676,10 +1685,13 @@ def calibration_error(bins: np.ndarray, confidence: np.ndarray, right: np.ndarra
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """T in [0.01, 100] of the least negative log-likelihood of softmax(logits / T)."""
-    found = scipy.optimize.minimize_scalar(lambda t: confidence_of(logits, labels, math.exp(t))[1].mean(),
-                                           bounds=(math.log(0.01), math.log(100)), options={"xatol": 1e-6})
-    return math.exp(found.x)
+    """T in [0.01, 100] of the least negative log-likelihood of softmax(logits / T); the least T of several (all right,
+    the likelihood is 1 in floats over a range)."""
+    def nll(log_t: float) -> float:
+        return float(confidence_of(logits, labels, math.exp(log_t))[1].mean())
+
+    found = scipy.optimize.minimize_scalar(nll, bounds=(math.log(0.01), math.log(100)), options={"xatol": 1e-6})
+    return 0.01 if nll(math.log(0.01)) <= found.fun else math.exp(found.x)
 
 
 def temperature_draws(logits: np.ndarray, labels: np.ndarray, temperature: float, boot: int,
@@ -1966,16 +1978,18 @@ def read_state(path: str | Path) -> dict:
 
 
 def flat_tensors(content: dict, path: str, prefix: str = "") -> dict[str, torch.Tensor]:
-    """All tensors of nested dicts, by dotted names; refused if sparse, quantized, complex or expanded."""
+    """All tensors of nested dicts, by dotted names; refused if sparse, quantized, expanded and so on."""
     found = {}
     for name, value in content.items():
         if isinstance(value, dict):
             found |= flat_tensors(value, path, f"{prefix}{name}.")
         elif isinstance(value, torch.Tensor):
-            is_plain = value.layout == torch.strided and not value.is_quantized and not value.is_complex()
+            is_plain = value.layout == torch.strided and not (value.is_quantized or value.is_complex() or
+                                                              value.is_nested or value.is_meta)
             refuse(not is_plain or value.nbytes > value.untyped_storage().nbytes(),
-                   f"{path}: {prefix}{name} is sparse, quantized, complex or one number many times; save plain tensors")
-            found[f"{prefix}{name}"] = value
+                   f"{path}: {prefix}{name} is sparse, quantized, complex, nested, without values or one number many "
+                   "times; save plain tensors")
+            found[f"{prefix}{name}"] = value.detach()
     return found
 
 
@@ -2101,14 +2115,16 @@ def prototypes(path: str, key: str, counts: str, epsilons: list[float], n_tail: 
             sizes = np.unique(labels, return_counts=True)[1]
             rows[f"{name}, eps {eps:g}"] = {"value": len(sizes), "largest group": int(sizes.max()),
                                             "exp entropy": exp_entropy(sizes / len(labels))}
-    rows["effective rank"] = {"value": effective_rank(unit.cpu().double().numpy())}
+    directions = unit_rows(array)
+    rows["effective rank"] = {"value": effective_rank(directions)}
+    rows["effective rank, centred"] = {"value": effective_rank(directions - directions.mean(0))}
     results = {"rows": rows, "affinity": {}}
     if counts or np.any(more.get("class_counts", 0)):  # the scripts write zeros where they are not known
         frequency = read_counts(counts, more.get("class_names")) if counts else more["class_counts"]
         if frequency.shape != (len(array),) or frequency.dtype.kind not in "fiu" or not (frequency >= 0).all():
             raise SystemExit(f"{path}: {len(array)} rows, frequencies are {frequency.dtype} {frequency.shape}, "
                              "expected one a row, not negative")
-        order, k, directions = np.argsort(frequency, kind="stable"), min(n_tail, len(array) // 2), unit_rows(array)
+        order, k = np.argsort(frequency, kind="stable"), min(n_tail, len(array) // 2)
         if k > 1:
             tail, head = order[:k], rng.choice(order[k:], k, replace=False)
             rows |= {name: {"value": v} for name, v in affinity(array, head, tail, boot, rng).items()}
@@ -2275,7 +2291,7 @@ def debias_logits(zs: dict, ft: dict, val: dict[str, np.ndarray], log_prior: np.
            "zero-shot - lambda ln mean": f_zs - chosen["lambda"]["value"] * log_mean,
            "logit adjustment": f_ft - chosen["tau"]["value"] * log_prior, "sum": f_zs + f_ft,
            "GLA": f_ft + f_zs - np.log(q) - log_prior}
-    norms = np.linalg.norm(ft.get("prototypes", np.ones((1, 1))).astype(np.float64), axis=1, keepdims=True)
+    norms = np.linalg.norm(ft.get("prototypes", np.ones((1, 1))).astype(np.float64), axis=1, keepdims=True).clip(1e-12)
     widths = {v.shape[1] for v in (val.get("ft_features"), ft.get("features"), ft.get("prototypes")) if v is not None}
     head = lambda x, t: x.astype(np.float64) @ (ft["prototypes"].astype(np.float64) / norms**t).T  # noqa: E731
     # A cosine head has tau 1 already. With tau 0 it is the model (but for ties of float16), or features and prototypes
@@ -2378,15 +2394,16 @@ def interpolate(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], alpha: f
 def wiseft(paths: list[str], alphas: list[float], out: str) -> dict:
     """Write OUT/alpha_0.50.pt and so on: what the second checkpoint holds, with interpolated weights."""
     contents, rows = [read_state(path) for path in paths], {}
-    a, b = ({re.sub(r"^(module|_orig_mod)\.", "", k): v for k, v in flat_tensors(c.get("state_dict", c), path).items()}
+    wrapped = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")  # by DDP, torch.compile, or both
+    a, b = ({wrapped.sub("", k): v for k, v in flat_tensors(c.get("state_dict", c), path).items()}
             for c, path in zip(contents, paths))
     for path, content, state in zip(paths, contents, (a, b)):
         state |= {k: content[k] for k in ("dino_prototypes",) if "state_dict" in content and k in content}
-        broken = [k for k, v in state.items() if not v.isfinite().all()]
+        broken = [k for k, v in state.items() if not v.double().isfinite().all()]
         refuse(broken, f"{path}: {', '.join(broken[:5])} {'are' if len(broken) > 1 else 'is'} not finite")
     differing = sorted(k for k in a.keys() | b.keys() if k not in a or k not in b or a[k].shape != b[k].shape)
-    refuse(differing or not a, f"{paths[0]} and {paths[1]}: {len(differing)} of {len(a)} entries are not in both with "
-           f"the same shape: {', '.join(differing[:5])}")
+    refuse(differing or not a, f"{paths[0]} and {paths[1]}: {len(differing)} of {len(a | b)} entries are not in both "
+           f"with the same shape: {', '.join(differing[:5])}")
     # Prototypes were made by one of the towers: they are kept only where both have the same.
     more = {k: v for k, v in contents[1].items() if k not in ("state_dict", "optimizer", "scaler", "rng", "seconds")}
     same = [c.get("prototypes") for c in contents]
@@ -2579,8 +2596,7 @@ def from_metrics(known: dict) -> dict[str, dict]:
     n, C, top1 = known.get("n", math.nan), max(1, round(1 / max(known.get("chance", 1), 1e-9))), known["top1"]
     is_even = 0 < top1 < 1 and abs(known.get("balanced", math.nan) - top1) < 1e-9 and n % C == 0
     sizes = {"balanced": C, "head": C // 3, "medium": C // 3, "tail": C - 2 * (C // 3)}
-    images = {"top1": n} | {key: n * size / C if is_even and 0 <= known.get(key, 0) <= 1 else math.nan
-                            for key, size in sizes.items()}
+    images = {"top1": n} | {key: n * size / C if is_even else math.nan for key, size in sizes.items()}
     row = {key: clopper_pearson(known[key], images[key]) for key in images if key in known}
     for key, is_over_all in (("spearman_acc", is_even), ("spearman_pred", True)):
         row[key] = estimate(known.get(key))
@@ -2613,7 +2629,7 @@ def score_run(folder: Path, boot: int, seed: int) -> dict[str, dict]:
         row |= {k: clopper_pearson(known[k], known.get("n", math.nan)) for k in ("knn", "probe") if k in known}
         recalls = {k: estimate(v) for k, v in known.get("retrieval", {}).items()}
         if recalls and path.is_file() and "text_features" in read_npz(path, ("text_features",)):
-            ks = sorted({int(found[1]) for k in recalls if (found := re.search(r"_r(\d+)$", k))})
+            ks = sorted({int(found[1]) for k in recalls if (found := re.search(r"_r(\d{1,9})$", k))})
             recalls = next(iter(retrieval([str(path)], ks, boot, seed, "cpu")["rows"].values()))
         row |= {f"retrieval {k}": v for k, v in recalls.items() if "_r" in k}
         if row.keys() - {"n"}:
@@ -3018,7 +3034,9 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         main(ARGS)
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("allocate memory|out of memory", str(error)):
+            raise
         print("evaluate.py: not enough memory: fewer images, classes or --boot", file=sys.stderr)
         sys.exit(2)
     except SystemExit as error:

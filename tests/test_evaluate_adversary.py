@@ -10,7 +10,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from programs import ROOT, run_here
+from programs import ROOT, answer, run_here
 from test_evaluate_readers import arrays
 
 import evaluate
@@ -207,7 +207,7 @@ def test_lines_that_some_resamples_do_not_have(folder, monkeypatch):
         ({"val": 3}, "val is 3, expected an object"),
         ({"val": {"top1": "x"}}, "val: top1: got 'x'"),
         ({"val": {"top1": float("nan")}}, "val: top1: got nan"),
-        ({"val": {"top1": 50, "n": 5}}, "top1 is 50.0, expected a fraction in 0..1"),
+        ({"val": {"top1": 50, "n": 5}}, "top1: got 50, expected a number of at least 0, at most 1"),
         ({"val": {"top1": 0.5, "n": 0}}, "val: n: got 0, expected a number of at least 1"),
         ({"val": {"retrieval": {"i2t_r1": "x"}}}, "val: retrieval: got 'x'"),
     ],
@@ -362,7 +362,7 @@ def test_tensors_that_are_not_plain_numbers(folder, monkeypatch, tmp_path):
     for name, tensor in odd.items():
         torch.save({"state_dict": {"a": torch.ones(3, 4), "prototypes": tensor}}, tmp_path / f"{name}.pt")
         for line in (f"prototypes {tmp_path}/{name}.pt", f"wiseft {tmp_path}/{name}.pt {tmp_path}/ok.pt --out w"):
-            assert "prototypes is sparse, quantized, complex or one" in error_of(line, folder, monkeypatch)
+            assert "prototypes is sparse, quantized, complex, nested, without values or one" in error_of(line, folder, monkeypatch)
     torch.save({"state_dict": {"a": torch.full((3, 4), torch.nan), "prototypes": torch.ones(3, 4)}}, tmp_path / "n.pt")
     line = error_of(f"wiseft {tmp_path}/ok.pt {tmp_path}/n.pt --out w", folder, monkeypatch)
     assert "n.pt: a is not finite" in line
@@ -420,3 +420,66 @@ def test_report_of_arrays_without_frequencies(folder, tmp_path):
     assert rows == [row]
     lines = (tmp_path / "r.md").read_text().splitlines()
     assert [line.replace("\\|", "").count("|") for line in lines if line.startswith("|")] == [5, 5, 5]
+
+
+def test_the_temperature_of_a_part_that_is_all_right_is_the_least(tmp_path, capsys):
+    labels = np.arange(60) % 4
+    for margin in 1, 20, 1000, 60000:
+        assert evaluate.fit_temperature(margin * np.eye(4)[labels].astype(np.float32), labels) == 0.01
+    wrong = np.eye(4)[np.where(np.arange(60) < 15, (labels + 1) % 4, labels)] * 5.0  # a quarter: an interior least
+    t = evaluate.fit_temperature(wrong, labels)
+    assert t == pytest.approx(5 / np.log(9), rel=1e-4)  # softmax's share of the right one is 3/4: e^(5/T) / (e^(5/T) + 3)
+
+
+@pytest.mark.parametrize("tensor, told", [
+    (torch.nn.Parameter(torch.randn(6, 4)), None), (torch.randn(6, 4).to(torch.float8_e4m3fn), None),
+    (torch.empty(6, 4, device="meta"), "without values"),
+    ("two lengths", "nested")])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*nested tensors.*")
+def test_tensors_of_other_kinds(tmp_path, tensor, told):
+    if isinstance(tensor, str):
+        tensor = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    torch.save({"module._orig_mod.last_layer.weight": tensor}, tmp_path / "x.pt")
+    torch.save({"last_layer.weight": tensor}, tmp_path / "y.pt")
+    if told:
+        for call in (lambda: evaluate.read_array(str(tmp_path / "x.pt"), ""),
+                     lambda: evaluate.wiseft([str(tmp_path / "x.pt")] * 2, [0.5], str(tmp_path))):  # fmt: skip
+            with pytest.raises(SystemExit, match=told):
+                call()
+        return
+    assert evaluate.read_array(str(tmp_path / "x.pt"), "")[0].shape == (6, 4)
+    evaluate.wiseft([str(tmp_path / "x.pt"), str(tmp_path / "y.pt")], [0.5], str(tmp_path))  # DDP over compile, plain
+    mixed = torch.load(tmp_path / "alpha_0.50.pt", weights_only=True)
+    assert list(mixed) == ["last_layer.weight"] and torch.equal(mixed["last_layer.weight"].float(), tensor.detach().float())
+
+
+@pytest.mark.parametrize("entry, told", [
+    ({"top1": -0.5}, "top1: got -0.5"), ({"top1": 0.5, "knn": 7}, "knn: got 7"), ({"top1": 0.5, "spearman_acc": 5}, "got 5"),
+    ({"top1": 0.5, "n": 1e308}, "n: got 1e"), ({"retrieval": {"i2t_r1": 1.5}}, "retrieval: got 1.5")])  # fmt: skip
+def test_metrics_out_of_range_are_refused(tmp_path, entry, told):
+    (tmp_path / "metrics.json").write_text(json.dumps({"val": entry}))
+    with pytest.raises(SystemExit, match=told):
+        evaluate.read_metrics(tmp_path)
+
+
+def test_a_class_in_two_groups_and_a_name_of_many_digits_are_refused(tmp_path):
+    names = np.array(["c0", "c1", "c2"])
+    for text, told in (("c0\tx\nc1\tx\nc0\ty\n", ":3: class 'c0' is in two groups"), ("1" * 5000, "no class '1111")):
+        (tmp_path / "classes.txt").write_text(text)
+        with pytest.raises(SystemExit, match=told):
+            evaluate.read_subset(tmp_path / "classes.txt", names, 3)
+    (tmp_path / "classes.txt").write_text("c0\tx\nc1\tx\n0\tx\n")
+    assert evaluate.read_subset(tmp_path / "classes.txt", names, 3)[1].tolist() == [0, 0]
+
+
+def test_shots_of_no_class_are_told(tmp_path):
+    np.savez(tmp_path / "x.npz", features=np.random.default_rng(0).normal(size=(20, 4)), labels=np.zeros((20, 3), int))
+    told = answer(evaluate, "fewshot", tmp_path / "x.npz", tmp_path / "x.npz", "--shots", "1", "--draws", "2")
+    assert told.returncode == 2 and "no training image has a label" in told.stderr
+
+
+def test_resamples_without_a_correlation_are_counted():
+    found = evaluate.spearman(np.array([9.0, 9, 1]), np.array([1.0, 2, 3]), 2000, np.random.default_rng(0))
+    draws = np.random.default_rng(0).integers(3, size=(2000, 3))
+    assert found["dropped"] == sum(len({(9, 9, 1)[i] for i in row}) == 1 or len(set(row)) == 1 for row in draws.tolist())
+    assert "dropped" not in evaluate.spearman(np.arange(50.0), np.arange(50.0), 200, np.random.default_rng(0))

@@ -455,8 +455,8 @@ def parse_args(argv=None):
     if args.command == "subset":
         if not 0 <= args.fraction <= 1 or args.fraction and args.rows:
             subset.error("--fraction and --rows: expected one of them, the fraction 0 to 1")
-        if args.profile and (args.match_frequency or args.fraction) or args.profile and args.imbalance < 1:
-            subset.error("--profile: not with --match-frequency or --fraction, and --imbalance is 1 or more")
+        if args.profile and (args.match_frequency or args.fraction or not 1 <= args.imbalance < math.inf):
+            subset.error("--profile: not with --match-frequency or --fraction, and --imbalance is a number from 1 on")
         if args.profile and args.rows and args.shots >= 0:
             subset.error("--profile with --rows: not with --shots, which leaves other numbers of rows")
         if args.trim_tail and args.shots < 0 or args.fill and not args.match_frequency:
@@ -465,7 +465,8 @@ def parse_args(argv=None):
             subset.error(f"--threshold: got {args.threshold}, expected COLUMN=NUMBER")
     if args.command == "mix" and args.weights and not args.rows:
         mix.error("--weights are of --rows, which is not given")
-    if args.command == "mix" and args.weights and (len(args.weights) != len(args.tables) or min(args.weights) <= 0):
+    if args.command == "mix" and args.weights and (len(args.weights) != len(args.tables) or min(args.weights) <= 0
+                                                   or not math.isfinite(sum(args.weights))):
         mix.error(f"--weights: got {args.weights}, expected a positive number for each of {len(args.tables)} sources")
     if args.command == "stats" and os.path.splitext(args.plot or "")[1] not in ("", ".png", ".pdf", ".svg", ".jpg"):
         stats.error(f"--plot: got {args.plot}, expected a name that ends in .png, .pdf, .svg or .jpg")
@@ -1715,7 +1716,7 @@ def read_beside(path, result):
         try:
             with open(stem + "_stats.json", encoding="utf-8") as f:
                 result["stats"] = {k: v for k, v in json.load(f).items() if isinstance(v, int)}
-        except (ValueError, AttributeError):  # AttributeError: JSON, but no object
+        except (ValueError, RecursionError, AttributeError):  # AttributeError: JSON, but no object
             result["warnings"].append(f"{stem}_stats.json: cannot be read (img2dataset killed while writing?)")
     if not os.path.exists(stem + ".parquet"):
         return {}, {}
@@ -1926,6 +1927,13 @@ def funnel(counts):
     return "\n".join(lines)
 
 
+def has_holdout(out):
+    """Whether OUT.json says that a val.tsv was written beside OUT."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError), open(f"{out}.json", encoding="utf-8") as f:
+        return json.load(f)["flags"]["holdout"] > 0
+    return False
+
+
 def build_index(sources, out, holdout, classes, workers, seed):
     """Write the table out of the images in sources, with what goes beside it. Arguments: as the flags."""
     start = time.perf_counter()
@@ -1936,6 +1944,9 @@ def build_index(sources, out, holdout, classes, workers, seed):
         classes = beside
     if classes and not os.path.isfile(classes):
         raise SystemExit(f"--classes: no such file: {classes}")
+    if holdout and os.path.exists(val) and not has_holdout(out):
+        raise SystemExit(f"--holdout: {val} is there, and not of an earlier {out}: move it away, or write to another "
+                         "folder")  # fmt: skip
     labels = labels_by_name(classes) if classes else ({}, 0)
     names = sorted({name for _, name in found if name is not None})
     label_of = folder_labels(names, classes, labels[0])
@@ -1958,8 +1969,10 @@ def build_index(sources, out, holdout, classes, workers, seed):
         counts = sum((r["counts"] for r in results), Counter())
         n_train, n_val = counts["rows"], counts["rows in val.tsv"]
         if not n_train + n_val:
-            raise SystemExit(f"no rows; nothing was written. Of {len(found)} sources ({kind}):\n{funnel(counts)}\n"
-                             "An image needs a .txt or a caption, text or title in a .json, or a label")  # fmt: skip
+            told = [f"no rows; nothing was written. Of {len(found)} sources ({kind}):", funnel(counts)]
+            told += [warning for result in results for warning in result["warnings"]][:20]
+            told += ["An image needs a .txt or a caption, text or title in a .json, or a label"]
+            raise SystemExit("\n".join(told))
         keys = {column for r in results for column in r["columns"]} - {"image", "label", "caption"}
         columns = ["image", "label", "caption", *sorted(keys)]
         if holdout:
@@ -1993,7 +2006,8 @@ def build_index(sources, out, holdout, classes, workers, seed):
     write_report(out, [*read_files, classes if labels[1] else None],
                  dict(sources=sources, holdout=holdout, classes=classes, seed=seed, columns=columns), {}, kind=kind,
                  rows=n_train, rows_in_val=n_val, counts={k: n for k, n in sorted(counts.items()) if n},
-                 img2dataset=stats, sources=read, warnings=warnings)  # fmt: skip
+                 img2dataset=stats, sources=read, warnings=warnings,
+                 val=dict(path=val, sha256=file_hash(place_of(val))) if holdout else None)  # fmt: skip
     if holdout:
         os.replace(place_of(val), val)
     for warning in warnings[:20]:
@@ -3065,6 +3079,8 @@ def merge_counts(parts):
         with np.load(part) as arrays:
             counts.update(json.loads(str(arrays["funnel"])))
             total = total + (arrays["counts"] if "counts" in arrays else 0)
+            if np.any(np.less(total, 0)):
+                raise SystemExit("the counts of all inputs add up to more than 2^63")
     return counts, total
 
 
@@ -3181,8 +3197,10 @@ def build_classes(path, out, wordnet, extra):
     """Write classes.tsv. path: list, one class a line in label order; extra: table of columns that replace, or None."""
     lines = [(number, line) for number, line in text_lines(path) if line.split(" ")[0] != "#"]
     header = lines[0][1].split("\t") if lines else []
-    if header[:2] == ["name", "synonyms"]:
-        if header[2:] not in ([], ["definition"]):
+    if header == ["name"]:
+        del lines[0]
+    elif header[:1] == ["name"] and {*header} & {"synonyms", "definition", "wnid"}:
+        if header[1:] not in (["synonyms"], ["synonyms", "definition"]):
             raise SystemExit(f"{path}:1: got columns {', '.join(header)}; a list has name, synonyms, definition alone; "
                              "cut the others off, and give the table as --extra")  # fmt: skip
         del lines[0]
@@ -3718,7 +3736,7 @@ def frequency_file(path, part, settings):
     else:  # only the captions are read
         bad = Counter() if settings["skip_bad"] else None
         matcher = matcher_of(json.dumps(settings))
-        n, needed = len(settings["columns"]), settings["columns"] + ([weights] if weights else [])
+        n, needed, weighed = len(settings["columns"]), settings["columns"] + ([weights] if weights else []), 0
         for chunk in in_chunks(read_table(path, needed, bad, is_all=False)[1], lambda row: row[1]):
             counts["rows"] += len(chunk)
             rows, labels = matcher.pairs([" ".join(filter(None, fields[:n])) for _, fields in chunk])
@@ -3726,6 +3744,8 @@ def frequency_file(path, part, settings):
                 if not re.fullmatch("[0-9]{1,15}", fields[n]):
                     raise SystemExit(f"{path}:{line}: {weights} is {fields[n]!r}, expected a whole number")
             amounts = np.array([int(fields[n]) if weights else 1 for _, fields in chunk], np.int64)
+            if (weighed := weighed + int(amounts.sum())) >= 2**63:
+                raise SystemExit(f"{path}:{chunk[-1][0]}: the weights in {weights} add up to more than 2^63")
             np.add.at(class_counts, labels, amounts[rows])
         count_lost(path, bad, counts)
     drawn = json.dumps(sorted(samples.items())).encode()
@@ -3851,7 +3871,7 @@ def check_shard(folder, shard, seen, warnings):
     try:
         with open(path, encoding="utf-8") as f:
             stats = {**json.load(f)}
-    except (OSError, ValueError, TypeError):  # TypeError: JSON, but no object
+    except (OSError, ValueError, RecursionError, TypeError):  # TypeError: JSON, but no object
         warnings.append(f"{path}: not readable; an unfinished shard?")
         return
     for key, n in (("successes", seen["success"]), ("count", seen.total())):
@@ -3884,9 +3904,9 @@ Table = ImageNames  # the name it has in functions that come from clip.py
 def locate_image(table: Table, row: int) -> tuple[Path, int, int]:
     """Where the image of a row is: path, offset (row of an .npy, -1 if none is named), size in bytes or -1 for all."""
     field = table.get(row, "image")
-    if match := re.fullmatch(r"(.+\.tar):(\d+):(\d+)", field):
+    if match := re.fullmatch(r"(.+\.tar):(\d{1,18}):(\d{1,18})", field):
         return table.folder / match[1], int(match[2]), int(match[3])
-    if match := re.fullmatch(r"(.+\.npy):(\d+)", field):
+    if match := re.fullmatch(r"(.+\.npy):(\d{1,18})", field):
         return table.folder / match[1], int(match[2]), -1
     return table.folder / field, -1 if field.endswith(".npy") else 0, -1
 
@@ -4434,9 +4454,12 @@ def dedup_tables(tables, out, by, distance, cosine, embeddings, protect, against
     print_funnel(counts)
     print(f"{'':12}  note: image sizes, by which the larger stays: {flags['image_sizes']}")
     unknown = {method: int((found[:n, k] == 0).sum()) for k, method in enumerate(hashed)}
+    if "embedding" in by:
+        unknown["embedding"] = sum(int((block == 0).all(1).sum()) for _, block in unit_blocks(rows, device))
     for method, n_unknown in unknown.items():
         if n_unknown:
-            print(f"{'':12}  note: {n_unknown:,} x no {method} (empty, cannot be decoded, flat picture); not compared")
+            print(f"{'':12}  note: {n_unknown:,} x no {method} (empty, cannot be decoded, flat picture, no direction); "
+                  "not compared")
     histogram = {int(size): int(times) for size, times in zip(*np.unique(sizes[sizes > 1], return_counts=True))}
     print(f"{sum(histogram.values()):>12,}  components of several rows, in {stem}.pairs.tsv")
     for root in np.argsort(-sizes, kind="stable")[:3]:
@@ -4716,6 +4739,8 @@ def rows_per_class(hashes, labels, mask, is_fill, wanted, counts, match, profile
         counts = class_counts(labels[mask], len(counts))
         deficit = match - counts
     if profile:
+        if rows > counts.sum():
+            raise SystemExit(f"--rows: got {rows:,}, there are {counts.sum():,} rows to choose from")
         quota = profile_quota(counts, profile, imbalance, rows, seed)
         deficit = np.maximum(quota - counts, 0)
         quota = source_quota(rows, quota, counts, True) if rows else quota  # what classes lack comes from the others
@@ -4878,8 +4903,10 @@ def mix_tables(tables, out, rows, weights, is_spill, key, seed):
     quota = source_quota(rows, weights or [1] * len(sources), available, is_spill) if rows else available
     mask = bottom_per_class(hashes, of, is_own, quota)
     columns, stream = open_tables(paths, out=out)
-    chosen = (row | {"source": names[s]} for row, s, is_in in zip(stream, of.tolist(), mask.tolist()) if is_in)
-    n = write_tsv(out, list(dict.fromkeys([*columns, "source"])), chosen)
+    before = {"source_before": "source"} if "source" in columns else {}  # of a mix of mixes
+    chosen = (row | {new: row[old] for new, old in before.items()} | {"source": names[s]}
+              for row, s, is_in in zip(stream, of.tolist(), mask.tolist()) if is_in)
+    n = write_tsv(out, list(dict.fromkeys([*columns, "source", *before])), chosen)
     counts = {"rows": len(of), "copies of a row of an earlier source": int(is_own.sum()) - len(of),
               "not drawn": n - int(is_own.sum()), "rows left": n}  # fmt: skip
     shares = {name: dict(rows=int(k), share=round(int(k) / max(n, 1), 4)) for name, k in zip(names, quota)}
@@ -4984,8 +5011,9 @@ def outputs_of(args):
 
 
 def check_out(args):
-    """SystemExit if a table to be written is one to be read: a second call would read what the first has written."""
-    written = {os.path.realpath(path) for path in sum(outputs_of(args), [])}
+    """SystemExit if a table or report to be written is one to be read, by this call or when it is made again."""
+    tables, others = outputs_of(args)
+    written = {os.path.realpath(path) for path in (*tables, *(f"{table}.json" for table in tables), *others)}
     files = []
     for name in ("inputs", "tables", "against", "fill", "match_frequency"):
         given = getattr(args, name, None) or []

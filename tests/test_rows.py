@@ -2,6 +2,7 @@
 
 import bz2
 import errno
+import hashlib
 import json
 import random
 import re
@@ -195,3 +196,87 @@ def test_longest_equals_the_naive_loop_and_is_not_quadratic(monkeypatch):
     start = time.perf_counter()
     assert matcher.longest("", range(4)) == (0, 1)
     assert time.perf_counter() - start < 10  # 10^10 comparisons take an hour
+
+
+def test_a_report_never_replaces_what_was_read(folder):
+    (folder / "cap.tsv.json").write_text("[]")
+    said = told(folder, "incaps", "cap.tsv.json", "--images", ".", "--classes", "classes.tsv", "--out", "cap.tsv", code=2)
+    assert "cap.tsv.json, which it would replace, is an input" in said and (folder / "cap.tsv.json").read_text() == "[]"
+
+
+def test_a_holdout_never_replaces_another_val_tsv(folder):
+    for name in ("a", "b"):
+        make_tar(folder / f"{name}.tar", [m for i in range(20) for m in sample(f"{name}{i}")])
+    told(folder, "index", "a.tar", "--out", "val.tsv")
+    before = (folder / "val.tsv").read_bytes()
+    said = told(folder, "index", "b.tar", "--out", "web.tsv", "--holdout", "0.5", code=2)
+    assert "val.tsv is there, and not of an earlier web.tsv" in said and not (folder / "web.tsv").exists()
+    assert (folder / "val.tsv").read_bytes() == before
+    for path in folder.glob("val.tsv*"):
+        path.unlink()
+    for _ in range(2):  # its own is made anew
+        told(folder, "index", "b.tar", "--out", "web.tsv", "--holdout", "0.5")
+    report, val = json.loads((folder / "web.tsv.json").read_text()), (folder / "val.tsv").read_bytes()
+    assert report["val"] == {"path": "val.tsv", "sha256": hashlib.sha256(val).hexdigest()}
+
+
+def test_why_a_tar_gave_nothing_is_told(folder):
+    make_tar(folder / "whole.tar", sample("a"))
+    (folder / "cut.tar").write_bytes((folder / "whole.tar").read_bytes()[:1300])
+    assert "cut.tar: " in told(folder, "index", "cut.tar", "--out", "t.tsv", code=2)
+
+
+def test_mixes_of_mixes_keep_where_rows_came_from(folder):
+    (folder / "a.tsv").write_text("image\tsource\n0.jpg\tflickr\n1.jpg\tcc12m\n")
+    (folder / "b.tsv").write_text("image\n2.jpg\n")
+    told(folder, "mix", "a.tsv", "b.tsv", "--out", "m.tsv")
+    assert [(row["source"], row["source_before"]) for row in read(folder / "m.tsv")] == [("a", "flickr"), ("a", "cc12m"),
+                                                                                      ("b", "")]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags, said", [
+    (("mix", "a.tsv", "b.tsv", "--rows", "3", "--weights", "inf", "1"), "expected a positive number for each of 2"),
+    (("mix", "a.tsv", "b.tsv", "--rows", "3", "--weights", "1e308", "1e308"), "expected a positive number for each of 2"),
+    (("subset", "a.tsv", "--profile", "pareto", "--imbalance", "inf"), "--imbalance is a number from 1 on"),
+    (("subset", "a.tsv", "--profile", "balanced", "--rows", "1" + "0" * 30), "there are 9 rows to choose from"),
+])  # fmt: skip
+def test_numbers_without_a_bound_are_refused(folder, flags, said):
+    for name in "ab":
+        (folder / f"{name}.tsv").write_text("image\tlabel\n" + "".join(f"{name}{i}.jpg\t{i % 2}\n" for i in range(9)))
+    error = told(folder, *flags, "--out", "m.tsv", code=2)
+    assert said in error and "Warning" not in error and not (folder / "m.tsv").exists()
+
+
+def test_weights_that_no_count_can_hold_are_refused(folder):
+    rows = "two sea lions\t999999999999999\n" * 9_300
+    (folder / "q.tsv").write_text("caption\tn\n" + rows)
+    flags = ["frequency", "q.tsv", "--classes", "classes.tsv", "--lemmas", "none", "--weights", "n", "--out", "f.tsv"]
+    assert "add up to more than 2^63" in told(folder, *flags, code=2)
+    for name in "ab":  # each can be held, both cannot
+        (folder / f"{name}.tsv").write_text("caption\tn\n" + "lion\t999999999999999\n" * 5_000)
+    assert "add up to more than 2^63" in told(folder, "frequency", "a.tsv", "b.tsv", *flags[2:], code=2)
+
+
+def test_headers_of_class_lists(folder):
+    for header, code in (("name", 0), ("name\tsynonyms", 0), ("name\tdefinition", 2), ("name\twnid", 2)):
+        more = "\tx" * header.count("\t")
+        (folder / "list.txt").write_text(f"{header}\ncat{more}\ndog{more}\n")
+        said = told(folder, "classes", "list.txt", "--out", "c.tsv", code=code)
+        assert "a list has name, synonyms, definition alone" in said or code == 0
+        assert code or [row["name"] for row in read(folder / "c.tsv")] == ["cat", "dog"]
+
+
+def test_embeddings_without_a_direction_are_counted(folder):
+    np.save(folder / "e.npy", np.array([[1, 0], [np.nan, 1], [0, 0], [1, 1e-9]], np.float32))
+    (folder / "t.tsv").write_text("image\n" + "".join(f"{i}.jpg\n" for i in range(4)))
+    told(folder, "dedup", "t.tsv", "--by", "embedding", "--embeddings", "e.npy", "--out", "d.tsv")
+    assert json.loads((folder / "d.tsv.json").read_text())["not_compared"] == {"embedding": 2}
+    assert [row["image"] for row in read(folder / "d.tsv")] == ["0.jpg", "1.jpg", "2.jpg"]
+
+
+def test_json_too_deep_and_offsets_too_long_are_bad_input(folder):
+    make_tar(folder / "00000.tar", sample("a"))
+    (folder / "00000_stats.json").write_text("[" * 100_000)
+    assert "_stats.json: cannot be read" in told(folder, "index", "00000.tar", "--out", "t.tsv")
+    (folder / "n.tsv").write_text(f"image\n00000.tar:{'1' * 5000}:5\n")
+    told(folder, "check", "n.tsv", "--out", "c.tsv", code=1)

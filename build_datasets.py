@@ -466,7 +466,7 @@ def parse_args(argv=None):
     if args.command == "mix" and args.weights and not args.rows:
         mix.error("--weights are of --rows, which is not given")
     if args.command == "mix" and args.weights and (len(args.weights) != len(args.tables) or min(args.weights) <= 0
-                                                   or not math.isfinite(sum(args.weights))):
+                                                   or not math.isfinite(2.0**63 * sum(args.weights))):
         mix.error(f"--weights: got {args.weights}, expected a positive number for each of {len(args.tables)} sources")
     if args.command == "stats" and os.path.splitext(args.plot or "")[1] not in ("", ".png", ".pdf", ".svg", ".jpg"):
         stats.error(f"--plot: got {args.plot}, expected a name that ends in .png, .pdf, .svg or .jpg")
@@ -530,8 +530,8 @@ def with_reports(tables, others):
             if os.path.exists(f"{path}.partial"):
                 print(f"note: {path}.partial is of a run that was killed; it is made anew", file=sys.stderr)
         for path in stale:
-            locks.pop(path).close()
             Path(f"{path}.json.partial").unlink(missing_ok=True)
+            locks.pop(path).close()
         yield
     finally:  # what has no report by now will have none
         for path, lock in locks.items():
@@ -1927,10 +1927,11 @@ def funnel(counts):
     return "\n".join(lines)
 
 
-def has_holdout(out):
-    """Whether OUT.json says that a val.tsv was written beside OUT."""
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError), open(f"{out}.json", encoding="utf-8") as f:
-        return json.load(f)["flags"]["holdout"] > 0
+def is_held_out(val, out):
+    """Whether OUT.json says that this val.tsv, or one that a kill kept from its place, was written with OUT."""
+    failures = (OSError, ValueError, LookupError, TypeError, RecursionError)
+    with contextlib.suppress(*failures), open(f"{out}.json", encoding="utf-8") as f:
+        return json.load(f)["val"]["sha256"] in [file_hash(p) for p in (val, f"{val}.partial") if os.path.exists(p)]
     return False
 
 
@@ -1944,9 +1945,9 @@ def build_index(sources, out, holdout, classes, workers, seed):
         classes = beside
     if classes and not os.path.isfile(classes):
         raise SystemExit(f"--classes: no such file: {classes}")
-    if holdout and os.path.exists(val) and not has_holdout(out):
-        raise SystemExit(f"--holdout: {val} is there, and not of an earlier {out}: move it away, or write to another "
-                         "folder")  # fmt: skip
+    if holdout and os.path.exists(val) and not is_held_out(val, out):
+        raise SystemExit(f"--holdout: {val} is there, and not of the last call that wrote {out}: move it away, or "
+                         "write to another folder")  # fmt: skip
     labels = labels_by_name(classes) if classes else ({}, 0)
     names = sorted({name for _, name in found if name is not None})
     label_of = folder_labels(names, classes, labels[0])
@@ -1993,7 +1994,7 @@ def build_index(sources, out, holdout, classes, workers, seed):
         empty = [j["path"] for j, r in zip(jobs, results, strict=True) if not r["counts"]["samples"]]
         warnings += [f"{path}: a class folder without images" for path in empty]
     if not holdout and os.path.exists(val) and os.path.basename(out).removesuffix(".tsv") not in TEST_SETS:
-        warnings.append(f"{val} is older and may share images with {out}; delete it or use --holdout")
+        warnings.append(f"{val} is older and may share images with {out}; move it away")
     if holdout and not (n_train and n_val):
         warnings.append(f"--holdout {holdout} left {n_train} rows in {out} and {n_val} in val.tsv")
     of_shards = [r["stats"] for r in results if r["stats"]]
@@ -2249,7 +2250,7 @@ def tar_rows(path, bad, warnings=None):
     in bad too.
     """
     counts = Counter()
-    result = dict(path=path, counts=counts, warnings=[], stats=None)
+    result = dict(counts=counts, warnings=[], stats=None)
     samples = read_samples(path, os.path.basename(path), False, None, (None, 0), result)
     try:
         for sample, loss, label, caption, fields in samples:
@@ -3198,8 +3199,9 @@ def build_classes(path, out, wordnet, extra):
     lines = [(number, line) for number, line in text_lines(path) if line.split(" ")[0] != "#"]
     header = lines[0][1].split("\t") if lines else []
     if header == ["name"]:
+        print(f"note: {path}:1 is taken for the header", file=sys.stderr)
         del lines[0]
-    elif header[:1] == ["name"] and {*header} & {"synonyms", "definition", "wnid"}:
+    elif header[:1] == ["name"] and {*header} & {"synonyms", "definition", "wnid", "negative", "match", "query"}:
         if header[1:] not in (["synonyms"], ["synonyms", "definition"]):
             raise SystemExit(f"{path}:1: got columns {', '.join(header)}; a list has name, synonyms, definition alone; "
                              "cut the others off, and give the table as --extra")  # fmt: skip
@@ -3805,9 +3807,10 @@ def build_frequency(paths, out, classes, synonyms, relevance, settings, run):
     finish(out, [*paths, *settings["inputs"], relevance],
            dict(classes=classes, synonyms=synonyms, relevance=relevance,
                 **{k: v for k, v in settings.items() if k not in ("names", "negatives", "inputs")}),
-           {"rows": counts["rows"], **bad_rows(counts)}, matches=int(class_counts.sum()),
+           {"rows": counts["rows"], **bad_rows(counts)}, matches=sum(class_counts.tolist()),
            empty_classes=int((class_counts == 0).sum()))  # fmt: skip
-    print(f"{class_counts.sum():>12,}  matches; {(class_counts == 0).sum()} of {len(rows)} classes in no caption")
+    n_matches, n_empty = sum(class_counts.tolist()), (class_counts == 0).sum()
+    print(f"{n_matches:>12,}  matches; {n_empty} of {len(rows)} classes in no caption")
     for i in (*order[:3], *order[3:][-3:]):
         print(f"{class_counts[i]:>12,}    {rows[i]['name']}")
 
@@ -4739,7 +4742,7 @@ def rows_per_class(hashes, labels, mask, is_fill, wanted, counts, match, profile
         counts = class_counts(labels[mask], len(counts))
         deficit = match - counts
     if profile:
-        if rows > counts.sum():
+        if rows > counts.sum() > 0:
             raise SystemExit(f"--rows: got {rows:,}, there are {counts.sum():,} rows to choose from")
         quota = profile_quota(counts, profile, imbalance, rows, seed)
         deficit = np.maximum(quota - counts, 0)
@@ -4843,7 +4846,7 @@ def subset_tables(tables, out, threshold, class_list, match_frequency, fill, sho
 
 def gini_of(counts):
     """Gini coefficient of class counts, 0 (equal) to 1, empty classes included; 0 if all are empty."""
-    counts = np.sort(counts)
+    counts = np.sort(counts).astype(float)
     n, total = len(counts), counts.sum()
     return float(2 * (np.arange(1, n + 1) * counts).sum() / (n * total) - (n + 1) / n) if total else 0.0
 
@@ -4903,8 +4906,8 @@ def mix_tables(tables, out, rows, weights, is_spill, key, seed):
     quota = source_quota(rows, weights or [1] * len(sources), available, is_spill) if rows else available
     mask = bottom_per_class(hashes, of, is_own, quota)
     columns, stream = open_tables(paths, out=out)
-    before = {"source_before": "source"} if "source" in columns else {}  # of a mix of mixes
-    chosen = (row | {new: row[old] for new, old in before.items()} | {"source": names[s]}
+    before = {"source_before": "source"} if "source" in columns else {}  # of mixes of mixes the first
+    chosen = (row | {new: row.get(new) or row[old] for new, old in before.items()} | {"source": names[s]}
               for row, s, is_in in zip(stream, of.tolist(), mask.tolist()) if is_in)
     n = write_tsv(out, list(dict.fromkeys([*columns, "source", *before])), chosen)
     counts = {"rows": len(of), "copies of a row of an earlier source": int(is_own.sum()) - len(of),

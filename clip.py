@@ -1268,7 +1268,8 @@ def load_pixels(tables: list[Table], image_size: int = 0) -> torch.Tensor | None
     """All images of tables, one after the other, [n, H, W, 3] uint8; None if not all are rows of .npy of one size.
 
     image_size: px that crops of them will have, 0 for none; None too if the images are much larger or not square, since
-    crop_pixels has no antialiasing filter and assumes an aspect of 1.
+    crop_pixels has no antialiasing filter and assumes an aspect of 1, and if a row is beyond the end of its file: then
+    images are read one by one, and the broken ones counted.
     """
     places, n = defaultdict(list), 0
     for table in tables:
@@ -1286,11 +1287,14 @@ def load_pixels(tables: list[Table], image_size: int = 0) -> torch.Tensor | None
         H, W, _ = shapes.pop()
         if image_size and (H != W or H > 1.3 * image_size):
             return None
+        for path, rows in places.items():
+            places[path] = rows = np.array(rows)
+            if rows[:, 1].max() >= len(arrays[path]):
+                print(f"{path}: {len(arrays[path])} rows, row {rows[:, 1].max()} is named: images are read one by one",
+                      flush=True)
+                return None
         pixels = np.empty((n, H, W, 3), np.uint8)
         for path, rows in places.items():
-            rows = np.array(rows)
-            if rows[:, 1].max() >= len(arrays[path]):
-                return None  # a broken image: replaced and counted there
             pixels[rows[:, 0]] = arrays[path][rows[:, 1]]
     except (OSError, ValueError, EOFError) as error:
         raise SystemExit(f"images of {', '.join(str(table.path) for table in tables)}: {error}") from None
@@ -1417,7 +1421,7 @@ def stack_images(items: list[tuple[torch.Tensor, str | int]]) -> tuple[torch.Ten
 
 
 def setup_distributed(device: str) -> tuple[int, int, torch.device, dist.ProcessGroup | None]:
-    """Rank, number of processes, device; joins the process group when started by torchrun.
+    """Rank, number of processes, device; joins the process group when started by torchrun, and sets up the device.
 
     Returns, last, a group of several processes for flags and counts: it does not wait for the GPU.
     """
@@ -1592,6 +1596,9 @@ def load_checkpoint(path: Path, args: dict, run_flags: set[str]) -> dict:
         raise SystemExit(f"{path} is no checkpoint of {Path(__file__).name}; --resume off starts over")
     if "optimizer" not in checkpoint:
         raise SystemExit(f"{path} has no optimiser state: it is an export, pass it as --init")
+    if "crcs" not in checkpoint:
+        raise SystemExit(f"{path} was made by an older {Path(__file__).name}: pass another --out, or --resume off to "
+                         "replace it")
     unknown = [f"--{k.replace('_', '-')}" for k in args if k not in run_flags and k not in checkpoint["args"]]
     if unknown:
         raise SystemExit(f"{path} is no checkpoint of this {Path(__file__).name}: it has no {', '.join(unknown[:5])}; "
@@ -1606,16 +1613,22 @@ def load_checkpoint(path: Path, args: dict, run_flags: set[str]) -> dict:
 def find_checkpoint(resume: str, path: Path, args: dict, run_flags: set[str], tables: list[Table],
                     control: dist.ProcessGroup | None) -> dict | None:
     """What --resume says is to be continued, None to start anew; the same on all processes."""
-    checkpoint, crcs = None, [table.crc for table in tables]
+    checkpoint = None
     if resume != "off" and (path.is_file() or resume != "auto"):
         checkpoint = load_checkpoint(path, args, run_flags)
     step = checkpoint["step"] if checkpoint else 0
     if control and total(step, control) != step * dist.get_world_size():
         raise SystemExit(f"{path}: not the same on all nodes: --out must be on storage that they share")
-    if checkpoint and checkpoint.get("crcs", crcs) != crcs:
-        changed = " or ".join(str(table.path) for table in tables)
-        raise SystemExit(f"{path} was made with another {changed}: pass another --out, or --resume off to replace it")
+    crcs = [table.crc for table in tables]
+    if checkpoint and checkpoint["crcs"] != crcs:  # as many as now: --data is the same
+        other = [str(table.path) for table, crc in zip(tables, checkpoint["crcs"]) if table.crc != crc]
+        raise SystemExit(f"{path} was made with another {' and '.join(other)}: pass another --out, or --resume off to "
+                         "replace it")
     return checkpoint
+
+
+def versions() -> dict[str, str]:
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
 
 
 def resumable(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, tables: list[Table], n_bad: int,
@@ -2194,14 +2207,15 @@ def check_finite(step: int, parts: dict[str, torch.Tensor], skipped_in_a_row: in
                  group: dist.ProcessGroup | None) -> None:
     """Report a step left out for its non-finite gradient, and what was not finite; SystemExit after ten in a row.
 
-    parts: tensors by name, to be looked at. skipped_in_a_row: equal on all processes; on a GPU, which is asked at log
-    steps only, the most since the last of these.
+    parts: tensors by name, to be looked at; none if it was a step before this one, as a GPU, asked at log steps only,
+    may find. skipped_in_a_row: the most since the last call, equal on all processes.
     """
     if not skipped_in_a_row:
         return
     names = [name for name, part in parts.items() if total(not bool(part.isfinite().all()), group)] or ["gradients"]
     if not dist.is_initialized() or dist.get_rank() == 0:
-        print(f"step {step + 1}: {', '.join(names)} not finite: step left out ({skipped_in_a_row} in a row)",
+        when = "step" if parts else "before step"
+        print(f"{when} {step + 1}: {', '.join(names)} not finite: step left out ({skipped_in_a_row} in a row)",
               flush=True)
     if skipped_in_a_row >= 10:
         raise SystemExit(f"ended at step {step + 1}: ten steps in a row were not finite; try a lower --lr, --clip-grad "
@@ -2221,21 +2235,23 @@ def note_bad_images(counts: Counter, bad: list[tuple[str, str]]) -> None:
 class RunLog:
     """What a run counts between two log lines, which go to OUT/log.jsonl, the terminal, TensorBoard and W&B.
 
-    Every process counts, the first writes. start: first step to come; lines of later steps, of a run that was killed,
-    are dropped. tables: the training sets. control: all processes, None if it is one.
+    Every process counts, the first writes. checkpoint: what is continued, or None; lines of later steps, of a run that
+    was killed, are dropped. tables: the training sets. control: all processes, None if it is one.
     """
 
-    def __init__(self, out: Path, start: int, args: argparse.Namespace, tables: list[Table],
+    def __init__(self, out: Path, checkpoint: dict | None, args: argparse.Namespace, tables: list[Table],
                  device: torch.device, control: dist.ProcessGroup | None):
         self.args, self.n_rows, self.control, self.device = args, sum(map(len, tables)), control, device
         self.world_size = dist.get_world_size() if control else 1
         self.is_main = not control or dist.get_rank() == 0
-        self.bad, self.logged, self.logged_at = Counter(), start, time.time()
+        self.bad, self.logged = Counter(), checkpoint["step"] if checkpoint else 0
         self.loss_sum = torch.zeros((), device=device)
         self.left_out = torch.zeros((), dtype=torch.int64, device=device)  # steps, for gradients that are not finite
         self.in_a_row = self.most_in_a_row = self.left_out.clone()
         if self.is_main:
-            self.open(out, start, tables)
+            self.open(out, self.logged, tables)
+            self.bad += Counter({"before it was continued": checkpoint["n_bad"] if checkpoint else 0})
+        self.logged_at = time.time()
 
     def open(self, out: Path, start: int, tables: list[Table]) -> None:
         """The files of a run; SystemExit without the packages that are asked for."""
@@ -2263,8 +2279,7 @@ class RunLog:
             os.replace(out / "checkpoint.pt", out / "checkpoint.old.pt")  # run would be continued there
         write_json(out / "args.json", {
             "args": vars(self.args), "argv": sys.argv, "data_crc32": {str(t.path): f"{t.crc:08x}" for t in tables},
-            "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
-            "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()})
+            "versions": versions(), "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()})
 
     def count(self, step: int, parts: dict[str, torch.Tensor], is_taken: torch.Tensor, bad: list[tuple[str, str]],
               is_log_step: bool) -> None:
@@ -2278,7 +2293,7 @@ class RunLog:
         self.in_a_row = torch.where(is_taken, 0, self.in_a_row + 1)
         self.most_in_a_row = torch.maximum(self.most_in_a_row, self.in_a_row)
         if is_log_step or self.device.type == "cpu":  # Sync
-            check_finite(step, parts, int(self.most_in_a_row), self.control)
+            check_finite(step, parts if self.in_a_row else {}, int(self.most_in_a_row), self.control)
             self.most_in_a_row = torch.zeros_like(self.in_a_row)
         note_bad_images(self.bad, bad)
 
@@ -2370,9 +2385,8 @@ def report(model: CLIP, tokenizer: Tokenizer | None, world: World, args: argpars
     """Evaluate, write metrics.json, <set>.npz and the export, print the table. All ranks."""
     out = Path(args.out)
     metrics = evaluate(model, tokenizer, world, args.workers, args.max_pixels, device, out)
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
     run = {"script": Path(__file__).name, "step": step, "seconds": round(seconds, 1), "data": args.data,
-           "seed": args.seed, "precision": precision, "versions": versions}
+           "seed": args.seed, "precision": precision, "versions": versions()}
     on_one_rank(rank, lambda: write_json(out / "metrics.json", metrics | {"run": run}))
     if args.export:
         export = checkpoint_of(model, tokenizer, world, args, step, class_prototypes(model, tokenizer, world, device))
@@ -2458,8 +2472,8 @@ def main(args: argparse.Namespace) -> None:
     checkpoint = find_checkpoint(args.resume, resume, vars(args), RUN_FLAGS, tables, control)
     if checkpoint:
         if tokenizer and checkpoint["bpe"] != "\n".join(tokenizer.merges):
-            raise SystemExit(f"{resume} was made with other byte-pair merges than those of now (--data or --bpe has "
-                             "changed): pass another --out, or --resume off to replace it")
+            raise SystemExit(f"{resume} was made with other byte-pair merges than those of now (ROOT/bpe.txt or the "
+                             "file of --bpe has changed): pass another --out, or --resume off to replace it")
         load_state(model, checkpoint["state_dict"], str(resume))
         start, seconds_before = restore(checkpoint, optimizer, scaler, device)
 
@@ -2486,14 +2500,12 @@ def main(args: argparse.Namespace) -> None:
               f"{args.batch_size} pairs, chance loss ln({args.batch_size}) = {math.log(args.batch_size):.3f}"
               + (f", continued from step {start}" if start else ""))
         print(caption_statistics(pairs, sampler), flush=True)
-    log, stop_signals = RunLog(out, start, args, tables, device, control), []
-    if checkpoint and is_main:
-        log.bad += Counter({"before it was continued": checkpoint.get("n_bad", 0)})
+    log, stop_signals = RunLog(out, checkpoint, args, tables, device, control), []
     signal.signal(signal.SIGTERM, lambda number, frame: stop_signals.append(number))
 
     # --- loop
     model.train()
-    n_cut = checkpoint.get("n_cut", 0) if checkpoint and is_main else 0
+    n_cut = checkpoint["n_cut"] if checkpoint and is_main else 0
     running = [buffer for name, buffer in model.named_buffers() if "running_" in name]
     progress = tqdm(total=steps, initial=start, disable=not (is_main and sys.stderr.isatty()), unit="step")
     for step, batch in enumerate(loader, start):

@@ -449,7 +449,7 @@ def read_records(path: str | Path) -> list[dict[str, str]]:
 
 def number(text: str, where: str, low: float = -math.inf, high: float = math.inf) -> float:
     """A finite number from `low` to `high`, or SystemExit that says where."""
-    with contextlib.suppress(ValueError, TypeError):
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
         if low <= float(text) <= high and math.isfinite(float(text)):
             return float(text)
     least, most = f" of at least {low:g}" * (low > -math.inf), f", at most {high:g}" * (high < math.inf)
@@ -2117,7 +2117,9 @@ def prototypes(path: str, key: str, counts: str, epsilons: list[float], n_tail: 
                                             "exp entropy": exp_entropy(sizes / len(labels))}
     directions = unit_rows(array)
     rows["effective rank"] = {"value": effective_rank(directions)}
-    rows["effective rank, centred"] = {"value": effective_rank(directions - directions.mean(0))}
+    centred = directions - directions.mean(0)
+    is_point = np.linalg.norm(centred) <= 1e-6 * np.linalg.norm(directions)  # what is left is rounding
+    rows["effective rank, centred"] = {"value": math.nan if is_point else effective_rank(centred)}
     results = {"rows": rows, "affinity": {}}
     if counts or np.any(more.get("class_counts", 0)):  # the scripts write zeros where they are not known
         frequency = read_counts(counts, more.get("class_names")) if counts else more["class_counts"]
@@ -2399,7 +2401,7 @@ def wiseft(paths: list[str], alphas: list[float], out: str) -> dict:
             for c, path in zip(contents, paths))
     for path, content, state in zip(paths, contents, (a, b)):
         state |= {k: content[k] for k in ("dino_prototypes",) if "state_dict" in content and k in content}
-        broken = [k for k, v in state.items() if not v.double().isfinite().all()]
+        broken = [k for k, v in state.items() if not (v.float() if v.element_size() == 1 else v).isfinite().all()]
         refuse(broken, f"{path}: {', '.join(broken[:5])} {'are' if len(broken) > 1 else 'is'} not finite")
     differing = sorted(k for k in a.keys() | b.keys() if k not in a or k not in b or a[k].shape != b[k].shape)
     refuse(differing or not a, f"{paths[0]} and {paths[1]}: {len(differing)} of {len(a | b)} entries are not in both "

@@ -589,7 +589,7 @@ def test_cached_captions_on_a_full_disk_are_one_line(tmp_path, monkeypatch):
 
 def open_log(out, start, **flags):
     args = argparse.Namespace(**{"tensorboard": False, "wandb": "", "resume": "auto"} | flags)
-    return clip.RunLog(out, start, args, 8, torch.device("cpu"), None)
+    return clip.RunLog(out, {"step": start, "n_bad": 0}, args, [], torch.device("cpu"), None)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a disk that is always full")
@@ -907,6 +907,10 @@ def test_resume_with_other_merges_is_refused(own_pairs, tmp_path):
     run_here(*flags, "--steps", "2")  # with the same captions it reports
     text = (own_pairs / "pairs.tsv").read_text()
     (own_pairs / "pairs.tsv").write_text(text.replace("a ", "quite a "))
+    with pytest.raises(SystemExit, match="was made with another own/pairs.tsv: pass"):
+        run_here(*flags, "--steps", "2")
+    (own_pairs / "pairs.tsv").write_text(text)
+    (own_pairs / "bpe.txt").write_text("#version\na b\nc d</w>\n")
     with pytest.raises(SystemExit, match="other byte-pair merges"):
         run_here(*flags, "--steps", "2")
 
@@ -929,11 +933,16 @@ def test_labels_without_classes_may_be_any_number(own_pairs):
 
 
 def test_a_test_set_that_cannot_be_read_is_told_before_training(own_pairs, tmp_path):
-    with (own_pairs / "val.tsv").open("a") as file:
-        file.write("val.npy:99999\t3\ta thing\n")
-    with pytest.raises(SystemExit, match="99999"):
-        run_here("--data", "own/pairs.tsv", "--steps", "1", *FLAGS, "--eval-sets", "val", "--out", tmp_path / "out")
+    flags = ["--data", "own/pairs.tsv", "--steps", "1", *FLAGS, "--eval-sets", "val", "--out", tmp_path / "out"]
+    text = (own_pairs / "val.tsv").read_text()
+    (own_pairs / "val.tsv").write_text(text + "other.npy:3\t3\ta thing\n")
+    with pytest.raises(SystemExit, match="other.npy"):
+        run_here(*flags)
     assert not (tmp_path / "out").exists()
+    (own_pairs / "val.tsv").write_text(text + "val.npy:99999\t3\ta thing\n")  # one broken image: left out, counted
+    assert "row 99999 is named: images are read one by one" in run_here(*flags)
+    val = json.loads((tmp_path / "out" / "metrics.json").read_text())["val"]
+    assert val["bad_images"] == {"row beyond the end of the .npy file": 1} and val["n"] == text.count("\n") - 1
 
 
 def test_a_finished_frozen_run_embeds_no_caption_again(world, tmp_path, monkeypatch):

@@ -222,6 +222,8 @@ def test_bad_images_are_replaced_and_counted(tmp_path):
     assert 3 <= log_of(tmp_path / "out")[-1]["bad_images"] <= 6  # 128 draws of 40: row 7 comes 3 or 4 times
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())["train"]
     assert metrics["n"] == 39 and metrics["bad_images"] == {"not an image": 1}
+    assert metrics["knn"] is None and metrics["probe"] is not None  # each is its own nearest neighbour
+    assert "nothing to probe" not in printed
     with pytest.raises(SystemExit, match="cannot be read .* more than --max-bad 0.0"):
         flags[flags.index("--max-bad") + 1] = "0"
         run_here(*flags, tmp_path / "train.tsv", "--out", tmp_path / "strict")

@@ -210,7 +210,7 @@ def test_a_holdout_never_replaces_another_val_tsv(folder):
     told(folder, "index", "a.tar", "--out", "val.tsv")
     before = (folder / "val.tsv").read_bytes()
     said = told(folder, "index", "b.tar", "--out", "web.tsv", "--holdout", "0.5", code=2)
-    assert "val.tsv is there, and not of an earlier web.tsv" in said and not (folder / "web.tsv").exists()
+    assert "val.tsv is there, and not of the last call that wrote web.tsv" in said and not (folder / "web.tsv").exists()
     assert (folder / "val.tsv").read_bytes() == before
     for path in folder.glob("val.tsv*"):
         path.unlink()
@@ -218,6 +218,11 @@ def test_a_holdout_never_replaces_another_val_tsv(folder):
         told(folder, "index", "b.tar", "--out", "web.tsv", "--holdout", "0.5")
     report, val = json.loads((folder / "web.tsv.json").read_text()), (folder / "val.tsv").read_bytes()
     assert report["val"] == {"path": "val.tsv", "sha256": hashlib.sha256(val).hexdigest()}
+    (folder / "val.tsv").write_bytes(before)  # another again
+    told(folder, "index", "b.tar", "--out", "web.tsv", "--holdout", "0.5", code=2)
+    assert (folder / "val.tsv").read_bytes() == before
+    (folder / "val.tsv.partial").write_bytes(val)  # killed between OUT.json and its val.tsv
+    told(folder, "index", "b.tar", "--out", "web.tsv", "--holdout", "0.5")
 
 
 def test_why_a_tar_gave_nothing_is_told(folder):
@@ -232,11 +237,15 @@ def test_mixes_of_mixes_keep_where_rows_came_from(folder):
     told(folder, "mix", "a.tsv", "b.tsv", "--out", "m.tsv")
     assert [(row["source"], row["source_before"]) for row in read(folder / "m.tsv")] == [("a", "flickr"), ("a", "cc12m"),
                                                                                       ("b", "")]  # fmt: skip
+    told(folder, "mix", "m.tsv", "b.tsv", "--out", "mm.tsv")
+    assert [(row["source"], row["source_before"]) for row in read(folder / "mm.tsv")] == [("m", "flickr"), ("m", "cc12m"),
+                                                                                       ("m", "b")]  # fmt: skip
 
 
 @pytest.mark.parametrize("flags, said", [
     (("mix", "a.tsv", "b.tsv", "--rows", "3", "--weights", "inf", "1"), "expected a positive number for each of 2"),
     (("mix", "a.tsv", "b.tsv", "--rows", "3", "--weights", "1e308", "1e308"), "expected a positive number for each of 2"),
+    (("mix", "a.tsv", "b.tsv", "--rows", "3", "--weights", "1e308", "1"), "expected a positive number for each of 2"),
     (("subset", "a.tsv", "--profile", "pareto", "--imbalance", "inf"), "--imbalance is a number from 1 on"),
     (("subset", "a.tsv", "--profile", "balanced", "--rows", "1" + "0" * 30), "there are 9 rows to choose from"),
 ])  # fmt: skip

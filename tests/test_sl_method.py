@@ -409,7 +409,7 @@ def test_pixels_are_standardised_as_the_weights_expect(tmp_path):
         standard(ready)  # batch norm's statistics, for features of a usual size
     model, again, ssl = (sl.Classifier("resnet50", 7, None, False) for _ in range(3))
     sl.load_tower(model, save(standard.state_dict(), tmp_path / "resnet50.pth"))
-    checkpoint = sl.checkpoint_of_classifier(model, list("abcdefg"), np.ones(7), np.zeros(0), Namespace(), 1)
+    checkpoint = sl.checkpoint_of_classifier(model, named("abcdefg"), np.ones(7), np.zeros(0), Namespace(), 1)
     torch.save(checkpoint, tmp_path / "ours.pt")  # fine-tuned weights expect what those they came from did
     sl.load_tower(again, str(tmp_path / "ours.pt"))
     standard.fc = torch.nn.Identity()

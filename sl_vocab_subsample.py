@@ -1049,9 +1049,9 @@ def uniform_hash(*keys: int | np.ndarray) -> np.ndarray:
 def locate_image(table: Table, row: int) -> tuple[Path, int, int]:
     """Where the image of a row is: path, offset (row of an .npy, -1 if none is named), size in bytes or -1 for all."""
     field = table.get(row, "image")
-    if match := re.fullmatch(r"(.+\.tar):(\d{1,18}):(\d{1,18})", field):
+    if match := re.fullmatch(r"(.+\.tar):(\d{1,4000}):(\d{1,4000})", field):
         return table.folder / match[1], int(match[2]), int(match[3])
-    if match := re.fullmatch(r"(.+\.npy):(\d{1,18})", field):
+    if match := re.fullmatch(r"(.+\.npy):(\d{1,4000})", field):
         return table.folder / match[1], int(match[2]), -1
     return table.folder / field, -1 if field.endswith(".npy") else 0, -1
 

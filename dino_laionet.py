@@ -1072,7 +1072,8 @@ def read_image(table: Table, row: int, min_side: float, max_pixels: int) -> Imag
         return "truncated" if "truncated" in str(error).lower() else "cannot be decoded"
 
 
-def view_boxes(scale: tuple[float, float], max_ratio: float, aspect: np.ndarray, *keys: int | np.ndarray) -> np.ndarray:
+# Copied from clip.py
+def crop_boxes(scale: tuple[float, float], max_ratio: float, aspect: np.ndarray, *keys: int | np.ndarray) -> np.ndarray:
     """Random crops with the law of torchvision's RandomResizedCrop(scale, ratio=(1 / max_ratio, max_ratio)).
 
     aspect: [B] image width / height. keys: integers [B] that seed the draws.
@@ -1082,14 +1083,34 @@ def view_boxes(scale: tuple[float, float], max_ratio: float, aspect: np.ndarray,
     draws = uniform_hash(*(np.reshape(key, (-1, 1)) for key in keys), np.arange(22)) + np.zeros((B, 1))  # [B, 22]
     area = scale[0] + (scale[1] - scale[0]) * draws[:, :10]
     ratio = max_ratio ** (2 * draws[:, 10:20] - 1)
-    width, height = np.sqrt(area * ratio / aspect[:, None]), np.sqrt(area / ratio * aspect[:, None])  # [B, 10]
+    width, height = np.sqrt(area * ratio / aspect[:, None]), np.sqrt(area / ratio * aspect[:, None])  # [B, 10] of 1
     fits = (width <= 1) & (height <= 1)
     first, any_fits = (np.arange(B), fits.argmax(1)), fits.any(1)
-    largest = aspect.clip(1 / max_ratio, max_ratio)
+    largest = aspect.clip(1 / max_ratio, max_ratio)  # of the largest crop, from the centre when no try fits
     width = np.where(any_fits, width[first], np.minimum(1, largest / aspect))
     height = np.where(any_fits, height[first], np.minimum(1, aspect / largest))
     left, top = (np.where(any_fits, draws[:, k], 0.5) * (1 - side) for k, side in ((20, width), (21, height)))
     return np.stack([left, top, left + width, top + height], 1)
+
+
+# Copied from clip.py
+def read_or_replace(tables: list[Table], examples: np.ndarray, i: int, min_side: float, max_pixels: int, seed: int,
+                    bad: list[tuple[str, str]]) -> Image.Image:
+    """The image of examples[i]; another example takes its place, in the array too, if it cannot be read.
+
+    examples: [B, 3] (set, row, epoch), by which replacements are drawn. min_side: px, see read_image.
+    bad: gets (reason, place) of each image that cannot be read, (GAVE_UP, message) where a hundred in a row were bad.
+    """
+    for attempt in range(100):
+        s, row, epoch = map(int, examples[i])
+        image = read_image(tables[s], row, min_side, max_pixels)
+        if not isinstance(image, str):
+            return image
+        bad.append((image, f"{tables[s].path} row {row + 1}: {tables[s].get(row, 'image')}"))
+        examples[i, 1] = int(uniform_hash(seed, 3, s, row, epoch, attempt) * len(tables[s]))
+    # A worker process cannot end the run: note_bad_images does.
+    bad.append((GAVE_UP, f"100 unreadable images in a row, the last: {': '.join(bad[-1])}"))
+    return Image.new("RGB", (32, 32))
 
 
 # Copied from clip.py
@@ -1205,7 +1226,7 @@ class Views(torch.utils.data.Dataset):
         self.smallest = max(size / math.sqrt(scale[0] / max_ratio) for size, scale in zip(sizes, scales))  # side, px
 
     def boxes(self, v: int, aspect: np.ndarray, examples: np.ndarray) -> np.ndarray:
-        return view_boxes(self.scales[v], self.max_ratio, aspect, self.seed, 7, v, *examples.T)
+        return crop_boxes(self.scales[v], self.max_ratio, aspect, self.seed, 7, v, *examples.T)
 
     def __getitems__(self, examples: np.ndarray) -> dict:
         """[B, 3] (set, row, epoch) -> draws [V, B, N_DRAWS], bad, and pixel_rows [B], boxes [V, B, 4] or V crops."""
@@ -1213,7 +1234,7 @@ class Views(torch.utils.data.Dataset):
         if self.pixel_offsets is None:
             crops = [np.empty((len(examples), size, size, 3), np.uint8) for size in self.sizes]
             for i in range(len(examples)):
-                image = self.read(examples, i, bad)
+                image = read_or_replace(self.tables, examples, i, self.smallest, self.max_pixels, self.seed, bad)
                 for v, size in enumerate(self.sizes):
                     box = self.boxes(v, np.array([image.width / image.height]), examples[i : i + 1])[0]
                     box = tuple(box * (image.width, image.height, image.width, image.height))
@@ -1226,19 +1247,6 @@ class Views(torch.utils.data.Dataset):
         draws = uniform_hash(self.seed, 8, *(examples.T[:, None, :, None]), np.arange(V)[:, None, None],
                              np.arange(N_DRAWS))
         return batch | {"draws": torch.from_numpy(draws.astype(np.float32)), "bad": bad}
-
-    def read(self, examples: np.ndarray, i: int, bad: list[tuple[str, str]]) -> Image.Image:
-        """The image of examples[i]; another example takes its place, in the array too, if it cannot be read."""
-        for attempt in range(100):
-            s, row, epoch = map(int, examples[i])
-            image = read_image(self.tables[s], row, self.smallest, self.max_pixels)
-            if not isinstance(image, str):
-                return image
-            bad.append((image, f"{self.tables[s].path} row {row + 1}: {self.tables[s].get(row, 'image')}"))
-            examples[i, 1] = int(uniform_hash(self.seed, 3, s, row, epoch, attempt) * len(self.tables[s]))
-        # A worker process cannot end the run: note_bad_images does.
-        bad.append((GAVE_UP, f"100 unreadable images in a row, the last: {': '.join(bad[-1])}"))
-        return Image.new("RGB", (self.sizes[0], self.sizes[0]))
 
 
 def grey(x: torch.Tensor) -> torch.Tensor:

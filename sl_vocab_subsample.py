@@ -1112,24 +1112,44 @@ def read_image(table: Table, row: int, min_side: float, max_pixels: int) -> Imag
 
 
 # Copied from clip.py
-def crop_boxes(min_area: float, aspect: np.ndarray, *keys: int | np.ndarray) -> np.ndarray:
-    """Random crops with the law of torchvision's RandomResizedCrop(scale=(min_area, 1), ratio=(3/4, 4/3)).
+def crop_boxes(scale: tuple[float, float], max_ratio: float, aspect: np.ndarray, *keys: int | np.ndarray) -> np.ndarray:
+    """Random crops with the law of torchvision's RandomResizedCrop(scale, ratio=(1 / max_ratio, max_ratio)).
 
     aspect: [B] image width / height. keys: integers [B] that seed the draws.
     Returns [B, 4] left, top, right, bottom as fractions of width and height. Ten tries to fit, else the largest crop.
     """
     B = len(aspect)
     draws = uniform_hash(*(np.reshape(key, (-1, 1)) for key in keys), np.arange(22)) + np.zeros((B, 1))  # [B, 22]
-    area = min_area + (1 - min_area) * draws[:, :10]
-    ratio = (4 / 3) ** (2 * draws[:, 10:20] - 1)
+    area = scale[0] + (scale[1] - scale[0]) * draws[:, :10]
+    ratio = max_ratio ** (2 * draws[:, 10:20] - 1)
     width, height = np.sqrt(area * ratio / aspect[:, None]), np.sqrt(area / ratio * aspect[:, None])  # [B, 10] of 1
     fits = (width <= 1) & (height <= 1)
     first, any_fits = (np.arange(B), fits.argmax(1)), fits.any(1)
-    largest = aspect.clip(3 / 4, 4 / 3)  # width / height of the largest crop, taken from the centre when no try fits
+    largest = aspect.clip(1 / max_ratio, max_ratio)  # of the largest crop, from the centre when no try fits
     width = np.where(any_fits, width[first], np.minimum(1, largest / aspect))
     height = np.where(any_fits, height[first], np.minimum(1, aspect / largest))
     left, top = (np.where(any_fits, draws[:, k], 0.5) * (1 - side) for k, side in ((20, width), (21, height)))
     return np.stack([left, top, left + width, top + height], 1)
+
+
+# Copied from clip.py
+def read_or_replace(tables: list[Table], examples: np.ndarray, i: int, min_side: float, max_pixels: int, seed: int,
+                    bad: list[tuple[str, str]]) -> Image.Image:
+    """The image of examples[i]; another example takes its place, in the array too, if it cannot be read.
+
+    examples: [B, 3] (set, row, epoch), by which replacements are drawn. min_side: px, see read_image.
+    bad: gets (reason, place) of each image that cannot be read, (GAVE_UP, message) where a hundred in a row were bad.
+    """
+    for attempt in range(100):
+        s, row, epoch = map(int, examples[i])
+        image = read_image(tables[s], row, min_side, max_pixels)
+        if not isinstance(image, str):
+            return image
+        bad.append((image, f"{tables[s].path} row {row + 1}: {tables[s].get(row, 'image')}"))
+        examples[i, 1] = int(uniform_hash(seed, 3, s, row, epoch, attempt) * len(tables[s]))
+    # A worker process cannot end the run: note_bad_images does.
+    bad.append((GAVE_UP, f"100 unreadable images in a row, the last: {': '.join(bad[-1])}"))
+    return Image.new("RGB", (32, 32))
 
 
 # Copied from clip.py
@@ -1138,27 +1158,15 @@ def read_crops(tables: list[Table], examples: np.ndarray, image_size: int, min_s
     """Read and crop the images of a batch; another example takes the place of one that cannot be read.
 
     examples: [B, 3] (set, row, epoch). min_side: px, see read_image. Crops and replacements are drawn by example.
-    Returns: the examples that were read; [B, 3, S, S] uint8, channels last in memory; (reason, place) of bad images,
-    (GAVE_UP, message) where a hundred in a row were bad.
+    Returns: the examples that were read; [B, 3, S, S] uint8, channels last in memory; bad images as read_or_replace.
     """
     examples, bad = np.array(examples), []
     pixels = np.empty((len(examples), image_size, image_size, 3), np.uint8)
     for first in range(0, len(examples), 16):  # a few decoded images at a time, and their boxes at once
-        images = []
-        for example in examples[first : first + 16]:
-            for attempt in range(100):
-                s, row, epoch = map(int, example)
-                image = read_image(tables[s], row, min_side, max_pixels)
-                if not isinstance(image, str):
-                    break
-                bad.append((image, f"{tables[s].path} row {row + 1}: {tables[s].get(row, 'image')}"))
-                example[1] = int(uniform_hash(seed, 3, s, row, epoch, attempt) * len(tables[s]))
-            else:  # a worker process cannot end the run: note_bad_images does
-                bad.append((GAVE_UP, f"100 unreadable images in a row, the last: {': '.join(bad[-1])}"))
-                image = Image.new("RGB", (image_size, image_size))
-            images.append(image)
+        images = [read_or_replace(tables, examples, i, min_side, max_pixels, seed, bad)
+                  for i in range(first, min(first + 16, len(examples)))]
         aspect = np.array([image.width / image.height for image in images])
-        boxes = crop_boxes(crop_scale, aspect, seed, 2, *examples[first : first + 16].T)
+        boxes = crop_boxes((crop_scale, 1), 4 / 3, aspect, seed, 2, *examples[first : first + 16].T)
         for i, (image, box) in enumerate(zip(images, boxes), first):
             box = tuple(box * (image.width, image.height, image.width, image.height))
             pixels[i] = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box)
@@ -1315,7 +1323,7 @@ class LabelledImages(torch.utils.data.Dataset):
                                                         self.crop_scale, self.max_pixels, self.seed)
         rows = torch.from_numpy(self.offsets[examples[:, 0]] + examples[:, 1])  # a replacement brings its own label
         if self.on_device:
-            boxes = crop_boxes(self.crop_scale, np.ones(len(examples)), self.seed, 2, *examples.T)
+            boxes = crop_boxes((self.crop_scale, 1), 4 / 3, np.ones(len(examples)), self.seed, 2, *examples.T)
             batch = {"pixel_rows": rows, "boxes": torch.from_numpy(boxes).float()}
         labels = self.labels[rows]
         if self.is_random:

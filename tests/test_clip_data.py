@@ -289,7 +289,7 @@ def test_jpegs_are_decoded_no_smaller_than_needed(tmp_path):
 def test_very_thin_images(size, kind, tmp_path):
     image = read(tmp_path, encoded(Image.new("RGB", size, (9, 90, 200)), kind, quality=95), min_side=224)
     assert image.size == size and close([image.getpixel((0, 0))], [(9, 90, 200)])
-    box = clip.crop_boxes(0.9, np.array([size[0] / size[1]]), 0, np.arange(1))[0] * (*size, *size)
+    box = clip.crop_boxes((0.9, 1), 4 / 3, np.array([size[0] / size[1]]), 0, np.arange(1))[0] * (*size, *size)
     assert image.resize((8, 8), Image.Resampling.BICUBIC, tuple(box)).size == (8, 8)
 
 
@@ -453,7 +453,7 @@ def test_crops_have_the_law_of_random_resized_crop(min_area, width, height):
     )
     top, left, h, w = tops.T
     theirs = geometry(np.stack([left / width, top / height, (left + w) / width, (top + h) / height], 1), width / height)
-    ours = geometry(clip.crop_boxes(min_area, np.full(3000, width / height), 0, 2, np.arange(3000)), width / height)
+    ours = geometry(clip.crop_boxes((min_area, 1), 4 / 3, np.full(3000, width / height), 0, 2, np.arange(3000)), width / height)
     p_values = {name: stats.ks_2samp(ours[name].round(3), theirs[name].round(3)).pvalue for name in ours}
     assert min(p_values.values()) > 1e-4, p_values
 
@@ -461,25 +461,25 @@ def test_crops_have_the_law_of_random_resized_crop(min_area, width, height):
 def test_crops_lie_inside_and_have_the_asked_shape():
     aspect = np.exp(np.random.default_rng(0).uniform(-3, 3, 20_000))
     for min_area in (1e-4, 0.5, 0.9, 1.0):
-        boxes = clip.crop_boxes(min_area, aspect, 5, np.arange(20_000))
+        boxes = clip.crop_boxes((min_area, 1), 4 / 3, aspect, 5, np.arange(20_000))
         assert boxes.shape == (20_000, 4) and boxes.min() >= 0 and boxes.max() <= 1 + 1e-12
         shape = geometry(boxes, aspect)
         assert (shape["area"] > 0).all() and shape["area"].max() <= 1 + 1e-9
         inside = (aspect > 3 / 4) & (aspect < 4 / 3)
         assert (shape["aspect"] > 3 / 4 - 1e-9).all() and (shape["aspect"] < 4 / 3 + 1e-9).all()
         assert shape["area"][inside].min() >= min_area - 1e-9
-    whole = clip.crop_boxes(1.0, np.ones(50), 0, np.arange(50))
+    whole = clip.crop_boxes((1.0, 1), 4 / 3, np.ones(50), 0, np.arange(50))
     np.testing.assert_allclose(whole, np.tile([0, 0, 1, 1], (50, 1)), atol=1e-12)  # --crop-scale 1: all of a square
 
 
 def test_crops_depend_on_their_keys_alone():
     aspect, rows = np.linspace(0.5, 2, 40), np.arange(40)
-    boxes = clip.crop_boxes(0.3, aspect, 0, 2, rows, rows % 3)
+    boxes = clip.crop_boxes((0.3, 1), 4 / 3, aspect, 0, 2, rows, rows % 3)
     for i in (0, 17, 39):
         assert np.array_equal(
-            clip.crop_boxes(0.3, aspect[i : i + 1], 0, 2, rows[i : i + 1], rows[i : i + 1] % 3)[0], boxes[i]
+            clip.crop_boxes((0.3, 1), 4 / 3, aspect[i : i + 1], 0, 2, rows[i : i + 1], rows[i : i + 1] % 3)[0], boxes[i]
         )
-    assert not np.isclose(clip.crop_boxes(0.3, aspect, 1, 2, rows, rows % 3), boxes).all(1).any()
+    assert not np.isclose(clip.crop_boxes((0.3, 1), 4 / 3, aspect, 1, 2, rows, rows % 3), boxes).all(1).any()
 
 
 def smooth_image(width, height):

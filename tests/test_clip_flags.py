@@ -69,7 +69,7 @@ def slow_loop(root, **changes):
             group["lr"] = lr = s.lr * (step + 1) / s.warmup_steps if step < s.warmup_steps else s.lr / 2 * (1 + cosine)
         examples = sampler.batch(step)
         if has_pixels:
-            boxes = torch.from_numpy(clip.crop_boxes(crop, np.ones(B), seed, 2, *examples.T)).float()
+            boxes = torch.from_numpy(clip.crop_boxes((crop, 1), 4 / 3, np.ones(B), seed, 2, *examples.T)).float()
             images = clip.crop_pixels(torch.stack([pixels[i][row] for i, row, _ in examples]), boxes, 32)
         else:
             examples, images, bad = clip.read_crops(tables, examples, 32, 0, crop, s.max_pixels, seed)

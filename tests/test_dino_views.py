@@ -25,7 +25,7 @@ def uniform(*shape, seed=0):
 def test_boxes_have_the_law_of_torchvision(scale, aspect):
     n, height = 3000, 2000
     width, ratio = round(aspect * height), 4 / 3
-    boxes = dino.view_boxes(scale, ratio, np.full(n, width / height), 0, np.arange(n))
+    boxes = dino.crop_boxes(scale, ratio, np.full(n, width / height), 0, np.arange(n))
     assert boxes.min() >= 0 and boxes.max() <= 1 + 1e-12
     left, top, right, bottom = (boxes * [width, height, width, height]).T
     ours = np.stack([left, top, right - left, bottom - top], 1)
@@ -49,17 +49,17 @@ def test_boxes_have_the_law_of_torchvision(scale, aspect):
 @pytest.mark.parametrize("aspect", [10.0, 0.1])
 def test_box_that_never_fits(aspect):
     """The largest crop of an allowed ratio, in the middle."""
-    box = dino.view_boxes((0.9, 1.0), 4 / 3, np.array([aspect]), 0, 1)[0]
+    box = dino.crop_boxes((0.9, 1.0), 4 / 3, np.array([aspect]), 0, 1)[0]
     side = 4 / 3 / 10
     expected = [0.5 - side / 2, 0, 0.5 + side / 2, 1] if aspect > 1 else [0, 0.5 - side / 2, 1, 0.5 + side / 2]
     np.testing.assert_allclose(box, expected, atol=1e-12)
 
 
 def test_boxes_depend_on_their_own_keys_alone():
-    boxes = dino.view_boxes((0.1, 1.0), 1.3, np.ones(5), 3, np.arange(5))
-    alone = dino.view_boxes((0.1, 1.0), 1.3, np.ones(1), 3, np.array([4]))
+    boxes = dino.crop_boxes((0.1, 1.0), 1.3, np.ones(5), 3, np.arange(5))
+    alone = dino.crop_boxes((0.1, 1.0), 1.3, np.ones(1), 3, np.array([4]))
     assert np.array_equal(boxes[4:], alone) and len(np.unique(boxes, axis=0)) == 5
-    assert not np.array_equal(alone, dino.view_boxes((0.1, 1.0), 1.3, np.ones(1), 4, np.array([4])))
+    assert not np.array_equal(alone, dino.crop_boxes((0.1, 1.0), 1.3, np.ones(1), 4, np.array([4])))
 
 
 @pytest.mark.parametrize("f", [0.0, 0.3, 1.0])
@@ -116,7 +116,7 @@ def test_crops_of_files_are_torchvisions(tmp_path, monkeypatch):
     table, n = pictures(tmp_path)[0], 5
     for left, top, right, bottom in (0, 0, 40, 32), (6, 4, 38, 28), (20, 10, 30, 20):
         box = np.array([[left / 40, top / 32, right / 40, bottom / 32]])
-        monkeypatch.setattr(dino, "view_boxes", lambda *args, box=box: box)
+        monkeypatch.setattr(dino, "crop_boxes", lambda *args, box=box: box)
         crops = views_of(table, [28, 16], n)[0]["crops"]
         for size, ours in zip((28, 16), crops, strict=True):
             edge = 0 if right - left == 40 else 2 * size // min(right - left, bottom - top, size)

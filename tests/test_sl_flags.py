@@ -300,7 +300,7 @@ def test_the_loop_is_plain_supervised_learning(kind, world, tmp_path):
         for group in optimizer.param_groups:  # two steps of warm-up, then the cosine
             group["lr"] = 1e-3 * (step + 1 if step < 2 else 1 + math.cos(math.pi * (step - 2) / 2))
         examples = sl.Sampler([len(x) for x in labels], shares, 32, 3, step, 4, 0, 1).batch(step)
-        boxes = torch.from_numpy(sl.crop_boxes(0.3, np.ones(32), 3, 2, *examples.T)).float()
+        boxes = torch.from_numpy(sl.crop_boxes((0.3, 1), 4 / 3, np.ones(32), 3, 2, *examples.T)).float()
         images = sl.crop_pixels(torch.stack([pixels[s][row] for s, row, _ in examples]), boxes, 32)
         features, rows, scale = model(images)
         targets = torch.tensor([int(labels[s][row]) for s, row, _ in examples])

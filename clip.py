@@ -738,15 +738,19 @@ def load_weights(path: str) -> dict:
     return checkpoint | {"state_dict": names}
 
 
-def load_state(model: CLIP, state_dict: dict[str, torch.Tensor], path: str) -> None:
-    """Load strictly; a difference in names or shapes ends with both lists."""
+def load_state(model: nn.Module, state_dict: dict[str, torch.Tensor], path: str) -> None:
+    """Load strictly: SystemExit for other names or shapes, with both lists, and for values that are not finite."""
     own = model.state_dict()
+    state_dict = {k: v for k, v in own.items() if k.endswith("batches_tracked")} | state_dict  # torch 0.4 wrote none
     missing, unexpected = sorted(own.keys() - state_dict), sorted(state_dict.keys() - own)
     shapes = [f"{k} {tuple(state_dict[k].shape)} for {tuple(own[k].shape)}" for k in own.keys() & state_dict.keys()
               if own[k].shape != state_dict[k].shape]
     if missing or unexpected or shapes:
         raise SystemExit(f"{path} does not fit the model (another --arch?): missing {missing[:5]}, unexpected "
                          f"{unexpected[:5]}, shapes {shapes[:5]}")
+    broken = [name for name, value in state_dict.items() if not bool(value.isfinite().all())]
+    if broken:
+        raise SystemExit(f"{path}: values that are not finite in {broken[:5]}")
     model.load_state_dict(state_dict)
 
 

@@ -842,6 +842,23 @@ def load_weights(path: str) -> dict:
     return checkpoint | {"state_dict": names}
 
 
+# Copied from clip.py
+def load_state(model: nn.Module, state_dict: dict[str, torch.Tensor], path: str) -> None:
+    """Load strictly: SystemExit for other names or shapes, with both lists, and for values that are not finite."""
+    own = model.state_dict()
+    state_dict = {k: v for k, v in own.items() if k.endswith("batches_tracked")} | state_dict  # torch 0.4 wrote none
+    missing, unexpected = sorted(own.keys() - state_dict), sorted(state_dict.keys() - own)
+    shapes = [f"{k} {tuple(state_dict[k].shape)} for {tuple(own[k].shape)}" for k in own.keys() & state_dict.keys()
+              if own[k].shape != state_dict[k].shape]
+    if missing or unexpected or shapes:
+        raise SystemExit(f"{path} does not fit the model (another --arch?): missing {missing[:5]}, unexpected "
+                         f"{unexpected[:5]}, shapes {shapes[:5]}")
+    broken = [name for name, value in state_dict.items() if not bool(value.isfinite().all())]
+    if broken:
+        raise SystemExit(f"{path}: values that are not finite in {broken[:5]}")
+    model.load_state_dict(state_dict)
+
+
 def load_backbone(model: Network, path: str) -> None:
     """Load an image tower: keys visual.* (clip.py, this script), backbone.* (public DINO, its teacher) or bare ones.
 
@@ -855,18 +872,8 @@ def load_backbone(model: Network, path: str) -> None:
     weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     weights = {name: value for name, value in weights.items() if not name.startswith("fc.")}
     own = model.visual.state_dict()
-    weights = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")} | weights  # torch 0.4 wrote none
     weights |= {name: own[name] for name in own if model.arch == "tiny" and name.startswith("proj.")}  # not used here
-    missing, unexpected = sorted(own.keys() - weights), sorted(weights.keys() - own)
-    shapes = [f"{k} {tuple(weights[k].shape)} for {tuple(own[k].shape)}" for k in own.keys() & weights.keys()
-              if own[k].shape != weights[k].shape]
-    if missing or unexpected or shapes:
-        raise SystemExit(f"--init {path} does not fit --arch {model.arch}: missing {missing[:5]}, unexpected "
-                         f"{unexpected[:5]}, shapes {shapes[:5]}")
-    broken = [name for name, value in weights.items() if not bool(value.isfinite().all())]
-    if broken:
-        raise SystemExit(f"--init {path}: values that are not finite in {broken[:5]}")
-    model.visual.load_state_dict(weights)
+    load_state(model.visual, weights, f"--init {path}")
 
 
 # ------------------------------------------------------------------------------ data

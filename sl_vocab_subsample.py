@@ -811,6 +811,23 @@ def load_weights(path: str) -> dict:
     return checkpoint | {"state_dict": names}
 
 
+# Copied from clip.py
+def load_state(model: nn.Module, state_dict: dict[str, torch.Tensor], path: str) -> None:
+    """Load strictly: SystemExit for other names or shapes, with both lists, and for values that are not finite."""
+    own = model.state_dict()
+    state_dict = {k: v for k, v in own.items() if k.endswith("batches_tracked")} | state_dict  # torch 0.4 wrote none
+    missing, unexpected = sorted(own.keys() - state_dict), sorted(state_dict.keys() - own)
+    shapes = [f"{k} {tuple(state_dict[k].shape)} for {tuple(own[k].shape)}" for k in own.keys() & state_dict.keys()
+              if own[k].shape != state_dict[k].shape]
+    if missing or unexpected or shapes:
+        raise SystemExit(f"{path} does not fit the model (another --arch?): missing {missing[:5]}, unexpected "
+                         f"{unexpected[:5]}, shapes {shapes[:5]}")
+    broken = [name for name, value in state_dict.items() if not bool(value.isfinite().all())]
+    if broken:
+        raise SystemExit(f"{path}: values that are not finite in {broken[:5]}")
+    model.load_state_dict(state_dict)
+
+
 def load_tower(model: Classifier, path: str) -> str:
     """Load the image tower of a checkpoint: keys visual.* (clip.py, this script, dino_laionet.py), backbone.*,
     encoder.* or encoder_q.* (SimCLR's and MoCo's), or without.
@@ -835,20 +852,11 @@ def load_tower(model: Classifier, path: str) -> str:
     if fresh:  # the file's last layer, a projection in SimCLR's and MoCo's, goes
         weights = {k: v for k, v in weights.items() if not k.startswith(f"{fresh}.")}
         weights |= {k: v for k, v in own.items() if k.startswith(f"{fresh}.")}
-    weights = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")} | weights  # torch 0.4 wrote none
-    missing, unexpected = sorted(own.keys() - weights), sorted(weights.keys() - own)
-    shapes = [f"{k} {tuple(weights[k].shape)} for {tuple(own[k].shape)}" for k in own.keys() & weights.keys()
-              if own[k].shape != weights[k].shape]
-    if missing or unexpected or shapes:
-        raise SystemExit(f"--init {path} does not fit --arch {model.arch}: missing {missing[:5]}, unexpected "
-                         f"{unexpected[:5]}, shapes {shapes[:5]}")
-    broken = [name for name, value in weights.items() if not bool(value.isfinite().all())]
     is_public = prefix != "visual." and model.arch in ("resnet50", "dino-ViT-S-16")
     pixels = loaded.get("pixels", "imagenet" if is_public else "clip")
-    if broken or pixels not in PIXELS:
-        raise SystemExit(f"--init {path}: values that are not finite in {broken[:5]}" if broken else
-                         f"--init {path} names the pixel statistics {pixels!r}, expected one of {', '.join(PIXELS)}")
-    model.visual.load_state_dict(weights)
+    if pixels not in PIXELS:
+        raise SystemExit(f"--init {path} names the pixel statistics {pixels!r}, expected one of {', '.join(PIXELS)}")
+    load_state(model.visual, weights, f"--init {path}")
     model.use_pixels(pixels)
     return fresh
 

@@ -432,7 +432,7 @@ def test_bad_input(world, trained, tmp_path, capsys):
         (["--transfer", tmp_path / "lost"], "neither its first nor its last image can be read (missing file)"),
         (["--ema", "1.5"], "--ema must be in [0, 1]"),
         (["--global-scale", "0.9", "0.2"], "--global-scale must be 0 < LO <= HI <= 1"),
-        (["--init", world / "backbone.pt", "--arch", "ViT-S-16", "--global-size", "16"], "does not fit --arch ViT"),
+        (["--init", world / "backbone.pt", "--arch", "ViT-S-16", "--global-size", "16"], "does not fit the model"),
         (["--arch", "ViT-S-16"], "multiples of its patches of 16 px"),
         (["--arch", "RN50"], "at least 32"),
         (["--augment", "dino", "--local-crops", "1", "--local-size", "6"], "at least 7"),

@@ -343,7 +343,7 @@ def test_bad_input(world, clip_pt, tmp_path):
         (["--data", empty / "train.tsv", "--root", empty, "--eval-sets"], "has no classes"),
         (["--head", "frozen", "--head-init", tmp_path / "narrow.npy"], "expected an array (classes, width)"),
         (["--head", "frozen", "--head-init", tmp_path / "none.pt"], "cannot be read"),
-        (["--init", clip_pt, "--arch", "ViT-S-16"], "does not fit --arch ViT-S-16"),
+        (["--init", clip_pt, "--arch", "ViT-S-16"], "does not fit the model"),
         (["--init", clip_pt, "--head", "frozen", "--head-init", tmp_path / "other.npy"], "(64, 128) for (32, 128)"),
         (["--data", "nowhere"], "no file"),
         (["--batch-size", "100000"], "larger than the"),

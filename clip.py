@@ -22,8 +22,8 @@ The paper's recipe (RN50, 32 epochs of ImageNet-Captions) adds these flags to --
 
 A data set is a TSV (columns image, label, caption, any others); an image is `photos/1.jpg`, `00000.tar:512:34567`
 (offset and size in an uncompressed tar) or `val.npy:17` (row of a uint8 array); `build_datasets.py index` writes such
-files. Written to --out: args.json, log.jsonl, checkpoint.pt, metrics.json and <set>.npz for each test set; with a
-frozen text tower also text_features.npy, if the captions' embeddings are many.
+files. Written to --out: args.json (flags, versions, a CRC of each table), log.jsonl, checkpoint.pt, metrics.json and
+<set>.npz for each test set; with a frozen text tower also text_features.npy, if the captions' embeddings are many.
 
 Dimension key: B pairs of this process, N = B * world_size pairs of the step, D embedding width, L tokens, P image
 tokens, C classes, H heads. Features are unit vectors unless called *_embed, but for those in <set>.npz and a loader's.
@@ -363,6 +363,7 @@ def backward_in_chunks(net: nn.Module, images: torch.Tensor, texts: torch.Tensor
             roots = [(output, grad) for output, grad in zip(outputs, grads) if output.requires_grad]
             torch.autograd.backward(*zip(*roots))
     return loss.detach(), image_features.detach(), text_features.detach()
+
 
 # ------------------------------------------------------------------------------ model
 # Parameter names and shapes are OpenAI's and open_clip's, so released weights load strictly, and ours load there.
@@ -765,6 +766,7 @@ def pick_activation(flag: str, checkpoint: dict, path: str) -> str:
     if stored is not None and flag not in ("auto", stored):
         raise SystemExit(f"{path} was trained with {stored}, --activation says {flag}")
     return stored or flag
+
 
 # ------------------------------------------------------------------------------ data
 
@@ -1428,6 +1430,7 @@ def stack_images(items: list[tuple[torch.Tensor, str | int]]) -> tuple[torch.Ten
     images, reasons = zip(*items)
     return torch.stack(images), list(reasons)
 
+
 # ------------------------------------------------------------------------------ plumbing
 
 
@@ -1918,6 +1921,7 @@ def evaluate(model: CLIP, tokenizer: Tokenizer | None, world: World, workers: in
             write_atomically(npz_folder / f"{name}.npz", lambda file, arrays=arrays: np.savez(file, **arrays))
     model.train()
     return metrics
+
 
 # ------------------------------------------------------------------------------ train
 

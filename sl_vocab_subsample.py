@@ -427,6 +427,7 @@ def exact_matmul() -> Iterator[None]:
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
 
+
 # ------------------------------------------------------------------------------ model
 
 TOWERS = {
@@ -1372,6 +1373,7 @@ def stack_images(items: list[tuple[torch.Tensor, str | int]]) -> tuple[torch.Ten
     """Collate function of EvalImages: one tensor a block, since each tensor of a worker holds a file descriptor."""
     images, reasons = zip(*items)
     return torch.stack(images), list(reasons)
+
 
 # ------------------------------------------------------------------------------ plumbing
 

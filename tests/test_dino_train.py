@@ -395,7 +395,7 @@ def test_bad_input(world, trained, tmp_path, capsys):
     """One clear line, exit code 2, nothing written."""
     out, good = tmp_path / "out", state_of(trained[0])
     flags = ["--root", world, "--steps", "1", "--batch-size", "32", "--eval-sets", "--device", "cpu"]
-    programs.run_here(sl, *flags, "--out", world / "head")
+    programs.run_here(sl, *flags, "--out", world / "classifier")
     torch.save({k: v for k, v in good.items() if k != "args"}, tmp_path / "no_args.pt")
     torch.save(good | {"state_dict": {}}, tmp_path / "other_weights.pt")
     torch.save(good | {"state_dict": good["state_dict"] | {"visual.conv1.weight": 3}}, tmp_path / "number.pt")
@@ -425,7 +425,7 @@ def test_bad_input(world, trained, tmp_path, capsys):
         (["--student-temp", "1e-45"], "must be positive"),
         (["--warmup-teacher-temp", "inf", "--warmup-teacher-temp-steps", "9"], "below 2**32"),
         (["--crop-aspect", "inf"], "--crop-aspect must be at least 1"),
-        (["--resume", world / "head" / "checkpoint.pt"], "is no checkpoint of this dino_laionet.py: it has no --"),
+        (["--resume", world / "classifier" / "checkpoint.pt"], "is no checkpoint of this dino_laionet.py: it has no --"),
         (["--eval-only", tmp_path / "no_args.pt"], "no args in it"),
         (["--eval-only", tmp_path / "other_weights.pt"], "does not fit its --arch"),
         (["--init", tmp_path / "number.pt"], "missing ['conv1.weight']"),

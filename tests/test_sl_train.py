@@ -33,7 +33,7 @@ def clip_pt(world):
     """A small CLIP checkpoint with class prototypes, as ROOT/clip.pt is."""
     path = world / "head.pt"
     flags = ["--root", world, "--steps", "3", "--batch-size", "32", "--device", "cpu", "--precision", "fp32"]
-    programs.run_here(clip, *flags, "--eval-sets", "val", "--out", world / "head", "--export", path)
+    programs.run_here(clip, *flags, "--eval-sets", "val", "--out", path.parent / "clip_run", "--export", path)
     return path
 
 

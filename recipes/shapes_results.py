@@ -864,7 +864,8 @@ EXPERIMENTS = [
         differs="Zero-shot: the CLIP of web. Fine-tuned: 400 steps of SL on 4,000 long-tailed images from it. GLA, "
         "logit adjustment and WiSE-FT's alpha are fitted on one half of val and scored on the other. The estimates: "
         "captions that name the class, and synonyms weighed by the relevance of 20 captions each, judged by the true "
-        "labels. Run twice, the second time for WiSE-FT's row; the first runs had the same verdict (seven times yes).",
+        "labels. Seeds 0 to 2 ran twice, the second time for WiSE-FT's row; their first runs had the same verdict (seven "
+        "times yes). Seeds 3 and 4 came much later, on another CPU.",
         columns=["top-1", "head", "medium", "tail"],
         rows=[
             (label, [scored("debias", label, key) for key in ("top1", "head", "medium", "tail")], "")
@@ -1020,8 +1021,8 @@ FOUND = {
 HEAD = """# The study on the shapes world
 
 What the paper (Wen et al., NeurIPS 2024, arXiv 2405.21070) claims, and what comes out on the built-in world of 120
-classes at 32 px: {} seeds, {} trainings. Seeds 0 to 2 have all experiments (5b only seed 0), 3 and 4 those where an
-interval held zero and time allowed. `ONLY="1 2" bash recipes/shapes.sh 0 1 2` runs of experiments 1 and 2 what has no
+classes at 32 px: {} seeds, {} trainings. Seeds 0 to 2 have all experiments (5b only seed 0), 3 and 4 all but 9b and
+4b's 64 epochs. `ONLY="1 2" bash recipes/shapes.sh 0 1 2` runs of experiments 1 and 2 what has no
 JSON file in `results/seed*/` yet. The page is drawn from these files, one for each run that is kept. Two DINO runs of
 seed 0 (long-tailed: probe 27.7 %, sampled: 26.4 %) were taken out, since the augmentation's arithmetic and the draws of
 prototypes changed after them.
@@ -1044,8 +1045,8 @@ prototypes changed after them.
   but the sampled vocabulary, on an NVIDIA H200 (`--precision fp32` with TF32 products, torch 2.11; five runs of seed
   4's experiment 5 on a CPU), as was the CLIP of `web` that gave them their frozen texts and heads. Images most alike
   (5b) ran on a CPU, in seeds 3 and 4 with a CLIP of `web` trained there anew, against runs of the GPU (seed 4's scratch
-  run: of a CPU). Vocabularies (4) and experiments 3 and 8 of seeds 3 and 4 ran on CPUs in fp32, 3 and 8 with CLIPs of
-  `web` trained there; experiment 10 says where its runs were made.
+  run: of a CPU). Vocabularies (4) and experiments 3, 8 and 11 of seeds 3 and 4 ran on CPUs in fp32, the last
+  three with CLIPs of `web` trained there; experiment 10 says where its runs were made.
 - Seeds were added where an interval held zero, so 95 % is nominal. Only then became yes or no:
   {}.
   Of the hundred judged two or three would be so by chance alone.

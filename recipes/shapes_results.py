@@ -864,8 +864,8 @@ EXPERIMENTS = [
         differs="Zero-shot: the CLIP of web. Fine-tuned: 400 steps of SL on 4,000 long-tailed images from it. GLA, "
         "logit adjustment and WiSE-FT's alpha are fitted on one half of val and scored on the other. The estimates: "
         "captions that name the class, and synonyms weighed by the relevance of 20 captions each, judged by the true "
-        "labels. Seeds 0 to 2 ran twice, the second time for WiSE-FT's row; their first runs had the same verdict (seven "
-        "times yes). Seeds 3 and 4 came much later, on another CPU.",
+        "labels. Seeds 0 to 2 ran twice, the second time for WiSE-FT's row; their first runs had the same verdict "
+        "(seven times yes). Seeds 3 and 4 came much later, on another CPU.",
         columns=["top-1", "head", "medium", "tail"],
         rows=[
             (label, [scored("debias", label, key) for key in ("top1", "head", "medium", "tail")], "")

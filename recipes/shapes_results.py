@@ -376,7 +376,7 @@ EXPERIMENTS = [
         "1,600 steps are 14 epochs of 15,000 rows, 1,000 are 32 of 4,000: the rows of 32 epochs were added to see "
         "whether the fall of top-1 on 15,000 is one of short training.",
         why="A small vocabulary learns slower. Of the softmax's top-1 on 15,000 images one of 16 in groups of 32 "
-        "misses 4.6 ± 1.5 points after 14 epochs (4 worlds), .4 ± 1.5 after 32 and .1 ± .8 after 64 (3 worlds); one "
+        "misses 4.4 ± 1.2 points after 14 epochs, .4 ± 1.5 after 32 and .1 ± .8 after 64 (3 worlds); one "
         "of 32 misses 1.9 ± 1.0 after 14 and .1 ± .4 after 32. The correlation stays lower, by .15 ± .09 after 64. "
         "For 32 the interval after 32 epochs rules out the paper's gain of 1.9 points too; 64 classes gain .7 to .9. "
         "The paper trains 90 epochs. Under its optimiser, after 4,500 steps of `sl_paper` (19 epochs), two trainings "

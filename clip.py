@@ -7,7 +7,7 @@
 Paper: Radford et al., arXiv 2103.00020, section 2. The study this file serves is Wen et al., arXiv 2405.21070: a batch
 is a small vocabulary drawn anew at every step, which makes CLIP far less biased by long tails than supervised learning.
 
-    python clip.py                                           # the built-in shapes world, 1 to 5 minutes on 2 CPU cores
+    python clip.py                                           # the built-in shapes world, 1 to 6 minutes on 2 CPU cores
     torchrun clip.py --data laionet --text-head frozen       # the image tower learns towards a frozen text tower
     torchrun --nproc-per-node 2 clip.py --data laionet:2,incaps:1 --caption "{title} {tags}"
     python clip.py --data my_pairs.tsv --arch RN50 --batch-size 1024 --epochs 32       # one's own pairs
@@ -803,7 +803,7 @@ class Table:
             raise SystemExit(f"{path}: no image column; found {names}; expected a tab-separated header with image (or "
                              f"{', '.join(ALIASES['image'])}), label, caption")
         content = np.memmap(path, np.uint8, "r")
-        starts, self.crc = [np.array([len(header)])], zlib.crc32(header)  # of all bytes: what a run was trained on
+        starts, self.crc = [np.array([len(header)])], zlib.crc32(header)  # of the table, not of its images
         for block in range(len(header), len(content), 2**26):
             starts.append(np.flatnonzero(content[block : block + 2**26] == ord("\n")) + block + 1)
             self.crc = zlib.crc32(content[block : block + 2**26], self.crc)

@@ -940,7 +940,7 @@ class Table:
             raise SystemExit(f"{path}: no image column; found {names}; expected a tab-separated header with image (or "
                              f"{', '.join(ALIASES['image'])}), label, caption")
         content = np.memmap(path, np.uint8, "r")
-        starts, self.crc = [np.array([len(header)])], zlib.crc32(header)  # of all bytes: what a run was trained on
+        starts, self.crc = [np.array([len(header)])], zlib.crc32(header)  # of the table, not of its images
         for block in range(len(header), len(content), 2**26):
             starts.append(np.flatnonzero(content[block : block + 2**26] == ord("\n")) + block + 1)
             self.crc = zlib.crc32(content[block : block + 2**26], self.crc)

@@ -1,14 +1,21 @@
 """Run the scripts in tests, as programs or within this process, and read what they leave."""
 
 import contextlib
+import functools
 import io
 import json
+import multiprocessing.connection
+import multiprocessing.forkserver
 import os
+import runpy
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import types
+import unittest.mock
 from pathlib import Path
 
 import torch
@@ -23,7 +30,7 @@ def launcher(processes):
 
 
 def run(script, *flags, processes=1, check=True, folder=ROOT, **kwargs):
-    """Run a script; returns the finished process, with all that it printed in stdout."""
+    """Run a script as a user does; returns the finished process, with all that it printed in stdout."""
     command = [*launcher(processes), Path(folder) / script, *map(str, flags)]
     kwargs = {"env": ENV, "timeout": 240, **kwargs}
     result = subprocess.run(command, stdout=-1, stderr=subprocess.STDOUT, text=True, **kwargs)
@@ -31,8 +38,62 @@ def run(script, *flags, processes=1, check=True, folder=ROOT, **kwargs):
     return result
 
 
+@functools.cache
+def forks():
+    """Where forks come from: a process that has made the imports, which take longer than a small test."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torchvision.transforms.v2", "scipy.stats", "PIL.Image", "tqdm"])
+    with unittest.mock.patch.dict(os.environ, ENV):
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def as_program(script, flags, variables, printed):
+    """What a fork does to be `python SCRIPT FLAGS`, with environment variables, and a file for stdout and stderr."""
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(variables)
+    with open(printed, "ab") as f:
+        os.dup2(f.fileno(), 1)
+        os.dup2(f.fileno(), 2)
+    multiprocessing.set_start_method(None, force=True)  # as where no fork server is
+    sys.argv[:] = [script, *flags]
+    runpy.run_path(script, run_name="__main__")
+
+
+def start(script, *flags, printed, processes=1, env=ENV):
+    """A script in processes of its own, as torchrun starts them on one machine; returns these."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(processes):
+        group = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes,
+                     MASTER_ADDR="127.0.0.1", MASTER_PORT=port) if processes > 1 else {}  # fmt: skip
+        variables = env | {name: str(value) for name, value in group.items()}
+        flags = [str(flag) for flag in flags]
+        ranks.append(forks().Process(target=as_program, args=(str(ROOT / script), flags, variables, printed)))
+        ranks[-1].start()
+    return ranks
+
+
+def run_forked(script, *flags, processes=1, check=True):
+    """As `run`, in forks of a process that has made the imports; returns exit status and what was printed."""
+    with tempfile.NamedTemporaryFile("r", errors="replace") as printed:
+        ranks, end = start(script, *flags, printed=printed.name, processes=processes), time.time() + 240
+        while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks) and time.time() < end:
+            multiprocessing.connection.wait([rank.sentinel for rank in ranks if rank.is_alive()], 1)
+        is_late = time.time() >= end
+        for rank in ranks:  # one that failed, or time is up: the others would wait for it
+            rank.terminate()
+            rank.join()
+        failed = [rank.exitcode for rank in ranks if rank.exitcode]
+        result = types.SimpleNamespace(returncode=failed[0] if failed else 0, stdout=printed.read())
+    assert not is_late and (not check or not failed), result.stdout[-3000:]
+    return result
+
+
 def run_here(module, *flags):
-    """The same in this process, which spares the imports; returns what was printed."""
+    """The same in this process; returns what was printed."""
     torch.set_num_threads(1)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         module.main(module.parse_args([str(flag) for flag in flags]))
@@ -76,14 +137,14 @@ def ranks_of(pid):
 
 def kill_after(n_lines, out, script, *flags, processes=1, env=ENV):
     """Start a script and kill -9 it, with all its children, when its log has n_lines."""
-    command = [*launcher(processes), ROOT / script, *map(str, flags), "--out", str(out)]
-    process = subprocess.Popen(command, env=env, stdout=-3, stderr=-3, start_new_session=True)
+    ranks = start(script, *flags, "--out", out, printed=os.devnull, processes=processes, env=env)
     log = out / "log.jsonl"
-    while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < n_lines):
+    while all(rank.is_alive() for rank in ranks) and (not log.exists() or log.read_text().count("\n") < n_lines):
         time.sleep(0.01)
-    for pid in [process.pid, *descendants(process.pid)]:
+    for pid in [pid for rank in ranks for pid in (rank.pid, *descendants(rank.pid))]:
         os.kill(pid, signal.SIGKILL)
-    process.wait()
+    for rank in ranks:
+        rank.join()
 
 
 def named(names):

@@ -175,7 +175,7 @@ def test_chunks_have_batch_norm_of_their_own(world, tmp_path):
     flags, train = ["--root", world, *FLAGS, "--eval-sets"], world / "laionet" / "train.tsv"
     losses = [line["loss"] for line in check(world, tmp_path / "a", accumulate=2, is_exact=False)]
     assert abs(losses[0] - slow_loop(world, steps=1)[0][0]["loss"]) > 1e-3
-    programs.run("clip.py", *flags, train, "--bn", "local", "--out", tmp_path / "b", processes=2)
+    programs.run_forked("clip.py", *flags, train, "--bn", "local", "--out", tmp_path / "b", processes=2)
     assert [line["loss"] for line in programs.log_of(tmp_path / "b")] == pytest.approx(losses, rel=1e-4)
     programs.run_here(clip, *flags, train, "--eval-only", tmp_path / "b" / "checkpoint.pt", "--out", tmp_path / "c")
     with np.load(tmp_path / "b" / "train.npz") as two, np.load(tmp_path / "c" / "train.npz") as one:

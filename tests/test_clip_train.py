@@ -28,6 +28,7 @@ import sl_vocab_subsample
 
 FLAGS = ["--batch-size", "32", "--log-every", "1", "--warmup-steps", "2", "--precision", "fp32", "--device", "cpu"]
 run, run_here = functools.partial(programs.run, "clip.py"), functools.partial(programs.run_here, clip)
+run_forked = functools.partial(programs.run_forked, "clip.py")
 
 
 # ------------------------------------------------------------------------------ loss
@@ -241,7 +242,7 @@ def test_one_process_equals_two(world, tmp_path):
     flags = ["--root", world, "--data", "laionet:2,incaps:1", "--caption", "{title} {tags}", "--word-dropout", "0.2"]
     flags += ["--steps", "5", "--eval-sets", "val", *FLAGS]
     run_here(*flags, "--out", tmp_path / "one")
-    run(*flags, "--out", tmp_path / "two", processes=2)
+    run_forked(*flags, "--out", tmp_path / "two", processes=2)
     one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
     assert [line["step"] for line in one] == [1, 2, 3, 4, 5]
     assert np.allclose([line["loss"] for line in one], [line["loss"] for line in two], rtol=1e-4)
@@ -284,7 +285,7 @@ def test_evaluation_is_the_same_for_one_and_three_ranks(world, tmp_path):
     (tmp_path / "files.tsv").write_text("image\tlabel\n" + "".join(lines))
     flags += ["--eval-sets", world / "laionet" / "odd.tsv", world / "yfcc" / "odd.tsv", tmp_path / "files.tsv"]
     run_here(*flags, "--out", tmp_path / "one")
-    run(*flags, "--out", tmp_path / "three", processes=3)
+    run_forked(*flags, "--out", tmp_path / "three", processes=3)
     one, three = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "three"))
     assert one.pop("run") and three.pop("run") and one == three
     assert one["laionet-odd"]["n"] == 299 and one["laionet-odd"]["top1"] is not None
@@ -305,7 +306,7 @@ def test_evaluation_is_the_same_for_one_and_three_ranks(world, tmp_path):
 def test_kill_and_resume_is_bit_equal(world, tmp_path, processes):
     """kill -9 after some step, the same command again, and the final weights are those of an undisturbed run."""
     flags = ["--root", world, "--steps", "40", "--save-every", "4", "--eval-sets", "val", *FLAGS]
-    go = run_here if processes == 1 else lambda *flags: run(*flags, processes=processes).stdout
+    go = run_here if processes == 1 else lambda *flags: run_forked(*flags, processes=processes).stdout
     go(*flags, "--out", tmp_path / "straight")
     programs.kill_after(7, tmp_path / "killed", "clip.py", *flags, processes=processes)
     steps = torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["step"]
@@ -790,7 +791,7 @@ def test_automatic_precision(monkeypatch):
 def test_a_set_without_any_image_ends_in_one_line(photos, workers):
     for path in photos.glob("*.jpg"):
         path.unlink()
-    result = run("--data", photos / "train.tsv", "--out", photos / "run", *OWN, "--workers", workers, check=False)
+    result = run_forked("--data", photos / "train.tsv", "--out", photos / "run", *OWN, "--workers", workers, check=False)
     assert result.returncode == 2 and "Traceback" not in result.stdout
     assert result.stdout.splitlines()[-1].startswith("100 unreadable images in a row, the last: missing file: ")
 

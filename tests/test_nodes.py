@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from programs import ENV, ROOT, run
+from programs import ENV, ROOT, run_forked
 
 COMMON = ["--data", "laionet", "--batch-size", "8", "--device", "cpu", "--eval-sets", "v2", "--workers", "0"]
 SCRIPTS = {
@@ -18,7 +18,7 @@ SCRIPTS = {
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_nodes_continue_from_the_same_checkpoint_or_not_at_all(world, tmp_path, script):
     flags = ["--root", world, *COMMON, *SCRIPTS[script]]
-    run(script, *flags, "--steps", "2", "--out", tmp_path / "0")  # node 0 has a checkpoint, node 1 has none
+    run_forked(script, *flags, "--steps", "2", "--out", tmp_path / "0")  # node 0 has a checkpoint, node 1 has none
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -152,7 +152,7 @@ def test_batch_norm_of_each_process_alone(world, tmp_path):
     flags = ["--root", world, "--steps", "2", *FLAGS]
     run_here(*flags, "--out", tmp_path / "one")
     for bn in "sync", "local":
-        programs.run("sl_vocab_subsample.py", *flags, "--bn", bn, "--out", tmp_path / bn, processes=2)
+        programs.run_forked("sl_vocab_subsample.py", *flags, "--bn", bn, "--out", tmp_path / bn, processes=2)
     one, sync, local = (log_of(tmp_path / name)[0]["loss"] for name in ("one", "sync", "local"))
     assert sync == pytest.approx(one, rel=1e-5) and abs(local - one) > 1e-4 * one
 

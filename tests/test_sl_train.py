@@ -25,6 +25,7 @@ import sl_vocab_subsample as sl
 FLAGS = ["--batch-size", "32", "--log-every", "1", "--warmup-steps", "2", "--precision", "fp32", "--device", "cpu"]
 FLAGS += ["--eval-sets", "val"]
 run = functools.partial(programs.run, "sl_vocab_subsample.py")
+run_forked = functools.partial(programs.run_forked, "sl_vocab_subsample.py")
 run_here = functools.partial(programs.run_here, sl)
 
 
@@ -55,7 +56,7 @@ def test_one_process_equals_two(world, tmp_path, group):
         *FLAGS,
     ]
     run_here(*flags, "--out", tmp_path / "one")
-    run(*flags, "--out", tmp_path / "two", processes=2)
+    run_forked(*flags, "--out", tmp_path / "two", processes=2)
     one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
     for name in "loss", "grad_norm", "drawn", "vocab":
         tolerance = 1e-5 if name == "loss" else 1e-3
@@ -91,7 +92,7 @@ def test_gradients_of_two_halves_average_to_the_whole():
 def test_kill_and_resume_is_bit_equal(world, tmp_path, processes):
     flags = ["--root", world, "--vocab", "24", "--vocab-group", "8", "--steps", "30", "--save-every", "3", *FLAGS]
     flags += ["--sampler", "sqrt", "--label-smoothing", "0.1"]
-    go = run_here if processes == 1 else lambda *flags: run(*flags, processes=processes).stdout
+    go = run_here if processes == 1 else lambda *flags: run_forked(*flags, processes=processes).stdout
     go(*flags, "--out", tmp_path / "straight")
     programs.kill_after(7, tmp_path / "killed", "sl_vocab_subsample.py", *flags, processes=processes)
     step = torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["step"]
@@ -139,7 +140,7 @@ def test_evaluation_files(world, tmp_path):
     run_here("--root", world, "--steps", "3", "--out", tmp_path / "run", *FLAGS)
     flags = ["--root", world, "--eval-only", tmp_path / "run" / "checkpoint.pt", *FLAGS, world / "laionet" / "train.tsv"]
     run_here(*flags, "--out", tmp_path / "one")
-    run(*flags, "--out", tmp_path / "three", processes=3)
+    run_forked(*flags, "--out", tmp_path / "three", processes=3)
     trained, one, three = (json.loads((tmp_path / x / "metrics.json").read_text()) for x in ("run", "one", "three"))
     assert trained["val"] == one["val"] == three["val"] and one["train"] == three["train"]
     with np.load(tmp_path / "one" / "train.npz") as a, np.load(tmp_path / "three" / "train.npz") as b:
@@ -174,7 +175,7 @@ def test_one_step_of_two_processes_is_that_of_one(world, tmp_path):
     flags = ["--root", world, "--vocab", "60", "--vocab-group", "64", "--batch-size", "128", "--optimizer", "sgd"]
     flags += ["--weight-decay", "0", "--warmup-steps", "0", "--lr", "100", "--steps", "1", *FLAGS[2:4], *FLAGS[6:-2]]
     for processes in 1, 2:
-        run(*flags, "--eval-sets", "val", "--out", tmp_path / str(processes), processes=processes)
+        run_forked(*flags, "--eval-sets", "val", "--out", tmp_path / str(processes), processes=processes)
     torch.manual_seed(0)
     start = {k: v.double() for k, v in sl.Classifier("tiny", 120, None, False).state_dict().items()}
     one, two = ({k: v.double() - start[k] for k, v in weights_of(tmp_path / str(n)).items()} for n in (1, 2))
@@ -352,7 +353,7 @@ def test_bad_input(world, clip_pt, tmp_path):
         with pytest.raises(SystemExit, match=message.replace("(", r"\(").replace(")", r"\)")):
             run_here("--root", world, *FLAGS, *flags, "--out", out)
         assert not out.exists()
-    result = run("--root", world, "--data", wrong, "--out", out, *FLAGS, check=False)
+    result = run_forked("--root", world, "--data", wrong, "--out", out, *FLAGS, check=False)
     assert result.returncode == 2 and "Traceback" not in result.stdout and "row 4" in result.stdout
 
 
@@ -368,7 +369,7 @@ def test_images_that_are_not_finite(world, tmp_path):
     Image.fromarray(np.full((32, 32), 7, np.float32)).save(tmp_path / "float.tif")
     assert sl.read_image(sl.Table(path), 40, 1, 10**6).getpixel((0, 0)) == (7, 7, 7)
     path.write_text(path.read_text().replace("float.tif\t0\n", ""))
-    result = run("--root", world, "--data", path, *FLAGS, "--out", out, check=False)
+    result = run_forked("--root", world, "--data", path, *FLAGS, "--out", out, check=False)
     expected = "float.npy holds float32 (40, 32, 32, 3), expected uint8 (N, H, W, 3)"
     assert result.returncode == 2 and "Traceback" not in result.stdout and not out.exists()
     assert expected in result.stdout.strip().split("\n")[-1]

@@ -3962,8 +3962,8 @@ def read_image(table: Table, row: int, min_side: float, max_pixels: int) -> Imag
         return "row beyond the end of the .npy file"
     except Image.UnidentifiedImageError:
         return "not an image"
-    except (OSError, ValueError, TypeError, KeyError, SyntaxError, EOFError, struct.error, zlib.error,
-            OverflowError) as error:  # Pillow's; odd EXIF data give a TypeError
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, AssertionError, ArithmeticError, SyntaxError,
+            EOFError, struct.error, zlib.error) as error:  # Pillow's; odd EXIF data give any of the first six
         if path.suffix == ".npy":
             return "no .npy file of uint8 (N, H, W, 3)"
         return "truncated" if "truncated" in str(error).lower() else "cannot be decoded"

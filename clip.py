@@ -8,10 +8,12 @@ Paper: Radford et al., arXiv 2103.00020, section 2. The study this file serves i
 is a small vocabulary drawn anew at every step, which makes CLIP far less biased by long tails than supervised learning.
 
     python clip.py                                           # the built-in shapes world, 1 to 6 minutes on 2 CPU cores
-    torchrun clip.py --data laionet --text-head frozen       # the image tower learns towards a frozen text tower
-    torchrun --nproc-per-node 2 clip.py --data laionet:2,incaps:1 --caption "{title} {tags}"
-    python clip.py --data my_pairs.tsv --arch RN50 --batch-size 1024 --epochs 32       # one's own pairs
-    python clip.py --eval-only runs/clip/checkpoint.pt --eval-sets val.tsv sketch.tsv
+    torchrun clip.py --data laionet --text-head frozen --out runs/frozen      # towards a frozen text tower
+    torchrun --nproc-per-node 2 clip.py --data laionet:2,incaps:1 --caption "{title} {tags}" --out runs/mix
+    python clip.py --data my_pairs.tsv --arch RN50 --batch-size 1024 --epochs 32 --out runs/mine   # one's own pairs
+    python clip.py --eval-only runs/clip/checkpoint.pt --eval-sets val.tsv sketch.tsv --out runs/again
+
+RN50 keeps some 90 MB an image for its gradient in fp32: --accumulate 64 takes 1,024 pairs in chunks of 16.
 
 Released weights (ours, open_clip's, OpenAI's) become the clip.pt of a world; others than ours need --arch, and
 open_clip's --activation:
@@ -22,7 +24,7 @@ The paper's recipe (RN50, 32 epochs of ImageNet-Captions) adds these flags to --
 
 A data set is a TSV (columns image, label, caption, any others); an image is `photos/1.jpg`, `00000.tar:512:34567`
 (offset and size in an uncompressed tar) or `val.npy:17` (row of a uint8 array); `build_datasets.py index` writes such
-files. Written to --out: args.json (flags, versions, a CRC of each table), log.jsonl, checkpoint.pt, metrics.json and
+files. Written to --out: args.json (flags, versions, CRCs of tables), log.jsonl, lock, checkpoint.pt, metrics.json and
 <set>.npz for each test set; with a frozen text tower also text_features.npy, if the captions' embeddings are many.
 
 Dimension key: B pairs of this process, N = B * world_size pairs of the step, D embedding width, L tokens, P image
@@ -56,6 +58,7 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime
+import fcntl
 import functools
 import gzip
 import hashlib
@@ -1195,8 +1198,8 @@ def read_image(table: Table, row: int, min_side: float, max_pixels: int) -> Imag
         return "row beyond the end of the .npy file"
     except Image.UnidentifiedImageError:
         return "not an image"
-    except (OSError, ValueError, TypeError, KeyError, SyntaxError, EOFError, struct.error, zlib.error,
-            OverflowError) as error:  # Pillow's; odd EXIF data give a TypeError
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, AssertionError, ArithmeticError, SyntaxError,
+            EOFError, struct.error, zlib.error) as error:  # Pillow's; odd EXIF data give any of the first six
         if path.suffix == ".npy":
             return "no .npy file of uint8 (N, H, W, 3)"
         return "truncated" if "truncated" in str(error).lower() else "cannot be decoded"
@@ -1234,7 +1237,7 @@ def read_or_replace(tables: list[Table], examples: np.ndarray, i: int, min_side:
         image = read_image(tables[s], row, min_side, max_pixels)
         if not isinstance(image, str):
             return image
-        bad.append((image, f"{tables[s].path} row {row + 1}: {tables[s].get(row, 'image')}"))
+        bad.append((image, f"{tables[s].path}: {tables[s].get(row, 'image')}"))
         examples[i, 1] = int(uniform_hash(seed, 3, s, row, epoch, attempt) * len(tables[s]))
     # A worker process cannot end the run: note_bad_images does.
     bad.append((GAVE_UP, f"100 unreadable images in a row, the last: {': '.join(bad[-1])}"))
@@ -1528,14 +1531,21 @@ def ensure_clip_pt(root: Path, device: str, flags: str) -> None:
     path, world, script = root / "clip.pt", root / "world.json", Path(__file__).with_name("clip.py")
     if path.is_file():
         return
+    out = root / "clip_pretraining"
     is_shapes = world.is_file() and '"world": "shapes"' in world.read_text("utf-8", "replace")  # also if damaged
     if not is_shapes or not script.is_file():
         raise SystemExit(f"{flags}: {path} is not there: make it from released weights (python clip.py --eval-only "
                          f"RN50.pt --arch RN50 --root {root} --bpe bpe_simple_vocab_16e6.txt.gz --export {path}), or "
                          "pass another file")
     print(f"{path} is not there: pretraining on web (once, about 5 minutes on 2 CPU cores)", flush=True)
-    run_script([str(script), "--root", str(root), "--data", "web", "--steps", "2200", "--word-dropout", "0", "--out",
-                str(root / "clip_pretraining"), "--export", str(path), "--eval-sets", "val", "--device", device])
+    try:
+        with open(root / "clip.pt.lock", "w") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX)  # another run may be at it
+            if not path.is_file():
+                run_script([str(script), "--root", str(root), "--data", "web", "--steps", "2200", "--word-dropout",
+                            "0", "--out", str(out), "--export", str(path), "--eval-sets", "val", "--device", device])
+    except (SystemExit, OSError) as error:
+        raise SystemExit(f"{path}: {error}; if what it continued is of another version, delete {out}") from None
 
 
 def lr_at(step: int, peak: float, warmup_steps: int, steps: int) -> float:
@@ -1610,7 +1620,7 @@ def load_checkpoint(path: Path, args: dict, run_flags: set[str]) -> dict:
         raise SystemExit(f"{path} is no checkpoint of {Path(__file__).name}; --resume off starts over")
     if "optimizer" not in checkpoint:
         raise SystemExit(f"{path} has no optimiser state: it is an export, pass it as --init")
-    if "crcs" not in checkpoint:
+    if "inputs" not in checkpoint:
         raise SystemExit(f"{path} was made by an older {Path(__file__).name}: pass another --out, or --resume off to "
                          "replace it")
     unknown = [f"--{k.replace('_', '-')}" for k in args if k not in run_flags and k not in checkpoint["args"]]
@@ -1624,20 +1634,36 @@ def load_checkpoint(path: Path, args: dict, run_flags: set[str]) -> dict:
     return checkpoint
 
 
-def find_checkpoint(resume: str, path: Path, args: dict, run_flags: set[str], tables: list[Table],
+def checksums(tables: list[Table], *paths: str | Path) -> dict[str, int]:
+    """CRC32 of the files that decide what a run learns, by name; a path that is no file is left out."""
+    sums = {str(table.path): table.crc for table in tables}
+    for path in filter(os.path.isfile, paths):
+        with open(path, "rb") as file:
+            blocks = iter(functools.partial(file.read, 2**26), b"")
+            sums[str(path)] = functools.reduce(lambda crc, block: zlib.crc32(block, crc), blocks, 0)
+    return sums
+
+
+def find_checkpoint(args: argparse.Namespace, run_flags: set[str], inputs: dict[str, int],
                     control: dist.ProcessGroup | None) -> dict | None:
-    """What --resume says is to be continued, None to start anew; the same on all processes."""
-    checkpoint = None
-    if resume != "off" and (path.is_file() or resume != "auto"):
-        checkpoint = load_checkpoint(path, args, run_flags)
+    """What --resume says is to be continued, None to start anew; the same on all processes.
+
+    inputs: files by name that may not change, with their CRCs. Raises: SystemExit if it is of other flags or files.
+    """
+    own, checkpoint = Path(args.out) / "checkpoint.pt", None
+    path = own if args.resume in ("auto", "off") else Path(args.resume)
+    if args.resume != "off" and (path.is_file() or args.resume != "auto"):
+        checkpoint = load_checkpoint(path, vars(args), run_flags)
+        if own.is_file() and not own.samefile(path):
+            raise SystemExit(f"--resume {path}: {own} is there too, of another run or of later steps: pass another "
+                             "--out, or --resume auto to continue that one")
     step = checkpoint["step"] if checkpoint else 0
     if control and total(step, control) != step * dist.get_world_size():
         raise SystemExit(f"{path}: not the same on all nodes: --out must be on storage that they share")
-    crcs = [table.crc for table in tables]
-    if checkpoint and checkpoint["crcs"] != crcs:  # as many as now: --data is the same
-        other = [str(table.path) for table, crc in zip(tables, checkpoint["crcs"]) if table.crc != crc]
-        raise SystemExit(f"{path} was made with another {' and '.join(other)}: pass another --out, or --resume off to "
-                         "replace it")
+    if checkpoint and checkpoint["inputs"] != inputs:
+        other = dict(set(checkpoint["inputs"].items()) ^ set(inputs.items()))
+        raise SystemExit(f"{path} was made with another {' and '.join(sorted(other))}: pass another --out, or --resume "
+                         "off to replace it")
     return checkpoint
 
 
@@ -1645,11 +1671,11 @@ def versions() -> dict[str, str]:
     return {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
 
 
-def resumable(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, tables: list[Table], n_bad: int,
+def resumable(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, inputs: dict[str, int], n_bad: int,
               seconds: float, device: torch.device) -> dict:
     """What a checkpoint holds beside the model, to be continued from; undone by `restore`."""
     return {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng_state(device),
-            "crcs": [table.crc for table in tables], "n_bad": n_bad, "seconds": seconds}
+            "inputs": inputs, "n_bad": n_bad, "seconds": seconds}
 
 
 def restore(checkpoint: dict, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
@@ -1850,18 +1876,19 @@ def print_table(metrics: dict[str, dict]) -> None:
     columns = {"n": "n", "top1": "top-1", "balanced": "balanced", "head": "head", "medium": "medium", "tail": "tail",
                "spearman_acc": "rho(freq,acc)", "spearman_pred": "rho(freq,pred)", "chance": "chance"}
     formats = {"n": "{}", "spearman_acc": "{:.3f}", "spearman_pred": "{:.3f}"}
-    widths = {k: max(9, len(title) + 2) for k, title in columns.items()}
+    widths, first = {k: max(9, len(title) + 2) for k, title in columns.items()}, max(14, *(len(x) + 2 for x in metrics))
     rows = {name: m for name, m in metrics.items() if m["top1"] is not None}
     if rows:
-        print(f"{'test set':<14}" + "".join(f"{title:>{widths[k]}}" for k, title in columns.items()))
+        print(f"{'test set':<{first}}" + "".join(f"{title:>{widths[k]}}" for k, title in columns.items()))
     for name, m in rows.items():
         cells = {k: "-" if m[k] is None else formats.get(k, "{:.1%}").format(m[k]) for k in columns}
-        print(f"{name:<14}" + "".join(f"{cell:>{widths[k]}}" for k, cell in cells.items()))
+        print(f"{name:<{first}}" + "".join(f"{cell:>{widths[k]}}" for k, cell in cells.items()))
     rows = {name: m for name, m in metrics.items() if m["retrieval"]}
     if rows:
-        print(f"{'retrieval':<14}{'n':>9}" + "".join(f"{key:>9}" for key in next(iter(rows.values()))["retrieval"]))
+        keys = next(iter(rows.values()))["retrieval"]
+        print(f"{'retrieval':<{first}}{'n':>9}" + "".join(f"{key:>9}" for key in keys))
     for name, m in rows.items():
-        print(f"{name:<14}{m['n']:>9}" + "".join(f"{100 * value:>8.1f}%" for value in m["retrieval"].values()))
+        print(f"{name:<{first}}{m['n']:>9}" + "".join(f"{100 * value:>8.1f}%" for value in m["retrieval"].values()))
     for name, m in metrics.items():
         if m.get("bad_images"):
             reasons = ", ".join(f"{n} {reason}" for reason, n in m["bad_images"].items())
@@ -1958,7 +1985,13 @@ def find_test_sets(names: list[str], root: Path) -> dict[str, Table]:
     if len(set(stems)) < len(stems) or {"run", "loss", "step"} & set(stems):
         raise SystemExit(f"--eval-sets: {', '.join(map(str, paths))} would be called {', '.join(stems)} in "
                          "metrics.json: names must differ, and run, loss and step have other meanings in the logs")
-    return {stem: Table(path) for stem, path in zip(stems, paths)}
+    test_sets, classes = {stem: Table(path) for stem, path in zip(stems, paths)}, read_classes(root)
+    for table in test_sets.values():
+        theirs = read_classes(table.folder) if classes and "label" in table.columns else []
+        if theirs and [row["name"] for row in theirs] != [row["name"] for row in classes]:
+            raise SystemExit(f"--eval-sets {table.path}: its labels are of the classes.tsv beside it, which has others "
+                             f"than that of {root}: pass --root {table.folder}")
+    return test_sets
 
 
 def read_lines(path: str) -> list[str]:
@@ -2025,7 +2058,9 @@ def read_training_sets(args: argparse.Namespace, world: World) -> tuple[list[Cap
     for path in paths:
         table = Table(path)
         labels = read_labels(table, world.classes)
-        needed = [""] if args.eval_only and (labels >= 0).any() else templates  # only the labels are counted then
+        has_embeddings = args.text_embeddings and args.dup_captions == "keep" and "caption" not in table.columns
+        is_counted = args.eval_only and (labels >= 0).any()  # and nothing more
+        needed = [""] if is_counted or has_embeddings else templates
         captions.append(Captions(table, labels, needed, world.classes, args.seed))
     shares = np.array([len(c.table) if weight is None else weight for weight, c in zip(weights, captions)], float)
     shares /= shares.sum()
@@ -2251,12 +2286,12 @@ class RunLog:
     """What a run counts between two log lines, which go to OUT/log.jsonl, the terminal, TensorBoard and W&B.
 
     Every process counts, the first writes. checkpoint: what is continued, or None; lines of later steps, of a run that
-    was killed, are dropped. tables: the training sets. control: all processes, None if it is one.
+    was killed, are dropped. n_rows: of the training sets. inputs: of `checksums`. control: all processes, None if one.
     """
 
-    def __init__(self, out: Path, checkpoint: dict | None, args: argparse.Namespace, tables: list[Table],
+    def __init__(self, checkpoint: dict | None, args: argparse.Namespace, n_rows: int, inputs: dict[str, int],
                  device: torch.device, control: dist.ProcessGroup | None):
-        self.args, self.n_rows, self.control, self.device = args, sum(map(len, tables)), control, device
+        self.args, self.n_rows, self.control, self.device = args, n_rows, control, device
         self.world_size = dist.get_world_size() if control else 1
         self.is_main = not control or dist.get_rank() == 0
         self.bad, self.logged = Counter(), checkpoint["step"] if checkpoint else 0
@@ -2264,13 +2299,13 @@ class RunLog:
         self.left_out = torch.zeros((), dtype=torch.int64, device=device)  # steps, for gradients that are not finite
         self.in_a_row = self.most_in_a_row = self.left_out.clone()
         if self.is_main:
-            self.open(out, self.logged, tables)
+            self.open(Path(args.out), self.logged, inputs)
             self.bad += Counter({"before it was continued": checkpoint["n_bad"] if checkpoint else 0})
         self.logged_at = time.time()
 
-    def open(self, out: Path, start: int, tables: list[Table]) -> None:
-        """The files of a run; SystemExit without the packages that are asked for."""
-        path, self.wandb = out / "log.jsonl", None
+    def open(self, out: Path, start: int, inputs: dict[str, int]) -> None:
+        """The files of a run; SystemExit without the packages that are asked for, or if another run writes there."""
+        path, own, self.wandb = out / "log.jsonl", out / "checkpoint.pt", None
         try:
             if self.args.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
@@ -2278,7 +2313,17 @@ class RunLog:
                 import wandb
         except ImportError as error:
             raise SystemExit(f"--tensorboard or --wandb: {error}; pip install tensorboard, or wandb") from None
-        lines = path.read_text().splitlines(keepends=True) if start and path.is_file() else []
+        out.mkdir(parents=True, exist_ok=True)
+        self.lock = open(out / "lock", "a")  # held until the process ends
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"--out {out}: another run is writing there: pass another --out") from None
+        except OSError:  # a file system without locks
+            pass
+        for part in out.glob("*.part"):  # of a run that was killed while it wrote
+            part.unlink()
+        lines = path.read_text().splitlines(keepends=True) if start and path.is_file() and own.is_file() else []
         try:
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
         except (ValueError, LookupError, TypeError) as error:
@@ -2290,10 +2335,10 @@ class RunLog:
             run_id = hashlib.sha1(str(path.resolve()).encode()).hexdigest()[:12]  # the same for a continued run
             self.wandb = wandb.init(project=self.args.wandb, name=out.name, config=vars(self.args), id=run_id,
                                     resume="allow")
-        if self.args.resume == "off" and (out / "checkpoint.pt").is_file():  # if killed before its first save, a
-            os.replace(out / "checkpoint.pt", out / "checkpoint.old.pt")  # run would be continued there
+        if self.args.resume == "off" and own.is_file():  # if killed before its first save, a run would be continued
+            os.replace(own, out / "checkpoint.old.pt")  # there
         write_json(out / "args.json", {
-            "args": vars(self.args), "argv": sys.argv, "data_crc32": {str(t.path): f"{t.crc:08x}" for t in tables},
+            "args": vars(self.args), "argv": sys.argv, "crc32": {name: f"{crc:08x}" for name, crc in inputs.items()},
             "versions": versions(), "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()})
 
     def count(self, step: int, parts: dict[str, torch.Tensor], is_taken: torch.Tensor, bad: list[tuple[str, str]],
@@ -2414,7 +2459,10 @@ def report(model: CLIP, tokenizer: Tokenizer | None, world: World, args: argpars
                       "needs captions, no labels and a text tower")
         if not world.test_sets:
             print(f"no test sets: put val.tsv into {world.root} or pass --eval-sets")
-        print(f"metrics: {out / 'metrics.json'}" + (f", exported: {args.export}" if args.export else ""), flush=True)
+        exported = f", exported: {args.export}" if args.export else ""
+        if args.export and not world.classes:
+            exported += f" without class vectors, as {world.root} has no classes.tsv"
+        print(f"metrics: {out / 'metrics.json'}{exported}", flush=True)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -2435,9 +2483,6 @@ def main(args: argparse.Namespace) -> None:
         if isinstance(trained, dict) and "root" in trained:
             root = root_of(trained["root"], trained["data"])
     on_one_rank(rank, lambda: ensure_shapes(root))
-    has_text_tower = args.text_head == "scratch" or args.text_embeddings or args.eval_only or args.init
-    if args.text_init == "auto" and not has_text_tower:
-        on_one_rank(rank, lambda: ensure_clip_pt(root, args.device, "--text-head frozen and finetune"))
     world = read_world(args, root)
     if args.eval_only:
         evaluate_checkpoint(args, world, rank, device)
@@ -2454,8 +2499,12 @@ def main(args: argparse.Namespace) -> None:
     if sum(sizes) < args.batch_size:
         raise SystemExit(f"--batch-size {args.batch_size} is larger than the {sum(sizes)} rows of --data {args.data}")
     text_features = map_text_embeddings(args.text_embeddings, tables[0], world) if args.text_embeddings else None
+    inputs = checksums(tables, root / "classes.tsv", args.caption.removeprefix("@"), *args.text_embeddings)
+    checkpoint = find_checkpoint(args, RUN_FLAGS, inputs, control)
 
     # --- model
+    if args.text_init == "auto" and not (args.text_head == "scratch" or args.text_embeddings or args.init):
+        on_one_rank(rank, lambda: ensure_clip_pt(root, args.device, "--text-head frozen and finetune"))
     text_width = 0 if text_features is None else text_features.shape[1]
     model, tokenizer, _ = build_model(args, root, captions, text_width)
     pixels = load_pixels(tables, model.image_size)  # [rows of all sets, H, W, 3] uint8, or None
@@ -2483,13 +2532,11 @@ def main(args: argparse.Namespace) -> None:
 
     # --- resume
     start, seconds_before, started = 0, 0.0, time.time()
-    resume = out / "checkpoint.pt" if args.resume in ("auto", "off") else Path(args.resume)
-    checkpoint = find_checkpoint(args.resume, resume, vars(args), RUN_FLAGS, tables, control)
     if checkpoint:
         if tokenizer and checkpoint["bpe"] != "\n".join(tokenizer.merges):
-            raise SystemExit(f"{resume} was made with other byte-pair merges than those of now (ROOT/bpe.txt or the "
-                             "file of --bpe has changed): pass another --out, or --resume off to replace it")
-        load_state(model, checkpoint["state_dict"], str(resume))
+            raise SystemExit(f"{out} was made with other byte-pair merges than those of now (ROOT/bpe.txt or the file "
+                             "of --bpe has changed): pass another --out, or --resume off to replace it")
+        load_state(model, checkpoint["state_dict"], "what is to be continued")
         start, seconds_before = restore(checkpoint, optimizer, scaler, device)
 
     # --- loader
@@ -2515,7 +2562,7 @@ def main(args: argparse.Namespace) -> None:
               f"{args.batch_size} pairs, chance loss ln({args.batch_size}) = {math.log(args.batch_size):.3f}"
               + (f", continued from step {start}" if start else ""))
         print(caption_statistics(pairs, sampler), flush=True)
-    log, stop_signals = RunLog(out, checkpoint, args, tables, device, control), []
+    log, stop_signals = RunLog(checkpoint, args, sum(sizes), inputs, device, control), []
     signal.signal(signal.SIGTERM, lambda number, frame: stop_signals.append(number))
 
     # --- loop
@@ -2575,7 +2622,7 @@ def main(args: argparse.Namespace) -> None:
             prototypes = class_prototypes(model, tokenizer, world, device) if step + 1 == steps else None
             checkpoint = checkpoint_of(model, tokenizer, world, args, step + 1, prototypes)
             seconds = seconds_before + time.time() - started
-            checkpoint |= resumable(optimizer, scaler, tables, log.n_bad(), seconds, device)
+            checkpoint |= resumable(optimizer, scaler, inputs, log.n_bad(), seconds, device)
             checkpoint["n_cut"] = total(n_cut, control)
             save_checkpoint(out / "checkpoint.pt", checkpoint, rank)
         if is_stopped:

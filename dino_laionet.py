@@ -63,6 +63,7 @@ import contextlib
 import copy
 import ctypes
 import datetime
+import fcntl
 import functools
 import hashlib
 import io
@@ -106,7 +107,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                       help="labelled set that k-NN and the linear probe are fitted on: NAME or FILE.tsv; auto is "
                            "imagenet where ROOT has it, else the first of --data")
     data.add_argument("--probe-images", type=int, default=6000,
-                      help="use at most so many images of --probe-set, drawn evenly")
+                      help="use at most so many images of --probe-set, drawn evenly; with --eval-only the default "
+                           "is as many as the run's")
     data.add_argument("--eval-sets", nargs="*", default=["auto"],
                       help=f"test sets: names in ROOT or TSV files; auto takes those of {', '.join(TEST_SETS)} that "
                            "ROOT has")
@@ -242,6 +244,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--weight-decay-end must not be negative, or be -1, got {args.weight_decay_end}")
     if args.probe_images < 2:
         parser.error("--probe-images must be at least 2: one class and another")
+    if not args.local_crops and any(getattr(args, k) != parser.get_default(k) for k in ("local_size", "local_scale")):
+        parser.error("--local-size and --local-scale are of local crops: they need --local-crops")
     if bool(args.warmup_teacher_temp) != bool(args.warmup_teacher_temp_steps):
         parser.error("--warmup-teacher-temp and --warmup-teacher-temp-steps go together")
     if args.prototype_power and not args.sample_prototypes:
@@ -688,7 +692,8 @@ class ViTBlock(nn.Module):
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
 
     def forward(self, x: torch.Tensor, n: int) -> torch.Tensor:  # [B, L, width] -> [B, n, width], the first n tokens
-        q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, -1, 64)).permute(2, 0, 3, 1, 4)  # [B, H, L, 64] each
+        qkv = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, -1, 64))  # [B, L, 3, H, 64]
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # [B, H, L, 64] each; unbound here: one copy back
         mixed = F.scaled_dot_product_attention(q[:, :, :n], k, v)
         x = x[:, :n] + self.attn["proj"](mixed.transpose(1, 2).flatten(2))
         return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
@@ -1072,8 +1077,8 @@ def read_image(table: Table, row: int, min_side: float, max_pixels: int) -> Imag
         return "row beyond the end of the .npy file"
     except Image.UnidentifiedImageError:
         return "not an image"
-    except (OSError, ValueError, TypeError, KeyError, SyntaxError, EOFError, struct.error, zlib.error,
-            OverflowError) as error:  # Pillow's; odd EXIF data give a TypeError
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, AssertionError, ArithmeticError, SyntaxError,
+            EOFError, struct.error, zlib.error) as error:  # Pillow's; odd EXIF data give any of the first six
         if path.suffix == ".npy":
             return "no .npy file of uint8 (N, H, W, 3)"
         return "truncated" if "truncated" in str(error).lower() else "cannot be decoded"
@@ -1113,7 +1118,7 @@ def read_or_replace(tables: list[Table], examples: np.ndarray, i: int, min_side:
         image = read_image(tables[s], row, min_side, max_pixels)
         if not isinstance(image, str):
             return image
-        bad.append((image, f"{tables[s].path} row {row + 1}: {tables[s].get(row, 'image')}"))
+        bad.append((image, f"{tables[s].path}: {tables[s].get(row, 'image')}"))
         examples[i, 1] = int(uniform_hash(seed, 3, s, row, epoch, attempt) * len(tables[s]))
     # A worker process cannot end the run: note_bad_images does.
     bad.append((GAVE_UP, f"100 unreadable images in a row, the last: {': '.join(bad[-1])}"))
@@ -1584,7 +1589,7 @@ def load_checkpoint(path: Path, args: dict, run_flags: set[str]) -> dict:
         raise SystemExit(f"{path} is no checkpoint of {Path(__file__).name}; --resume off starts over")
     if "optimizer" not in checkpoint:
         raise SystemExit(f"{path} has no optimiser state: it is an export, pass it as --init")
-    if "crcs" not in checkpoint:
+    if "inputs" not in checkpoint:
         raise SystemExit(f"{path} was made by an older {Path(__file__).name}: pass another --out, or --resume off to "
                          "replace it")
     unknown = [f"--{k.replace('_', '-')}" for k in args if k not in run_flags and k not in checkpoint["args"]]
@@ -1599,20 +1604,37 @@ def load_checkpoint(path: Path, args: dict, run_flags: set[str]) -> dict:
 
 
 # Copied from clip.py
-def find_checkpoint(resume: str, path: Path, args: dict, run_flags: set[str], tables: list[Table],
+def checksums(tables: list[Table], *paths: str | Path) -> dict[str, int]:
+    """CRC32 of the files that decide what a run learns, by name; a path that is no file is left out."""
+    sums = {str(table.path): table.crc for table in tables}
+    for path in filter(os.path.isfile, paths):
+        with open(path, "rb") as file:
+            blocks = iter(functools.partial(file.read, 2**26), b"")
+            sums[str(path)] = functools.reduce(lambda crc, block: zlib.crc32(block, crc), blocks, 0)
+    return sums
+
+
+# Copied from clip.py
+def find_checkpoint(args: argparse.Namespace, run_flags: set[str], inputs: dict[str, int],
                     control: dist.ProcessGroup | None) -> dict | None:
-    """What --resume says is to be continued, None to start anew; the same on all processes."""
-    checkpoint = None
-    if resume != "off" and (path.is_file() or resume != "auto"):
-        checkpoint = load_checkpoint(path, args, run_flags)
+    """What --resume says is to be continued, None to start anew; the same on all processes.
+
+    inputs: files by name that may not change, with their CRCs. Raises: SystemExit if it is of other flags or files.
+    """
+    own, checkpoint = Path(args.out) / "checkpoint.pt", None
+    path = own if args.resume in ("auto", "off") else Path(args.resume)
+    if args.resume != "off" and (path.is_file() or args.resume != "auto"):
+        checkpoint = load_checkpoint(path, vars(args), run_flags)
+        if own.is_file() and not own.samefile(path):
+            raise SystemExit(f"--resume {path}: {own} is there too, of another run or of later steps: pass another "
+                             "--out, or --resume auto to continue that one")
     step = checkpoint["step"] if checkpoint else 0
     if control and total(step, control) != step * dist.get_world_size():
         raise SystemExit(f"{path}: not the same on all nodes: --out must be on storage that they share")
-    crcs = [table.crc for table in tables]
-    if checkpoint and checkpoint["crcs"] != crcs:  # as many as now: --data is the same
-        other = [str(table.path) for table, crc in zip(tables, checkpoint["crcs"]) if table.crc != crc]
-        raise SystemExit(f"{path} was made with another {' and '.join(other)}: pass another --out, or --resume off to "
-                         "replace it")
+    if checkpoint and checkpoint["inputs"] != inputs:
+        other = dict(set(checkpoint["inputs"].items()) ^ set(inputs.items()))
+        raise SystemExit(f"{path} was made with another {' and '.join(sorted(other))}: pass another --out, or --resume "
+                         "off to replace it")
     return checkpoint
 
 
@@ -1622,11 +1644,11 @@ def versions() -> dict[str, str]:
 
 
 # Copied from clip.py
-def resumable(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, tables: list[Table], n_bad: int,
+def resumable(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, inputs: dict[str, int], n_bad: int,
               seconds: float, device: torch.device) -> dict:
     """What a checkpoint holds beside the model, to be continued from; undone by `restore`."""
     return {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng_state(device),
-            "crcs": [table.crc for table in tables], "n_bad": n_bad, "seconds": seconds}
+            "inputs": inputs, "n_bad": n_bad, "seconds": seconds}
 
 
 # Copied from clip.py
@@ -1929,7 +1951,7 @@ def random_network(args: argparse.Namespace, table: Table, device: torch.device)
             module.sync, module.momentum = False, None  # the mean over all batches; equal on all processes
             nn.init.ones_(module.weight)  # the gains of residual branches start at 0: without them it is no network
     table = copy.copy(table)
-    table.starts = table.starts[torch.linspace(0, len(table) - 1, min(len(table), 2560)).long()]
+    table.starts = table.starts[torch.linspace(0, len(table) - 1, min(len(table), 2560), dtype=torch.float64).long()]
     dataset = EvalImages(table, model.image_size, args.max_pixels)
     with torch.no_grad():
         for start in range(0, len(table), EVAL_BATCH):
@@ -1943,11 +1965,12 @@ def random_network(args: argparse.Namespace, table: Table, device: torch.device)
 def print_probes(metrics: dict[str, dict]) -> None:
     """One aligned line a test set: accuracy of k-NN and linear probe, beside the baselines'."""
     keys = ("knn", "random_knn", "pixels_knn", "probe", "random_probe", "pixels_probe", "chance")
-    print(f"{'test set':<14}{'n':>9}" + "".join(f"{key.replace('_', ' '):>14}" for key in keys))
-    for name, m in metrics.items():
-        if m["probe"] is not None:
-            cells = ("-" if m.get(key) is None else f"{m[key]:.1%}" for key in keys)
-            print(f"{name:<14}{m['n']:>9}" + "".join(f"{cell:>14}" for cell in cells))
+    rows, first = {name: m for name, m in metrics.items() if m["probe"] is not None}, max(14, *map(len, metrics), 0) + 2
+    if rows:
+        print(f"{'test set':<{first}}{'n':>9}" + "".join(f"{key.replace('_', ' '):>14}" for key in keys))
+    for name, m in rows.items():
+        cells = ("-" if m.get(key) is None else f"{m[key]:.1%}" for key in keys)
+        print(f"{name:<{first}}{m['n']:>9}" + "".join(f"{cell:>14}" for cell in cells))
 
 
 # ------------------------------------------------------------------------------ train
@@ -1982,7 +2005,13 @@ def find_test_sets(names: list[str], root: Path) -> dict[str, Table]:
     if len(set(stems)) < len(stems) or {"run", "loss", "step"} & set(stems):
         raise SystemExit(f"--eval-sets: {', '.join(map(str, paths))} would be called {', '.join(stems)} in "
                          "metrics.json: names must differ, and run, loss and step have other meanings in the logs")
-    return {stem: Table(path) for stem, path in zip(stems, paths)}
+    test_sets, classes = {stem: Table(path) for stem, path in zip(stems, paths)}, read_classes(root)
+    for table in test_sets.values():
+        theirs = read_classes(table.folder) if classes and "label" in table.columns else []
+        if theirs and [row["name"] for row in theirs] != [row["name"] for row in classes]:
+            raise SystemExit(f"--eval-sets {table.path}: its labels are of the classes.tsv beside it, which has others "
+                             f"than that of {root}: pass --root {table.folder}")
+    return test_sets
 
 
 # Copied from clip.py
@@ -2044,12 +2073,12 @@ class RunLog:
     """What a run counts between two log lines, which go to OUT/log.jsonl, the terminal, TensorBoard and W&B.
 
     Every process counts, the first writes. checkpoint: what is continued, or None; lines of later steps, of a run that
-    was killed, are dropped. tables: the training sets. control: all processes, None if it is one.
+    was killed, are dropped. n_rows: of the training sets. inputs: of `checksums`. control: all processes, None if one.
     """
 
-    def __init__(self, out: Path, checkpoint: dict | None, args: argparse.Namespace, tables: list[Table],
+    def __init__(self, checkpoint: dict | None, args: argparse.Namespace, n_rows: int, inputs: dict[str, int],
                  device: torch.device, control: dist.ProcessGroup | None):
-        self.args, self.n_rows, self.control, self.device = args, sum(map(len, tables)), control, device
+        self.args, self.n_rows, self.control, self.device = args, n_rows, control, device
         self.world_size = dist.get_world_size() if control else 1
         self.is_main = not control or dist.get_rank() == 0
         self.bad, self.logged = Counter(), checkpoint["step"] if checkpoint else 0
@@ -2057,13 +2086,13 @@ class RunLog:
         self.left_out = torch.zeros((), dtype=torch.int64, device=device)  # steps, for gradients that are not finite
         self.in_a_row = self.most_in_a_row = self.left_out.clone()
         if self.is_main:
-            self.open(out, self.logged, tables)
+            self.open(Path(args.out), self.logged, inputs)
             self.bad += Counter({"before it was continued": checkpoint["n_bad"] if checkpoint else 0})
         self.logged_at = time.time()
 
-    def open(self, out: Path, start: int, tables: list[Table]) -> None:
-        """The files of a run; SystemExit without the packages that are asked for."""
-        path, self.wandb = out / "log.jsonl", None
+    def open(self, out: Path, start: int, inputs: dict[str, int]) -> None:
+        """The files of a run; SystemExit without the packages that are asked for, or if another run writes there."""
+        path, own, self.wandb = out / "log.jsonl", out / "checkpoint.pt", None
         try:
             if self.args.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
@@ -2071,7 +2100,17 @@ class RunLog:
                 import wandb
         except ImportError as error:
             raise SystemExit(f"--tensorboard or --wandb: {error}; pip install tensorboard, or wandb") from None
-        lines = path.read_text().splitlines(keepends=True) if start and path.is_file() else []
+        out.mkdir(parents=True, exist_ok=True)
+        self.lock = open(out / "lock", "a")  # held until the process ends
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"--out {out}: another run is writing there: pass another --out") from None
+        except OSError:  # a file system without locks
+            pass
+        for part in out.glob("*.part"):  # of a run that was killed while it wrote
+            part.unlink()
+        lines = path.read_text().splitlines(keepends=True) if start and path.is_file() and own.is_file() else []
         try:
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
         except (ValueError, LookupError, TypeError) as error:
@@ -2083,10 +2122,10 @@ class RunLog:
             run_id = hashlib.sha1(str(path.resolve()).encode()).hexdigest()[:12]  # the same for a continued run
             self.wandb = wandb.init(project=self.args.wandb, name=out.name, config=vars(self.args), id=run_id,
                                     resume="allow")
-        if self.args.resume == "off" and (out / "checkpoint.pt").is_file():  # if killed before its first save, a
-            os.replace(out / "checkpoint.pt", out / "checkpoint.old.pt")  # run would be continued there
+        if self.args.resume == "off" and own.is_file():  # if killed before its first save, a run would be continued
+            os.replace(own, out / "checkpoint.old.pt")  # there
         write_json(out / "args.json", {
-            "args": vars(self.args), "argv": sys.argv, "data_crc32": {str(t.path): f"{t.crc:08x}" for t in tables},
+            "args": vars(self.args), "argv": sys.argv, "crc32": {name: f"{crc:08x}" for name, crc in inputs.items()},
             "versions": versions(), "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()})
 
     def count(self, step: int, parts: dict[str, torch.Tensor], is_taken: torch.Tensor, bad: list[tuple[str, str]],
@@ -2167,11 +2206,12 @@ def count_labels(tables: list[Table], shares: np.ndarray, classes: list[dict[str
 def check_views(args: argparse.Namespace, tables: list[Table], view_sizes: list[int]) -> None:
     """SystemExit if the views cannot be cut from the images or are not what the tower or the augmentation takes."""
     for table in tables:
-        image = read_image(table, 0, 1, args.max_pixels)
-        is_array = locate_image(table, 0)[0].suffix == ".npy" and not isinstance(image, str)
-        if is_array and max(view_sizes) > min(image.size):  # a smaller file, one among others, is enlarged
-            raise SystemExit(f"a crop of {max(view_sizes)} px is larger than the images of {image.width} x "
-                             f"{image.height}: lower --global-size or --local-size")
+        images = [read_image(table, row, 1, args.max_pixels) for row in {0, len(table) // 2, len(table) - 1}]
+        sizes = [image.size for image in images if not isinstance(image, str)]
+        if sizes and max(view_sizes) > max(map(min, sizes)):  # a smaller file, one among others, is enlarged
+            found = ", ".join(sorted({f"{width} x {height}" for width, height in sizes}))
+            raise SystemExit(f"a crop of {max(view_sizes)} px is larger than the images of {table.path} ({found}): "
+                             "lower --global-size or --local-size")
     if args.arch == "ViT-S-16" and any(size % 16 for size in view_sizes):
         raise SystemExit("ViT-S-16 needs --global-size and --local-size that are multiples of its patches of 16 px")
     if args.arch == "RN50" and min(view_sizes) < 32:
@@ -2191,12 +2231,13 @@ def load_teacher(args: argparse.Namespace) -> dict:
     if loaded["arch"] not in TOWERS:
         raise SystemExit(f"{args.eval_only} is no checkpoint of this script: it has the tower {loaded['arch']!r}")
     made_with = loaded["args"]
-    if args.data == default.data:
-        args.data = made_with["data"]
-        args.root = made_with["root"] if args.root == "auto" else args.root
-    for name in ("probe_set", "probe_images"):
-        if getattr(args, name) == getattr(default, name):
-            setattr(args, name, made_with[name])
+    if args.probe_images == default.probe_images:
+        args.probe_images = made_with["probe_images"]
+    is_there = args.root == "auto" or os.path.realpath(args.root) == os.path.realpath(
+        root_of(made_with["root"], made_with["data"]))
+    if is_there and args.data == default.data:  # files of another root would be read with this one's class numbers
+        args.root, args.data = made_with["root"], made_with["data"]
+        args.probe_set = made_with["probe_set"] if args.probe_set == "auto" else args.probe_set
     return loaded
 
 
@@ -2210,6 +2251,9 @@ def find_worlds(args: argparse.Namespace, root: Path) -> list[tuple]:
             name = "imagenet" if (root / "imagenet" / "train.tsv").is_file() else str(find_sets(args.data, root)[0][0])
         bank = Table(name if name.endswith(".tsv") else root / name / "train.tsv")
         worlds.append((bank, test_sets, classes, False))
+    elif args.probe_set != "auto":
+        raise SystemExit(f"--probe-set {args.probe_set}: there is nothing to probe: {root} needs classes.tsv and a "
+                         "test set (val.tsv or --eval-sets)")
     elif test_sets:
         worlds.append((None, test_sets, [], False))
     in_root = [path.parent for path in sorted(root.glob("*/classes.tsv"))
@@ -2255,8 +2299,8 @@ def report_dino(teacher: Network, prototypes: torch.Tensor, worlds: list, class_
     metrics = evaluate_dino(teacher, worlds, class_counts, args, device, out)
     run = {"script": Path(__file__).name, "step": step, "seconds": round(seconds, 1), "data": args.data,
            "seed": args.seed, "precision": precision, "prototypes": len(prototypes),
-           "unique_prototypes": unique_prototypes(prototypes),
-           "versions": versions()}
+           "unique_prototypes": unique_prototypes(prototypes), "versions": versions(),
+           "probe_sets": sorted({str(bank.path) for bank, *_ in worlds if bank is not None})}
     on_one_rank(rank, lambda: write_json(out / "metrics.json", metrics | {"run": run}))
     if rank:
         return
@@ -2264,7 +2308,8 @@ def report_dino(teacher: Network, prototypes: torch.Tensor, worlds: list, class_
     if all(m["probe"] is None for m in metrics.values()):
         print("nothing to probe: no labelled images that can be read, in test sets of a root with classes.tsv or in "
               "--transfer")
-    print(f"unique prototypes at cosine distance 0.025: {run['unique_prototypes']} of {len(prototypes)}")
+    print(f"probes are fitted on {', '.join(run['probe_sets']) or 'nothing'}")
+    print(f"unique prototypes (greedy cover at cosine distance 0.025): {run['unique_prototypes']} of {len(prototypes)}")
     print(f"metrics: {out / 'metrics.json'}", flush=True)
 
 
@@ -2325,6 +2370,8 @@ def main(args: argparse.Namespace) -> None:
     view_sizes = 2 * [args.global_size] + args.local_crops * [args.local_size]
     view_scales = 2 * [tuple(args.global_scale)] + args.local_crops * [tuple(args.local_scale)]
     check_views(args, tables, view_sizes)
+    inputs = checksums(tables)
+    checkpoint = find_checkpoint(args, RUN_FLAGS, inputs, control)
 
     # --- model
     K, D = args.prototypes, args.prototype_dim
@@ -2366,8 +2413,6 @@ def main(args: argparse.Namespace) -> None:
 
     # --- resume
     start, seconds_before, started = 0, 0.0, time.time()
-    resume = out / "checkpoint.pt" if args.resume in ("auto", "off") else Path(args.resume)
-    checkpoint = find_checkpoint(args.resume, resume, vars(args), RUN_FLAGS, tables, control)
     if checkpoint:
         student.load_state_dict(checkpoint["student"])
         teacher.load_state_dict(checkpoint["state_dict"] | {"head.prototypes": teacher.head.prototypes})
@@ -2391,7 +2436,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"{sum(p.numel() for p in student.parameters()) / 1e6:.2f} M parameters, {steps} steps of "
               f"{args.batch_size} images, {M} of {K} prototypes, ln {M} = {math.log(M):.3f}"
               + (f", continued from step {start}" if start else ""), flush=True)
-    log, stop_signals = RunLog(out, checkpoint, args, tables, device, control), []
+    log, stop_signals = RunLog(checkpoint, args, sum(sizes), inputs, device, control), []
     signal.signal(signal.SIGTERM, lambda number, frame: stop_signals.append(number))
 
     # --- loop
@@ -2481,7 +2526,7 @@ def main(args: argparse.Namespace) -> None:
             checkpoint |= {"student": student.state_dict(), "student_prototypes": table.weight,
                            "prototype_state": table.state, "center": center, "usage": usage, "last_won": last_won}
             seconds = seconds_before + time.time() - started
-            checkpoint |= resumable(optimizer, scaler, tables, log.n_bad(), seconds, device)
+            checkpoint |= resumable(optimizer, scaler, inputs, log.n_bad(), seconds, device)
             save_checkpoint(out / "checkpoint.pt", checkpoint, rank)
         if is_stopped:
             if is_main:

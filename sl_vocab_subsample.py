@@ -2,23 +2,24 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.6", "torchvision>=0.21", "numpy>=1.26", "scipy>=1.11", "pillow>=10.1", "tqdm>=4.66"]
 # ///
-"""Supervised learning with a sampled vocabulary: at each step a group of images is classified among few classes only.
+r"""Supervised learning with a sampled vocabulary: at each step a group of images is classified among few classes only.
 
 Paper: Wen et al., arXiv 2405.21070, section 3.3. CLIP's batch is a small vocabulary drawn anew at every step; here a
 classifier gets the same: the classes of a group of images, and others drawn by frequency until there are M (federated
 softmax). With --head frozen the classes are fixed vectors of a pretrained CLIP, so unseen classes have a place too.
 
-    python sl_vocab_subsample.py                                    # plain softmax on the shapes world, 1 to 4 minutes
+    python sl_vocab_subsample.py                                    # plain softmax on the shapes world, 2 to 6 minutes
     python sl_vocab_subsample.py --vocab 32 --vocab-group 32 --out runs/vocab
     torchrun sl_vocab_subsample.py --data laionet --head frozen --vocab 64 --vocab-group 32 --out runs/frozen
     python sl_vocab_subsample.py --trim-tail 30 --head frozen --vocab 32 --vocab-group 32 --out runs/zero_shot_tail
     python sl_vocab_subsample.py --loss balanced --out runs/balanced                     # a baseline
     python sl_vocab_subsample.py --eval-only runs/sl/checkpoint.pt --eval-sets val.tsv sketch.tsv
 
-The defaults are the matched protocol: a run differs from one of clip.py in the loss only (same tower, AdamW, steps,
-batch, warm-up, crops, batch norm, evaluation). The paper's protocol, on ImageNet-Captions or LAIONet, is instead
-    torchrun --nproc-per-node 4 sl_vocab_subsample.py --root ROOT --data incaps --arch RN50 --batch-size 256 \\
-        --epochs 90 --optimizer sgd --weight-decay 1e-4 --warmup-steps 0 --bn local --vocab 200 --vocab-group 64 \\
+The defaults are the matched protocol: a run differs from one of clip.py in the loss only (same tower, AdamW with
+clip.py's default betas, steps, batch, warm-up, crops, batch norm, evaluation). The paper's protocol, on
+ImageNet-Captions or LAIONet, is instead
+    torchrun --nproc-per-node 4 sl_vocab_subsample.py --root ROOT --data incaps --arch RN50 --batch-size 256 \
+        --epochs 90 --optimizer sgd --weight-decay 1e-4 --warmup-steps 0 --bn local --vocab 200 --vocab-group 64 \
         --precision fp32 --out runs/paper
 Self-supervised weights to classification: --init backbone.pt (of clip.py, torchvision, SimCLR and MoCo with its
 resnet50, and dino_laionet.py, whose ViT-S-16, with the published DINO's, is --arch dino-ViT-S-16 here).
@@ -60,6 +61,7 @@ import argparse
 import contextlib
 import ctypes
 import datetime
+import fcntl
 import functools
 import hashlib
 import io
@@ -693,7 +695,8 @@ class ViTBlock(nn.Module):
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
 
     def forward(self, x: torch.Tensor, n: int) -> torch.Tensor:  # [B, L, width] -> [B, n, width], the first n tokens
-        q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, -1, 64)).permute(2, 0, 3, 1, 4)  # [B, H, L, 64] each
+        qkv = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, -1, 64))  # [B, L, 3, H, 64]
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # [B, H, L, 64] each; unbound here: one copy back
         mixed = F.scaled_dot_product_attention(q[:, :, :n], k, v)
         x = x[:, :n] + self.attn["proj"](mixed.transpose(1, 2).flatten(2))
         return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
@@ -838,8 +841,13 @@ def load_tower(model: Classifier, path: str) -> str:
     A resnet50 or DINO's ViT that none of our scripts has written gets ImageNet's pixel statistics, its own.
     """
     loaded, own = load_weights(path), model.visual.state_dict()
-    weights = {k: v for k, v in loaded["state_dict"].items() if isinstance(v, torch.Tensor)}
+    weights = loaded["state_dict"]
+    for key in ("teacher", "model"):  # what DINO's and torchvision's own programs save
+        weights = weights[key] if isinstance(weights.get(key), dict) else weights
+    weights = {k.removeprefix("module."): v for k, v in weights.items() if isinstance(v, torch.Tensor)}
     activation = loaded.get("activation", "gelu" if "arch" in loaded else "one it does not name")
+    if model.arch == "ViT-S-16" and any(k.endswith("cls_token") for k in weights):
+        raise SystemExit(f"--init {path} holds DINO's ViT, which has other layers: --arch dino-ViT-S-16")
     if model.arch.startswith("ViT") and activation != "gelu":
         hint = "; if that is gelu, clip.py with --eval-only, --activation gelu and --export writes a file that names it"
         raise SystemExit(f"--init {path} was trained with {activation}, the ViT of this script has gelu"
@@ -1113,8 +1121,8 @@ def read_image(table: Table, row: int, min_side: float, max_pixels: int) -> Imag
         return "row beyond the end of the .npy file"
     except Image.UnidentifiedImageError:
         return "not an image"
-    except (OSError, ValueError, TypeError, KeyError, SyntaxError, EOFError, struct.error, zlib.error,
-            OverflowError) as error:  # Pillow's; odd EXIF data give a TypeError
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, AssertionError, ArithmeticError, SyntaxError,
+            EOFError, struct.error, zlib.error) as error:  # Pillow's; odd EXIF data give any of the first six
         if path.suffix == ".npy":
             return "no .npy file of uint8 (N, H, W, 3)"
         return "truncated" if "truncated" in str(error).lower() else "cannot be decoded"
@@ -1154,7 +1162,7 @@ def read_or_replace(tables: list[Table], examples: np.ndarray, i: int, min_side:
         image = read_image(tables[s], row, min_side, max_pixels)
         if not isinstance(image, str):
             return image
-        bad.append((image, f"{tables[s].path} row {row + 1}: {tables[s].get(row, 'image')}"))
+        bad.append((image, f"{tables[s].path}: {tables[s].get(row, 'image')}"))
         examples[i, 1] = int(uniform_hash(seed, 3, s, row, epoch, attempt) * len(tables[s]))
     # A worker process cannot end the run: note_bad_images does.
     bad.append((GAVE_UP, f"100 unreadable images in a row, the last: {': '.join(bad[-1])}"))
@@ -1479,14 +1487,21 @@ def ensure_clip_pt(root: Path, device: str, flags: str) -> None:
     path, world, script = root / "clip.pt", root / "world.json", Path(__file__).with_name("clip.py")
     if path.is_file():
         return
+    out = root / "clip_pretraining"
     is_shapes = world.is_file() and '"world": "shapes"' in world.read_text("utf-8", "replace")  # also if damaged
     if not is_shapes or not script.is_file():
         raise SystemExit(f"{flags}: {path} is not there: make it from released weights (python clip.py --eval-only "
                          f"RN50.pt --arch RN50 --root {root} --bpe bpe_simple_vocab_16e6.txt.gz --export {path}), or "
                          "pass another file")
     print(f"{path} is not there: pretraining on web (once, about 5 minutes on 2 CPU cores)", flush=True)
-    run_script([str(script), "--root", str(root), "--data", "web", "--steps", "2200", "--word-dropout", "0", "--out",
-                str(root / "clip_pretraining"), "--export", str(path), "--eval-sets", "val", "--device", device])
+    try:
+        with open(root / "clip.pt.lock", "w") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX)  # another run may be at it
+            if not path.is_file():
+                run_script([str(script), "--root", str(root), "--data", "web", "--steps", "2200", "--word-dropout",
+                            "0", "--out", str(out), "--export", str(path), "--eval-sets", "val", "--device", device])
+    except (SystemExit, OSError) as error:
+        raise SystemExit(f"{path}: {error}; if what it continued is of another version, delete {out}") from None
 
 
 # Copied from clip.py
@@ -1578,7 +1593,7 @@ def load_checkpoint(path: Path, args: dict, run_flags: set[str]) -> dict:
         raise SystemExit(f"{path} is no checkpoint of {Path(__file__).name}; --resume off starts over")
     if "optimizer" not in checkpoint:
         raise SystemExit(f"{path} has no optimiser state: it is an export, pass it as --init")
-    if "crcs" not in checkpoint:
+    if "inputs" not in checkpoint:
         raise SystemExit(f"{path} was made by an older {Path(__file__).name}: pass another --out, or --resume off to "
                          "replace it")
     unknown = [f"--{k.replace('_', '-')}" for k in args if k not in run_flags and k not in checkpoint["args"]]
@@ -1593,20 +1608,37 @@ def load_checkpoint(path: Path, args: dict, run_flags: set[str]) -> dict:
 
 
 # Copied from clip.py
-def find_checkpoint(resume: str, path: Path, args: dict, run_flags: set[str], tables: list[Table],
+def checksums(tables: list[Table], *paths: str | Path) -> dict[str, int]:
+    """CRC32 of the files that decide what a run learns, by name; a path that is no file is left out."""
+    sums = {str(table.path): table.crc for table in tables}
+    for path in filter(os.path.isfile, paths):
+        with open(path, "rb") as file:
+            blocks = iter(functools.partial(file.read, 2**26), b"")
+            sums[str(path)] = functools.reduce(lambda crc, block: zlib.crc32(block, crc), blocks, 0)
+    return sums
+
+
+# Copied from clip.py
+def find_checkpoint(args: argparse.Namespace, run_flags: set[str], inputs: dict[str, int],
                     control: dist.ProcessGroup | None) -> dict | None:
-    """What --resume says is to be continued, None to start anew; the same on all processes."""
-    checkpoint = None
-    if resume != "off" and (path.is_file() or resume != "auto"):
-        checkpoint = load_checkpoint(path, args, run_flags)
+    """What --resume says is to be continued, None to start anew; the same on all processes.
+
+    inputs: files by name that may not change, with their CRCs. Raises: SystemExit if it is of other flags or files.
+    """
+    own, checkpoint = Path(args.out) / "checkpoint.pt", None
+    path = own if args.resume in ("auto", "off") else Path(args.resume)
+    if args.resume != "off" and (path.is_file() or args.resume != "auto"):
+        checkpoint = load_checkpoint(path, vars(args), run_flags)
+        if own.is_file() and not own.samefile(path):
+            raise SystemExit(f"--resume {path}: {own} is there too, of another run or of later steps: pass another "
+                             "--out, or --resume auto to continue that one")
     step = checkpoint["step"] if checkpoint else 0
     if control and total(step, control) != step * dist.get_world_size():
         raise SystemExit(f"{path}: not the same on all nodes: --out must be on storage that they share")
-    crcs = [table.crc for table in tables]
-    if checkpoint and checkpoint["crcs"] != crcs:  # as many as now: --data is the same
-        other = [str(table.path) for table, crc in zip(tables, checkpoint["crcs"]) if table.crc != crc]
-        raise SystemExit(f"{path} was made with another {' and '.join(other)}: pass another --out, or --resume off to "
-                         "replace it")
+    if checkpoint and checkpoint["inputs"] != inputs:
+        other = dict(set(checkpoint["inputs"].items()) ^ set(inputs.items()))
+        raise SystemExit(f"{path} was made with another {' and '.join(sorted(other))}: pass another --out, or --resume "
+                         "off to replace it")
     return checkpoint
 
 
@@ -1616,11 +1648,11 @@ def versions() -> dict[str, str]:
 
 
 # Copied from clip.py
-def resumable(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, tables: list[Table], n_bad: int,
+def resumable(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, inputs: dict[str, int], n_bad: int,
               seconds: float, device: torch.device) -> dict:
     """What a checkpoint holds beside the model, to be continued from; undone by `restore`."""
     return {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng_state(device),
-            "crcs": [table.crc for table in tables], "n_bad": n_bad, "seconds": seconds}
+            "inputs": inputs, "n_bad": n_bad, "seconds": seconds}
 
 
 # Copied from clip.py
@@ -1758,18 +1790,19 @@ def print_table(metrics: dict[str, dict]) -> None:
     columns = {"n": "n", "top1": "top-1", "balanced": "balanced", "head": "head", "medium": "medium", "tail": "tail",
                "spearman_acc": "rho(freq,acc)", "spearman_pred": "rho(freq,pred)", "chance": "chance"}
     formats = {"n": "{}", "spearman_acc": "{:.3f}", "spearman_pred": "{:.3f}"}
-    widths = {k: max(9, len(title) + 2) for k, title in columns.items()}
+    widths, first = {k: max(9, len(title) + 2) for k, title in columns.items()}, max(14, *(len(x) + 2 for x in metrics))
     rows = {name: m for name, m in metrics.items() if m["top1"] is not None}
     if rows:
-        print(f"{'test set':<14}" + "".join(f"{title:>{widths[k]}}" for k, title in columns.items()))
+        print(f"{'test set':<{first}}" + "".join(f"{title:>{widths[k]}}" for k, title in columns.items()))
     for name, m in rows.items():
         cells = {k: "-" if m[k] is None else formats.get(k, "{:.1%}").format(m[k]) for k in columns}
-        print(f"{name:<14}" + "".join(f"{cell:>{widths[k]}}" for k, cell in cells.items()))
+        print(f"{name:<{first}}" + "".join(f"{cell:>{widths[k]}}" for k, cell in cells.items()))
     rows = {name: m for name, m in metrics.items() if m["retrieval"]}
     if rows:
-        print(f"{'retrieval':<14}{'n':>9}" + "".join(f"{key:>9}" for key in next(iter(rows.values()))["retrieval"]))
+        keys = next(iter(rows.values()))["retrieval"]
+        print(f"{'retrieval':<{first}}{'n':>9}" + "".join(f"{key:>9}" for key in keys))
     for name, m in rows.items():
-        print(f"{name:<14}{m['n']:>9}" + "".join(f"{100 * value:>8.1f}%" for value in m["retrieval"].values()))
+        print(f"{name:<{first}}{m['n']:>9}" + "".join(f"{100 * value:>8.1f}%" for value in m["retrieval"].values()))
     for name, m in metrics.items():
         if m.get("bad_images"):
             reasons = ", ".join(f"{n} {reason}" for reason, n in m["bad_images"].items())
@@ -1857,7 +1890,13 @@ def find_test_sets(names: list[str], root: Path) -> dict[str, Table]:
     if len(set(stems)) < len(stems) or {"run", "loss", "step"} & set(stems):
         raise SystemExit(f"--eval-sets: {', '.join(map(str, paths))} would be called {', '.join(stems)} in "
                          "metrics.json: names must differ, and run, loss and step have other meanings in the logs")
-    return {stem: Table(path) for stem, path in zip(stems, paths)}
+    test_sets, classes = {stem: Table(path) for stem, path in zip(stems, paths)}, read_classes(root)
+    for table in test_sets.values():
+        theirs = read_classes(table.folder) if classes and "label" in table.columns else []
+        if theirs and [row["name"] for row in theirs] != [row["name"] for row in classes]:
+            raise SystemExit(f"--eval-sets {table.path}: its labels are of the classes.tsv beside it, which has others "
+                             f"than that of {root}: pass --root {table.folder}")
+    return test_sets
 
 
 # Copied from clip.py
@@ -1919,12 +1958,12 @@ class RunLog:
     """What a run counts between two log lines, which go to OUT/log.jsonl, the terminal, TensorBoard and W&B.
 
     Every process counts, the first writes. checkpoint: what is continued, or None; lines of later steps, of a run that
-    was killed, are dropped. tables: the training sets. control: all processes, None if it is one.
+    was killed, are dropped. n_rows: of the training sets. inputs: of `checksums`. control: all processes, None if one.
     """
 
-    def __init__(self, out: Path, checkpoint: dict | None, args: argparse.Namespace, tables: list[Table],
+    def __init__(self, checkpoint: dict | None, args: argparse.Namespace, n_rows: int, inputs: dict[str, int],
                  device: torch.device, control: dist.ProcessGroup | None):
-        self.args, self.n_rows, self.control, self.device = args, sum(map(len, tables)), control, device
+        self.args, self.n_rows, self.control, self.device = args, n_rows, control, device
         self.world_size = dist.get_world_size() if control else 1
         self.is_main = not control or dist.get_rank() == 0
         self.bad, self.logged = Counter(), checkpoint["step"] if checkpoint else 0
@@ -1932,13 +1971,13 @@ class RunLog:
         self.left_out = torch.zeros((), dtype=torch.int64, device=device)  # steps, for gradients that are not finite
         self.in_a_row = self.most_in_a_row = self.left_out.clone()
         if self.is_main:
-            self.open(out, self.logged, tables)
+            self.open(Path(args.out), self.logged, inputs)
             self.bad += Counter({"before it was continued": checkpoint["n_bad"] if checkpoint else 0})
         self.logged_at = time.time()
 
-    def open(self, out: Path, start: int, tables: list[Table]) -> None:
-        """The files of a run; SystemExit without the packages that are asked for."""
-        path, self.wandb = out / "log.jsonl", None
+    def open(self, out: Path, start: int, inputs: dict[str, int]) -> None:
+        """The files of a run; SystemExit without the packages that are asked for, or if another run writes there."""
+        path, own, self.wandb = out / "log.jsonl", out / "checkpoint.pt", None
         try:
             if self.args.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
@@ -1946,7 +1985,17 @@ class RunLog:
                 import wandb
         except ImportError as error:
             raise SystemExit(f"--tensorboard or --wandb: {error}; pip install tensorboard, or wandb") from None
-        lines = path.read_text().splitlines(keepends=True) if start and path.is_file() else []
+        out.mkdir(parents=True, exist_ok=True)
+        self.lock = open(out / "lock", "a")  # held until the process ends
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"--out {out}: another run is writing there: pass another --out") from None
+        except OSError:  # a file system without locks
+            pass
+        for part in out.glob("*.part"):  # of a run that was killed while it wrote
+            part.unlink()
+        lines = path.read_text().splitlines(keepends=True) if start and path.is_file() and own.is_file() else []
         try:
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
         except (ValueError, LookupError, TypeError) as error:
@@ -1958,10 +2007,10 @@ class RunLog:
             run_id = hashlib.sha1(str(path.resolve()).encode()).hexdigest()[:12]  # the same for a continued run
             self.wandb = wandb.init(project=self.args.wandb, name=out.name, config=vars(self.args), id=run_id,
                                     resume="allow")
-        if self.args.resume == "off" and (out / "checkpoint.pt").is_file():  # if killed before its first save, a
-            os.replace(out / "checkpoint.pt", out / "checkpoint.old.pt")  # run would be continued there
+        if self.args.resume == "off" and own.is_file():  # if killed before its first save, a run would be continued
+            os.replace(own, out / "checkpoint.old.pt")  # there
         write_json(out / "args.json", {
-            "args": vars(self.args), "argv": sys.argv, "data_crc32": {str(t.path): f"{t.crc:08x}" for t in tables},
+            "args": vars(self.args), "argv": sys.argv, "crc32": {name: f"{crc:08x}" for name, crc in inputs.items()},
             "versions": versions(), "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()})
 
     def count(self, step: int, parts: dict[str, torch.Tensor], is_taken: torch.Tensor, bad: list[tuple[str, str]],
@@ -2055,6 +2104,7 @@ def read_labelled_sets(args: argparse.Namespace, root: Path, classes: list[dict[
                      for x, w in zip(label_sets, weights))
         keep, trimmed = trim_tail(first, counts, args.trim_tail, args.trim_shots, args.seed)
         lost["trimmed from the tail"] = int((~keep).sum())
+        n_few = int((np.bincount(first, minlength=len(classes))[trimmed] <= args.trim_shots).sum())
         for s, part in enumerate(np.split(keep, np.cumsum([len(labels) for labels in label_sets])[:-1])):
             tables[s].starts, label_sets[s] = tables[s].starts[torch.from_numpy(part)], label_sets[s][part]
     for table in tables:
@@ -2069,6 +2119,8 @@ def read_labelled_sets(args: argparse.Namespace, root: Path, classes: list[dict[
         class_counts += np.bincount(labels[is_label], part, len(classes)) * share * n / len(labels)
     class_counts = np.where(class_counts > 0, np.rint(class_counts).clip(1), 0).astype(np.int64)
     left_out = ", ".join(f"{number:,} {reason}" for reason, number in lost.items() if number) or "none"
+    if args.trim_tail and n_few:
+        left_out += f"; {n_few} of the trimmed classes had no more than {args.trim_shots} images anyway"
     return tables, label_sets, shares, class_counts, trimmed, f"rows left out: {left_out}"
 
 
@@ -2105,6 +2157,8 @@ def report_classifier(model: Classifier, classes: list[dict[str, str]], class_co
         for name, m in metrics.items():
             parts = [f"{m[key]:.1%}" if m[key] is not None else "-" for key in ("trimmed", "untrimmed")]
             print(f"{name}: accuracy of the {len(trimmed)} trimmed classes {parts[0]}, of the others {parts[1]}")
+    for name in [name for name, m in metrics.items() if m["n"] and m["top1"] is None]:
+        print(f"{name}: not scored: no labels")
     if not test_sets:
         print("no test sets: put val.tsv into the root or pass --eval-sets")
     print(f"metrics: {out / 'metrics.json'}", flush=True)
@@ -2133,10 +2187,7 @@ def evaluate_file(args: argparse.Namespace, root: Path, rank: int, device: torch
         raise SystemExit(f"{args.eval_only} was trained with {what} classes ({len(loaded['class_names'])}) than "
                          f"{root}/classes.tsv has ({len(class_names)})")
     model = Classifier(loaded["arch"], len(class_names), loaded["state_dict"]["prototypes"], True)
-    try:
-        model.load_state_dict(loaded["state_dict"])
-    except RuntimeError as error:
-        raise SystemExit(f"{args.eval_only} does not fit its --arch: {' '.join(str(error).split())[:300]}") from None
+    load_state(model, loaded["state_dict"], args.eval_only)
     model.use_pixels(pixels)
     args.data, args.seed = loaded["args"]["data"], loaded["args"]["seed"]
     report_classifier(model.to(device), classes, class_counts, loaded["trimmed"].numpy(),
@@ -2171,9 +2222,6 @@ def main(args: argparse.Namespace) -> None:
     if args.eval_only:
         evaluate_file(args, root, rank, device)
         return
-    head_init = str(root / "clip.pt") if args.head_init == "auto" else args.head_init
-    if args.head != "learned" and args.head_init == "auto":
-        on_one_rank(rank, lambda: ensure_clip_pt(root, args.device, "--head frozen and finetune"))
     classes, test_sets = read_classes(root), find_test_sets(args.eval_sets, root)
     class_names = [row["name"] for row in classes]
     tables, label_sets, shares, class_counts, trimmed, left_out = read_labelled_sets(args, root, classes)
@@ -2191,8 +2239,13 @@ def main(args: argparse.Namespace) -> None:
         raise SystemExit(f"--batch-size {args.batch_size} must split into {world_size} processes and not be larger "
                          f"than the {sum(sizes)} rows of --data {args.data}")
     pixels = load_pixels(tables, TOWERS[args.arch]["image_size"])  # [rows of all sets, H, W, 3] uint8, or None
+    inputs = checksums(tables, root / "classes.tsv")
+    checkpoint = find_checkpoint(args, RUN_FLAGS, inputs, control)
 
     # --- model
+    head_init = str(root / "clip.pt") if args.head_init == "auto" else args.head_init
+    if args.head != "learned" and args.head_init == "auto":
+        on_one_rank(rank, lambda: ensure_clip_pt(root, args.device, "--head frozen and finetune"))
     prototypes = None if args.head == "learned" else read_prototypes(head_init, class_names)
     if args.arch == "dino-ViT-S-16" and prototypes is not None and prototypes.shape[1] != 384:
         raise SystemExit(f"--head-init has vectors of width {prototypes.shape[1]}, --arch {args.arch} features of 384")
@@ -2227,14 +2280,14 @@ def main(args: argparse.Namespace) -> None:
 
     # --- resume
     start, seconds_before, started = 0, 0.0, time.time()
-    resume = out / "checkpoint.pt" if args.resume in ("auto", "off") else Path(args.resume)
-    checkpoint = find_checkpoint(args.resume, resume, vars(args), RUN_FLAGS, tables, control)
     if checkpoint:
-        is_same = checkpoint["class_names"] == class_names and torch.equal(checkpoint["class_counts"], counts)
-        if not is_same or checkpoint["prototypes"].shape != model.prototypes.shape:
-            raise SystemExit(f"{resume} was made with other classes than {root}/classes.tsv has now, or with a "
-                             "--head-init of another width: pass another --out, or --resume off to replace it")
-        model.load_state_dict(checkpoint["state_dict"])
+        theirs = checkpoint["state_dict"]["prototypes"]
+        if theirs.shape != model.prototypes.shape or args.head == "frozen" and not torch.equal(theirs, prototypes):
+            raise SystemExit(f"{out} was made with other class vectors than {head_init} has now: pass another --out, "
+                             "or --resume off to replace it")
+        load_state(model, checkpoint["state_dict"], "what is to be continued")
+        model.use_pixels(checkpoint["pixels"])
+        model.to(device)
         start, seconds_before = restore(checkpoint, optimizer, scaler, device)
 
     # --- loader
@@ -2257,7 +2310,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {steps} steps of "
               f"{args.batch_size} images, chance loss {chance}"
               + (f", continued from step {start}" if start else ""), flush=True)
-    log, stop_signals = RunLog(out, checkpoint, args, tables, device, control), []
+    log, stop_signals = RunLog(checkpoint, args, sum(sizes), inputs, device, control), []
     signal.signal(signal.SIGTERM, lambda number, frame: stop_signals.append(number))
 
     # --- loop
@@ -2265,7 +2318,7 @@ def main(args: argparse.Namespace) -> None:
     if args.freeze_backbone:
         model.visual.eval()
     B, group_size = args.batch_size // world_size, args.vocab_group or args.batch_size
-    vocab_sizes = np.zeros(3)
+    vocab_sizes, has_warned = np.zeros(3), False
     running = [buffer for name, buffer in model.named_buffers() if "running_" in name]
     progress = tqdm(total=steps, initial=start, disable=not (is_main and sys.stderr.isatty()), unit="step")
     for step, batch in enumerate(loader, start):
@@ -2318,7 +2371,8 @@ def main(args: argparse.Namespace) -> None:
             if has_vocab:
                 size, n_drawn, n_groups = (total(x, control) for x in vocab_sizes)
                 numbers |= {"vocab": round(size / n_groups, 2), "drawn": round(n_drawn / size, 4)}
-                if is_main and step < args.log_every + start and size != args.vocab * n_groups:
+                if is_main and not has_warned and size != args.vocab * n_groups:
+                    has_warned = True
                     reason = (f"less than what some of the groups of {group_size} images hold"
                               if size > args.vocab * n_groups else "more than the classes that can be drawn")
                     print(f"--vocab {args.vocab} is {reason}: the vocabularies have {size / n_groups:.1f} classes, "
@@ -2339,7 +2393,7 @@ def main(args: argparse.Namespace) -> None:
         if is_stopped or step + 1 == steps or (args.save_every and (step + 1) % args.save_every == 0):
             checkpoint = checkpoint_of_classifier(model, classes, class_counts, trimmed, args, step + 1)
             seconds = seconds_before + time.time() - started
-            checkpoint |= resumable(optimizer, scaler, tables, log.n_bad(), seconds, device)
+            checkpoint |= resumable(optimizer, scaler, inputs, log.n_bad(), seconds, device)
             save_checkpoint(out / "checkpoint.pt", checkpoint, rank)
         if is_stopped:
             if is_main:

@@ -2,9 +2,9 @@
 
 Forward and backward on given features, fp32, CPU, Sinkhorn targets of a teacher head included, as in a step of the
 script: drawing, gathering and writing back the M rows count (not their moments in the optimizer, which the script moves
-too). Sides alternate; printed are medians and the peak of memory beyond what stands before the step, from the kernel's
-high-water mark in a process of its own. Once with the whole head (two hidden layers of 2,048, whose cost does not
-depend on K), once without its hidden layers.
+too, nor the teacher's average, which goes over all K rows whatever M is). Sides alternate; printed are medians and the
+peak of memory beyond what stands before the step, from the kernel's high-water mark in a process of its own. Once with
+the whole head (two hidden layers of 2,048, whose cost does not depend on K), once without its hidden layers.
 """
 
 import argparse

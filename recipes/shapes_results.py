@@ -755,7 +755,7 @@ EXPERIMENTS = [
         ],
         more=[
             (
-                "As in figure 10: the probe's accuracy less that of the balanced run of as many images and the same K.",
+                "As in figure 10: the probe's accuracy less that of the balanced run of as many images.",
                 list(TRANSFER),
                 [
                     (label, [minus(run, balanced, "probe", test) for test in TRANSFER], "")
@@ -763,6 +763,7 @@ EXPERIMENTS = [
                         ("long-tailed", "dino_laionet", "dino_balanced"),
                         ("sampled, M = K / 4", "dino_sampled_quarter", "dino_balanced"),
                         ("sampled, M = K / 16", "dino_sampled_16th", "dino_balanced"),
+                        ("fixed, K / 4", "dino_fixed_quarter", "dino_balanced"),
                         ("steep", "dino_steep", "dino_steep_balanced"),
                         ("steep, sampled, M = K / 4", "dino_steep_sampled", "dino_steep_balanced"),
                     )

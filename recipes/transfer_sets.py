@@ -1,14 +1,14 @@
 """Two small real sets to probe features on: scikit-learn's digits and the stamps of Tux Paint.
 
     pip install scikit-learn                     # digits: 1,797 handwritten digits of 8 x 8 pixels, 10 classes
-    apt install tuxpaint-stamps-default          # stamps: 784 pictures, the 16 folders they lie in as classes
+    apt install tuxpaint-stamps-default          # stamps: 790 pictures, the 17 folders they lie in as classes
     python recipes/transfer_sets.py              # or digits, or stamps
     python dino_laionet.py --transfer auto data/transfer/digits data/transfer/stamps
 
 Each becomes a folder OUT/NAME with classes.tsv, train.tsv and test.tsv: a quarter of each class, drawn with the seed,
 is the test set. Digits are scaled to 32 px, rows of one .npy; stamps are shrunk to 256 px, files. Of the stamps,
 mirrored twins and equal files are left out, which the split could part, and .svg, which Pillow cannot read. Their
-classes are uneven: a third are symbols, and four folders have fewer than ten pictures.
+classes are uneven: a third are symbols, and five folders have fewer than ten pictures.
 """
 
 import argparse

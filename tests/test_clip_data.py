@@ -401,6 +401,16 @@ def test_odd_exif_is_no_end_of_the_run(tmp_path, monkeypatch):
     assert clip.read_image(table_of(tmp_path, "image\nx.png\n"), 0, 4, 100) == "cannot be decoded"
 
 
+@pytest.mark.parametrize("kind, size", [(5, 8), (11, 4), (12, 8)])  # RATIONAL, FLOAT, DOUBLE
+def test_exif_texts_that_are_numbers_are_no_end_of_the_run(kind, size, tmp_path):
+    """An ImageDescription of a wrong type, beside an orientation that has the image turned."""
+    entries = struct.pack("<HHII", 0x010E, kind, 1, 38 if size > 4 else 0) + struct.pack("<HHII", 0x0112, 3, 1, 6)
+    exif = b"Exif\0\0" + struct.pack("<2sHIH", b"II", 42, 8, 2) + entries + bytes(4) + struct.pack("<II", 1, 3)
+    Image.new("RGB", (4, 8)).save(tmp_path / "x.jpg", exif=exif)
+    found = clip.read_image(table_of(tmp_path, "image\nx.jpg\n"), 0, 4, 100)
+    assert found == "cannot be decoded" or found.size == (8, 4)
+
+
 def test_large_or_oblong_arrays_are_cropped_by_the_workers(tmp_path):
     """crop_pixels samples without a filter, so it serves images of about the model's size."""
     for name, shape in {"fits": (40, 40), "large": (64, 64), "oblong": (32, 40)}.items():

@@ -587,8 +587,8 @@ def test_cached_captions_on_a_full_disk_are_one_line(tmp_path, monkeypatch):
 
 
 def open_log(out, start, **flags):
-    args = argparse.Namespace(**{"tensorboard": False, "wandb": "", "resume": "auto"} | flags)
-    return clip.RunLog(out, {"step": start, "n_bad": 0}, args, [], torch.device("cpu"), None)
+    args = argparse.Namespace(**{"out": str(out), "tensorboard": False, "wandb": "", "resume": "auto"} | flags)
+    return clip.RunLog({"step": start, "n_bad": 0}, args, 0, {}, torch.device("cpu"), None)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a disk that is always full")

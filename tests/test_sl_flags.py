@@ -181,8 +181,8 @@ def test_resume_compares_classes_and_labels(world, tmp_path):
     rows = [line.split("\t") for line in table.splitlines()]
     rows[1][label] = str((int(rows[1][label]) + 1) % 120)
     for names, text, told in (
-        ([lines[0], lines[2], lines[1], *lines[3:]], table, "other classes"),
-        ([*lines, lines[1].replace(lines[1].split("\t")[0], "another", 1)], table, "other classes"),
+        ([lines[0], lines[2], lines[1], *lines[3:]], table, "another .*classes.tsv"),
+        ([*lines, lines[1].replace(lines[1].split("\t")[0], "another", 1)], table, "another .*classes.tsv"),
         (lines, "\n".join(map("\t".join, rows)) + "\n", "another .*train.tsv"),
     ):
         (root / "classes.tsv").write_text("\n".join(names) + "\n")
@@ -194,13 +194,14 @@ def test_resume_compares_classes_and_labels(world, tmp_path):
     run_here(*flags)
 
 
-def test_resume_compares_the_width_of_the_head(world, tmp_path):
+@pytest.mark.parametrize("width", [64, 32])
+def test_resume_compares_the_vectors_of_a_frozen_head(width, world, tmp_path):
     head = tmp_path / "head.npy"
     flags = ["--root", world, "--head", "frozen", "--head-init", head, "--steps", "1", *FLAGS, "--out", tmp_path / "out"]
     np.save(head, np.random.default_rng(0).normal(size=(120, 64)).astype(np.float32))
     run_here(*flags)
-    np.save(head, np.random.default_rng(0).normal(size=(120, 32)).astype(np.float32))
-    with pytest.raises(SystemExit, match="--head-init of another width"):
+    np.save(head, np.random.default_rng(1).normal(size=(120, width)).astype(np.float32))
+    with pytest.raises(SystemExit, match="was made with other class vectors than .*head.npy"):
         run_here(*flags)
 
 
@@ -230,6 +231,8 @@ def test_checkpoints_that_cannot_be_used(world, tmp_path):
         ("--eval-only", good | {"class_counts": negative}, "the least -5"),
         ("--eval-only", good | {"class_names": good["class_names"][::-1]}, "another order of the classes"),
         ("--eval-only", good | {"state_dict": {"prototypes": state["prototypes"]}}, "does not fit"),
+        ("--eval-only", good | {"state_dict": state | {"prototypes": state["prototypes"] * torch.nan}},
+         r"not finite in \['prototypes'\]"),
         ("--init", good | {"pixels": "mine"}, "names the pixel statistics 'mine'"),
         ("--init", good | {"state_dict": state | {"visual.conv1.weight": wrong}}, r"not finite in \['conv1.weight'\]"),
         ("--init", good | {"state_dict": state | {"visual.conv1.weight": 3}}, r"missing \['conv1.weight'\]"),
@@ -320,7 +323,8 @@ def test_a_replacement_brings_its_own_label(tmp_path):
     assert (data.__getitems__(np.array([[0, i, 0] for i in range(6)]))["labels"] == 1).all()
 
 
-def test_all_labels_of_an_image_share_its_loss(world, tmp_path, monkeypatch):
+@pytest.mark.parametrize("flags", [(), ("--vocab", "40", "--vocab-group", "32", "--vocab-power", "0.5")])
+def test_all_labels_of_an_image_share_its_loss(flags, world, tmp_path, monkeypatch):
     """The mean of their cross-entropies, in float64; -1 pads and has no part."""
     header, *rows = [line.split("\t") for line in (world / "laionet/train.tsv").read_text().splitlines()]
     place = header.index("label")
@@ -328,9 +332,12 @@ def test_all_labels_of_an_image_share_its_loss(world, tmp_path, monkeypatch):
         row[place] += f"|{(int(row[place]) + 1) % 120}" * (i % 2)
     path = world / "laionet" / "pairs.tsv"
     path.write_text("".join("\t".join(row) + "\n" for row in (header, *rows)))
-    features, prototypes, scale, _, labels, loss, _ = first_step(
-        world, tmp_path / "out", monkeypatch, "--data", str(path), "--multi-label", "all")  # fmt: skip
+    features, prototypes, scale, vocab, labels, loss, _ = first_step(
+        world, tmp_path / "out", monkeypatch, "--data", str(path), "--multi-label", "all", *flags)  # fmt: skip
     logits = scale * features @ (prototypes / np.linalg.norm(prototypes, axis=1, keepdims=True)).T
+    if flags:  # one group: its classes are the union, and the first of them is a label of none but those that have it
+        logits[:, np.setdiff1d(np.arange(120), vocab.ids)] = -np.inf
+        assert vocab.inside.all() and len(vocab.ids) < 120
     log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     assert labels.shape[1] == 2 and 0 < (labels[:, 1] < 0).sum() < len(labels)
     means = [np.mean([-log_p[i, c] for c in row if c >= 0]) for i, row in enumerate(labels)]

@@ -391,6 +391,12 @@ def test_towers_load_from_other_checkpoints(tmp_path):
     assert ours.pixels == "imagenet"
     sl.load_tower(other := sl.Classifier("resnet50", 9, None, False), save(model.state_dict(), tmp_path / "ours.pt"))
     assert torch.equal(model.visual.fc.weight, other.visual.fc.weight)  # our own fc belongs to the tower
+    theirs = {f"module.{k}": v for k, v in standard.state_dict().items()}
+    for content in {"model": standard.state_dict(), "epoch": 9}, {"student": {}, "teacher": theirs, "epoch": 9}:
+        sl.load_tower(found := sl.Classifier("resnet50", 7, None, False), save(content, tmp_path / "program.pt"))
+        assert torch.equal(found.visual.layer4[2].conv3.weight, standard.layer4[2].conv3.weight)
+    with pytest.raises(SystemExit, match="--arch dino-ViT-S-16"):
+        sl.load_tower(sl.Classifier("ViT-S-16", 7, None, False), str(tmp_path / "public.pt"))
     for prefix in "backbone.", "encoder.", "module.encoder_q.":  # SimCLR's and MoCo's files, with a projection as fc
         weights = {f"{prefix}{k}": v for k, v in standard.state_dict().items()}
         weights |= {f"{prefix}fc.{i}.weight": torch.ones(8, 8) for i in (0, 2)}

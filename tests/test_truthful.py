@@ -2,6 +2,9 @@
 
 import argparse
 import json
+import re
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -89,8 +92,8 @@ def test_a_table_that_has_changed_is_noticed_on_resume(world, tmp_path, module, 
     own = tmp_path / "train.tsv"
     flags = ["--root", world, "--data", own, "--eval-sets", "val", "--out", tmp_path / "out", *FLAGS, *more]
     assert answer(module, *flags).returncode == 0
-    written = json.loads((tmp_path / "out" / "args.json").read_text())["data_crc32"]
-    assert written == {str(own): f"{zlib.crc32(own.read_bytes()):08x}"}
+    written = json.loads((tmp_path / "out" / "args.json").read_text())["crc32"]
+    assert written[str(own)] == f"{zlib.crc32(own.read_bytes()):08x}"
     lines = own.read_text().splitlines(keepends=True)
     first, last = lines[1].split("\t"), lines[-1].split("\t")
     place = lines[0].rstrip("\n").split("\t").index("image")
@@ -225,3 +228,129 @@ def test_weights_that_would_score_in_silence_are_refused(world, trained, tmp_pat
     torch.save(made, tmp_path / "babel.pt")
     told = answer(dino, *flags[:4], "--eval-only", tmp_path / "babel.pt", "--out", tmp_path / "babel", "--device", "cpu")
     assert told.returncode == 2 and "the tower 'Babel'" in told.stderr
+
+
+@pytest.mark.parametrize("module, more", [(clip, []), (sl, []), (dino, DINO)], ids=["clip", "sl", "dino"])
+def test_two_runs_do_not_write_to_one_folder(world, tmp_path, module, more):
+    """The second ends with one line; what a killed run left half written goes when the folder is free."""
+    flags = ["--root", world, "--eval-sets", "--out", tmp_path, *FLAGS, *more]
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    holder = subprocess.Popen([sys.executable, "-c", hold, tmp_path / "lock"], stdin=-1, stdout=-1, text=True)
+    try:
+        assert holder.stdout.readline() == "1\n"
+        (tmp_path / "checkpoint.pt.7.part").write_bytes(b"half")
+        told = answer(module, *flags)
+        assert told.returncode == 2 and "another run is writing there" in told.stderr
+        assert (tmp_path / "checkpoint.pt.7.part").exists() and not (tmp_path / "log.jsonl").exists()
+    finally:
+        holder.communicate("\n")
+    assert answer(module, *flags).returncode == 0 and not list(tmp_path.glob("*.part"))
+
+
+def test_a_run_is_not_replaced_by_another_that_is_continued(world, trained, tmp_path):
+    flags = ["--root", world, "--eval-sets", *FLAGS, "--steps", "3"]
+    assert answer(clip, *flags, "--out", tmp_path).returncode == 0
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    longer = torch.load(trained / "checkpoint.pt", weights_only=True)
+    longer["args"]["steps"] = 3
+    torch.save(longer, tmp_path / "two_steps.pt")
+    told = answer(clip, *flags, "--resume", tmp_path / "two_steps.pt", "--out", tmp_path)
+    assert told.returncode == 2 and "pass another --out, or --resume auto" in told.stderr
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "log.jsonl").write_text('{"step": 1, "loss": 7}\n')  # of a run that never saved
+    told = answer(clip, *flags, "--resume", tmp_path / "two_steps.pt", "--out", tmp_path / "other")
+    assert told.returncode == 0 and [line["step"] for line in log_of(tmp_path / "other")] == [3]
+
+
+@pytest.mark.parametrize("module", [clip, sl, dino])
+def test_a_test_set_of_other_classes_is_refused(world, module):
+    with pytest.raises(SystemExit, match="pass --root .*unseen"):
+        module.find_test_sets([str(world / "unseen" / "test.tsv")], world)
+    assert module.find_test_sets([str(world / "unseen" / "test.tsv")], world / "unseen")
+
+
+def test_what_flags_name_is_compared_on_resume(world, tmp_path):
+    """Templates of captions, embeddings, synonyms: a run that goes on with others is neither's."""
+    (tmp_path / "t.txt").write_text("a {class}\n")
+    flags = ["--root", world, "--eval-sets", "--caption", f"@{tmp_path / 't.txt'}", "--out", tmp_path / "out", *FLAGS]
+    assert answer(clip, *flags).returncode == 0
+    (tmp_path / "t.txt").write_text("the {class}\n")
+    told = answer(clip, *flags)
+    assert told.returncode == 2 and "was made with another" in told.stderr and "t.txt" in told.stderr
+
+
+@pytest.mark.parametrize("module, flags", [
+    (clip, ["--text-head", "frozen"]), (sl, ["--head", "frozen"])], ids=["clip", "sl"])
+def test_nothing_is_pretrained_for_a_run_that_cannot_be(world, tmp_path, monkeypatch, module, flags):
+    """Wrong flags, and those of a run in OUT that was made with others, are told at once."""
+    monkeypatch.setattr(module, "ensure_clip_pt", lambda *args: pytest.fail("pretrains"))
+    flags = ["--root", world, *FLAGS, *flags]
+    assert "no file" in answer(module, *flags, "--data", "lainet", "--out", tmp_path / "a").stderr
+    told = answer(module, *flags, "--batch-size", "100000", "--out", tmp_path / "a").stderr
+    assert re.search("larger\\s+than the .* rows", told), told
+    assert answer(module, "--root", world, "--eval-sets", "--out", tmp_path / "b", *FLAGS).returncode == 0
+    assert "was made with --" in answer(module, *flags, "--eval-sets", "--out", tmp_path / "b").stderr
+
+
+def test_embeddings_stand_for_captions(world, tmp_path):
+    """A table without captions is enough where --text-embeddings are given."""
+    rows = [line.split("\t") for line in (world / "laionet" / "train.tsv").read_text().splitlines()]
+    place = [rows[0].index(name) for name in ("image", "label")]
+    lines = ["\t".join(row[i] for i in place) for row in rows]
+    (world / "laionet" / "bare.tsv").write_text("\n".join(lines) + "\n")
+    np.save(tmp_path / "t.npy", np.random.default_rng(0).normal(size=(len(lines) - 1, 8)).astype(np.float32))
+    flags = ["--root", world, "--data", world / "laionet" / "bare.tsv", "--text-head", "frozen", "--text-embeddings",
+             tmp_path / "t.npy", "--eval-sets", "--out", tmp_path / "out", *FLAGS]
+    told = answer(clip, *flags)
+    assert told.returncode == 0, told.stderr
+    assert "caption" in answer(clip, *flags, "--dup-captions", "mask", "--out", tmp_path / "b").stderr
+
+
+def test_a_test_set_that_cannot_be_scored_is_named(world, trained, tmp_path):
+    flags = ["--root", world, "--eval-sets", world / "yfcc" / "train.tsv", *FLAGS, "--out", tmp_path]
+    assert "train: not scored: no labels" in answer(sl, *flags).stdout
+
+
+def test_trimmed_classes_that_have_no_image_are_counted(world, tmp_path):
+    own = tmp_path / "train.tsv"
+    lines = (world / "laionet" / "train.tsv").read_text().splitlines()
+    place = lines[0].split("\t").index("label")
+    kept = [line for line in lines[1:] if int(line.split("\t")[place]) > 6]
+    own.write_text("\n".join([lines[0], *kept]) + "\n")
+    (tmp_path / "train.npy").symlink_to(world / "laionet" / "train.npy")
+    flags = ["--root", world, "--data", own, "--eval-sets", *FLAGS, "--trim-tail", "9"]
+    assert "7 of the trimmed classes had no more than 0 images anyway" in answer(sl, *flags, "--out", tmp_path / "o").stdout
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--local-size", "12"], "they need --local-crops"),
+    (["--local-scale", "0.1", "0.2"], "they need --local-crops"),
+    (["--probe-set", "typo.tsv", "--eval-sets"], "there is nothing to probe")])  # fmt: skip
+def test_flags_of_dino_without_an_effect_are_refused(flags, message, world, tmp_path):
+    told = answer(dino, "--root", world, *FLAGS, *DINO, *flags, "--out", tmp_path / "o")
+    assert told.returncode == 2 and message in told.stderr, told.stderr
+
+
+def test_a_probe_is_not_fitted_on_images_of_another_root(world, tmp_path):
+    """--eval-only with --root elsewhere: the run's own files have labels of its own classes."""
+    rows = (world / "laionet" / "train.tsv").read_text()
+    (world / "laionet" / "own.tsv").write_text(rows)
+    flags = ["--data", world / "laionet" / "own.tsv", *FLAGS, *DINO, "--transfer", "--eval-sets"]
+    assert answer(dino, "--root", world, *flags, "--out", tmp_path / "run").returncode == 0
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "classes.tsv").write_text("name\n" + "".join(f"{i}\n" for i in range(120)))
+    for name in ("val.tsv", "val.npy"):
+        (other / name).write_bytes((world / name).read_bytes())
+    told = answer(dino, "--eval-only", tmp_path / "run" / "checkpoint.pt", "--root", other, "--transfer", "--device", "cpu",
+                  "--no-baselines", "--out", tmp_path / "e")  # fmt: skip
+    assert told.returncode == 2 and "no file" in told.stderr, told.stdout
+
+
+def test_crops_larger_than_the_pictures_are_refused(tmp_path):
+    for i in range(40):
+        Image.new("RGB", (24, 30)).save(tmp_path / f"{i}.png")
+    (tmp_path / "train.tsv").write_text("image\n" + "".join(f"{i}.png\n" for i in range(40)))
+    told = answer(dino, "--data", tmp_path / "train.tsv", "--eval-sets", "--transfer", *FLAGS, *DINO, "--out", tmp_path / "o")
+    assert told.returncode == 2 and "a crop of 28 px is larger than the images of" in told.stderr, told.stderr

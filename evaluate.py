@@ -131,7 +131,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--baseline", default="", help="group of the standard models; empty takes the first input's")
     p.add_argument("--before", default="", help="model before an intervention: adds each model's relative robustness")
     p.add_argument("--subset", nargs="*", type=pair(), default=[], metavar="SHIFT=FILE", help="classes of a shift, as "
-                   "imbalance's --classes; without it, those that its labels have")
+                   "imbalance's --classes; without it, those that both sets have images of")
     p.add_argument("--n", nargs="*", type=pair(between(1, kind=float)), default=[], metavar="SET=N",
                    help="images of test sets where tables and runs do not say it, for intervals")
     p.add_argument("--split", nargs="*", type=pair(between(1e-6, 1 - 1e-6, float)), default=[], metavar="SHIFT=ACC",
@@ -994,10 +994,12 @@ def has_predictions(path: Path, *arrays: str) -> bool:
 
 
 def accuracy_pair(id_data: dict, data: dict, subset: str) -> tuple[float, int, float, int]:
-    """Accuracy and number of images, in distribution and under shift, over the classes of the shift alone."""
+    """Accuracy and number of images, in distribution and under shift, both among the classes that both sets have images
+    of (the published accuracy under shift where the ID set has all of its classes), or those of `subset`."""
     if id_data["n_classes"] != data["n_classes"]:
         raise SystemExit(f"{data['path']} has {data['n_classes']} classes, {id_data['path']} {id_data['n_classes']}")
-    ids = np.unique(data["labels"])
+    ids = np.intersect1d(id_data["labels"], data["labels"])
+    refuse(not len(ids) and not subset, f"{data['path']} and {id_data['path']} have no class in common")
     groups = np.arange(len(ids))
     if subset:
         ids, groups = read_subset(subset, id_data.get("class_names"), id_data["n_classes"])
@@ -1032,17 +1034,24 @@ def models_of_run(folder: Path, group: str, id_set: str, shifts: list[str], subs
 
 
 def models_of_table(path: str, group: str, id_set: str, shifts: list[str], subsets: dict[str, str],
-                    n_of: dict[str, float]) -> list[dict]:
-    """The same from a table; a column is in percent if a value is above 1; columns of both kinds are refused."""
+                    n_of: dict[str, float], beside: frozenset = frozenset()) -> list[dict]:
+    """The same from a table; a column is in percent if a value is above 1; columns of both kinds are refused.
+
+    beside: sets of which runs beside the table have arrays, and so accuracies over the classes of both sets.
+    """
     rows, models = read_records(path), []
     columns = list(dict.fromkeys(column for row in rows for column in row))  # JSON may lack one in a row
     names = shifts or [c for c in columns if c not in ("", "model", "group", "average", id_set) and "@" not in c]
     wanted = [c for c in columns if c.split("@")[0] in (id_set, *names)]
     refuse(id_set not in columns or not names or not all("model" in row for row in rows),
            f"{path}: found columns {columns}, expected model, {id_set} and shifts; name them by --id and --shifts")
-    whole = [s for s in subsets if s in names and f"{id_set}@{s}" not in columns]
+    matched = {s: f"{id_set}@{s}" if f"{id_set}@{s}" in columns else id_set for s in names}
+    whole = [s for s in subsets if matched.get(s) == id_set]
     refuse(whole, f"--subset {', '.join(whole)}: {path} has accuracies, no images to choose from; give it a column "
            f"{id_set}@{whole[0] if whole else ''}")
+    if whole := [s for s in names if matched[s] == id_set and {s, id_set} <= beside]:
+        print(f"{path}: {id_set} beside {', '.join(whole)} is over all classes (no column {id_set}@{whole[0]})",
+              file=sys.stderr)
     values = [{c: number(row[c], f"{path}:{i + 2}, {c}") for c in wanted if row.get(c, "") != ""}
               for i, row in enumerate(rows)]
     largest = {c: max((row[c] for row in values if c in row), default=0) for c in wanted}
@@ -1052,9 +1061,9 @@ def models_of_table(path: str, group: str, id_set: str, shifts: list[str], subse
            "fractions, or name the test sets by --shifts")
     for i, (row, value) in enumerate(zip(rows, values)):
         model = {"model": row["model"], "group": group or row.get("group") or Path(path).stem}
-        for shift in (s for s in names if s in value and id_set in value):
-            matched = f"{id_set}@{shift}" if f"{id_set}@{shift}" in value else id_set
-            pair = (value[matched] / scale, n_of.get(matched, np.nan), value[shift] / scale, n_of.get(shift, np.nan))
+        for shift in (s for s in names if s in value and matched[s] in value):
+            acc_id, n_id = value[matched[shift]] / scale, n_of.get(matched[shift], np.nan)
+            pair = (acc_id, n_id, value[shift] / scale, n_of.get(shift, np.nan))
             if not (0 <= pair[0] <= 1 and 0 <= pair[2] <= 1):
                 raise SystemExit(f"{path}:{i + 2}: accuracies of {shift} are out of range: {value}")
             model[shift] = pair
@@ -1177,10 +1186,10 @@ def effective_robustness(models: list[dict], shifts: list[str], baseline: str, b
 def robustness(inputs: list[str], id_set: str, shifts: list[str], baseline: str, before: str, subsets: dict[str, str],
                n_of: dict[str, float], splits: dict[str, float], boot: int, seed: int) -> dict:
     """Read tables and runs, leave out shifts that an input misses and then models that miss a shift, fit."""
-    parts = []
+    parts, beside = [], frozenset(p.stem for _, path in map(split_name, inputs) for p in Path(path).glob("*.npz"))
     for group, path in map(split_name, inputs):
         parts.append([models_of_run(Path(path), group, id_set, shifts, subsets, n_of)] if Path(path).is_dir() else
-                     models_of_table(path, group, id_set, shifts, subsets, n_of))
+                     models_of_table(path, group, id_set, shifts, subsets, n_of, beside))
     models = [m for part in parts for m in part]
     found = list(dict.fromkeys(k for m in models for k in m if k not in ("model", "group")))
     shared = [s for s in found if all(any(s in m for m in part) for part in parts)]
@@ -1191,7 +1200,7 @@ def robustness(inputs: list[str], id_set: str, shifts: list[str], baseline: str,
     kept = [m for m in models if all(s in m for s in shifts)]
     for m in models:
         if missing := ", ".join(s for s in shifts if s not in m):
-            print(f"left out {m['model']}: no accuracy on {missing}", file=sys.stderr)
+            print(f"left out {m['model']}: no accuracy on {missing}, or none on {id_set} beside", file=sys.stderr)
     names = [m["model"] for m in kept]
     refuse(not kept or not shifts or len(set(names)) < len(names),
            f"{len(models)} models, {len(kept)} of them with {id_set} and all of {shifts}; each needs its own name "

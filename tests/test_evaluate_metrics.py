@@ -539,3 +539,32 @@ def test_models_of_other_images_are_not_compared(tmp_path):
         np.savez(tmp_path / f"{name}.npz", labels=labels, predictions=labels, rows=rows)
     with pytest.raises(SystemExit, match="their rows differ"):
         evaluate.compare([str(tmp_path / "a.npz")], [str(tmp_path / "b.npz")], "", 10, 0)
+
+
+def test_a_row_without_the_matched_accuracy_is_left_out(tmp_path, capsys):
+    """Not fitted by the one over all classes; that a table has no other is told where a run has arrays."""
+    (tmp_path / "t.csv").write_text("model,val,val@r,r\na,50,60,40\nb,60,70,50\nc,70,,60\n")
+    assert list(evaluate.robustness([str(tmp_path / "t.csv")], "val", [], "", "", {}, {}, {}, 0, 0)["rows"]) == ["a", "b"]
+    assert "left out c: no accuracy on r, or none on val beside" in capsys.readouterr().err
+    for name in "val", "r":
+        np.savez(tmp_path / f"{name}.npz", labels=np.arange(60) % 3, logits=np.random.default_rng(0).normal(size=(60, 3)))
+    (tmp_path / "u.csv").write_text("model,val,r,v2\na,50,40,30\nb,60,50,40\n")
+    for table, is_told in (("u", True), ("t", False)):
+        inputs = [f"x={tmp_path / table}.csv", f"y={tmp_path}"]
+        evaluate.robustness(inputs, "val", [], "x", "", {}, {}, {}, 0, 0)
+        told = "u.csv: val beside r is over all classes (no column val@r)"
+        assert (told in capsys.readouterr().err) == is_told
+
+
+def test_accuracies_are_among_the_classes_of_both_sets():
+    """Of five classes the ID set has 0 to 3, the shift 2 to 4."""
+    rng, sides, expected = np.random.default_rng(0), [], []
+    for first, last in ((0, 4), (2, 5)):
+        labels = rng.integers(first, last, 300)
+        logits = rng.normal(size=(300, 5)) + np.eye(5)[labels]
+        sides.append({"path": "x.npz", "n_classes": 5, "labels": labels, "logits": logits})
+        keep = np.isin(labels, (2, 3))
+        expected += [(logits[keep][:, 2:4].argmax(1) + 2 == labels[keep]).mean(), keep.sum()]
+    assert evaluate.accuracy_pair(*sides, "") == pytest.approx(expected)
+    with pytest.raises(SystemExit, match="x.npz and x.npz have no class in common"):
+        evaluate.accuracy_pair(sides[0] | {"labels": np.zeros(300, int)}, sides[1], "")

@@ -186,7 +186,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--group-by", default="counts", choices=["counts", "prior"],
                    help="thirds of classes by the class_counts or by the zero-shot model's estimated prior (GLA)")
     p.add_argument("--calibrate", action="store_true", help="divide both models' logits by their temperature first")
-    p = command("wiseft", "interpolate two checkpoints; then the curve of their results", shifted)
+    p = wise = command("wiseft", "interpolate two checkpoints; then the curve of their results", shifted)
     p.add_argument("checkpoints", nargs="*", help="zero-shot and fine-tuned checkpoint")
     p.add_argument("--alpha", nargs="+", type=between(-9, 9, float), default=[0, 0.25, 0.5, 0.75, 1],
                    help="share of the second")
@@ -209,8 +209,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--cuts: {args.cuts[0]} is below {args.cuts[1]}")
     if args.command == "wiseft" and len(args.checkpoints) != (0 if args.results else 2):
         parser.error("wiseft takes two checkpoints, or --results FOLDER")
-    if args.command == "wiseft" and len({f"{alpha:.2f}" for alpha in args.alpha}) < len(args.alpha):
-        parser.error("--alpha: two values have the same name alpha_0.00, which has two decimals")
+    if args.command == "wiseft" and len(set(args.alpha)) < len(args.alpha):
+        parser.error("--alpha: a value is given twice")
+    if getattr(args, "results", "") and (args.alpha, args.out) != (wise.get_default("alpha"), wise.get_default("out")):
+        parser.error("--alpha and --out go with two checkpoints, not with --results")
     if args.command == "debias" and bool(args.val_zeroshot) != bool(args.val_finetuned):
         parser.error("--val-zeroshot and --val-finetuned go together")
     if args.command == "debias" and args.val_zeroshot and args.wiseft:
@@ -2421,7 +2423,9 @@ def wiseft(paths: list[str], alphas: list[float], out: str) -> dict:
     if not all(isinstance(p, torch.Tensor) for p in same) or not torch.equal(*same):
         more.pop("prototypes", None)
     for alpha in alphas:
-        path, state = Path(out) / f"alpha_{alpha:.2f}.pt", interpolate(a, b, alpha)
+        # Two decimals, more where they are needed.
+        path = Path(out) / f"alpha_{np.format_float_positional(alpha, min_digits=2)}.pt"
+        state = interpolate(a, b, alpha)
         beside = {k: state.pop(k) for k in ("dino_prototypes",) if k in state and "state_dict" in contents[1]}
         content = more | beside | {"state_dict": state} if "state_dict" in contents[1] else state
         write_atomically(path, lambda file, content=content: torch.save(content, file))
@@ -2435,7 +2439,9 @@ def wiseft_results(folder: str, id_set: str, shifts: list[str], boot: int, seed:
     found = {number(p.name.removeprefix("alpha_"), str(p)): p for p in Path(folder).glob("alpha_*") if p.is_dir()}
     for alpha, path in sorted(found.items()):
         model = models_of_run(path, "wiseft", id_set, shifts, {}, {})
-        names = [k for k in model if k not in ("model", "group")]
+        names, missing = [k for k in model if k not in ("model", "group")], [s for s in shifts if s not in model]
+        refuse(missing, f"{path}: no accuracy on {', '.join(missing)}, or none on {id_set} beside; --shifts and --id "
+               "name the sets")
         refuse(not names or "average" in names, f"{path}: no {id_set} and shifts in its metrics.json or .npz, or one "
                "called average, which is their mean here")
         id_path = path / f"{id_set}.npz"  # over all of its classes; the pairs are over those of a shift
@@ -2444,7 +2450,7 @@ def wiseft_results(folder: str, id_set: str, shifts: list[str], boot: int, seed:
         draws = binomial_draws(p, n, np.random.default_rng(seed).random((boot, len(n)))).mean(1)
         row = {id_set: clopper_pearson(*whole), "average": estimate(draws[0], draws[1:] if (n > 0).all() else None)}
         row |= {s: clopper_pearson(*model[s][2:]) for s in names}
-        rows[f"{alpha:.2f}"] = row
+        rows[np.format_float_positional(alpha, min_digits=2)] = row
         refuse(row.keys() != next(iter(rows.values())).keys(),
                f"{path}: has {', '.join(names)}, other alphas have other sets; --shifts chooses")
     refuse(not rows, f"{folder}: no alpha_*/ folders; evaluate the checkpoints first")

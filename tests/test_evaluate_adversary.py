@@ -314,7 +314,7 @@ def test_wiseft_curve_is_over_all_classes_of_the_id_set(tmp_path, monkeypatch):
      "imbalance a --cuts 20 100", "imbalance a --json .", "knn a b --k 0", "knn a b --k -1", "probe a b --C 0", "probe a b --C nan",
      "fewshot a b --shots 0", "fewshot a b --draws 0", "retrieval a --k 0", "calibration a --bins 0", "calibration a --fraction nan",
      "similarity a b --pairs 0", "prototypes a --eps nan", "prototypes a --eps 0", "prototypes a --samples -1",
-     "wiseft a b --alpha nan", "wiseft a b --alpha 0.001 0.002", "robustness a --n v2=-5", "robustness a --n v2=inf", "robustness a --n v2",
+     "wiseft a b --alpha nan", "wiseft a b --alpha 0.5 0.50", "wiseft --results a --out b", "wiseft --results a --alpha 1", "robustness a --n v2=-5", "robustness a --n v2=inf", "robustness a --n v2",
      "robustness a --split v2=0", "debias --zeroshot a --finetuned b --more c",
      "knn a.npz b.npz --sets c", "concepts agree a b --counts c", "concepts shared a b --counts c"],
 )  # fmt: skip

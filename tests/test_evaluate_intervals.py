@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from programs import answer
 from scipy.stats import norm
 from scipy.stats import t as student_t
@@ -132,3 +133,18 @@ def test_alphas_stand_in_the_order_of_numbers(tmp_path):
     for alpha in ("-0.50", "-0.25", "0.00", "1.00"):
         save_run(tmp_path / f"alpha_{alpha}", val={"n": 10, "top1": 0.5}, v2={"n": 10, "top1": 0.4})
     assert list(evaluate.wiseft_results(str(tmp_path), "val", [], 0, 0)["rows"]) == ["-0.50", "-0.25", "0.00", "1.00"]
+
+
+def test_a_mistyped_shift_of_wiseft_is_refused(tmp_path):
+    save_run(tmp_path / "alpha_0.50", val={"n": 10, "top1": 0.5}, v2={"n": 10, "top1": 0.4})
+    with pytest.raises(SystemExit, match="alpha_0.50: no accuracy on sketh"):
+        evaluate.wiseft_results(str(tmp_path), "val", ["v2", "sketh"], 0, 0)
+
+
+def test_alphas_keep_their_decimals(tmp_path):
+    """At least two: recipes ask for alpha_0.25."""
+    torch.save({"w": torch.ones(2)}, tmp_path / "a.pt")
+    evaluate.wiseft([str(tmp_path / "a.pt")] * 2, [0, 0.125, 0.25], str(tmp_path))
+    assert {p.stem for p in tmp_path.glob("alpha_*.pt")} == {"alpha_0.00", "alpha_0.125", "alpha_0.25"}
+    save_run(tmp_path / "alpha_0.125", val={"n": 10, "top1": 0.5}, v2={"n": 10, "top1": 0.4})
+    assert list(evaluate.wiseft_results(str(tmp_path), "val", [], 0, 0)["rows"]) == ["0.125"]

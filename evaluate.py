@@ -342,7 +342,6 @@ def read_predictions(path: str | Path, *need: str, counts: str = "", multi_label
     frequencies = data.get("class_counts", np.ones(1))  # the scripts write zeros where they are not known
     unknown = {"class_counts"} if frequencies.dtype.kind in "fiu" and not frequencies.any() else set()
     missing = {*need, "labels"} - (set(data) - unknown) - ({"predictions"} if "logits" in data else set())
-    refuse(counts and "class_counts" in missing, f"{counts}: all counts are 0")
     refuse(missing, f"{path}: no array {', '.join(sorted(missing))}; found "
            f"{', '.join(sorted(set(data) - unknown)) or 'nothing'}"
            f"{'; --counts names a table of them' if 'class_counts' in missing else ''}")
@@ -363,7 +362,8 @@ def read_predictions(path: str | Path, *need: str, counts: str = "", multi_label
         refuse(n != len(labels), f"{path}: {len(labels)} labels, {n} {name}")
     widths = {name: len(data[name]) for name in CLASS_KEYS if name in data}
     widths |= {name: data[name].shape[1] for name in ("logits", "labels") if name in data and data[name].ndim == 2}
-    refuse(len(set(widths.values())) > 1, f"{path}: numbers of classes differ: {widths}")
+    is_table = counts and len({n for name, n in widths.items() if name != "class_counts"}) == 1  # the file agrees
+    refuse(len(set(widths.values())) > 1, f"{counts if is_table else path}: numbers of classes differ: {widths}")
     ids = {name: data[name] for name in ("labels", "predictions") if name in data and not is_multi}
     n_classes = next(iter(widths.values()), min(max((int(v.max()) + 1 for v in ids.values()), default=0), MAX_CLASSES))
     for name, values in ids.items():
@@ -481,18 +481,25 @@ def read_named_counts(path: str | Path) -> dict[str, float]:
     return counts
 
 
-def read_counts(path: str | Path, class_names: np.ndarray | None) -> np.ndarray:
-    """[C] training frequencies: by class name, else by id (0, 1, ...), else, of predictions without names, by place."""
+def read_counts(path: str | Path, class_names: np.ndarray | None, n_classes: int = 0) -> np.ndarray:
+    """[C] training frequencies: by class name, else by id (0, 1, ...), else, of predictions without names, by place,
+    which is told. Not all are 0; n_classes, if not 0, is how many there must be."""
     named, names = read_named_counts(path), [] if class_names is None else [str(name) for name in class_names.tolist()]
     if set(named) & set(names) and not count_lines(path):  # lines without names go by place, whatever names say
         missing = [name for name in names if name not in named]
         refuse(missing, f"{path}: no count for {len(missing)} classes: {', '.join(missing[:5])}")
-        return np.array([named[name] for name in names])
-    ids = [str(i) for i in range(len(named))]
-    if set(named) == set(ids):
-        return np.array([named[i] for i in ids])
-    refuse(names, f"{path}: its classes ({', '.join(list(named)[:3])}) are none of {', '.join(names[:3])}")
-    return np.array(list(named.values()))
+        order = names
+    elif set(named) == {str(i) for i in range(len(named))}:
+        order = [str(i) for i in range(len(named))]
+    else:
+        order = list(named)
+        refuse(names, f"{path}: its classes ({', '.join(order[:3])}) are none of {', '.join(names[:3])}")
+        print(f"{path}: its classes ({', '.join(order[:3])}) are taken by place, as there are no class_names beside "
+              "the predictions", file=sys.stderr)
+    counts = np.array([named[name] for name in order])
+    refuse(not counts.any(), f"{path}: all counts are 0")
+    refuse(n_classes and len(counts) != n_classes, f"{path}: {len(counts)} counts, expected {n_classes}")
+    return counts
 
 
 def read_subset(path: str | Path, class_names: np.ndarray | None, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -2133,7 +2140,7 @@ def prototypes(path: str, key: str, counts: str, epsilons: list[float], n_tail: 
     rows["effective rank, centred"] = {"value": math.nan if is_point else effective_rank(centred)}
     results = {"rows": rows, "affinity": {}}
     if counts or np.any(more.get("class_counts", 0)):  # the scripts write zeros where they are not known
-        frequency = read_counts(counts, more.get("class_names")) if counts else more["class_counts"]
+        frequency = read_counts(counts, more.get("class_names"), len(array)) if counts else more["class_counts"]
         if frequency.shape != (len(array),) or frequency.dtype.kind not in "fiu" or not (frequency >= 0).all():
             raise SystemExit(f"{path}: {len(array)} rows, frequencies are {frequency.dtype} {frequency.shape}, "
                              "expected one a row, not negative")
@@ -2340,9 +2347,9 @@ def debias(zeroshot: str, finetuned: str, val_zeroshot: str, val_finetuned: str,
         test[order[np.argsort(labels[order], kind="stable")][::2]] = False  # every other image of a class
         held_out = [with_rows(data, ~test) for data in (zs, ft)]
         refuse(not test.any(), f"{zeroshot}: {len(labels)} images, too few to hold out half")
-    counts = read_counts(prior, ft.get("class_names")) if prior not in ("", "uniform") else ft.get("class_counts")
+    counts = read_counts(prior, ft.get("class_names"), C) if prior not in ("", "uniform") else ft.get("class_counts")
     counts = np.ones(C) if prior == "uniform" and group_by == "prior" else counts
-    if counts is None or len(counts) != C:
+    if counts is None:
         way = "--group-by prior" if prior == "uniform" else "--prior FILE or uniform"
         raise SystemExit(f"{finetuned}: no class_counts of {C} classes: pass {way}")
     least = 0.5 * min(1, counts[counts > 0].min(initial=1))  # never seen: half an image, or half of the least share

@@ -286,3 +286,24 @@ def test_checkpoints_that_run_code_are_refused(tmp_path):
     (tmp_path / "b.pt").write_bytes(b"no")
     with pytest.raises(SystemExit, match="cannot be read as a checkpoint of tensors"):
         evaluate.read_state(tmp_path / "b.pt")
+
+
+def test_tables_of_counts_that_do_not_fit_are_named(tmp_path, capsys):
+    """Not the predictions; a table whose names nothing can be found by is taken by place, and that is told."""
+    path = str(save(tmp_path / "val.npz"))
+    (tmp_path / "three.txt").write_text("1\n2\n3\n")
+    (tmp_path / "zeros.txt").write_text("0\n0\n0\n0\n")
+    three, zeros = str(tmp_path / "three.txt"), str(tmp_path / "zeros.txt")
+    with pytest.raises(SystemExit, match="three.txt: numbers of classes differ"):
+        evaluate.read_predictions(path, "predictions", counts=three)
+    for prior, told in ((three, "three.txt: 3 counts, expected 4"), (zeros, "zeros.txt: all counts are 0")):
+        with pytest.raises(SystemExit, match=told):
+            evaluate.debias(path, path, "", "", {}, [], prior, "counts", False, 0, 0)
+        with pytest.raises(SystemExit, match=told):
+            evaluate.prototypes(path, "", prior, [0.025], 2, False, 0, 0, 0, "cpu")
+    with pytest.raises(SystemExit, match="zeros.txt: all counts are 0"):
+        evaluate.compare([path], [path], zeros, 0, 0)
+    (tmp_path / "t.tsv").write_text("class\tcount\ndog\t4\nant\t3\n")
+    assert capsys.readouterr().err == ""
+    assert evaluate.read_counts(tmp_path / "t.tsv", None).tolist() == [4, 3]
+    assert "t.tsv: its classes (dog, ant) are taken by place" in capsys.readouterr().err

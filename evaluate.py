@@ -55,6 +55,7 @@ import argparse
 import base64
 import contextlib
 import csv
+import importlib.util
 import json
 import math
 import os
@@ -2020,7 +2021,8 @@ def read_array(path: str, key: str) -> tuple[np.ndarray, dict]:
             array = np.load(path, allow_pickle=False, mmap_mode="r")
             refuse(array.nbytes > memory_size(), f"{path}: {array.nbytes} bytes are more than this machine's memory")
     elif suffix == ".npz":
-        more = read_npz(path, (name, "class_counts", "class_names"))
+        # Those of classes are of no use for other arrays, as features.
+        more = read_npz(path, (name, "class_counts", "class_names") if name == "prototypes" else (name,))
         array = more.get(name)
     else:
         content = read_state(path)
@@ -2125,6 +2127,14 @@ def prototypes(path: str, key: str, counts: str, epsilons: list[float], n_tail: 
     array, more = read_array(path, key)
     unit = torch.nn.functional.normalize(torch.from_numpy(array), dim=1).to(device)
     rng, rows = np.random.default_rng(seed), {"K": {"value": len(array)}}
+    frequency = None
+    if counts or np.any(more.get("class_counts", 0)):  # the scripts write zeros where they are not known
+        frequency = read_counts(counts, more.get("class_names"), len(array)) if counts else more["class_counts"]
+        if frequency.shape != (len(array),) or frequency.dtype.kind not in "fiu" or not (frequency >= 0).all():
+            raise SystemExit(f"{path}: {len(array)} rows, frequencies are {frequency.dtype} {frequency.shape}, "
+                             "expected one a row, not negative")
+    planes = {"tsne": tsne(array, seed)} if is_tsne else {}  # first: they may miss scikit-learn, or have too many rows
+    planes |= {"samples": sample_plane(path, counts, n_samples, seed)} if n_samples else {}
     for eps in epsilons:
         with exact_matmul():
             groups = greedy_cover(unit, eps)[1]
@@ -2139,11 +2149,7 @@ def prototypes(path: str, key: str, counts: str, epsilons: list[float], n_tail: 
     is_point = np.linalg.norm(centred) <= 1e-6 * np.linalg.norm(directions)  # what is left is rounding
     rows["effective rank, centred"] = {"value": math.nan if is_point else effective_rank(centred)}
     results = {"rows": rows, "affinity": {}}
-    if counts or np.any(more.get("class_counts", 0)):  # the scripts write zeros where they are not known
-        frequency = read_counts(counts, more.get("class_names"), len(array)) if counts else more["class_counts"]
-        if frequency.shape != (len(array),) or frequency.dtype.kind not in "fiu" or not (frequency >= 0).all():
-            raise SystemExit(f"{path}: {len(array)} rows, frequencies are {frequency.dtype} {frequency.shape}, "
-                             "expected one a row, not negative")
+    if frequency is not None:
         order, k = np.argsort(frequency, kind="stable"), min(n_tail, len(array) // 2)
         if k > 1:
             tail, head = order[:k], rng.choice(order[k:], k, replace=False)
@@ -2154,11 +2160,7 @@ def prototypes(path: str, key: str, counts: str, epsilons: list[float], n_tail: 
             cosine = directions @ directions.T
             np.fill_diagonal(cosine, -np.inf)
             results |= {"class_counts": frequency, "margin": 1 - cosine.max(1)}
-    if is_tsne:
-        results["tsne"] = tsne(array, seed)
-    if n_samples:
-        results["samples"] = sample_plane(path, counts, n_samples, seed)
-    return results
+    return results | planes
 
 
 def sample_plane(path: str, counts: str, n_samples: int, seed: int) -> dict:
@@ -2777,8 +2779,8 @@ def set_section(test_set: str, rows: dict[str, dict], x_names: list[str]) -> tup
     return f'{text}<div class="charts">{"".join(charts)}</div>', lines, columns
 
 
-def file_section(name: str, path: Path) -> tuple[str, list[str]]:
-    """HTML (tables and the command's own plot, inside the page) and Markdown lines of what --json wrote."""
+def file_section(name: str, path: Path, is_drawn: bool) -> tuple[str, list[str]]:
+    """HTML (tables and, if is_drawn, the command's own plot, inside the page) and Markdown lines of a --json."""
     refuse(not path.is_file(), f"{path}: cannot be read: no such file")
     content, text, lines = read_json(path), "", []
     with reading(path, ": not what --json of evaluate.py writes"):
@@ -2788,7 +2790,7 @@ def file_section(name: str, path: Path) -> tuple[str, list[str]]:
                 columns = {c: c for row in rows.values() for c in row}
                 more = both_tables(name if key == "rows" else f"{name}: {key}", rows, columns)
                 text, lines = text + more[0], lines + more[1]
-        if content["command"] in PLOTS and (content["command"] != "wiseft" or "id" in content):
+        if content["command"] in PLOTS and is_drawn and (content["command"] != "wiseft" or "id" in content):
             with tempfile.TemporaryDirectory() as folder:
                 PLOTS[content["command"]](content, f"{folder}/plot.svg")
                 image = base64.b64encode(Path(folder, "plot.svg").read_bytes()).decode()
@@ -2833,8 +2835,11 @@ def report_runs(runs: list[str], id_set: str, out: str, markdown: str, boot: int
         title = f"mean top-1 of {', '.join(common)} against {sets[0]}"
         chart = svg_chart(points, title, f"top-1, {sets[0]}", is_logit=True)
         body.append(f'<h2>Under shift</h2><div class="charts">{chart}</div>')
+    is_drawn = importlib.util.find_spec("matplotlib") is not None
+    if files and not is_drawn:
+        print(f"{', '.join(files)}: tables without plots: pip install matplotlib", file=sys.stderr)
     for name, path in files.items():
-        text, more = file_section(name, path)
+        text, more = file_section(name, path, is_drawn)
         body, lines = [*body, text], lines + more
     note = "† has no interval: what it needs, as the number of images or their classes, is not in the files."
     if any("†" in text for text in lines):
@@ -2896,7 +2901,7 @@ def new_figure(n_panels: int, width: float = 4.2, height: float = 3.2) -> tuple:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise SystemExit("plots (--plot, report of FILE.json) need matplotlib: pip install matplotlib") from None
+        raise SystemExit("plots (--plot) need matplotlib: pip install matplotlib") from None
     columns = min(n_panels, 4)
     n_rows = math.ceil(n_panels / columns)
     figure = Figure((width * columns, height * n_rows), layout="constrained")
@@ -3004,6 +3009,8 @@ def main(args: argparse.Namespace) -> None:
             torch.zeros(1, device=args.device).item()
         except (RuntimeError, AssertionError) as error:
             raise SystemExit(f"--device {args.device}: {str(error).splitlines()[0][:100]}") from None
+    if args.plot:
+        new_figure(1)  # before the work: matplotlib may be missing
     if args.command == "imbalance":
         results = imbalance(args.files, args.counts, args.classes, tuple(args.cuts), args.tail_classes, args.worst,
                             args.bins, args.equal_count, boot, seed)

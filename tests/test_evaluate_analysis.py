@@ -4,6 +4,7 @@ import argparse
 import base64
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -754,3 +755,31 @@ def test_the_tail_is_the_rarest(tmp_path):
     rows = evaluate.prototypes(path, "", "", [0.025], 3, False, 0, 0, 0, "cpu")["rows"]
     cosines = [rows[f"{part} cosine"]["value"]["value"] for part in ("tail-tail", "head-head")]
     assert cosines == pytest.approx([1, 0])
+
+
+def test_counts_of_classes_are_not_those_of_images(tmp_path):
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "a.npz", prototypes=np.eye(4), class_counts=np.arange(4), features=rng.normal(size=(9, 5)))
+    found = evaluate.prototypes(str(tmp_path / "a.npz"), "features", "", [0.025], 2, False, 0, 0, 0, "cpu")
+    assert found["rows"]["K"]["value"] == 9 and not found["affinity"]
+
+
+def test_what_is_missing_is_told_before_the_work(tmp_path, monkeypatch, capsys):
+    """scikit-learn, rows for t-SNE, matplotlib; a report without matplotlib has its tables."""
+    zs, ft = biased_pair(tmp_path, n=200)
+    run_here(evaluate, "compare", zs, ft, "--boot", 10, "--json", tmp_path / "c.json")
+    np.save(tmp_path / "few.npy", np.eye(3))
+    for name in ("greedy_cover", "imbalance"):
+        monkeypatch.setattr(evaluate, name, None)
+    with pytest.raises(SystemExit, match="t-SNE of 3 rows|scikit-learn"):
+        run_here(evaluate, "prototypes", tmp_path / "few.npy", "--tsne")
+    for name in ("sklearn.manifold", "matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit, match="scikit-learn"):
+        run_here(evaluate, "prototypes", tmp_path / "few.npy", "--tsne")
+    with pytest.raises(SystemExit, match="matplotlib"):
+        run_here(evaluate, "imbalance", zs, "--plot", tmp_path / "x.svg")
+    run_here(evaluate, "report", tmp_path / "c.json", "--out", tmp_path / "r.html")
+    assert "c: tables without plots: pip install matplotlib" in capsys.readouterr().err
+    text = (tmp_path / "r.html").read_text()
+    assert "<td" in text and "<img" not in text

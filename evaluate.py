@@ -604,6 +604,12 @@ def from_draws(draws: np.ndarray, level: float = 0.95, biased_up_to: float | Non
     return estimate(draws[0], draws[1:], level, biased_up_to)
 
 
+def does_vary(draws: np.ndarray | None) -> bool:
+    """Whether not all finite draws are alike; if they are, resampling says nothing."""
+    finite = np.zeros(0) if draws is None else draws[np.isfinite(draws)]
+    return len(finite) > 0 and np.ptp(finite) > 1e-12
+
+
 def t_interval(values: list[float], least: float = -math.inf, most: float = math.inf) -> dict[str, float | None]:
     """Mean over runs with its 95 % t-interval, cut to possible values; None for the ends of a single run."""
     values = np.asarray([v for v in values if v is not None], float)
@@ -708,12 +714,13 @@ def rank_correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def spearman(x: np.ndarray, y: np.ndarray, boot: int, rng: np.random.Generator) -> dict[str, float | None]:
     """Spearman's correlation over classes, with the interval of resampling classes; pairs with a NaN are left out.
 
-    Resamples in which one side is constant have none: they are left out of the interval and counted as `dropped`.
+    Resamples in which one side is constant have none: they are left out of the interval and counted as `dropped`. If
+    all others are alike, as of two classes, there is no interval.
     """
     pairs = np.stack([x, y], 1)
     pairs = pairs[np.isfinite(pairs).all(1)]
     draws = bootstrap(pairs, boot, rng, lambda v: rank_correlations(*np.moveaxis(v, 2, 0))) if len(pairs) else None
-    found = estimate(rank_correlation(*pairs.T), draws)
+    found = estimate(rank_correlation(*pairs.T), draws if does_vary(draws) else None)
     dropped = 0 if found["low"] is None else int((~np.isfinite(draws)).sum())
     return found | ({"dropped": dropped} if dropped else {})
 
@@ -1100,8 +1107,9 @@ def fit_lines(x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> tuple[np.ndar
 
 
 def binomial_draws(p: np.ndarray, n: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """[1 + boot, ...]: accuracies p, then their binomial draws at quantiles u; p again where n is not known (NaN)."""
-    k = binom.ppf(u, np.nan_to_num(n), p)
+    """[1 + boot, ...]: accuracies p, then their binomial draws at quantiles u, of 0 and 1 those of (k + 1/2) / (n + 1);
+    p again where n is not known (NaN)."""
+    k = binom.ppf(u, np.nan_to_num(n), np.where((p <= 0) | (p >= 1), (p * n + 0.5) / (n + 1), p))
     return np.concatenate([p[None], np.where(np.isnan(n), p, k / np.maximum(n, 1))])
 
 
@@ -1901,11 +1909,13 @@ def plot_collapse(results: dict, path: str) -> None:
 
 
 def pair_means(gram: np.ndarray, boot: int, rng: np.random.Generator) -> tuple[float, np.ndarray]:
-    """Mean off-diagonal of a similarity matrix [n, n], and [boot] of resampled rows; a row and its copy are no pair."""
+    """Mean off-diagonal of a similarity matrix [n, n], and [boot] of resampled rows; a row and its copy are no pair.
+    Draws that are all alike, as of a single pair, are NaN."""
     n = len(gram)
     weights = rng.multinomial(n, np.full(n, 1 / n), size=boot).astype(float)  # [boot, n]
     own = weights**2 @ np.diag(gram)
     draws = ratio(((weights @ gram) * weights).sum(1) - own, n**2 - (weights**2).sum(1))  # 0 / 0: one row n times
+    draws = draws if does_vary(draws) else np.full(boot, np.nan)
     return float((gram.sum() - np.trace(gram)) / (n * (n - 1))), draws
 
 

@@ -148,3 +148,28 @@ def test_alphas_keep_their_decimals(tmp_path):
     assert {p.stem for p in tmp_path.glob("alpha_*.pt")} == {"alpha_0.00", "alpha_0.125", "alpha_0.25"}
     save_run(tmp_path / "alpha_0.125", val={"n": 10, "top1": 0.5}, v2={"n": 10, "top1": 0.4})
     assert list(evaluate.wiseft_results(str(tmp_path), "val", [], 0, 0)["rows"]) == ["0.125"]
+
+
+def test_accuracies_of_0_and_1_vary_too():
+    """By (k + 1/2) / (n + 1); of an unknown number of images not at all."""
+    u = np.random.default_rng(0).random((2000, 3))
+    draws = evaluate.binomial_draws(np.array([0.0, 1, 1]), np.array([20, 20, np.nan]), u)
+    assert draws[0].tolist() == [0, 1, 1] and (draws[:, 2] == 1).all()
+    assert draws[1:, 0].mean() == pytest.approx(0.5 / 21, abs=0.003) == pytest.approx(1 - draws[1:, 1].mean(), abs=0.003)
+    models = [{"model": f"m{i}", "group": "g", "v2": (0.4 + 0.1 * i, 20, 0.0, 20)} for i in range(4)]
+    row = evaluate.effective_robustness(models, ["v2"], "g", "m0", {}, 200, 0)["rows"]["m1"]
+    assert row["v2 tau"]["low"] < 0 < row["v2 tau"]["high"] and row["average"]["high"] > 0
+
+
+def test_resamples_that_are_all_alike_are_no_evidence(tmp_path):
+    """Correlations of two classes; one pair of images a class: whatever the one pair says, it always says."""
+    rng, null = np.random.default_rng(0), {"low": None, "high": None}
+    assert evaluate.spearman(np.arange(2), np.arange(2), 50, rng) == {"value": pytest.approx(1)} | null
+    for name in "ab":
+        np.savez(tmp_path / f"{name}.npz", labels=np.repeat(np.arange(6), 2), features=rng.normal(size=(12, 4)))
+    found = evaluate.similarity(str(tmp_path / "a.npz"), str(tmp_path / "b.npz"), 9, 9, 1, 200, 0)
+    assert all(entry | null == entry for entry in found["differences"])
+    assert found["rows"]["share of classes more alike in A"]["value"]["value"] == 0
+    rows = evaluate.affinity(rng.normal(size=(4, 3)), np.arange(2), np.arange(2, 4), 50, rng)
+    for key in ("head-head cosine", "tail-tail cosine", "tail collapse (tail-tail - head-head)"):
+        assert rows[key] | null == rows[key]

@@ -892,12 +892,14 @@ def imbalance(paths: list[str], counts: str, subset: str, cuts: tuple[int, int],
                 values = [b[key]["value"] for b in same]  # nothing where a model has no test image
                 over[-1] |= {key: t_interval(values, 0, most), f"{key}_std": normal_std(values)} \
                     if None not in values else {key: estimate(None), f"{key}_std": estimate(None)}
+    elif len(models) > 1:
+        print("imbalance: no bins_over_models, as the models' class_counts differ", file=sys.stderr)
     return {"rows": rows, "models": models, "bins_over_models": over}
 
 
 def plot_imbalance(results: dict, path: str) -> None:
-    """Accuracy, and predictions per test image, against frequency: classes (one model) and frequency bins; bars of each
-    of the rarest classes (figure 9b)."""
+    """Accuracy, and predictions per test image, against frequency: classes (one model) and frequency bins, with
+    the means over models as a thick line; bars of each of the rarest classes (figure 9b)."""
     models = results["models"]
     figure, axes = new_figure(4 if any(model["rarest"] for model in models.values()) else 2)
     for i, (name, model) in enumerate(models.items()):
@@ -916,6 +918,10 @@ def plot_imbalance(results: dict, path: str) -> None:
                      color=COLORS[i % len(COLORS)], hatch=("", "///", "...", "xx")[i % 4], edgecolor="white",
                      label=name, error_kw={"elinewidth": 0.6, "ecolor": "0.55"})
             axis.set(xlabel="rarest classes, rarest first", ylabel=key, xticks=[], ymargin=0.25)  # room for a legend
+    over = results.get("bins_over_models", [])
+    for axis, key in zip(axes if over else (), ("accuracy", "predictions")):
+        axis.plot(np.maximum([b["count"] for b in over], 0.5), [value_of(b[key]) for b in over], color="0.3",
+                  linewidth=4, alpha=0.4, label="mean of the models")
     for axis, title in zip(axes, ("accuracy", "predictions / test images")):
         axis.set(xscale="log", xlabel="training images of the class (0.5: none)", ylabel=title, ylim=(0, None))
     axes[1].axhline(1, **GUIDE)
@@ -2781,9 +2787,10 @@ def set_section(test_set: str, rows: dict[str, dict], x_names: list[str]) -> tup
               if key != "n" and (points := chart_points(rows, "", key, x_names))]
     charts += [svg_chart(points, f"{REPORT_KEYS[key]} against {x_title}", x_title) for key in ("spearman_pred", "top1")
                if len(rows) > 1 and (points := chart_points(rows, "spearman_acc", key, x_names))]
-    bins = {name: row["bins"] for name, row in list(rows.items())[:7] if "bins" in row}  # more would be a tangle
+    bins = {name: row["bins"] for name, row in rows.items() if "bins" in row}
     if bins:
-        charts.append(svg_chart(bins, "accuracy of frequency bins", "log10 of the training images of the class",
+        title = "accuracy of frequency bins" + f", the first 7 of {len(bins)} runs" * (len(bins) > 7)  # or a tangle
+        charts.append(svg_chart(dict(list(bins.items())[:7]), title, "log10 of the training images of the class",
                                 is_line=True))
     text, lines = both_tables(test_set, rows, columns)
     return f'{text}<div class="charts">{"".join(charts)}</div>', lines, columns
@@ -2797,6 +2804,7 @@ def file_section(name: str, path: Path, is_drawn: bool) -> tuple[str, list[str]]
         for key in ("rows", *EXTRA_TABLES):
             rows = content["rows"] if key == "rows" else content.get(key)
             if rows:
+                rows = named_rows(rows)
                 columns = {c: c for row in rows.values() for c in row}
                 more = both_tables(name if key == "rows" else f"{name}: {key}", rows, columns)
                 text, lines = text + more[0], lines + more[1]
@@ -2838,7 +2846,7 @@ def report_runs(runs: list[str], id_set: str, out: str, markdown: str, boot: int
     other = {p.name.removesuffix("_test.npz") for f in folders.values() for p in f.glob("transfer/*_test.npz")}
     common = [s for s in sets[1:] if s not in {"train", *other}
               and all(score.get(s, {}).get("top1") for score in judged.values())]
-    for name, score in judged.items() if len(sets) > 2 and common else ():
+    for name, score in judged.items() if common else ():
         shifted[name] = {"id": score[sets[0]]["top1"], "shift": mean_of([score[s]["top1"] for s in common])}
     points = chart_points(shifted, "id", "shift", x_names)
     if points:
@@ -2851,7 +2859,7 @@ def report_runs(runs: list[str], id_set: str, out: str, markdown: str, boot: int
     for name, path in files.items():
         text, more = file_section(name, path, is_drawn)
         body, lines = [*body, text], lines + more
-    note = "† has no interval: what it needs, as the number of images or their classes, is not in the files."
+    note = f"† {NO_INTERVAL}"
     if any("†" in text for text in lines):
         body, lines = [*body, f"<p>{note}</p>"], [*lines, note, ""]
     write_atomically(Path(out), lambda file: file.write(PAGE.replace("BODY", "\n".join(body)).encode()))
@@ -2869,8 +2877,10 @@ PLOTS = {"imbalance": plot_imbalance, "robustness": plot_robustness, "compare": 
          "knn": plot_transfer, "fewshot": plot_transfer, "retrieval": plot_retrieval, "calibration": plot_calibration,
          "collapse": plot_collapse, "similarity": plot_similarity, "prototypes": plot_prototypes,
          "debias": plot_debias, "wiseft": plot_wiseft, "concepts": plot_concepts}
-EXTRA_TABLES = ("fits", "mcnemar", "minus zero-shot", "minus fine-tuned")
+EXTRA_TABLES = ("bins_over_models", "fits", "mcnemar", "minus zero-shot", "minus fine-tuned")
 TURNED = ("imbalance", "robustness", "probe", "knn", "fewshot", "retrieval", "calibration")  # a line a column
+NO_INTERVAL = ("has no interval: too few runs, models, classes or images, resamples that are all alike, --boot 0, or "
+               "nothing in the files to make one from.")
 MARKERS, DASHES = "osD^vPX", ("-", "--", "-.", ":")
 GUIDE = {"color": "0.5", "linestyle": ":", "linewidth": 0.8}
 
@@ -2929,6 +2939,8 @@ def save_figure(figure, path: str, *legends) -> None:
     for axis in legends:
         if len(axis.get_legend_handles_labels()[1]) > 1:
             axis.legend(fontsize=7, frameon=False)
+    for text in figure.findobj(matplotlib.text.Text):  # a $ of a name is no formula; powers of ten on axes are
+        text.set_parse_math("mathdefault" in text.get_text() or "$" not in text.get_text())
     kind = Path(path).suffix[1:]
     with matplotlib.rc_context({"svg.hashsalt": "evaluate", "svg.fonttype": "none"}):
         write_atomically(Path(path), lambda file: figure.savefig(
@@ -2998,8 +3010,13 @@ def cell(value) -> str:
     return "-" if value is None else str(value)
 
 
-def show(rows: dict[str, dict], title: str = "", is_turned: bool = False) -> None:
-    """Print a table {row: {column: estimate or value}}; turned: one line a column of it."""
+def named_rows(rows: dict | list) -> dict[str, dict]:
+    """Rows of a table by name: those of a list are bins."""
+    return {f"bin {i}": row for i, row in enumerate(rows)} if isinstance(rows, list) else rows
+
+
+def show(rows: dict[str, dict], title: str = "", is_turned: bool = False) -> bool:
+    """Print a table {row: {column: estimate or value}}, turned: one line a column of it; whether any is marked."""
     columns = list(dict.fromkeys(c for row in rows.values() for c in row))
     lines = [[title, *columns]]
     lines += [[name] + [cell(row.get(c)) + mark(row.get(c), " *") for c in columns] for name, row in rows.items()]
@@ -3007,6 +3024,7 @@ def show(rows: dict[str, dict], title: str = "", is_turned: bool = False) -> Non
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     for line in lines:
         print("  ".join(text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths))))
+    return any(mark(entry) for row in rows.values() for entry in row.values())
 
 
 # ------------------------------------------------------------------------------ main
@@ -3061,10 +3079,12 @@ def main(args: argparse.Namespace) -> None:
         head = {"command": args.command, "args": vars(args), "versions": versions}
         write_json(Path(args.json), plain(head | results))
     try:
-        show(results["rows"], args.command, args.command in TURNED or "counts" in results)
+        is_marked = show(results["rows"], args.command, args.command in TURNED or "counts" in results)
         for name in EXTRA_TABLES:
             if results.get(name):
-                show(results[name], name)
+                is_marked |= show(named_rows(results[name]), name)
+        if is_marked:
+            print(f"* {NO_INTERVAL}")
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -575,6 +575,7 @@ def test_report_of_metrics_alone(tmp_path, capsys):
     for name in ("r.md", "r.html"):
         text = (tmp_path / name).read_text()
         assert "0.450 †" in text and "0.250 †" in text and text.count("† has no interval") == 1
+        assert "--boot 0, or nothing in the files" in text
     evaluate.show({"v2": row})
     table = capsys.readouterr().out
     assert "0.450 *" in table and table.isascii()
@@ -783,3 +784,57 @@ def test_what_is_missing_is_told_before_the_work(tmp_path, monkeypatch, capsys):
     assert "c: tables without plots: pip install matplotlib" in capsys.readouterr().err
     text = (tmp_path / "r.html").read_text()
     assert "<td" in text and "<img" not in text
+
+
+def test_marks_on_the_terminal_have_a_legend(tmp_path):
+    """Where there is one, once, below all tables; and means over models have a table of their own, and a line."""
+    pytest.importorskip("matplotlib")
+    zs, ft = biased_pair(tmp_path, n=600)
+    for flags, is_marked in ((["compare", zs, ft], True), (["calibration", zs], False), (["robustness", tmp_path / "t.csv"], True)):
+        (tmp_path / "t.csv").write_text("model,val,v2\na,50,40\nb,60,50\n")
+        printed = run_here(evaluate, *flags, "--boot", 20)
+        assert (" *" in printed) == is_marked and printed.count("\n* has no interval: ") == is_marked
+    flags = ["imbalance", zs, ft, "--boot", 20, "--bins", 3]
+    printed = run_here(evaluate, *flags, "--plot", tmp_path / "i.svg", "--json", tmp_path / "i.json")
+    assert re.search(r"^bins_over_models.*\n(bin \d  .*\n){3}", printed, re.M)
+    assert "mean of the models" in (tmp_path / "i.svg").read_text()
+    run_here(evaluate, "report", tmp_path / "i.json", "--out", tmp_path / "r.html")
+    assert "i: bins_over_models" in (tmp_path / "r.html").read_text()
+
+
+def test_models_of_other_frequencies_have_no_common_bins(tmp_path, capsys):
+    zs, ft = biased_pair(tmp_path, n=600)
+    with np.load(ft) as file:
+        np.savez(ft, **{key: file[key] + (key == "class_counts") for key in file.files})
+    assert evaluate.imbalance([zs, ft], "", "", (100, 20), 0, 10, 3, False, 0, 0)["bins_over_models"] == []
+    assert "imbalance: no bins_over_models" in capsys.readouterr().err
+
+
+def test_report_of_eight_runs_and_one_shift(tmp_path):
+    """The chart of bins says which runs it shows; one shift is a shift."""
+    rng, labels = np.random.default_rng(0), np.arange(60) % 6
+    for i in range(8):
+        (tmp_path / f"run{i}").mkdir()
+        for name in "val", "v2":
+            predictions = np.where(rng.random(60) < 0.5, labels, 0)
+            np.savez(tmp_path / f"run{i}" / f"{name}.npz", labels=labels, predictions=predictions, class_counts=np.arange(6))
+    for n in 7, 8:
+        runs = [str(tmp_path / f"run{i}") for i in range(n)]
+        evaluate.report_runs(runs, "val", str(tmp_path / "r.html"), "", 5, 0)
+        text = (tmp_path / "r.html").read_text()
+        assert ("accuracy of frequency bins, the first 7 of 8 runs" in text) == (n == 8)
+        assert "<h2>Under shift</h2>" in text and "mean top-1 of v2 against val" in text
+
+
+def test_a_dollar_in_a_name_is_no_formula(tmp_path):
+    """Neither in a legend nor on an axis; powers of ten stay powers."""
+    pytest.importorskip("matplotlib")
+    zs, ft = biased_pair(tmp_path, n=200)
+    paths = [str(tmp_path / f"{name}.npz") for name in ("a$x_1$", "b$x_1$")]
+    for old, new in zip((zs, ft), paths):
+        Path(old).rename(new)
+    run_here(evaluate, "imbalance", *paths, "--boot", 0, "--plot", tmp_path / "i.svg")
+    run_here(evaluate, "concepts", "accuracy", *paths, "--boot", 0, "--plot", tmp_path / "c.svg")
+    pages = [(tmp_path / f"{name}.svg").read_text() for name in "ic"]
+    assert all(f">{name}$x_1$</text>" in page for page in pages for name in "ab")
+    assert ">1</tspan>" in pages[0]  # of a power of ten, digit by digit

@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import dino_laionet as dino
+import evaluate
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -189,6 +190,7 @@ def test_unique_prototypes():
         if all(1 - float(row @ other) >= 0.025 for other in kept):
             kept.append(row)
     assert dino.unique_prototypes(w, chunk=64) == dino.unique_prototypes(w) == len(kept) < 200
+    assert len(evaluate.greedy_cover(w, 0.025)[0]) == len(kept)  # evaluate.py prototypes counts the same
 
 
 def test_ema():

@@ -1,4 +1,4 @@
-"""The training scripts on a GPU; skipped where there is none: pytest tests/test_gpu.py -n 4 --dist load"""
+"""The training scripts and evaluate.py on a GPU; skipped where there is none: pytest tests/test_gpu.py -n 4 --dist load"""
 
 import contextlib
 import copy
@@ -9,12 +9,14 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import programs
 import pytest
 import torch
 from programs import ROOT, log_of
 
 import clip
+import evaluate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -147,3 +149,31 @@ def test_gradcache_on_a_gpu():
         grads[n_chunks] = torch.cat([p.grad.flatten() for p in net.parameters()])
     error = (grads[1] - grads[4]).norm() / grads[1].norm()
     assert error < 1e-5, float(error)
+
+
+def numbers(value):
+    """All numbers of nested dicts; NaN for null."""
+    if isinstance(value, dict):
+        return [x for v in value.values() for x in numbers(v)]
+    return [math.nan if value is None else value] if isinstance(value, int | float | None) else []
+
+
+def test_scores_are_those_of_the_cpu(tmp_path, monkeypatch):
+    """Each command of evaluate.py that has --device; of 400 test images three may fall on the other side of a tie."""
+    monkeypatch.chdir(tmp_path)
+    rng, centers = np.random.default_rng(0), np.random.default_rng(1).normal(size=(10, 32))
+    for part in "train", "test":
+        labels = rng.integers(10, size=400)
+        np.savez(f"{part}.npz", labels=labels, features=centers[labels] + 1.5 * rng.normal(size=(400, 32)))
+    images = rng.normal(size=(200, 32))
+    np.savez("pairs.npz", features=images, text_features=images + 1.5 * rng.normal(size=(200, 32)), image_ids=np.arange(200))
+    rows = centers[rng.integers(10, size=300)] + 0.2 * rng.normal(size=(300, 32))
+    np.savez("prototypes.npz", prototypes=rows, class_counts=np.arange(300))
+    for line in ("probe train.npz test.npz", "knn train.npz test.npz --k 5", "retrieval pairs.npz",
+                 "fewshot train.npz test.npz --shots 4 --draws 2", "prototypes prototypes.npz --eps 0.05"):  # fmt: skip
+        found = []
+        for device in ("cpu", "cuda"):
+            programs.run_here(evaluate, *line.split(), "--boot", 50, "--device", device, "--json", f"{device}.json")
+            with open(f"{device}.json") as file:
+                found.append(numbers(json.load(file)["rows"]))
+        assert len(found[0]) > 2 and found[1] == pytest.approx(found[0], abs=0.0076, nan_ok=True), line

@@ -370,7 +370,7 @@ def read_predictions(path: str | Path, *need: str, counts: str = "", multi_label
     for name, values in ids.items():
         wrong = (values >= n_classes) | ((values < 0) & (name == "predictions"))
         refuse(wrong.any(), f"{path}: row {wrong.argmax()} has {name[:-1]} {values[wrong.argmax()]}, there are "
-               f"{n_classes} classes")
+               f"{n_classes} classes{counts and f' in {counts}'}")
     refuse(frequencies.min() < 0, f"{path}: class_counts has {frequencies.min()}")
     if frequencies.dtype.kind == "u":  # of which minus is no minus
         data["class_counts"] = frequencies.astype(np.int64)

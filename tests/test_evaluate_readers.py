@@ -296,6 +296,9 @@ def test_tables_of_counts_that_do_not_fit_are_named(tmp_path, capsys):
     three, zeros = str(tmp_path / "three.txt"), str(tmp_path / "zeros.txt")
     with pytest.raises(SystemExit, match="three.txt: numbers of classes differ"):
         evaluate.read_predictions(path, "predictions", counts=three)
+    np.savez(tmp_path / "bare.npz", labels=np.arange(4), predictions=np.arange(4))
+    with pytest.raises(SystemExit, match="row 3 has label 3, there are 3 classes in .*three.txt"):
+        evaluate.read_predictions(tmp_path / "bare.npz", "predictions", counts=three)
     for prior, told in ((three, "three.txt: 3 counts, expected 4"), (zeros, "zeros.txt: all counts are 0")):
         with pytest.raises(SystemExit, match=told):
             evaluate.debias(path, path, "", "", {}, [], prior, "counts", False, 0, 0)

@@ -2076,10 +2076,16 @@ def find_tables(paths):
                 raise SystemExit(f"{path}: {why}expected a name that ends in one of {', '.join(TABLE_SUFFIXES)}")
             found.append(path)
         else:
-            matches = [match for match in matches_of(path) if not match.endswith(".partial")]  # as of our own OUT
+            if os.path.islink(path):
+                raise SystemExit(f"{path}: a link to {os.readlink(path)}, which is not there")
+            of_killed = re.compile(r"\.(partial|tsv\.parts)(/|$)")  # runs, or such as are at work
+            matches = [match for match in matches_of(path) if not of_killed.search(match)]
             if not matches:
                 raise SystemExit(f"{path}: no such file or folder, and as a pattern it fits none")
             found += find_tables(matches)
+    odd = [path for path in found if not os.path.isfile(path) and not os.path.isdir(path)]
+    if odd:  # a pipe would be waited for, and could not be read twice
+        raise SystemExit(f"{odd[0]}: expected a regular file or a folder")
     twice = [path for path, n in Counter(map(os.path.realpath, found)).items() if n > 1]
     if twice:
         raise SystemExit(f"given twice: {', '.join(twice[:10])}")
@@ -4011,9 +4017,16 @@ def label_number(field, ids, n_classes):
     return None if label is None or label >= (n_classes or MAX_CLASSES) else label
 
 
+def read_whole(images, row, max_pixels):
+    """read_image without reduction, of regular files alone: at a pipe it would wait for ever."""
+    path = locate_image(images, row)[0]
+    is_odd = not os.path.isfile(path) and os.path.exists(path)
+    return "not a regular file" if is_odd else read_image(images, row, NO_DRAFT, max_pixels)
+
+
 def why_bad(folder, names, max_pixels):
     """Decode the images of a folder. Returns: for each the reason it is bad, or its (width, height)."""
-    images = (read_image(ImageNames(folder, names), row, NO_DRAFT, max_pixels) for row in range(len(names)))
+    images = (read_whole(ImageNames(folder, names), row, max_pixels) for row in range(len(names)))
     return [image if isinstance(image, str) else image.size for image in images]
 
 
@@ -4146,7 +4159,7 @@ def hash_rows(folder, rows, by, max_pixels):
     images = ImageNames(folder, [image for image, _ in rows])
     for i, (_, texts) in enumerate(rows):
         is_decoded = {"pixels", "dhash", "phash"} & set(by)
-        image = read_image(images, i, NO_DRAFT, max_pixels) if is_decoded else ""
+        image = read_whole(images, i, max_pixels) if is_decoded else ""
         for k, method in enumerate(by):
             if method == "bytes":
                 found[i, k] = file_piece_hash(*locate_image(images, i))
@@ -4167,6 +4180,8 @@ def file_piece_hash(path, offset, size):
     try:
         if path.suffix == ".npy":
             content = open_npy(path)[offset].tobytes() if offset >= 0 else b""  # -1: no row is named
+        elif not os.path.isfile(path):  # a pipe would be waited for
+            return 0
         else:
             with open(path, "rb") as file:
                 if offset + size > os.fstat(file.fileno()).st_size:  # before read() asks for that much memory

@@ -4,6 +4,7 @@ import bz2
 import errno
 import hashlib
 import json
+import os
 import random
 import re
 import time
@@ -160,6 +161,27 @@ def test_a_pattern_passes_over_what_is_being_written(folder):
     (folder / "data" / "a.tsv").write_text("image\tcaption\n1.jpg\ta lion\n")
     told(folder, "label", "data/*", "--classes", "classes.tsv", "--out", "data/z.tsv")
     assert len(read(folder / "data" / "z.tsv")) == 1
+    (folder / "data" / "z.tsv").unlink()
+    told(folder, "label", "data/a.tsv", "--classes", "classes.tsv", "--out", "data/y.tsv", "--shard", "0/1")
+    assert list((folder / "data" / "y.tsv.parts").glob("*.tsv"))  # as a killed run leaves them
+    told(folder, "label", "data/**/*.tsv", "--classes", "classes.tsv", "--out", "z.tsv")
+    assert len(read(folder / "z.tsv")) == 1
+
+
+def test_a_link_to_nothing_and_a_pipe_are_one_line(folder):
+    """A pipe is neither waited for as a table nor as a picture."""
+    (folder / "a.tsv").symlink_to("gone.tsv")
+    os.mkfifo(folder / "b.tsv")
+    os.mkfifo(folder / "p.jpg")
+    (folder / "c.tsv").write_text("image\tcaption\np.jpg\tx\n")
+    for table, message in (("a.tsv", "a.tsv: a link to gone.tsv, which is not there\n"),
+                           ("[a]*.tsv", "a.tsv: a link to gone.tsv, which is not there\n"),
+                           ("b.tsv", "b.tsv: expected a regular file or a folder\n")):  # fmt: skip
+        assert told(folder, "check", table, "--out", "o.tsv", code=2) == message
+    told(folder, "check", "c.tsv", "--workers", "1", "--out", "o.tsv", code=1)
+    assert [row["reason"] for row in read(folder / "o.tsv")] == ["not a regular file"]
+    for by in "bytes", "phash":
+        told(folder, "dedup", "c.tsv", "--by", by, "--workers", "1", "--out", "d.tsv")
 
 
 def test_rows_to_try_again_are_a_table(folder):

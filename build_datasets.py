@@ -356,7 +356,7 @@ def parse_args(argv=None):
     subset.add_argument("--match-frequency", metavar="DATA", help="as many rows of each class as this table has, or as "
                         "its column count says")  # fmt: skip
     subset.add_argument("--fill", nargs="+", default=[], metavar="DATA", help="tables that give what --match-frequency "
-                        "lacks")  # fmt: skip
+                        "lacks; a row that is there already, by --key and label, is not taken again")  # fmt: skip
     subset.add_argument("--shots", type=int, default=-1, help="at most so many rows of each class; -1: no limit")
     subset.add_argument("--trim-tail", type=int, default=0, help="--shots only for so many classes, the least frequent")
     subset.add_argument("--profile", choices=("balanced", "exponential", "pareto"), help="rows per class, the class of "
@@ -4614,15 +4614,15 @@ PROFILES = {  # share of class i of C, the largest first, of the largest; F: lar
 
 
 def scan_rows(paths, key, seed, classes=None, column=None):
-    """One pass over tables. key: column that names a row; classes: of find_classes, or None: labels are not read;
-    column: of numbers, or None.
+    """One pass over tables. key: column that names a row, None: any; classes: of find_classes, or None: labels are not
+    read; column: of numbers, or None.
 
     Returns: (hashes [N, 2] float64 in [0, 1), of the key and of the whole row, labels [N] int32, -1: none, values [N]
     float64, NaN: empty).
     """
     hashes, labels, values = array("d"), array("i"), array("d")
     for path in paths:
-        needed = [naming_column(path) if key == "image" else key] + [column] * (column is not None)
+        needed = [name for name in (naming_column(path) if key == "image" else key, column) if name is not None]
         for line, row in numbered_rows(path, needed):
             label = -1 if classes is None else label_number(row.get("label", ""), classes[1], len(classes[0]))
             if label is None:
@@ -4728,7 +4728,7 @@ def table_counts(table, classes, n_classes):
     paths = find_tables([table])
     columns, rows = open_tables(paths)
     if "count" not in columns or "label" in columns and not {"image", "caption"}.isdisjoint(columns):
-        labels = scan_rows(paths, columns[0], 0, classes)[1]
+        labels = scan_rows(paths, None, 0, classes)[1]
         return class_counts(labels, n_classes or int(labels.max(initial=-1)) + 1)
     counts, rows = np.zeros(n_classes, np.int64), [row for row in rows if row.get("label") != "none"]  # of status
     is_in_order = [row.get("name") for row in rows] == classes[0]  # frequency's: two classes may have one name
@@ -4798,6 +4798,13 @@ def subset_tables(tables, out, threshold, class_list, match_frequency, fill, sho
     mask, counts, wanted = ~is_fill, {"rows": n}, []
     if fill_column:
         is_fill[n:] = more[2] >= float(least)
+    n_copies = 0
+    if fill:  # no row is taken twice, under whatever name of its image; --multi all gives rows that differ in label
+        named = (row.get(key) or key_of(row) for row in open_tables(paths + fill_paths, out=out)[1])
+        keys = np.fromiter((text_hash(f"{label} {name}") for label, name in zip(labels.tolist(), named)), np.uint64)
+        is_copy = is_fill.copy()
+        is_copy[np.unique(keys, return_index=True)[1]] = False
+        n_copies, is_fill = int(is_copy.sum()), is_fill & ~is_copy
     before = class_counts(labels[mask], n_classes)
 
     def count(what, was):
@@ -4836,6 +4843,8 @@ def subset_tables(tables, out, threshold, class_list, match_frequency, fill, sho
     counts["rows left"] = int(mask.sum())
     after = class_counts(labels[mask], n_classes)
     print_funnel({what: c for what, c in counts.items() if c or what.startswith("rows")})
+    if n_copies:
+        print(f"{'':12}  note: of --fill: {n_copies:,} copies of rows of DATA or of its own, left out")
     print_histogram(before, after, deficit, known[0])
     if dry_run:
         return
@@ -4849,13 +4858,13 @@ def subset_tables(tables, out, threshold, class_list, match_frequency, fill, sho
         place = {label: str(i) for i, label in enumerate(wanted)}
         chosen = (row | {"subset_label": place[label_number(row["label"], known[1], n_classes)]} for row in chosen)
     write_tsv(out, list(dict.fromkeys([*columns, *["subset_label"][: len(wanted)]])), chosen)
-    written = class_counts(scan_rows([place_of(out)], key if key != "image" else columns[0], 0, known)[1], n_classes)
+    written = class_counts(scan_rows([place_of(out)], None, 0, known)[1], n_classes)
     assert (written == after).all(), "the table written does not have the counts that were planned"
     flags = dict(threshold=threshold, class_list=class_list, match_frequency=match_frequency, fill=fill, shots=shots,
                  trim_tail=trim_tail, profile=profile, imbalance=imbalance, fraction=fraction, rows=rows,
                  rescue=is_rescue, key=key, classes=known[2], seed=seed)  # fmt: skip
     frequency = find_tables([match_frequency]) if match_frequency else []
-    write_report(out, [*paths, *fill_paths, *frequency, class_list, known[2]], flags, counts,
+    write_report(out, [*paths, *fill_paths, *frequency, class_list, known[2]], flags, counts, fill_copies=n_copies,
                  classes_before=before.tolist(), classes_after=written.tolist(), deficit=deficit.tolist())  # fmt: skip
 
 

@@ -149,6 +149,29 @@ def test_threshold_holds_for_rows_of_fill_too(folder):
     assert [row["image"] for row in read(folder / "o.tsv")] == ["a.jpg", "d.jpg"]
 
 
+def test_fill_repeats_no_row(folder):
+    """A cut in a folder of its own is filled from its source: the image it has is there by another name."""
+    (folder / "a.tsv").write_text("image\tlabel\na.jpg\t0\nb.jpg\t0\nb.jpg\t0\nb.jpg\t1\n")
+    (folder / "cut").mkdir()
+    (folder / "cut" / "a.tsv").write_text("image\tlabel\n../a.jpg\t0\na.jpg\t1\n")
+    (folder / "wanted.tsv").write_text("name\tcount\nsea lion\t9\nlion\t9\n")
+    done = answer(bd, "subset", "cut/a.tsv", "--match-frequency", "wanted.tsv", "--fill", "a.tsv", "--out", "o.tsv",
+                  "--classes", "classes.tsv", folder=folder)  # fmt: skip
+    rows = sorted((row["image"], row["label"]) for row in read(folder / "o.tsv"))
+    assert rows == [("a.jpg", "0"), ("b.jpg", "0"), ("b.jpg", "1"), ("cut/a.jpg", "1")], done.stderr
+    assert "of --fill: 2 copies" in done.stdout
+    assert json.loads((folder / "o.tsv.json").read_text())["fill_copies"] == 2
+
+
+def test_counts_of_files_with_other_columns(folder):
+    """Of the tables of a set only the labels count."""
+    (folder / "set").mkdir()
+    (folder / "set" / "a.tsv").write_text("url\tlabel\nu\t0\n")
+    (folder / "set" / "b.tsv").write_text("label\tcaption\n0\tx\n1\ty\n")
+    told(folder, "stats", "set", "--classes", "classes.tsv", "--out", "o.tsv")
+    assert read(folder / "o.tsv")[0]["labelled"] == "3"
+
+
 def test_names_of_columns_are_flat(folder):
     (folder / "a.jsonl").write_text(json.dumps({"caption": "a lion", "a\tb": 1, "": 2}) + "\n")
     told(folder, "label", "a.jsonl", "--classes", "classes.tsv", "--out", "o.tsv")

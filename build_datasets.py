@@ -440,6 +440,10 @@ def parse_args(argv=None):
             dedup.error("--by embedding and --embeddings go together")
         if args.backend == "faiss" and not args.embeddings:
             dedup.error("--backend faiss: only embeddings are searched by faiss")
+        if args.against_embeddings and not (args.against and args.embeddings):
+            dedup.error("--against-embeddings: only with --against and --by embedding")
+        if args.chain and not args.against:
+            dedup.error("--chain: only with --against; without it copies of copies go anyway")
         if args.against and not args.chain and len(args.by) > 1:
             dedup.error("--against: give one --by at a time, or --chain")
         if args.against and args.protect:
@@ -4445,10 +4449,17 @@ def dedup_tables(tables, out, by, distance, cosine, embeddings, protect, against
     is_chain = chain or not against
     sources = {method: hash_pairs(found[:, k], distance if method in NEAR else 0, n, is_chain)
                for k, method in enumerate(hashed)}  # fmt: skip
+    is_blank = {method: found[:, k] == 0 for k, method in enumerate(hashed)}
     if "embedding" in by:
         rows = row_features("embeddings", embeddings, tables)
         test_rows = row_features("against-embeddings", against_embeddings, against, rows)
         sources["embedding"] = cosine_pairs(rows, test_rows, cosine, is_chain, device, backend)
+        blocks = [(block == 0).all(1).cpu().numpy() for _, block in unit_blocks(rows + test_rows, device)]
+        is_blank["embedding"] = np.concatenate([np.zeros(0, bool), *blocks])
+    why = "empty, cannot be read, flat picture, no direction"
+    if against and all(blank[n:].all() for blank in is_blank.values()):
+        raise SystemExit(f"--against: none of {n_all - n} rows of {', '.join(tests)} has {' or '.join(by)} ({why}); "
+                         "nothing would be found")  # fmt: skip
     roots, edges = connect(n_all, sources)
     columns, stream = open_tables(paths, out=out)
     is_decoded, is_told = {"pixels", "dhash", "phash"} & set(by), {"width", "original_width"} & set(columns)
@@ -4471,20 +4482,19 @@ def dedup_tables(tables, out, by, distance, cosine, embeddings, protect, against
     counts = {"rows": n, what: n_kept - n, "rows left": n_kept}
     print_funnel(counts)
     print(f"{'':12}  note: image sizes, by which the larger stays: {flags['image_sizes']}")
-    unknown = {method: int((found[:n, k] == 0).sum()) for k, method in enumerate(hashed)}
-    if "embedding" in by:
-        unknown["embedding"] = sum(int((block == 0).all(1).sum()) for _, block in unit_blocks(rows, device))
-    for method, n_unknown in unknown.items():
-        if n_unknown:
-            print(f"{'':12}  note: {n_unknown:,} x no {method} (empty, cannot be decoded, flat picture, no direction); "
-                  "not compared")
+    unknown, unknown_tests = ({method: int(blank[part].sum()) for method, blank in is_blank.items()}
+                              for part in (slice(n), slice(n, None)))  # fmt: skip
+    for where, numbers in (("", unknown), ("of --against: ", unknown_tests)):
+        for method, n_unknown in numbers.items():
+            if n_unknown:
+                print(f"{'':12}  note: {where}{n_unknown:,} x no {method} ({why}); not compared")
     histogram = {int(size): int(times) for size, times in zip(*np.unique(sizes[sizes > 1], return_counts=True))}
     print(f"{sum(histogram.values()):>12,}  components of several rows, in {stem}.pairs.tsv")
     for root in np.argsort(-sizes, kind="stable")[:3]:
         if sizes[root] > 1:
             print(f"{sizes[root]:>12,}    rows with {names[best[root]]}")
     write_report(out, [*paths, *tests, *embeddings, *against_embeddings], flags, counts,
-                 component_sizes=histogram, not_compared=unknown)  # fmt: skip
+                 component_sizes=histogram, not_compared=unknown, against_not_compared=unknown_tests)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------ prune
@@ -4553,7 +4563,8 @@ def prune_table(tables, out, embeddings, small, tests, keep, verify, device, see
     for name in found if verify else ():
         after = nearest(queries[name], arrays, device, ~drops[name])
         over = max(float((a - limit).max()) for a, limit in zip(after, limits[name]))
-        assert over <= 2 * TIE, f"{name}: after pruning a row exceeds its limit by {over}"
+        if not over <= 2 * TIE:  # a NaN too
+            raise SystemExit(f"--verify: {name}: a row that is left exceeds its limit by {over}; nothing was written")
         gaps[name] = dict(small=round(float(sum(x.sum() for x in limits[name])) / sum(map(len, limits[name])), 4),
                           pruned=round(float(sum(x.clamp(min=-1).sum() for x in after)) / sum(map(len, after)), 4))
         print(f"{name}: mean cosine to the nearest row: {gaps[name]['small']} of the small set, "

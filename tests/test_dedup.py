@@ -308,6 +308,36 @@ def test_a_device_that_is_not_there_is_one_line(photos, monkeypatch, device):
         assert done.returncode == 2 and done.stderr.startswith(f"--device {device}: ") and done.stderr.count("\n") == 1
 
 
+def test_test_images_that_cannot_be_read_are_told(photos):
+    """With none that can be, all rows would pass as clean."""
+    np.save(photos / "e.npy", np.eye(9))
+    np.save(photos / "t.npy", np.zeros((2, 9)))
+    for names, code in (["f.png", "gone.png"], 2), (["d.png", "gone.png"], 0):
+        bd.write_tsv(photos / "test.tsv", ("image", "caption"), [dict(image=name) for name in names])
+        flags = ["--against", photos / "test.tsv", "--out", photos / "o.tsv", "--workers", 1]
+        for by in "bytes", "phash":
+            done = run("dedup", photos / "all.tsv", "--by", by, *flags)
+            if code and by == "phash":
+                assert done.returncode == 2 and "--against: none of 2 rows" in done.stderr and not (photos / "o.tsv").exists()
+            else:
+                assert done.returncode == 0 and f"of --against: 1 x no {by}" in done.stdout, done.stderr
+                (photos / "o.tsv").unlink()
+    more = ["--embeddings", photos / "e.npy", "--against-embeddings", photos / "t.npy"]
+    done = run("dedup", photos / "all.tsv", "--by", "embedding", *more, *flags)
+    assert done.returncode == 2 and "none of 2 rows" in done.stderr
+    np.save(photos / "t.npy", np.eye(9)[:2] * [[0], [1]])
+    done = run("dedup", photos / "all.tsv", "--by", "embedding", *more, *flags)
+    assert done.returncode == 0 and "of --against: 1 x no embedding" in done.stdout, done.stderr
+
+
+def test_flags_without_effect_are_refused(capsys):
+    for flags in (["--by", "phash", "--against", "t.tsv", "--against-embeddings", "t.npy"], ["--by", "phash", "--chain"],
+                  ["--by", "embedding", "--embeddings", "e.npy", "--against-embeddings", "t.npy"]):  # fmt: skip
+        with pytest.raises(SystemExit):
+            bd.parse_args(["dedup", "a.tsv", "--out", "o.tsv", *flags])
+        assert ": only with --against" in capsys.readouterr().err
+
+
 def test_what_stays_hangs_on_no_working_folder(tmp_path):
     """Seen from a, b's row is ../b/.. and smaller; seen from b it is the other way round."""
     for name in "ab":

@@ -54,6 +54,17 @@ def test_equals_brute_force(monkeypatch, block):
             assert (unit(tests[name]) @ left.T).max(axis=1) == pytest.approx(limit, abs=2e-6)
 
 
+def test_a_gap_that_is_not_closed_is_one_line(tmp_path, monkeypatch):
+    for name, rows in (("e", at(0, 90)), ("s", at(60))):
+        np.save(tmp_path / f"{name}.npy", rows)
+    bd.write_tsv(tmp_path / "a.tsv", ("image",), [dict(image="a"), dict(image="b")])
+    monkeypatch.setattr(bd, "prune_rows", lambda *_: {"t": (np.zeros(2, bool), np.zeros(2), np.zeros(2, int))})
+    done = programs.answer(bd, "prune", "a.tsv", "--embeddings", "e.npy", "--small", "s.npy", "--tests", "t=e.npy",
+                           "--out", "o-{set}.tsv", folder=tmp_path)  # fmt: skip
+    assert done.returncode == 2 and done.stderr.startswith("--verify: t: a row that is left exceeds its limit by 0.5")
+    assert not list(tmp_path.glob("o-*"))
+
+
 def test_equal_scores_take_the_first_query(monkeypatch):
     monkeypatch.setattr(bd, "BLOCK", 2)
     _, _, query = prune(at(0, 10), at(90), {"t": at(45, 0, 0, 0, 0)})["t"]

@@ -208,14 +208,19 @@ def parse_args(argv=None):
                        help="auto: as published, sensitive for substring only; bag never is")
 
     laionet = add("laionet", "LAIONet: rows that name just one class and are similar to its definition",
-                  "data/shapes/laionet/train.tsv --classes data/shapes/classes.tsv --threshold 0.3 --out laionet.tsv",
+                  "data/shapes/laionet/train.tsv --classes data/shapes/classes.tsv --similarity similarity "
+                  "--threshold 0.3 --out laionet.tsv",
                   "In: tables with texts. Out: their rows that name just one class and are similar to its definition, "
-                  "with label and similarity; OUT.all.tsv has those that are less similar too.")
+                  "with label and similarity; OUT.all.tsv has those that are less similar too. Rows whose NSFW, if "
+                  "there is such a column, is not UNLIKELY are left out.")
     laionet.add_argument("--threshold", type=float, default=0.7,
                          help="least similarity of caption and definition; OUT.all.tsv keeps all matched rows with it")
     laionet.add_argument("--clip", help="checkpoint of clip.py whose text tower measures the similarity")
     laionet.add_argument("--embeddings", help="folder with classes.npy [C, D] and TABLE.npy [rows, D] for each input "
-                         "file TABLE; without this and --clip the column similarity is taken")
+                         "file TABLE")
+    laionet.add_argument("--similarity", metavar="COLUMN", help="column that has the similarity of text and definition "
+                         "already, as laionet's own tables and the shapes world: `similarity`; in LAION's tables that "
+                         "is of image and text, and stays, as source_similarity, with --clip or --embeddings")
 
     curate = add("curate", "MetaCLIP: captions balanced over the entries of a metadata",
                  "data/shapes/web/train.tsv --metadata tests/samples/entries.tsv --cap 200 --out curated.tsv",
@@ -429,8 +434,8 @@ def parse_args(argv=None):
         label.error("--multi longest: bag finds words, not places; choose drop, all or first")
     if args.command == "label" and args.match == "bag" and args.case == "sensitive":
         label.error("--case sensitive: bag has no case; choose word, regex-lemma or substring")
-    if args.command == "laionet" and args.clip and args.embeddings:
-        laionet.error("--clip and --embeddings: give one of them")
+    if args.command == "laionet" and sum(map(bool, (args.clip, args.embeddings, args.similarity))) != 1:
+        laionet.error("--clip, --embeddings and --similarity: give one of them, by which captions are compared")
     if args.command == "frequency" and args.weights and (args.sample or args.weights in args.columns):
         frequency.error("--weights: a column of its own, and not with --sample, which draws captions, not counts")
     if args.command == "curate" and (args.cap < 1 or not 0 <= args.tail_share < 1):
@@ -3436,13 +3441,13 @@ def cosine(a, b):
     return (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
 
 
-def own_similarity(row, path, number):
-    """The number in a row's column similarity. Raises: SystemExit if there is none. number: of the row, from 0."""
+def own_similarity(row, column, path, number):
+    """The number in a column of a row. Raises: SystemExit if there is none. number: of the row, from 0."""
     try:
-        return float(row.get("similarity", ""))
+        return float(row.get(column, ""))
     except ValueError:
         line, _ = next(islice(read_table(path, bad=Counter())[1], number, None))
-        what = f"similarity is {row.get('similarity', '')!r}; pass --clip or --embeddings"
+        what = f"{column} is {row.get(column, '')!r}, expected a number; or pass --clip or --embeddings"
         raise SystemExit(f"{path}:{line}: {what}") from None
 
 
@@ -3454,7 +3459,8 @@ def query_features(path, queries):
 
 def laionet_file(path, part, settings):
     """Rows of one table that name just one class, with label and similarity of caption and definition, as PART.tsv."""
-    counts, (clip, embeddings, queries) = Counter(), (settings[key] for key in ("clip", "embeddings", "queries"))
+    counts, names = Counter(), ("clip", "embeddings", "queries", "similarity")
+    clip, embeddings, queries, column = (settings[name] for name in names)
     if clip:
         definitions = query_features(clip, tuple(queries))
     elif embeddings:
@@ -3475,6 +3481,8 @@ def laionet_file(path, part, settings):
                 continue
             if row.get("label"):
                 row["source_label"] = row["label"]
+            if is_replaced:
+                row["source_similarity"] = row.get("similarity", "")
             yield number, row | {"label": classes[0]}, text
 
     def rows():
@@ -3487,12 +3495,15 @@ def laionet_file(path, part, settings):
             elif embeddings:
                 similarity = cosine(captions[numbers], definitions[labels])
             else:
-                similarity = [own_similarity(row, path, number) for number, row in zip(numbers, kept)]
+                similarity = [own_similarity(row, column, path, number) for number, row in zip(numbers, kept)]
             yield from (row | {"similarity": f"{s:.6f}"} for row, s in zip(kept, similarity))
 
     columns = read_table(path)[0]
     nsfw = next((name for name in columns if name.lower() == "nsfw"), None)
-    columns += [name for name in ("label", "similarity", "source_label") if name not in columns]
+    counts["tables without NSFW"] = nsfw is None
+    is_replaced = "similarity" in columns and column != "similarity"
+    more = ("label", "similarity", "source_label", *["source_similarity"][:is_replaced])
+    columns += [name for name in more if name not in columns]
     write_tsv(f"{part}.tsv", columns, rows())
     save_part(part, counts)
 
@@ -3529,11 +3540,13 @@ def build_laionet(paths, out, classes, threshold, settings, run):
     histogram = [class_counts[label] for label in range(len(rows))]
     finish(out, [*paths, *settings["inputs"]],
            dict(classes=classes, threshold=threshold,
-                **{k: settings[k] for k in ("clip", "embeddings", "columns", "skip_bad")}),
+                **{k: settings[k] for k in ("clip", "embeddings", "similarity", "columns", "skip_bad")}),
            {"rows": counts["rows"], **bad_rows(counts), **losses, f"rows in {every}": n_all,
             "less similar": n - n_all, f"rows in {out}": n},
            class_counts=histogram, empty_classes=histogram.count(0),
            without_unique_name=[row["name"] for row, unique in zip(rows, names) if not unique])  # fmt: skip
+    if n_bare := counts["tables without NSFW"]:
+        print(f"note: no NSFW column in {n_bare} of {len(paths)} tables: no row was left out for it", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------ curate
@@ -5108,7 +5121,7 @@ def run_command(args):
                                    files=[args.classes])  # fmt: skip
             build_labels(paths, args.out, args.classes, settings | names | dict(multi=args.multi), run)
         elif args.command == "laionet":
-            settings |= dict(clip=args.clip, embeddings=args.embeddings)
+            settings |= dict(clip=args.clip, embeddings=args.embeddings, similarity=args.similarity)
             build_laionet(paths, args.out, args.classes, args.threshold, settings, run)
         elif args.command == "curate":
             build_curate(paths, args.out, args.metadata, args.cap, args.tail_share, args.seed, settings, run)

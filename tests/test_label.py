@@ -175,7 +175,7 @@ def test_classes_from_wordnet(tmp_path):
     write_captions(tmp_path / "in.tsv", ["x"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bd, "run_files", lambda work, paths, out, settings, run: asked.extend(settings["queries"]))
-        run("laionet", tmp_path / "in.tsv", "--classes", out, "--out", tmp_path / "o.tsv")
+        run("laionet", tmp_path / "in.tsv", "--classes", out, "--similarity", "similarity", "--out", tmp_path / "o.tsv")
     assert asked[0].startswith("crane which is large long-necked wading bird")
     (tmp_path / "list").write_text("n00000001\n")
     with pytest.raises(SystemExit, match="list:1: n00000001 is not a synset"):
@@ -302,8 +302,11 @@ def test_laionet_by_column_and_by_embeddings(folder):
     source = write_captions(folder / "in.tsv", captions, similarity=similarity, NSFW=nsfw)
     (folder / "classes.tsv").write_text(CLASSES.replace("\tzoo", "\t"))
     common = [source, "--classes", folder / "classes.tsv", "--out", folder / "o.tsv", "--workers", 1]
-    run("laionet", *common)
+    with pytest.raises(SystemExit):  # LAION's column is another similarity: it is not taken unasked
+        run("laionet", *common)
+    run("laionet", *common, "--similarity", "similarity")
     assert [(r["label"], r["similarity"]) for r in read(folder / "o.tsv")] == [("2", "0.700000")]
+    assert "source_similarity" not in read(folder / "o.tsv")[0]
     assert [r["label"] for r in read(folder / "o.all.tsv")] == ["1", "2"]  # "sea lion" names lion too: dropped
     rng = np.random.default_rng(0)
     vectors, queries = rng.normal(size=(6, 8)), rng.normal(size=(3, 8))
@@ -313,12 +316,13 @@ def test_laionet_by_column_and_by_embeddings(folder):
     unit = [v / np.linalg.norm(v) for v in (vectors[1], vectors[3], queries[1], queries[2])]
     found = [float(r["similarity"]) for r in read(folder / "o.tsv")]
     assert found == pytest.approx([unit[0] @ unit[2], unit[1] @ unit[3]], abs=1e-6)
+    assert [r["source_similarity"] for r in read(folder / "o.tsv")] == ["0.69", "0.7"]
     np.save(folder / "classes.npy", queries[:2])
     with pytest.raises(SystemExit, match=r"classes.npy: got shape \(2, 8\), expected 3 rows"):
         run("laionet", *common, "--embeddings", folder)
 
 
-def test_laionet_treats_a_missing_tag_alike_in_every_format(folder):
+def test_laionet_treats_a_missing_tag_alike_in_every_format(folder, capsys):
     """What is not UNLIKELY goes, an empty field and a key that is not there alike."""
     rows = [{"image": "0.jpg", "caption": "a crane", "similarity": "0.9", "NSFW": "UNLIKELY"},
             {"image": "1.jpg", "caption": "a crane", "similarity": "0.9"}]  # fmt: skip
@@ -326,8 +330,13 @@ def test_laionet_treats_a_missing_tag_alike_in_every_format(folder):
     bd.write_tsv(folder / "in.tsv", list(rows[0]), rows)
     for kind in ("jsonl", "tsv"):
         out = folder / f"{kind}.out.tsv"
-        run("laionet", folder / f"in.{kind}", "--classes", folder / "classes.tsv", "--out", out, "--workers", 1)
+        flags = ["--classes", folder / "classes.tsv", "--similarity", "similarity", "--workers", 1, "--out"]
+        run("laionet", folder / f"in.{kind}", *flags, out)
         assert [row["image"] for row in read(out)] == ["0.jpg"], kind
+    assert "NSFW" not in capsys.readouterr().err
+    bd.write_tsv(folder / "bare.tsv", list(rows[0])[:3], rows)
+    run("laionet", folder / "in.tsv", folder / "bare.tsv", *flags, folder / "o.tsv")
+    assert len(read(folder / "o.tsv")) == 3 and "no NSFW column in 1 of 2 tables: no row" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arch", ["cbow", "transformer"])
@@ -511,7 +520,7 @@ def test_laionet_of_bad_similarities(folder, row, embeddings, message):
         (folder / "in.jsonl.npy").write_bytes(embeddings)
     elif embeddings is not None:
         np.save(folder / "in.jsonl.npy", embeddings)
-    flags = [] if embeddings is None else ["--embeddings", folder]
+    flags = ["--similarity", "similarity"] if embeddings is None else ["--embeddings", folder]
     with pytest.raises(SystemExit, match=message):
         run("laionet", folder / "in.jsonl", "--classes", folder / "classes.tsv", "--out", folder / "o.tsv", "--workers", 1, *flags)
 
@@ -632,7 +641,7 @@ def test_messages_name_the_line_behind_blank_lines_and_quoted_breaks(folder):
         ("c.csv", "name,definition", 'crane,"a\nbird"', "crane,x", ["label", source, *common, "--classes", folder / "c.csv"]),
         ("e.csv", "name,query", 'crane,"a\nbird"', "owl,x", ["classes", folder / "list", *common[4:], "--extra", folder / "e.csv"]),
         ("r.csv", "name,relevant,caption", 'crane,yes,"a\nb"', "crane,perhaps,x", ["frequency", source, *common, "--match", "word", "--relevance", folder / "r.csv"]),
-        ("s.csv", "image,caption,similarity", 'a.jpg,"a\ncrane",1', "b.jpg,crane,high", ["laionet", folder / "s.csv", *common]),
+        ("s.csv", "image,caption,similarity", 'a.jpg,"a\ncrane",1', "b.jpg,crane,high", ["laionet", folder / "s.csv", *common, "--similarity", "similarity"]),
     ):  # fmt: skip
         (folder / name).write_text(table.format(header, good, wrong))
         with pytest.raises(SystemExit, match=f"^{folder / name}:5: "):
@@ -687,7 +696,7 @@ def test_laionet_in_shards_gives_the_bytes_of_one_process(folder, is_column):
         np.save(folder / f"in{i}.tsv.npy", rng.standard_normal((n, 16)).astype(np.float32))
     np.save(folder / "classes.npy", rng.standard_normal((3, 16)).astype(np.float32))
     flags = ["laionet", folder / "in*.tsv", "--classes", folder / "classes.tsv", "--workers", 1, "--threshold", 0.2]
-    flags += [] if is_column else ["--embeddings", folder]
+    flags += ["--similarity", "similarity"] if is_column else ["--embeddings", folder]
     run(*flags, "--out", folder / "one.tsv")
     for i in (2, 0, 1):
         run(*flags, "--out", folder / "many.tsv", "--shard", f"{i}/3")

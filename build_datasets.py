@@ -172,9 +172,10 @@ def parse_args(argv=None):
                   "In: a text file of wnids, which need --wordnet, or of names, which may do without. Out: "
                   "classes.tsv, row i is label i; on the screen the names that several classes or synsets have.")
     classes.add_argument("list", help="text file, a class a line in label order: wnid or name, perhaps a tab and the "
-                         "name to show (wnid) or synonyms with | and a definition (name); a line `#`, or one that "
-                         "begins with # and a blank, is a comment, `#1 pencil` is a class; a header `name synonyms "
-                         "definition` is none")
+                         "name to show (wnid) or synonyms with | and a definition (name); or a wnid, a blank and its "
+                         "names, commas between, as in LOC_synset_mapping.txt; a line `#`, or one that begins with # "
+                         "and a blank, is a comment, `#1 pencil` is a class; a header `name synonyms definition`, or "
+                         "`wnid`, is none")
     classes.add_argument("--out", required=True,
                          help="classes.tsv to write: name, synonyms, definition, wnid, negative, match, query")
     classes.add_argument("--wordnet", help="folder of WordNet 3.0's data.noun, index.noun, noun.exc")
@@ -249,7 +250,8 @@ def parse_args(argv=None):
                     "label, definition, key, caption, relevant (empty, to be judged).")
     frequency.add_argument("--match", choices=tuple(RULES), default="bag",
                            help="; ".join(f"{rule}: {text}" for rule, text in RULES.items()))
-    frequency.add_argument("--synonyms", help="table of further names: name (of the class), synonyms (| between)")
+    frequency.add_argument("--synonyms", help="table of further names: name (of the class; or its "
+                           "wnid, which may be a column too), synonyms (| between)")
     frequency.add_argument("--weights", metavar="COLUMN", default="",
                            help="column of whole numbers that a caption counts by, as MetaCLIP's query strings do")
     frequency.add_argument("--sample", type=int, default=0,
@@ -2953,13 +2955,20 @@ def names_of(row):
     return list(dict.fromkeys(names))
 
 
-def shared_names(rows):
-    """{name in lower case: labels} of the names that several classes have."""
+def shared_names(names):
+    """{name in lower case: labels} of the names that several classes have. names: list of names of each class."""
     owners = defaultdict(set)
-    for label, row in enumerate(rows):
-        for name in names_of(row):
+    for label, own in enumerate(names):
+        for name in own:
             owners[name.lower()].add(label)
     return {name: sorted(labels) for name, labels in sorted(owners.items()) if len(labels) > 1}
+
+
+def warn_of_shared(names):
+    """shared_names, of which a warning is printed."""
+    if shared := shared_names(names):
+        print(f"warning: names of several classes: {', '.join(list(shared)[:20])}", file=sys.stderr)
+    return shared
 
 
 @functools.lru_cache(1)
@@ -2980,17 +2989,27 @@ def matcher_of(settings):
 
 
 def match_settings(rows, rule, is_sensitive=False, lemmas="none", wordnet="", more_names=None, files=()):
-    """The settings of matcher_of for classes. more_names: {name of a class: further names}; files: those read for all.
+    """The settings of matcher_of for classes. more_names: {name or wnid of one class: further names}; files: those read
+    for all.
 
     The hashes of these, inputs, are among the settings: what was made from other contents is not taken up.
     """
-    unknown = sorted(set(more_names or {}) - {row["name"] for row in rows})
+    owners, more_names = defaultdict(list), more_names or {}
+    for label, row in enumerate(rows):
+        for key in {row["name"], row.get("wnid") or row["name"]}:
+            owners[key].append(label)
+    unknown = sorted(set(more_names) - set(owners))
     if unknown:
         raise SystemExit(f"--synonyms: {len(unknown)} names are not in classes.tsv: {', '.join(unknown[:10])}")
+    for key in more_names:
+        if len(owners[key]) > 1:
+            raise SystemExit(f"--synonyms: {key} is the name of classes {', '.join(map(str, owners[key]))}; give their "
+                             "wnids instead, in the column name or wnid")  # fmt: skip
     nouns = wordnet_paths(wordnet, "index.noun", "noun.exc") if rule == "bag" and lemmas != "none" else []
     return dict(rule=rule, is_sensitive=is_sensitive, lemmas=lemmas, wordnet=wordnet,
                 inputs={path: file_hash(path) for path in [*files, *nouns] if path},
-                names=[names_of(row) + (more_names or {}).get(row["name"], []) for row in rows],
+                names=[names_of(row) + [name for key in dict.fromkeys((row["name"], row.get("wnid")))
+                                        for name in more_names.get(key, ())] for row in rows],
                 negatives=[split_names(row.get("negative", "")) for row in rows])  # fmt: skip
 
 
@@ -3151,10 +3170,7 @@ def merge_tables(parts, out):
 
 def build_labels(paths, out, classes, settings, run):
     """Write the rows that name a class, with its label. settings: of label_file but for the names."""
-    rows = class_rows(classes)
-    shared = shared_names(rows)
-    if shared:
-        print(f"warning: names of several classes: {', '.join(list(shared)[:20])}", file=sys.stderr)
+    rows, shared = class_rows(classes), warn_of_shared(settings["names"])
     parts = run_files(label_file, paths, out, settings, run)
     if parts is None:
         return
@@ -3186,6 +3202,9 @@ def class_of_line(line, where, wordnet, synsets, ambiguous):
     ambiguous: {name of several senses: ["wnid: definition"]}, extended.
     """
     first, *more = [field.strip() for field in line.split("\t")]
+    if of_list := re.fullmatch(r"(n\d{8}) +(\S.*)", first):  # LOC_synset_mapping.txt: the synset's words behind it
+        first, more = of_list[1], [*of_list[2].split(", "), *more]
+        synsets = synsets or {first[1:]: (more, "")}
     if re.fullmatch(r"n\d{8}", first):
         if first[1:] not in synsets:
             raise SystemExit(f"{where}: {first} is not a synset of {wordnet or 'WordNet: pass --wordnet'}")
@@ -3213,8 +3232,8 @@ def build_classes(path, out, wordnet, extra):
     """Write classes.tsv. path: list, one class a line in label order; extra: table of columns that replace, or None."""
     lines = [(number, line) for number, line in text_lines(path) if line.split(" ")[0] != "#"]
     header = lines[0][1].split("\t") if lines else []
-    if header == ["name"]:
-        print(f"note: {path}:1 is taken for the header", file=sys.stderr)
+    if header == ["name"] or header and header[0].lower() in ("wnid", "synset"):
+        print(f"note: {path}:{lines[0][0]} is taken for the header", file=sys.stderr)
         del lines[0]
     elif header[:1] == ["name"] and {*header} & {"synonyms", "definition", "wnid", "negative", "match", "query"}:
         if header[1:] not in (["synonyms"], ["synonyms", "definition"]):
@@ -3232,6 +3251,10 @@ def build_classes(path, out, wordnet, extra):
         rows.append(row)
     if not rows:
         raise SystemExit(f"{path}:1: an empty file; expected a wnid or a name a line")
+    named = [number for number, line in lines if not re.match(r"n\d{8}\b", line)]
+    if 0 < len(named) < len(lines):
+        print(f"warning: {path}:{named[0]}: a name, not a wnid as {len(lines) - len(named)} other lines are; is it one "
+              "of the classes?", file=sys.stderr)  # fmt: skip
     columns = ["name", "synonyms", "definition", "wnid", "negative", "match", "query"]
     if extra:
         keys = Counter(key for row in rows for key in {row["name"], row["wnid"]})
@@ -3245,7 +3268,7 @@ def build_classes(path, out, wordnet, extra):
     wnids = [row["wnid"] for row in rows]
     if all(wnids) and wnids != sorted(wnids):
         print(f"warning: {path} is not in sorted order, which is the order of ImageNet's labels", file=sys.stderr)
-    shared = shared_names(rows)
+    shared = shared_names(map(names_of, rows))
     write_tsv(out, columns, rows)
     write_report(out, [path, extra, *wordnet_paths(wordnet, "data.noun", "index.noun", "noun.exc")], {},
                  {"lines": len(lines), f"classes in {out}": len(rows)}, shared_names=shared,
@@ -3802,6 +3825,7 @@ def build_frequency(paths, out, classes, synonyms, relevance, settings, run):
     """Write how many captions name each class, in label order. synonyms: table that is in settings, for the report."""
     rows, n_sample = class_rows(classes), settings["n_sample"]
     judged = read_relevance(relevance, [row["name"] for row in rows]) if relevance else {}
+    shared = warn_of_shared(settings["names"])
     parts = run_files(frequency_file, paths, out, settings | dict(n_classes=len(rows)), run)
     if parts is None:
         return
@@ -3831,7 +3855,7 @@ def build_frequency(paths, out, classes, synonyms, relevance, settings, run):
            dict(classes=classes, synonyms=synonyms, relevance=relevance,
                 **{k: v for k, v in settings.items() if k not in ("names", "negatives", "inputs")}),
            {"rows": counts["rows"], **bad_rows(counts)}, matches=sum(class_counts.tolist()),
-           empty_classes=int((class_counts == 0).sum()))  # fmt: skip
+           empty_classes=int((class_counts == 0).sum()), shared_names=shared)  # fmt: skip
     n_matches, n_empty = sum(class_counts.tolist()), (class_counts == 0).sum()
     print(f"{n_matches:>12,}  matches; {n_empty} of {len(rows)} classes in no caption")
     for i in (*order[:3], *order[3:][-3:]):
@@ -5126,10 +5150,11 @@ def run_command(args):
         elif args.command == "curate":
             build_curate(paths, args.out, args.metadata, args.cap, args.tail_share, args.seed, settings, run)
         else:
-            more = defaultdict(list)
+            rows, more = class_rows(args.classes), defaultdict(list)
+            wnids = {row.get("wnid") for row in rows} - {None, ""}
             for row in open_tables([args.synonyms], ["name", "synonyms"])[1] if args.synonyms else ():
-                more[row["name"]] += split_names(row["synonyms"])
-            names = match_settings(class_rows(args.classes), args.match, args.match == "substring", args.lemmas,
+                more[row["wnid"] if row.get("wnid") in wnids else row["name"]] += split_names(row["synonyms"])
+            names = match_settings(rows, args.match, args.match == "substring", args.lemmas,
                                    args.wordnet, more, [args.classes, args.synonyms])  # fmt: skip
             settings |= names | dict(n_sample=args.sample, seed=args.seed, weights=args.weights)
             build_frequency(paths, args.out, args.classes, args.synonyms, args.relevance, settings, run)

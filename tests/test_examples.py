@@ -71,11 +71,20 @@ def test_examples_run(root, command):
             assert shlex.split(report["command"]) == [python, *argv]  # what is pasted makes it again
 
 
-def test_a_class_list_may_have_the_header_of_a_table(tmp_path):
+def test_a_class_list_may_have_the_header_of_a_table(tmp_path, capsys):
     source, out = tmp_path / "list.tsv", tmp_path / "o.tsv"
     source.write_text("name\tsynonyms\tdefinition\nlion\tking\ta cat\nname\n")
     programs.run_here(bd, "classes", source, "--out", out)
     assert [row["name"] for row in bd.class_rows(str(out))] == ["lion", "name"]
+    for header in ("wnid", "Synset\tname", "name"):
+        source.write_text(f"{header}\nn01440764 tench, Tinca tinca\nn02129165 lion, king of beasts\n")
+        programs.run_here(bd, "classes", source, "--out", out)
+        assert [(row["wnid"], row["name"], row["synonyms"]) for row in bd.class_rows(str(out))] == [
+            ("n01440764", "tench", "Tinca tinca"), ("n02129165", "lion", "king of beasts")]  # fmt: skip
+        assert "warning" not in capsys.readouterr().err
+    source.write_text("id\nn01440764 tench\nn02129165 lion\n")
+    programs.run_here(bd, "classes", source, "--out", out)
+    assert "list.tsv:1: a name, not a wnid as 2 other lines are" in capsys.readouterr().err
     source.write_text("name\tsynonyms\twnid\nlion\tking\tn00000001\n")
     with pytest.raises(SystemExit, match="list.tsv:1: got columns name, synonyms, wnid; .*--extra"):
         programs.run_here(bd, "classes", source, "--out", out)

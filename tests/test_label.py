@@ -485,7 +485,7 @@ def test_interval_knows_that_captions_are_finite():
     assert bd.wilson(3, 8, 8) == (0.375, 0.375) and bd.wilson(0, 0, 5) == bd.wilson(0, 0, 0) == (0, 1)
 
 
-def test_two_classes_of_one_name(folder):
+def test_two_classes_of_one_name(folder, capsys):
     """Both cranes are sampled, judged, counted and matched apart; a name that is neither is refused."""
     (folder / "classes.tsv").write_text("name\twnid\tmatch\ncrane\tn01\tbird\ncrane\tn02\tderrick\n")
     source = write_captions(folder / "in.tsv", ["bird 1", "bird 2", "derrick"], label=["0", "0", "1"])
@@ -498,6 +498,15 @@ def test_two_classes_of_one_name(folder):
     assert [(row["count"], row["judged"], row["relevant"]) for row in read(folder / "g.tsv")] == [("2", "2", "2"), ("1", "1", "0")]
     run("subset", source, "--match-frequency", folder / "f.tsv", "--classes", folder / "classes.tsv", "--out", folder / "s.tsv")
     assert len(read(folder / "s.tsv")) == 3
+    for more, counts in ("name\tsynonyms\nn02\tbird", "23"), ("wnid\tname\tsynonyms\nn01\tcrane\tderrick", "31"):
+        (folder / "more.tsv").write_text(f"{more}\n")
+        run(*common, "--synonyms", folder / "more.tsv", "--out", folder / "g.tsv")
+        assert "".join(row["count"] for row in read(folder / "g.tsv")) == counts
+    assert report(folder / "g.tsv")["shared_names"] == {"derrick": [0, 1]}
+    assert "warning: names of several classes: derrick" in capsys.readouterr().err
+    (folder / "more.tsv").write_text("name\tsynonyms\ncrane\tstork\n")
+    with pytest.raises(SystemExit, match="--synonyms: crane is the name of classes 0, 1; give their wnids"):
+        run(*common, "--synonyms", folder / "more.tsv", "--out", folder / "g.tsv")
     for wrong in ("crane\t", "crane\t2", "goose\t0", "craen\t"):
         (folder / "judged.tsv").write_text(f"name\tlabel\trelevant\n{wrong}\tyes\n")
         with pytest.raises(SystemExit, match="judged.tsv:2: .*not just one of --classes"):

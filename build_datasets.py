@@ -134,6 +134,12 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return text if text.startswith("example: ") else super()._fill_text(text, width, indent)
 
 
+def usable_cores():
+    """Cores that this process may use, shared with those that torchrun started beside it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def parse_args(argv=None):
     style = dict(formatter_class=HelpFormatter, allow_abbrev=False)
     parser = argparse.ArgumentParser(description="Build data sets for the training scripts.", **style)
@@ -236,11 +242,11 @@ def parse_args(argv=None):
     metadata = add("metadata", "MetaCLIP's metadata: entries from WordNet and from a corpus",
                    "data/shapes/web/train.tsv --min-pmi 3 --out entries.tsv",
                    "In: texts, perhaps WordNet. Out: a table of entry, source (number, wordnet, word, pair) "
-                   "and count.")
+                   "and count. One process, whose memory grows with the distinct words and rare pairs.")
     metadata.add_argument("--wordnet", help="folder of WordNet 3.0's data files; without it none of its synsets")
     metadata.add_argument("--min-count", type=int, default=100, help="least count of a word")
     metadata.add_argument("--min-pmi", type=float, default=30.0,
-                          help="least pointwise mutual information of a pair, bits")
+                          help="least pointwise mutual information of a pair, bits; in n words none has over log2 n")
     metadata.add_argument("--max-entries", type=int, default=500_000, help="stop after so many entries")
 
     frequency = add("frequency", "how many captions name each class",
@@ -272,7 +278,7 @@ def parse_args(argv=None):
         command.add_argument("--columns", nargs="+", default=["caption"],
                              help="columns whose texts are joined and searched")
     for command in (label, laionet, curate, frequency):
-        command.add_argument("--workers", type=int, default=os.cpu_count(),
+        command.add_argument("--workers", type=int, default=usable_cores(),
                              help="processes, a file each; no effect on results")
         command.add_argument("--shard", default="",
                              help="i/n: do every n-th file from the i-th (0-based), then --merge")
@@ -399,7 +405,7 @@ def parse_args(argv=None):
     add_common(stats)
     stats.add_argument("--plot", help="picture to write: the sorted class counts (needs matplotlib)")
     for command in (shapes, index, check, dedup):
-        command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; the result is the same")
+        command.add_argument("--workers", type=int, default=usable_cores(), help="processes; the result is the same")
     for command in (check, subset, stats):
         command.add_argument("--classes", help="classes.tsv; default: beside the first table, or one folder up, if any")
 
@@ -3368,6 +3374,8 @@ def load_text_tower(path):
         import torch
     except ImportError:
         raise SystemExit("--clip needs torch (pip install torch)") from None
+    if multiprocessing.parent_process():  # a worker, one for each core
+        torch.set_num_threads(1)
     if not os.path.isfile(path):
         raise SystemExit(f"--clip: no such file: {path}")
     try:
@@ -3723,6 +3731,9 @@ def build_metadata(paths, out, wordnet, min_count, min_pmi, max_entries, columns
         n_rows += 1
         words.update(tokens)
     n = words.total()
+    if n and math.log2(n) < min_pmi:
+        print(f"note: no pair can reach {min_pmi:g} bits in {n:,} words, at most {math.log2(n):.1f}; see --min-pmi",
+              file=sys.stderr)  # fmt: skip
     # A pair is at most as frequent as each of its words, so a frequent word is in no pair of much information. Counting
     # only the others' pairs, in a second pass, saves most of the memory.
     rare = {word for word, count in words.items() if math.log2(n / count) >= min_pmi - 1e-9}

@@ -126,6 +126,9 @@ def test_messages(tmp_path, entries):
     source = write(tmp_path / "in.tsv", [("u", "zzz")])
     with pytest.raises(SystemExit, match="no entry of .* is in any of 1 captions"):
         curate(source, entries, tmp_path / "o.tsv")
+    entries.write_text("entry\n")
+    with pytest.raises(SystemExit, match="no entry of .* is in any of 1 captions"):
+        curate(source, entries, tmp_path / "p.tsv")
     entries.write_text("entry\nA\nA\n")
     with pytest.raises(SystemExit, match="empty or double entries"):
         curate(source, entries, tmp_path / "o.tsv")
@@ -183,6 +186,14 @@ def test_rows_hang_neither_on_where_out_lies_nor_on_a_stopped_call(tmp_path, ent
             run("curate", sources[0], *common, "--out", tmp_path / "p.tsv")
     run("curate", *sources, *common, "--out", tmp_path / "p.tsv")
     assert (tmp_path / "p.tsv").read_bytes() == (tmp_path / "o.tsv").read_bytes()
+
+
+def test_metadata_tells_that_no_pair_can_reach_the_limit(tmp_path, capsys):
+    write(tmp_path / "in.tsv", [(i, "red apple") for i in range(4)])
+    run("metadata", tmp_path / "in.tsv", "--out", tmp_path / "e.tsv")
+    assert "no pair can reach 30 bits in 8 words, at most 3.0" in capsys.readouterr().err
+    run("metadata", tmp_path / "in.tsv", "--min-pmi", 3, "--out", tmp_path / "e.tsv")
+    assert "no pair" not in capsys.readouterr().err
 
 
 def test_metadata_counts_no_pairs_that_cannot_reach_the_limit(tmp_path):

@@ -695,6 +695,26 @@ def test_a_changed_side_input_makes_all_parts_anew(folder, command):
     assert set(hashes(folder / "o.tsv")) == {str(folder / name) for name in ("in.tsv", *SIDE_INPUTS[command])}
 
 
+def test_workers_are_those_that_have_a_core(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 5, 7}, raising=False)
+    for local, n in ("1", 5), ("2", 2), ("8", 1):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+        assert {bd.parse_args([*command, "--out", "o.tsv"]).workers for command in (
+            ["check", "a.tsv"], ["curate", "a.tsv", "--metadata", "e.tsv"])} == {n}  # fmt: skip
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for parent, n in (None, 2), (True, 1):
+            monkeypatch.setattr(bd.multiprocessing, "parent_process", lambda: parent)  # noqa: B023
+            with pytest.raises(SystemExit, match="no such file"):
+                bd.load_text_tower("gone.pt")
+            assert torch.get_num_threads() == n
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("is_column", [True, False])
 def test_laionet_in_shards_gives_the_bytes_of_one_process(folder, is_column):
     rng, n = np.random.default_rng(0), 40

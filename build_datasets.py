@@ -2461,12 +2461,12 @@ def facts_of(path):
     return facts | dict(mtime_ns=stat.st_mtime_ns, sha256_of_first_and_last_mib=hashlib.sha256(ends).hexdigest())
 
 
-def write_report(out, inputs, flags, steps, **more):
+def write_report(out, inputs, flags, steps, parts="", **more):
     """Write OUT.json, what a table was made from and how: equal for equal inputs and flags but for command and date.
 
     inputs: all files that were read, None for those not given; flags: dict of those that change the result, seed
-    included; steps: the funnel, an ordered dict from what came in over what was lost, and why, to what came out; more:
-    further facts, as histograms.
+    included; steps: the funnel, an ordered dict from what came in over what was lost, and why, to what came out; parts:
+    folder that is removed while the lock is held; more: further facts, as histograms.
     """
     table = place_of(out)
     command = shlex.join(["python", *(arg for arg in sys.argv if arg != "--merge")])
@@ -2479,6 +2479,10 @@ def write_report(out, inputs, flags, steps, **more):
         date=time.strftime("%Y-%m-%d %H:%M:%S"))  # fmt: skip
     with whole_file(f"{out}.json") as f:
         f.write(json.dumps(content, indent=1, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+        f.flush()  # a full disk shows here
+        if table != out:
+            Path(out).unlink(missing_ok=True)  # a kill must not leave it with the report of the new one
+        shutil.rmtree(parts, ignore_errors=True)
     os.replace(table, out)  # last: a table that is there has its report
 
 
@@ -3132,8 +3136,7 @@ def bad_rows(counts):
 
 def finish(out, paths, flags, funnel_counts, **more):
     """Write OUT.json, print the funnel, and remove the parts."""
-    write_report(out, paths, flags, funnel_counts, **more)
-    shutil.rmtree(f"{out}.parts", ignore_errors=True)
+    write_report(out, paths, flags, funnel_counts, f"{out}.parts", **more)
     print_funnel(funnel_counts)
 
 

@@ -281,7 +281,8 @@ def parse_args(argv=None):
         command.add_argument("--workers", type=int, default=usable_cores(),
                              help="processes, a file each; no effect on results")
         command.add_argument("--shard", default="",
-                             help="i/n: do every n-th file from the i-th (0-based), then --merge")
+                             help="i/n: do every n-th file from the i-th (0-based), then --merge; without it "
+                             "torchrun's ranks (RANK of WORLD_SIZE) are such shares, and rank 0 waits for all")
         command.add_argument("--merge", action="store_true", help="only merge what all shards have done")
         command.add_argument("--skip-bad", action="store_true", help="leave out and count rows that cannot be read")
 
@@ -3067,39 +3068,48 @@ def matched_rows(path, out, settings, counts):
     count_lost(path, bad, counts)
 
 
-def save_part(part, funnel_counts, **arrays):
-    """Write the result of one input file: an .npz with arrays and the Counter of its rows, whole or not at all."""
+def save_part(part, funnel_counts, counts=None, **arrays):
+    """Write the result of one input file: an .npz with arrays and the Counter of its rows, whole or not at all.
+
+    counts: [n] int64; stored as [2, k + 1], the places of those that are not 0, and these; last n: a file has few of
+    half a million entries.
+    """
+    if counts is not None:
+        ids = np.flatnonzero(counts)
+        arrays["counts"] = np.stack([np.append(ids, len(counts)), np.append(counts[ids], 0)])
     with whole_file(part) as f:
         np.savez(f, funnel=np.array(json.dumps(funnel_counts)), **arrays)
 
 
-def part_of(path, out, settings):
-    """Where the result of an input file lies: named by the file's path, size and time, and the settings."""
+def part_of(path, out, key):
+    """Where the result of an input file lies: named by the file's path, size and time, and key, a hash of settings."""
     inside = sorted(glob.glob(os.path.join(glob.escape(path), "*"))) if os.path.isdir(path) else []
     files = filter(os.path.exists, [*with_beside([path]), *inside])  # a folder may have dead links
     stats = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, files)]
-    facts = [os.path.abspath(path), stats, settings, file_hash(os.path.abspath(__file__))]
+    facts = [os.path.abspath(path), stats, key, file_hash(os.path.abspath(__file__))]
     return os.path.join(f"{out}.parts", f"{hash64(json.dumps(facts)):016x}.npz")
+
+
+def launched():
+    """Rank and number of processes that torchrun, or whatever else sets RANK and WORLD_SIZE for each, has started."""
+    ranks = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    return tuple(map(int, ranks)) if all(map(str.isdecimal, ranks)) else (0, 1)
 
 
 def run_files(work, paths, out, settings, run):
     """Call work(path, part, settings) for each input file that has no result yet.
 
-    run: (workers, shard "i/n", "all" or "", is_merge). Without a shard, under torchrun each rank does its share and
-    rank 0 goes on alone.
+    run: (workers, shard "i/n", "all" or "", is_merge). Without a shard each of several ranks does its share and rank 0
+    goes on alone.
     Returns: parts in the order of paths; None if this process was one of several and has no more to do.
     """
     workers, shard, is_merge = run
-    ranks = os.environ.get("RANK", 0), os.environ.get("WORLD_SIZE", 1)
-    rank, n_shards = (0, 1) if shard == "all" else map(int, shard.split("/") if shard else ranks)
-    parts = [part_of(path, out, settings) for path in paths]
+    rank, n_shards = (0, 1) if shard == "all" else map(int, shard.split("/")) if shard else launched()
+    key = hash64(json.dumps(settings))
+    parts = [part_of(path, out, key) for path in paths]
     todo = [(path, part) for i, (path, part) in enumerate(zip(paths, parts))
             if i % n_shards == rank and not os.path.exists(part)]  # fmt: skip
-    if is_merge:
-        missing = [path for path, part in zip(paths, parts) if not os.path.exists(part)]
-        if missing:
-            raise SystemExit(f"--merge: no result yet of {len(missing)} of {len(paths)} files, the first {missing[0]}")
-    else:
+    if not is_merge:
         os.makedirs(f"{out}.parts", exist_ok=True)
         done = in_processes(work, [(*files, settings) for files in todo], max(1, min(workers, len(todo))))
         try:
@@ -3112,19 +3122,29 @@ def run_files(work, paths, out, settings, run):
         then = "; when all are, the same command with --merge" if shard else ""  # torchrun's rank 0 merges
         print(f"shard {rank}/{n_shards}: {len(todo)} files done{then}")
         return None
-    while not all(map(os.path.exists, parts)):  # torchrun ends all ranks if one fails
+    missing = [path for path, part in zip(paths, parts) if not os.path.exists(part)]
+    if missing and is_merge:
+        raise SystemExit(f"--merge: no result yet of {len(missing)} of {len(paths)} files, the first {missing[0]}")
+    if missing:  # torchrun ends all ranks if one fails; others may not, or there are none
+        print(f"note: rank 0 of {n_shards} waits for {len(missing)} files of the others, the first {missing[0]}; if "
+              "nothing started them, unset RANK and WORLD_SIZE", file=sys.stderr, flush=True)  # fmt: skip
+    while not all(map(os.path.exists, parts)):
         time.sleep(1)
     return parts
 
 
 def merge_counts(parts):
-    """The funnel Counters of all parts, added, and their arrays counts, added (0 without)."""
-    counts, total = Counter(), 0
+    """The funnel Counters of all parts, added, and their counts, [n] int64, added (None without)."""
+    counts, total = Counter(), None
     for part in parts:
         with np.load(part) as arrays:
             counts.update(json.loads(str(arrays["funnel"])))
-            total = total + (arrays["counts"] if "counts" in arrays else 0)
-            if np.any(np.less(total, 0)):
+            if "counts" not in arrays:
+                continue
+            (ids, more), n = arrays["counts"][:, :-1], arrays["counts"][0, -1]
+            total = np.zeros(n, np.int64) if total is None else total
+            total[ids] += more
+            if np.any(total[ids] < 0):
                 raise SystemExit("the counts of all inputs add up to more than 2^63")
     return counts, total
 
@@ -3697,7 +3717,8 @@ def build_curate(paths, out, metadata, cap, share, seed, settings, run):
     with whole_file(draws) as f:
         np.savez(f, keys=np.array([hash64(entry) for entry in entries], np.uint64), probability=probability)
     # The draws depend on all files, so those of another set of files name other parts.
-    second = dict(first=settings, draws=draws, draws_sha256=file_hash(draws), out=out, skip_bad=settings["skip_bad"])
+    second = dict(first=hash64(json.dumps(settings)), draws=draws, draws_sha256=file_hash(draws), out=out,
+                  skip_bad=settings["skip_bad"])  # fmt: skip
     kept_parts = run_files(keep_file, paths, out, second, (run[0], "all", False))
     kept, n = merge_counts(kept_parts)[1], merge_tables(kept_parts, out)
     order = np.argsort(-total_counts, kind="stable")
@@ -3847,13 +3868,14 @@ def build_frequency(paths, out, classes, synonyms, relevance, settings, run):
     for part in parts:
         with np.load(part) as arrays:
             for label, drawn in json.loads(bytes(arrays["sample"])):
-                samples[label] = heapq.nlargest(n_sample, samples[label] + drawn)
+                for one in drawn:
+                    (heapq.heappush if len(samples[label]) < n_sample else heapq.heappushpop)(samples[label], one)
     if n_sample:
         columns = ("name", "label", "definition", "key", "caption", "relevant")
         write_tsv(f"{out.removesuffix('.tsv')}.sample.tsv", columns,
                   (dict(name=row["name"], label=label, definition=row.get("definition"), key=key, caption=text)
                    for label, row in enumerate(rows)
-                   for _, key, text in samples.get(label, ())))  # fmt: skip
+                   for _, key, text in sorted(samples.get(label, ()), reverse=True)))  # fmt: skip
     table = []
     for label, (row, n) in enumerate(zip(rows, class_counts.tolist())):
         line = dict(name=row["name"], count=n)
@@ -5130,7 +5152,7 @@ def main(args):
             torch.zeros(1, device=args.device).item()
         except (RuntimeError, AssertionError) as error:
             raise SystemExit(f"--device {args.device}: {str(error).splitlines()[0][:100]}") from None
-    is_share = hasattr(args, "shard") and not args.merge and (args.shard or os.environ.get("RANK", "0") != "0")
+    is_share = hasattr(args, "shard") and not args.merge and (args.shard or launched()[0])
     # A share leaves parts, no table.
     with with_reports(*outputs_of(args)) if has_outputs and not is_share else contextlib.nullcontext():
         run_command(args)

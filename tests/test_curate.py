@@ -196,6 +196,17 @@ def test_metadata_tells_that_no_pair_can_reach_the_limit(tmp_path, capsys):
     assert "no pair" not in capsys.readouterr().err
 
 
+def test_a_part_holds_the_entries_that_its_file_has(tmp_path):
+    (tmp_path / "many.tsv").write_text("entry\n" + "".join(f"e{i}\n" for i in range(10_000)))
+    sources = [write(tmp_path / f"{i}.tsv", [(f"u{i}", f"e7 e{i}")]) for i in range(3)]
+    run("curate", *sources, "--metadata", tmp_path / "many.tsv", "--out", tmp_path / "o.tsv", "--workers", 1, "--shard", "0/1")
+    parts = list((tmp_path / "o.tsv.parts").glob("*.npz"))
+    assert len(parts) == 3 and all(part.stat().st_size < 4000 for part in parts)  # 80,000 if all were kept
+    curate(sources, tmp_path / "many.tsv", tmp_path / "o.tsv", "--merge")
+    assert [(row["entry"], row["count"]) for row in read(tmp_path / "o.entries.tsv")[:4]] == [
+        ("e7", "3"), ("e0", "1"), ("e1", "1"), ("e2", "1")]  # fmt: skip
+
+
 def test_metadata_counts_no_pairs_that_cannot_reach_the_limit(tmp_path):
     """150 words in every order are 22,500 pairs without information; one pair of rare words has it."""
     words = [f"w{i}" for i in range(150)]

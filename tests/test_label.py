@@ -695,6 +695,27 @@ def test_a_changed_side_input_makes_all_parts_anew(folder, command):
     assert set(hashes(folder / "o.tsv")) == {str(folder / name) for name in ("in.tsv", *SIDE_INPUTS[command])}
 
 
+def test_ranks_are_of_a_launcher_and_none_waits_in_silence(folder, monkeypatch, capsys):
+    sources = [write_captions(folder / f"{i}.tsv", ["crane"]) for i in range(3)]
+    flags = ["label", *sources, "--classes", folder / "classes.tsv", "--workers", 1, "--out", folder / "o.tsv"]
+    monkeypatch.setenv("RANK", "3")  # of something else: no process would write the table
+    run(*flags)
+    assert len(read(folder / "o.tsv")) == 3
+    (folder / "o.tsv").unlink()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+
+    def other_rank(_):
+        assert "rank 0 of 2 waits for 1 files of the others, the first" in capsys.readouterr().err
+        with monkeypatch.context() as patch:
+            patch.setenv("RANK", "1")
+            run(*flags)
+
+    monkeypatch.setattr(time, "sleep", other_rank)
+    run(*flags)
+    assert len(read(folder / "o.tsv")) == 3
+
+
 def test_workers_are_those_that_have_a_core(monkeypatch):
     import torch
 

@@ -215,8 +215,7 @@ def parse_args(argv=None):
                        help="auto: as published, sensitive for substring only; bag never is")
 
     laionet = add("laionet", "LAIONet: rows that name just one class and are similar to its definition",
-                  "data/shapes/laionet/train.tsv --classes data/shapes/classes.tsv --similarity similarity "
-                  "--threshold 0.3 --out laionet.tsv",
+                  "data/shapes/laionet/train.tsv --classes data/shapes/classes.tsv --threshold 0.3 --out laionet.tsv",
                   "In: tables with texts. Out: their rows that name just one class and are similar to its definition, "
                   "with label and similarity; OUT.all.tsv has those that are less similar too. Rows whose NSFW, if "
                   "there is such a column, is not UNLIKELY are left out.")
@@ -226,8 +225,8 @@ def parse_args(argv=None):
     laionet.add_argument("--embeddings", help="folder with classes.npy [C, D] and TABLE.npy [rows, D] for each input "
                          "file TABLE")
     laionet.add_argument("--similarity", metavar="COLUMN", help="column that has the similarity of text and definition "
-                         "already, as laionet's own tables and the shapes world: `similarity`; in LAION's tables that "
-                         "is of image and text, and stays, as source_similarity, with --clip or --embeddings")
+                         "already; without any of the three `similarity`, if there are labels too, as in laionet's own "
+                         "tables and the shapes world: LAION's is of image and text (it stays, as source_similarity)")
 
     curate = add("curate", "MetaCLIP: captions balanced over the entries of a metadata",
                  "data/shapes/web/train.tsv --metadata tests/samples/entries.tsv --cap 200 --out curated.tsv",
@@ -443,7 +442,7 @@ def parse_args(argv=None):
         label.error("--multi longest: bag finds words, not places; choose drop, all or first")
     if args.command == "label" and args.match == "bag" and args.case == "sensitive":
         label.error("--case sensitive: bag has no case; choose word, regex-lemma or substring")
-    if args.command == "laionet" and sum(map(bool, (args.clip, args.embeddings, args.similarity))) != 1:
+    if args.command == "laionet" and sum(map(bool, (args.clip, args.embeddings, args.similarity))) > 1:
         laionet.error("--clip, --embeddings and --similarity: give one of them, by which captions are compared")
     if args.command == "frequency" and args.weights and (args.sample or args.weights in args.columns):
         frequency.error("--weights: a column of its own, and not with --sample, which draws captions, not counts")
@@ -3553,6 +3552,11 @@ def laionet_file(path, part, settings):
             yield from (row | {"similarity": f"{s:.6f}"} for row, s in zip(kept, similarity))
 
     columns = read_table(path)[0]
+    if not (clip or embeddings or column):
+        column = "similarity"
+        if not {"label", "similarity"} <= set(columns):
+            raise SystemExit(f"{path}: no columns label and similarity, as tables of laionet have: pass --clip or "
+                             "--embeddings, or --similarity COLUMN if one has that of text and definition")
     nsfw = next((name for name in columns if name.lower() == "nsfw"), None)
     counts["tables without NSFW"] = nsfw is None
     is_replaced = "similarity" in columns and column != "similarity"

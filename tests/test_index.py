@@ -550,7 +550,7 @@ def crawl(tmp_path, monkeypatch):
         "mix --rows 4 --key url",
         "stats",
         "label --classes classes.tsv --multi all --workers 1",
-        "laionet --classes classes.tsv --similarity similarity --threshold 0.2 --workers 1",
+        "laionet --classes classes.tsv --threshold 0.2 --workers 1",
         "curate --metadata entries.tsv --cap 3 --workers 1",
         "frequency --classes classes.tsv --match word --sample 3 --workers 1",
         "metadata --min-count 1",

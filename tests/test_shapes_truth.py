@@ -76,7 +76,7 @@ def test_label(world, tmp_path, rule):
 def test_laionet(world, tmp_path):
     def kept(threshold):
         run("laionet", world / "laionet" / "train.tsv", "--classes", world / "classes.tsv", "--threshold", threshold,
-            "--similarity", "similarity", "--out", tmp_path / "o.tsv")  # fmt: skip
+            "--out", tmp_path / "o.tsv")  # fmt: skip
         return read(tmp_path / "o.tsv")
 
     rows, truth = kept(0), truth_of(world, "laionet")

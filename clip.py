@@ -1876,7 +1876,7 @@ def print_table(metrics: dict[str, dict]) -> None:
     columns = {"n": "n", "top1": "top-1", "balanced": "balanced", "head": "head", "medium": "medium", "tail": "tail",
                "spearman_acc": "rho(freq,acc)", "spearman_pred": "rho(freq,pred)", "chance": "chance"}
     formats = {"n": "{}", "spearman_acc": "{:.3f}", "spearman_pred": "{:.3f}"}
-    widths, first = {k: max(9, len(title) + 2) for k, title in columns.items()}, max(14, *(len(x) + 2 for x in metrics))
+    widths, first = {k: max(9, len(title) + 2) for k, title in columns.items()}, max([12, *map(len, metrics)]) + 2
     rows = {name: m for name, m in metrics.items() if m["top1"] is not None}
     if rows:
         print(f"{'test set':<{first}}" + "".join(f"{title:>{widths[k]}}" for k, title in columns.items()))

@@ -1965,7 +1965,7 @@ def random_network(args: argparse.Namespace, table: Table, device: torch.device)
 def print_probes(metrics: dict[str, dict]) -> None:
     """One aligned line a test set: accuracy of k-NN and linear probe, beside the baselines'."""
     keys = ("knn", "random_knn", "pixels_knn", "probe", "random_probe", "pixels_probe", "chance")
-    rows, first = {name: m for name, m in metrics.items() if m["probe"] is not None}, max(14, *map(len, metrics), 0) + 2
+    rows, first = {name: m for name, m in metrics.items() if m["probe"] is not None}, max([12, *map(len, metrics)]) + 2
     if rows:
         print(f"{'test set':<{first}}{'n':>9}" + "".join(f"{key.replace('_', ' '):>14}" for key in keys))
     for name, m in rows.items():
@@ -2245,17 +2245,12 @@ def find_worlds(args: argparse.Namespace, root: Path) -> list[tuple]:
     """What features are probed on, as evaluate_dino takes it: the root's first; it needs classes.tsv for a probe."""
     worlds, classes = [], read_classes(root)
     test_sets = find_test_sets(args.eval_sets, root)
-    if classes and test_sets:
-        name = args.probe_set
-        if name == "auto":
-            name = "imagenet" if (root / "imagenet" / "train.tsv").is_file() else str(find_sets(args.data, root)[0][0])
-        bank = Table(name if name.endswith(".tsv") else root / name / "train.tsv")
-        worlds.append((bank, test_sets, classes, False))
-    elif args.probe_set != "auto":
-        raise SystemExit(f"--probe-set {args.probe_set}: there is nothing to probe: {root} needs classes.tsv and a "
-                         "test set (val.tsv or --eval-sets)")
-    elif test_sets:
-        worlds.append((None, test_sets, [], False))
+    name, is_probed = args.probe_set, bool(classes and test_sets)
+    if name == "auto" and is_probed:
+        name = "imagenet" if (root / "imagenet" / "train.tsv").is_file() else str(find_sets(args.data, root)[0][0])
+    bank = None if name == "auto" else Table(name if name.endswith(".tsv") else root / name / "train.tsv")
+    if test_sets:
+        worlds.append((bank if is_probed else None, test_sets, classes if is_probed else [], False))
     in_root = [path.parent for path in sorted(root.glob("*/classes.tsv"))
                if (path.parent / "train.tsv").is_file() and (path.parent / "test.tsv").is_file()]
     for folder in [f for name in args.transfer for f in (in_root if name == "auto" else [Path(name)])]:

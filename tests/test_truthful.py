@@ -326,8 +326,8 @@ def test_trimmed_classes_that_have_no_image_are_counted(world, tmp_path):
 @pytest.mark.parametrize("flags, message", [
     (["--local-size", "12"], "they need --local-crops"),
     (["--local-scale", "0.1", "0.2"], "they need --local-crops"),
-    (["--probe-set", "typo.tsv", "--eval-sets"], "there is nothing to probe")])  # fmt: skip
-def test_flags_of_dino_without_an_effect_are_refused(flags, message, world, tmp_path):
+    (["--probe-set", "typo.tsv", "--eval-sets"], "typo.tsv: no such file")])  # fmt: skip
+def test_flags_of_dino_that_would_do_nothing_are_refused(flags, message, world, tmp_path):
     told = answer(dino, "--root", world, *FLAGS, *DINO, *flags, "--out", tmp_path / "o")
     assert told.returncode == 2 and message in told.stderr, told.stderr
 

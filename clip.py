@@ -2313,13 +2313,13 @@ class RunLog:
                 import wandb
         except ImportError as error:
             raise SystemExit(f"--tensorboard or --wandb: {error}; pip install tensorboard, or wandb") from None
-        out.mkdir(parents=True, exist_ok=True)
-        self.lock = open(out / "lock", "a")  # held until the process ends
         try:
+            out.mkdir(parents=True, exist_ok=True)
+            self.lock = open(out / "lock", "a")  # held until the process ends
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SystemExit(f"--out {out}: another run is writing there: pass another --out") from None
-        except OSError:  # a file system without locks
+        except OSError:  # a file system without locks; or one that cannot be written to, which comes next
             pass
         for part in out.glob("*.part"):  # of a run that was killed while it wrote
             part.unlink()

@@ -2100,13 +2100,13 @@ class RunLog:
                 import wandb
         except ImportError as error:
             raise SystemExit(f"--tensorboard or --wandb: {error}; pip install tensorboard, or wandb") from None
-        out.mkdir(parents=True, exist_ok=True)
-        self.lock = open(out / "lock", "a")  # held until the process ends
         try:
+            out.mkdir(parents=True, exist_ok=True)
+            self.lock = open(out / "lock", "a")  # held until the process ends
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SystemExit(f"--out {out}: another run is writing there: pass another --out") from None
-        except OSError:  # a file system without locks
+        except OSError:  # a file system without locks; or one that cannot be written to, which comes next
             pass
         for part in out.glob("*.part"):  # of a run that was killed while it wrote
             part.unlink()
@@ -2206,7 +2206,8 @@ def count_labels(tables: list[Table], shares: np.ndarray, classes: list[dict[str
 def check_views(args: argparse.Namespace, tables: list[Table], view_sizes: list[int]) -> None:
     """SystemExit if the views cannot be cut from the images or are not what the tower or the augmentation takes."""
     for table in tables:
-        images = [read_image(table, row, 1, args.max_pixels) for row in {0, len(table) // 2, len(table) - 1}]
+        rows = {0, len(table) // 2, len(table) - 1}
+        images = [read_image(table, row, max(view_sizes), args.max_pixels) for row in rows]
         sizes = [image.size for image in images if not isinstance(image, str)]
         if sizes and max(view_sizes) > max(map(min, sizes)):  # a smaller file, one among others, is enlarged
             found = ", ".join(sorted({f"{width} x {height}" for width, height in sizes}))

@@ -992,6 +992,7 @@ def test_the_log_is_json_whatever_the_gradient(tmp_path):
     log.file.close()
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 1, "grad_norm": null, "loss": null}\n'
     (tmp_path / "log.jsonl").write_text("not JSON\n")
+    (tmp_path / "checkpoint.pt").touch()
     with pytest.raises(SystemExit, match="a line is no JSON with a step"):
         open_log(tmp_path, 1)
 

@@ -466,10 +466,11 @@ EXPERIMENTS = [
         ".866, .870 and .867 against .866, .868 and .866, each difference within ± .004 of 0; seeds 0 to 2, "
         "`evaluate.py similarity` on features of `sl_64epochs`). What `above .35` has more than `all`, itself open, "
         "would come through its class counts. Given by hand (5b, later: of each class the images nearest to its mean "
-        "among features of the CLIP of `web`, whose mean cosine is .76, .78 and .74 against .65, .67 and .64 at the "
-        "same class counts, seeds 0, 3 and 4), alikeness changes the correlation by .22, .00 and -.03, with "
-        "frozen texts by .03, .06 and -.04: neither shown nor ruled out. Balance does more for frozen texts here "
-        "(.19 ± .12) than in the paper (.04), where these have less to lose.",
+        "among features of the CLIP of `web`, whose mean cosine is .74 to .78 against .64 to .67 at the same class "
+        "counts), alikeness changes the correlation by .02 ± .14, with frozen texts by .02 ± .12: neither shown nor "
+        "ruled out, as the paper's .09 and .14 from threshold .7 to .82, which change counts too, lie within. The "
+        "first three worlds of it had .22, .00 and -.03, the two that came later -.03 and -.04. Balance "
+        "does more for frozen texts here (.19 ± .12) than in the paper (.04), where these have less to lose.",
         rows=standard(
             [
                 (

@@ -5,6 +5,7 @@ import functools
 import json
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -169,6 +170,25 @@ def test_one_process_equals_two(world, tmp_path, centering, optimizer):
     one, two = (state_of(tmp_path / name)["student_prototypes"] for name in ("one", "two"))
     start = run_start(world, tmp_path, flags)
     assert (one - two).norm() < 0.01 * (one - start).norm()
+
+
+@pytest.mark.parametrize("arch", ["RN50", "ViT-S-16"])
+def test_the_papers_towers_train_on_one_and_two_processes(arch, tmp_path):
+    """With the paper's kinds of crops, augmentation, optimiser and sampling, of pictures; the export has the tower."""
+    for i, image in enumerate(np.random.default_rng(0).integers(0, 256, (12, 72, 80, 3), np.uint8)):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    (tmp_path / "train.tsv").write_text("image\n" + "".join(f"{i}.png\n" for i in range(12)))
+    flags = ["--data", tmp_path / "train.tsv", *SMALL, *QUICK, "--eval-sets", "--steps", "2", "--batch-size", "4", "--arch", arch]
+    flags += ["--augment", "dino", "--global-size", "64", "--local-crops", "1", "--local-size", "32", "--no-head-bn"]
+    flags += ["--optimizer", "sgd", "--centering", "mean", "--head-hidden", "32", "--prototype-dim", "16", "--workers", "0"]
+    run_here(*flags, "--out", tmp_path / "one", "--export", tmp_path / "tower.pt")
+    run_forked(*flags, "--out", tmp_path / "two", processes=2)
+    one, two = ([line["loss"] for line in log_of(tmp_path / name)] for name in ("one", "two"))
+    assert len(one) == 2 and np.isfinite(one).all() and one == pytest.approx(two, rel=1e-3)
+    exported = torch.load(tmp_path / "tower.pt", weights_only=True)
+    assert exported["arch"] == arch and {k.split(".")[0] for k in exported["state_dict"]} == {"visual", "head"}
+    for name in ("one", "two"):
+        shutil.rmtree(tmp_path / name)  # hundreds of MB
 
 
 @pytest.mark.parametrize(

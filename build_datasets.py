@@ -2095,8 +2095,8 @@ def find_tables(paths):
         else:
             if os.path.islink(path):
                 raise SystemExit(f"{path}: a link to {os.readlink(path)}, which is not there")
-            of_killed = re.compile(r"\.(partial|tsv\.parts)(/|$)")  # runs, or such as are at work
-            matches = [match for match in matches_of(path) if not of_killed.search(match)]
+            of_killed = re.compile(r"\.(partial|tsv\.parts(\.old)?)(/|$)")  # runs, or such as are at work
+            matches = [match for match in matches_of(path) if of_killed.search(path) or not of_killed.search(match)]
             if not matches:
                 raise SystemExit(f"{path}: no such file or folder, and as a pattern it fits none")
             found += find_tables(matches)
@@ -2480,10 +2480,13 @@ def write_report(out, inputs, flags, steps, parts="", **more):
     with whole_file(f"{out}.json") as f:
         f.write(json.dumps(content, indent=1, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
         f.flush()  # a full disk shows here
+        if os.path.isdir(parts):
+            shutil.rmtree(f"{parts}.old", ignore_errors=True)  # a killed run's
+            os.rename(parts, f"{parts}.old")  # at once, and while the lock is held: the next run has its own
         if table != out:
             Path(out).unlink(missing_ok=True)  # a kill must not leave it with the report of the new one
-        shutil.rmtree(parts, ignore_errors=True)
-    os.replace(table, out)  # last: a table that is there has its report
+    os.replace(table, out)  # a table that is there has its report
+    shutil.rmtree(f"{parts}.old", ignore_errors=True)  # last: they may be many
 
 
 def print_funnel(counts):
@@ -3535,7 +3538,7 @@ def laionet_file(path, part, settings):
             if row.get("label"):
                 row["source_label"] = row["label"]
             if is_replaced:
-                row["source_similarity"] = row.get("similarity", "")
+                row["source_similarity"] = row.get("source_similarity") or row.get("similarity", "")
             yield number, row | {"label": classes[0]}, text
 
     def rows():
@@ -3552,13 +3555,13 @@ def laionet_file(path, part, settings):
             yield from (row | {"similarity": f"{s:.6f}"} for row, s in zip(kept, similarity))
 
     columns = read_table(path)[0]
+    nsfw = next((name for name in columns if name.lower() == "nsfw"), None)
     if not (clip or embeddings or column):
         column = "similarity"
-        if not {"label", "similarity"} <= set(columns):
-            raise SystemExit(f"{path}: no columns label and similarity, as tables of laionet have: pass --clip or "
-                             "--embeddings, or --similarity COLUMN if one has that of text and definition")
-    nsfw = next((name for name in columns if name.lower() == "nsfw"), None)
-    counts["tables without NSFW"] = nsfw is None
+        if not {"label", "similarity"} <= set(columns) or nsfw and "source_similarity" not in columns:
+            raise SystemExit(f"{path}: no label and similarity, or LAION's, whose similarity is of image and text: "
+                             "pass --clip or --embeddings, or --similarity COLUMN for that of text and definition")
+    counts["tables without NSFW"] = int(nsfw is None)
     is_replaced = "similarity" in columns and column != "similarity"
     more = ("label", "similarity", "source_label", *["source_similarity"][:is_replaced])
     columns += [name for name in more if name not in columns]
@@ -4890,8 +4893,12 @@ def subset_tables(tables, out, threshold, class_list, match_frequency, fill, sho
     if fill:  # no row is taken twice, under whatever name of its image; --multi all gives rows that differ in label
         named = (row.get(key) or key_of(row) for row in open_tables(paths + fill_paths, out=out)[1])
         keys = np.fromiter((text_hash(f"{label} {name}") for label, name in zip(labels.tolist(), named)), np.uint64)
-        is_copy = is_fill.copy()
-        is_copy[np.unique(keys, return_index=True)[1]] = False
+        may_stay = is_fill & (labels >= 0)
+        may_stay[:n] = values >= float(least) if threshold else True  # what goes anyway has no copies
+        places = np.flatnonzero(may_stay)
+        first = places[np.unique(keys[places], return_index=True)[1]]
+        is_copy = may_stay & is_fill
+        is_copy[first] = False
         n_copies, is_fill = int(is_copy.sum()), is_fill & ~is_copy
     before = class_counts(labels[mask], n_classes)
 

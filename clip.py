@@ -747,8 +747,8 @@ def load_state(model: nn.Module, state_dict: dict[str, torch.Tensor], path: str)
     own = model.state_dict()
     state_dict = {k: v for k, v in own.items() if k.endswith("batches_tracked")} | state_dict  # torch 0.4 wrote none
     missing, unexpected = sorted(own.keys() - state_dict), sorted(state_dict.keys() - own)
-    shapes = [f"{k} {tuple(state_dict[k].shape)} for {tuple(own[k].shape)}" for k in own.keys() & state_dict.keys()
-              if own[k].shape != state_dict[k].shape]
+    found = {k: getattr(state_dict[k], "shape", None) for k in own if k in state_dict}  # None: no tensor
+    shapes = [f"{k} {v and tuple(v)} for {tuple(own[k].shape)}" for k, v in found.items() if v != own[k].shape]
     if missing or unexpected or shapes:
         raise SystemExit(f"{path} does not fit the model (another --arch?): missing {missing[:5]}, unexpected "
                          f"{unexpected[:5]}, shapes {shapes[:5]}")
@@ -1540,7 +1540,8 @@ def ensure_clip_pt(root: Path, device: str, flags: str) -> None:
     print(f"{path} is not there: pretraining on web (once, about 5 minutes on 2 CPU cores)", flush=True)
     try:
         with open(root / "clip.pt.lock", "w") as lock:
-            fcntl.lockf(lock, fcntl.LOCK_EX)  # another run may be at it
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.lockf(lock, fcntl.LOCK_EX)  # another run may be at it: then this one waits
             if not path.is_file():
                 run_script([str(script), "--root", str(root), "--data", "web", "--steps", "2200", "--word-dropout",
                             "0", "--out", str(out), "--export", str(path), "--eval-sets", "val", "--device", device])
@@ -1634,6 +1635,22 @@ def load_checkpoint(path: Path, args: dict, run_flags: set[str]) -> dict:
     return checkpoint
 
 
+def lock_folder(out: Path) -> object:
+    """What holds OUT for this run until the process ends; SystemExit if another run does. Removes what a killed one
+    left half written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / "lock", "a")
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for part in out.glob("*.[0-9]*.part"):  # write_atomically's
+            part.unlink()
+        return lock
+    except BlockingIOError:
+        raise SystemExit(f"--out {out}: another run is writing there: pass another --out") from None
+    except OSError:  # a file system without locks; or one that cannot be written to, which comes next
+        return None
+
+
 def checksums(tables: list[Table], *paths: str | Path) -> dict[str, int]:
     """CRC32 of the files that decide what a run learns, by name; a path that is no file is left out."""
     sums = {str(table.path): table.crc for table in tables}
@@ -1653,7 +1670,7 @@ def find_checkpoint(args: argparse.Namespace, run_flags: set[str], inputs: dict[
     own, checkpoint = Path(args.out) / "checkpoint.pt", None
     path = own if args.resume in ("auto", "off") else Path(args.resume)
     if args.resume != "off" and (path.is_file() or args.resume != "auto"):
-        checkpoint = load_checkpoint(path, vars(args), run_flags)
+        checkpoint = load_checkpoint(path, vars(args), run_flags) | {"path": str(path)}
         if own.is_file() and not own.samefile(path):
             raise SystemExit(f"--resume {path}: {own} is there too, of another run or of later steps: pass another "
                              "--out, or --resume auto to continue that one")
@@ -1987,10 +2004,11 @@ def find_test_sets(names: list[str], root: Path) -> dict[str, Table]:
                          "metrics.json: names must differ, and run, loss and step have other meanings in the logs")
     test_sets, classes = {stem: Table(path) for stem, path in zip(stems, paths)}, read_classes(root)
     for table in test_sets.values():
-        theirs = read_classes(table.folder) if classes and "label" in table.columns else []
+        has_numbers = classes and table.get(0, "label")[:1].isdecimal()  # names and wnids are looked up
+        theirs = read_classes(table.folder) if has_numbers else []
         if theirs and [row["name"] for row in theirs] != [row["name"] for row in classes]:
-            raise SystemExit(f"--eval-sets {table.path}: its labels are of the classes.tsv beside it, which has others "
-                             f"than that of {root}: pass --root {table.folder}")
+            raise SystemExit(f"--eval-sets {table.path}: its labels are numbers of the classes.tsv beside it, which is "
+                             f"another than that of {root}: pass --root {table.folder} (DINO: --transfer)")
     return test_sets
 
 
@@ -2304,7 +2322,7 @@ class RunLog:
         self.logged_at = time.time()
 
     def open(self, out: Path, start: int, inputs: dict[str, int]) -> None:
-        """The files of a run; SystemExit without the packages that are asked for, or if another run writes there."""
+        """The files of a run; SystemExit without the packages that are asked for."""
         path, own, self.wandb = out / "log.jsonl", out / "checkpoint.pt", None
         try:
             if self.args.tensorboard:
@@ -2313,16 +2331,6 @@ class RunLog:
                 import wandb
         except ImportError as error:
             raise SystemExit(f"--tensorboard or --wandb: {error}; pip install tensorboard, or wandb") from None
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            self.lock = open(out / "lock", "a")  # held until the process ends
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SystemExit(f"--out {out}: another run is writing there: pass another --out") from None
-        except OSError:  # a file system without locks; or one that cannot be written to, which comes next
-            pass
-        for part in out.glob("*.part"):  # of a run that was killed while it wrote
-            part.unlink()
         lines = path.read_text().splitlines(keepends=True) if start and path.is_file() and own.is_file() else []
         try:
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
@@ -2534,12 +2542,14 @@ def main(args: argparse.Namespace) -> None:
     start, seconds_before, started = 0, 0.0, time.time()
     if checkpoint:
         if tokenizer and checkpoint["bpe"] != "\n".join(tokenizer.merges):
-            raise SystemExit(f"{out} was made with other byte-pair merges than those of now (ROOT/bpe.txt or the file "
-                             "of --bpe has changed): pass another --out, or --resume off to replace it")
-        load_state(model, checkpoint["state_dict"], "what is to be continued")
+            raise SystemExit(f"{checkpoint['path']} was made with other byte-pair merges than those of now "
+                             "(ROOT/bpe.txt or --bpe has changed): pass another --out, or --resume off to replace it")
+        load_state(model, checkpoint["state_dict"], checkpoint["path"])
         start, seconds_before = restore(checkpoint, optimizer, scaler, device)
 
     # --- loader
+    held = []
+    on_one_rank(rank, lambda: held.append(lock_folder(out)))
     has_dropout = args.word_dropout < 0 and model.arch == "tiny" and args.text_head != "frozen"
     word_dropout = 0.5 if has_dropout else max(0.0, args.word_dropout)
     pairs = Pairs(captions, tokenizer, model.image_size, args.crop_scale, word_dropout, args.max_pixels, args.seed)
@@ -2561,7 +2571,8 @@ def main(args: argparse.Namespace) -> None:
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {steps} steps of "
               f"{args.batch_size} pairs, chance loss ln({args.batch_size}) = {math.log(args.batch_size):.3f}"
               + (f", continued from step {start}" if start else ""))
-        print(caption_statistics(pairs, sampler), flush=True)
+        if any(captions[0].templates[0]):  # embeddings may stand for them
+            print(caption_statistics(pairs, sampler), flush=True)
     log, stop_signals = RunLog(checkpoint, args, sum(sizes), inputs, device, control), []
     signal.signal(signal.SIGTERM, lambda number, frame: stop_signals.append(number))
 

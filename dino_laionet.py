@@ -853,8 +853,8 @@ def load_state(model: nn.Module, state_dict: dict[str, torch.Tensor], path: str)
     own = model.state_dict()
     state_dict = {k: v for k, v in own.items() if k.endswith("batches_tracked")} | state_dict  # torch 0.4 wrote none
     missing, unexpected = sorted(own.keys() - state_dict), sorted(state_dict.keys() - own)
-    shapes = [f"{k} {tuple(state_dict[k].shape)} for {tuple(own[k].shape)}" for k in own.keys() & state_dict.keys()
-              if own[k].shape != state_dict[k].shape]
+    found = {k: getattr(state_dict[k], "shape", None) for k in own if k in state_dict}  # None: no tensor
+    shapes = [f"{k} {v and tuple(v)} for {tuple(own[k].shape)}" for k, v in found.items() if v != own[k].shape]
     if missing or unexpected or shapes:
         raise SystemExit(f"{path} does not fit the model (another --arch?): missing {missing[:5]}, unexpected "
                          f"{unexpected[:5]}, shapes {shapes[:5]}")
@@ -1604,6 +1604,23 @@ def load_checkpoint(path: Path, args: dict, run_flags: set[str]) -> dict:
 
 
 # Copied from clip.py
+def lock_folder(out: Path) -> object:
+    """What holds OUT for this run until the process ends; SystemExit if another run does. Removes what a killed one
+    left half written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / "lock", "a")
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for part in out.glob("*.[0-9]*.part"):  # write_atomically's
+            part.unlink()
+        return lock
+    except BlockingIOError:
+        raise SystemExit(f"--out {out}: another run is writing there: pass another --out") from None
+    except OSError:  # a file system without locks; or one that cannot be written to, which comes next
+        return None
+
+
+# Copied from clip.py
 def checksums(tables: list[Table], *paths: str | Path) -> dict[str, int]:
     """CRC32 of the files that decide what a run learns, by name; a path that is no file is left out."""
     sums = {str(table.path): table.crc for table in tables}
@@ -1624,7 +1641,7 @@ def find_checkpoint(args: argparse.Namespace, run_flags: set[str], inputs: dict[
     own, checkpoint = Path(args.out) / "checkpoint.pt", None
     path = own if args.resume in ("auto", "off") else Path(args.resume)
     if args.resume != "off" and (path.is_file() or args.resume != "auto"):
-        checkpoint = load_checkpoint(path, vars(args), run_flags)
+        checkpoint = load_checkpoint(path, vars(args), run_flags) | {"path": str(path)}
         if own.is_file() and not own.samefile(path):
             raise SystemExit(f"--resume {path}: {own} is there too, of another run or of later steps: pass another "
                              "--out, or --resume auto to continue that one")
@@ -2007,10 +2024,11 @@ def find_test_sets(names: list[str], root: Path) -> dict[str, Table]:
                          "metrics.json: names must differ, and run, loss and step have other meanings in the logs")
     test_sets, classes = {stem: Table(path) for stem, path in zip(stems, paths)}, read_classes(root)
     for table in test_sets.values():
-        theirs = read_classes(table.folder) if classes and "label" in table.columns else []
+        has_numbers = classes and table.get(0, "label")[:1].isdecimal()  # names and wnids are looked up
+        theirs = read_classes(table.folder) if has_numbers else []
         if theirs and [row["name"] for row in theirs] != [row["name"] for row in classes]:
-            raise SystemExit(f"--eval-sets {table.path}: its labels are of the classes.tsv beside it, which has others "
-                             f"than that of {root}: pass --root {table.folder}")
+            raise SystemExit(f"--eval-sets {table.path}: its labels are numbers of the classes.tsv beside it, which is "
+                             f"another than that of {root}: pass --root {table.folder} (DINO: --transfer)")
     return test_sets
 
 
@@ -2091,7 +2109,7 @@ class RunLog:
         self.logged_at = time.time()
 
     def open(self, out: Path, start: int, inputs: dict[str, int]) -> None:
-        """The files of a run; SystemExit without the packages that are asked for, or if another run writes there."""
+        """The files of a run; SystemExit without the packages that are asked for."""
         path, own, self.wandb = out / "log.jsonl", out / "checkpoint.pt", None
         try:
             if self.args.tensorboard:
@@ -2100,16 +2118,6 @@ class RunLog:
                 import wandb
         except ImportError as error:
             raise SystemExit(f"--tensorboard or --wandb: {error}; pip install tensorboard, or wandb") from None
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            self.lock = open(out / "lock", "a")  # held until the process ends
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SystemExit(f"--out {out}: another run is writing there: pass another --out") from None
-        except OSError:  # a file system without locks; or one that cannot be written to, which comes next
-            pass
-        for part in out.glob("*.part"):  # of a run that was killed while it wrote
-            part.unlink()
         lines = path.read_text().splitlines(keepends=True) if start and path.is_file() and own.is_file() else []
         try:
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
@@ -2203,16 +2211,21 @@ def count_labels(tables: list[Table], shares: np.ndarray, classes: list[dict[str
     return np.where(class_counts > 0, np.rint(class_counts).clip(1), 0).astype(np.int64)
 
 
-def check_views(args: argparse.Namespace, tables: list[Table], view_sizes: list[int]) -> None:
-    """SystemExit if the views cannot be cut from the images or are not what the tower or the augmentation takes."""
+def check_views(args: argparse.Namespace, tables: list[Table], view_sizes: list[int], is_main: bool) -> None:
+    """SystemExit if the views cannot be cut from the images or are not what the tower or the augmentation takes. Files
+    may be smaller, as their sizes vary: crops are enlarged then, and if three of them are, a line says so."""
     for table in tables:
         rows = {0, len(table) // 2, len(table) - 1}
         images = [read_image(table, row, max(view_sizes), args.max_pixels) for row in rows]
         sizes = [image.size for image in images if not isinstance(image, str)]
-        if sizes and max(view_sizes) > max(map(min, sizes)):  # a smaller file, one among others, is enlarged
+        if sizes and max(view_sizes) > max(map(min, sizes)):
             found = ", ".join(sorted({f"{width} x {height}" for width, height in sizes}))
-            raise SystemExit(f"a crop of {max(view_sizes)} px is larger than the images of {table.path} ({found}): "
-                             "lower --global-size or --local-size")
+            told = (f"a crop of {max(view_sizes)} px is larger than the images of {table.path} ({found}): lower "
+                    "--global-size or --local-size")
+            if locate_image(table, 0)[0].suffix == ".npy":
+                raise SystemExit(told)
+            if is_main:
+                print(f"note: {told}, or crops are enlarged (the first, the last and one between were looked at)")
     if args.arch == "ViT-S-16" and any(size % 16 for size in view_sizes):
         raise SystemExit("ViT-S-16 needs --global-size and --local-size that are multiples of its patches of 16 px")
     if args.arch == "RN50" and min(view_sizes) < 32:
@@ -2236,9 +2249,10 @@ def load_teacher(args: argparse.Namespace) -> dict:
         args.probe_images = made_with["probe_images"]
     is_there = args.root == "auto" or os.path.realpath(args.root) == os.path.realpath(
         root_of(made_with["root"], made_with["data"]))
-    if is_there and args.data == default.data:  # files of another root would be read with this one's class numbers
-        args.root, args.data = made_with["root"], made_with["data"]
-        args.probe_set = made_with["probe_set"] if args.probe_set == "auto" else args.probe_set
+    for name in ("probe_set", "data"):  # files of another root would be read with the class numbers of this one
+        if getattr(args, name) == getattr(default, name) and (is_there or ".tsv" not in made_with[name]):
+            setattr(args, name, made_with[name])
+    args.root = made_with["root"] if args.root == "auto" and args.data == made_with["data"] else args.root
     return loaded
 
 
@@ -2365,7 +2379,7 @@ def main(args: argparse.Namespace) -> None:
     pixels = load_pixels(tables, args.global_size)  # [rows of all sets, H, W, 3] uint8, or None
     view_sizes = 2 * [args.global_size] + args.local_crops * [args.local_size]
     view_scales = 2 * [tuple(args.global_scale)] + args.local_crops * [tuple(args.local_scale)]
-    check_views(args, tables, view_sizes)
+    check_views(args, tables, view_sizes, is_main)
     inputs = checksums(tables)
     checkpoint = find_checkpoint(args, RUN_FLAGS, inputs, control)
 
@@ -2419,6 +2433,8 @@ def main(args: argparse.Namespace) -> None:
         start, seconds_before = restore(checkpoint, optimizer, scaler, device)
 
     # --- loader
+    held = []
+    on_one_rank(rank, lambda: held.append(lock_folder(out)))
     dataset = Views(tables, view_sizes, view_scales, args.crop_aspect, args.max_pixels, args.seed)
     if pixels is not None:
         pixels, dataset.pixel_offsets = pixels.to(device), np.cumsum([0, *sizes[:-1]])

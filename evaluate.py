@@ -604,12 +604,6 @@ def from_draws(draws: np.ndarray, level: float = 0.95, biased_up_to: float | Non
     return estimate(draws[0], draws[1:], level, biased_up_to)
 
 
-def does_vary(draws: np.ndarray | None) -> bool:
-    """Whether not all finite draws are alike; if they are, resampling says nothing."""
-    finite = np.zeros(0) if draws is None else draws[np.isfinite(draws)]
-    return len(finite) > 0 and np.ptp(finite) > 1e-12
-
-
 def t_interval(values: list[float], least: float = -math.inf, most: float = math.inf) -> dict[str, float | None]:
     """Mean over runs with its 95 % t-interval, cut to possible values; None for the ends of a single run."""
     values = np.asarray([v for v in values if v is not None], float)
@@ -714,13 +708,13 @@ def rank_correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def spearman(x: np.ndarray, y: np.ndarray, boot: int, rng: np.random.Generator) -> dict[str, float | None]:
     """Spearman's correlation over classes, with the interval of resampling classes; pairs with a NaN are left out.
 
-    Resamples in which one side is constant have none: they are left out of the interval and counted as `dropped`. If
-    all others are alike, as of two classes, there is no interval.
+    Resamples in which one side is constant have none: they are left out of the interval and counted as `dropped`. All
+    others of two classes are alike: these have no interval.
     """
     pairs = np.stack([x, y], 1)
     pairs = pairs[np.isfinite(pairs).all(1)]
-    draws = bootstrap(pairs, boot, rng, lambda v: rank_correlations(*np.moveaxis(v, 2, 0))) if len(pairs) else None
-    found = estimate(rank_correlation(*pairs.T), draws if does_vary(draws) else None)
+    draws = bootstrap(pairs, boot, rng, lambda v: rank_correlations(*np.moveaxis(v, 2, 0))) if len(pairs) > 2 else None
+    found = estimate(rank_correlation(*pairs.T), draws)
     dropped = 0 if found["low"] is None else int((~np.isfinite(draws)).sum())
     return found | ({"dropped": dropped} if dropped else {})
 
@@ -1916,12 +1910,12 @@ def plot_collapse(results: dict, path: str) -> None:
 
 def pair_means(gram: np.ndarray, boot: int, rng: np.random.Generator) -> tuple[float, np.ndarray]:
     """Mean off-diagonal of a similarity matrix [n, n], and [boot] of resampled rows; a row and its copy are no pair.
-    Draws that are all alike, as of a single pair, are NaN."""
+    Draws of two rows, which would all be alike, are NaN."""
     n = len(gram)
     weights = rng.multinomial(n, np.full(n, 1 / n), size=boot).astype(float)  # [boot, n]
     own = weights**2 @ np.diag(gram)
     draws = ratio(((weights @ gram) * weights).sum(1) - own, n**2 - (weights**2).sum(1))  # 0 / 0: one row n times
-    draws = draws if does_vary(draws) else np.full(boot, np.nan)
+    draws = draws if n > 2 else np.full(boot, np.nan)
     return float((gram.sum() - np.trace(gram)) / (n * (n - 1))), draws
 
 
@@ -1983,8 +1977,8 @@ def plot_similarity(results: dict, path: str) -> None:
         axes[0].hist(pairs, edges, density=True, histtype="step", label=name, color=COLORS[i], linestyle=DASHES[i])
     axes[0].set(xlabel="cosine of two images of a class", ylabel="density")
     ends = sorted(results["differences"], key=lambda e: e["value"])
-    if ends[0]["low"] is not None:
-        axes[1].fill_between(range(len(ends)), [e["low"] for e in ends], [e["high"] for e in ends], color="0.75")
+    low, high = (np.array([e[end] for e in ends], float) for end in ("low", "high"))  # NaN where there is none
+    axes[1].fill_between(range(len(ends)), low, high, color="0.75")
     axes[1].plot([e["value"] for e in ends], color="black", linewidth=1)
     axes[1].axhline(0, **GUIDE)
     axes[1].set(xlabel="classes, sorted by difference", ylabel="similarity, {} minus\n{}".format(*results["names"]))
@@ -2037,9 +2031,10 @@ def read_array(path: str, key: str) -> tuple[np.ndarray, dict]:
             array = np.load(path, allow_pickle=False, mmap_mode="r")
             refuse(array.nbytes > memory_size(), f"{path}: {array.nbytes} bytes are more than this machine's memory")
     elif suffix == ".npz":
-        # Those of classes are of no use for other arrays, as features.
-        more = read_npz(path, (name, "class_counts", "class_names") if name == "prototypes" else (name,))
+        more = read_npz(path, (name, "class_counts", "class_names"))
         array = more.get(name)
+        if name in (*ROW_KEYS, "text_features"):  # a row an image: numbers of classes say nothing of it
+            more = {name: array}
     else:
         content = read_state(path)
         tensors = flat_tensors(content, path)

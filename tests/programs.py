@@ -83,10 +83,11 @@ def run_forked(script, *flags, processes=1, check=True):
         while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks) and time.time() < end:
             multiprocessing.connection.wait([rank.sentinel for rank in ranks if rank.is_alive()], 1)
         is_late = time.time() >= end
-        for rank in ranks:  # one that failed, or time is up: the others would wait for it
-            rank.terminate()
+        for pid in [pid for rank in ranks if rank.is_alive() for pid in (*descendants(rank.pid), rank.pid)]:
+            os.kill(pid, signal.SIGKILL)  # one failed, or time is up: the others would wait for it, deaf to SIGTERM
+        for rank in ranks:
             rank.join()
-        failed = [rank.exitcode for rank in ranks if rank.exitcode]
+        failed = sorted((rank.exitcode for rank in ranks if rank.exitcode), reverse=True)  # SIGKILL's are below 0
         result = types.SimpleNamespace(returncode=failed[0] if failed else 0, stdout=printed.read())
     assert not is_late and (not check or not failed), result.stdout[-3000:]
     return result

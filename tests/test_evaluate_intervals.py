@@ -167,9 +167,18 @@ def test_resamples_that_are_all_alike_are_no_evidence(tmp_path):
     assert evaluate.spearman(np.arange(2), np.arange(2), 50, rng) == {"value": pytest.approx(1)} | null
     for name in "ab":
         np.savez(tmp_path / f"{name}.npz", labels=np.repeat(np.arange(6), 2), features=rng.normal(size=(12, 4)))
+    labels = np.repeat(np.arange(6), [2, 5, 2, 5, 2, 5])
+    for name in "cd":
+        np.savez(tmp_path / f"{name}.npz", labels=labels, features=rng.normal(size=(len(labels), 4)))
     found = evaluate.similarity(str(tmp_path / "a.npz"), str(tmp_path / "b.npz"), 9, 9, 1, 200, 0)
     assert all(entry | null == entry for entry in found["differences"])
     assert found["rows"]["share of classes more alike in A"]["value"]["value"] == 0
+    found = evaluate.similarity(str(tmp_path / "c.npz"), str(tmp_path / "d.npz"), 9, 9, 1, 200, 0)
+    assert {entry["low"] is None for entry in found["differences"]} == {True, False}
+    evaluate.plot_similarity(found, str(tmp_path / "x.png"))  # some classes have intervals, others not
+    same = np.concatenate([rng.normal(size=(5, 3)), np.ones((5, 3))])  # a tail that has collapsed to the bit
+    rows = evaluate.affinity(same, np.arange(5), np.arange(5, 10), 50, rng)
+    assert rows["tail-tail cosine"]["low"] == pytest.approx(1) and rows["tail collapse (tail-tail - head-head)"]["low"] is not None
     rows = evaluate.affinity(rng.normal(size=(4, 3)), np.arange(2), np.arange(2, 4), 50, rng)
     for key in ("head-head cosine", "tail-tail cosine", "tail collapse (tail-tail - head-head)"):
         assert rows[key] | null == rows[key]

@@ -302,7 +302,7 @@ def test_laionet_by_column_and_by_embeddings(folder):
     source = write_captions(folder / "in.tsv", captions, similarity=similarity, NSFW=nsfw)
     (folder / "classes.tsv").write_text(CLASSES.replace("\tzoo", "\t"))
     common = [source, "--classes", folder / "classes.tsv", "--out", folder / "o.tsv", "--workers", 1]
-    with pytest.raises(SystemExit):  # LAION's column is another similarity: it is not taken unasked
+    with pytest.raises(SystemExit, match="whose similarity is of image and text"):  # it is not taken unasked
         run("laionet", *common)
     run("laionet", *common, "--similarity", "similarity")
     assert [(r["label"], r["similarity"]) for r in read(folder / "o.tsv")] == [("2", "0.700000")]
@@ -335,6 +335,8 @@ def test_laionet_treats_a_missing_tag_alike_in_every_format(folder, capsys):
         assert [row["image"] for row in read(out)] == ["0.jpg"], kind
     assert "NSFW" not in capsys.readouterr().err
     bd.write_tsv(folder / "bare.tsv", list(rows[0])[:3], rows)
+    run("laionet", folder / "bare.tsv", *flags, folder / "b.tsv")
+    assert "no NSFW column in 1 of 1 tables" in capsys.readouterr().err
     run("laionet", folder / "in.tsv", folder / "bare.tsv", *flags, folder / "o.tsv")
     assert len(read(folder / "o.tsv")) == 3 and "no NSFW column in 1 of 2 tables: no row" in capsys.readouterr().err
 

@@ -94,8 +94,8 @@ def test_full_disk(data, command, kinds):
 
 
 def test_no_table_has_the_report_of_another(data, monkeypatch):
-    """When a report is replaced its old table is gone, so a kill leaves no such pair, and so are the parts, which
-    another process may take up as soon as the lock is off."""
+    """When a report is replaced its old table is gone, so a kill leaves no such pair, and the parts have another name,
+    since another process may begin its own as soon as the lock is off."""
     command, seen, replace = "label im/t.tsv --classes im/classes.tsv --workers 1 --out x.tsv", [], os.replace
 
     def spy(source, target):
@@ -106,7 +106,8 @@ def test_no_table_has_the_report_of_another(data, monkeypatch):
     monkeypatch.setattr(os, "replace", spy)
     for _ in range(2):
         run(*command.split())
-    assert seen[1] == ["x.tsv.json", "x.tsv.json.partial", "x.tsv.partial"]
+    assert seen[1] == ["x.tsv.json", "x.tsv.json.partial", "x.tsv.partial", "x.tsv.parts.old"]
+    assert sorted(path.name for path in data.glob("x.tsv*")) == ["x.tsv", "x.tsv.json"]
 
 
 REPORTED = [
@@ -153,7 +154,7 @@ def test_what_a_killed_run_leaves_is_no_table(data, monkeypatch, capsys):
     for killed, there in (
         ("b.facts_of = lambda path: os._exit(9)", {"x.tsv.partial", "x.tsv.json.partial", "x.tsv.parts"}),
         ("move = os.replace; os.replace = lambda a, b: os._exit(9) if b == 'x.tsv' else move(a, b)",
-         {"x.tsv.partial", "x.tsv.json"}),
+         {"x.tsv.partial", "x.tsv.json", "x.tsv.parts.old"}),
     ):  # fmt: skip
         command = [sys.executable, "-c", code.format(killed)]
         done = subprocess.run(command, env={**ENV, "PYTHONPATH": str(Path(bd.__file__).parent)})

@@ -1612,7 +1612,8 @@ def lock_folder(out: Path) -> object:
         lock = open(out / "lock", "a")
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for part in out.glob("*.[0-9]*.part"):  # write_atomically's
-            part.unlink()
+            with contextlib.suppress(OSError):  # of another user, say: the lock counts
+                part.unlink()
         return lock
     except BlockingIOError:
         raise SystemExit(f"--out {out}: another run is writing there: pass another --out") from None
@@ -2130,8 +2131,8 @@ class RunLog:
             run_id = hashlib.sha1(str(path.resolve()).encode()).hexdigest()[:12]  # the same for a continued run
             self.wandb = wandb.init(project=self.args.wandb, name=out.name, config=vars(self.args), id=run_id,
                                     resume="allow")
-        if self.args.resume == "off" and own.is_file():  # if killed before its first save, a run would be continued
-            os.replace(own, out / "checkpoint.old.pt")  # there
+        if self.args.resume == "off" and own.is_file():  # else a run killed before its first save would continue it
+            os.replace(own, out / "checkpoint.old.pt")
         write_json(out / "args.json", {
             "args": vars(self.args), "argv": sys.argv, "crc32": {name: f"{crc:08x}" for name, crc in inputs.items()},
             "versions": versions(), "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()})
@@ -2433,7 +2434,7 @@ def main(args: argparse.Namespace) -> None:
         start, seconds_before = restore(checkpoint, optimizer, scaler, device)
 
     # --- loader
-    held = []
+    held = []  # by name until the end, and with it the lock
     on_one_rank(rank, lambda: held.append(lock_folder(out)))
     dataset = Views(tables, view_sizes, view_scales, args.crop_aspect, args.max_pixels, args.seed)
     if pixels is not None:

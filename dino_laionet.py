@@ -1374,6 +1374,15 @@ def ignore_sigterm(worker: int) -> None:
 
 
 # Copied from clip.py
+def start_method(workers: int) -> str | None:
+    """How loader workers start: forked, they share the tables and arrays of this process, copied nowhere.
+
+    Linux: Python 3.14 has another default there. Elsewhere a fork may hang, so the default stays.
+    """
+    return "fork" if workers and sys.platform == "linux" else None
+
+
+# Copied from clip.py
 def default_workers() -> int:
     """Loader processes for one training process: one a core that this process may use, at most 8."""
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
@@ -1733,9 +1742,10 @@ def encode_images(model: nn.Module, table: Table, workers: int, max_pixels: int,
         starts = range(rank * EVAL_BATCH, len(table), world_size * EVAL_BATCH)
         blocks = [range(start, min(start + EVAL_BATCH, len(table))) for start in starts]
         dataset = EvalImages(table, model.image_size, max_pixels)
-        blocks = iter(torch.utils.data.DataLoader(dataset, batch_sampler=blocks,
-                                                  num_workers=workers if workers >= 0 else default_workers(),
-                                                  collate_fn=stack_images, worker_init_fn=ignore_sigterm))
+        workers = min(len(blocks), workers if workers >= 0 else default_workers())
+        blocks = iter(torch.utils.data.DataLoader(dataset, batch_sampler=blocks, num_workers=workers,
+                                                  collate_fn=stack_images, worker_init_fn=ignore_sigterm,
+                                                  multiprocessing_context=start_method(workers)))
 
     def encode(start: int, stop: int) -> torch.Tensor:
         if pixels is not None:
@@ -2442,7 +2452,8 @@ def main(args: argparse.Namespace) -> None:
     workers = args.workers if args.workers >= 0 else default_workers() if pixels is None else 1
     sampler = Sampler(sizes, shares, args.batch_size, args.seed, start, steps, rank, world_size)
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=dict, num_workers=workers,
-                                         pin_memory=device.type == "cuda", worker_init_fn=ignore_sigterm)
+                                         pin_memory=device.type == "cuda", worker_init_fn=ignore_sigterm,
+                                         multiprocessing_context=start_method(workers))
 
     # --- log
     if is_main:

@@ -3029,8 +3029,8 @@ def main(args: argparse.Namespace) -> None:
     boot, seed = args.boot, args.seed
     if "device" in args:
         try:
-            torch.zeros(1, device=args.device).item()
-        except (RuntimeError, AssertionError) as error:
+            torch.zeros(1, dtype=torch.float64, device=args.device).item()
+        except (RuntimeError, AssertionError, TypeError) as error:  # TypeError: mps has no float64
             raise SystemExit(f"--device {args.device}: {str(error).splitlines()[0][:100]}") from None
     if args.plot:
         new_figure(1)  # before the work: matplotlib may be missing

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import json
 import math
+import multiprocessing.context
 import os
 import re
 import resource
@@ -23,6 +24,7 @@ from PIL import Image
 from programs import ENV, ROOT, assert_bit_equal, log_of, named, weights_of
 
 import clip
+import dino_laionet
 import evaluate
 import sl_vocab_subsample
 
@@ -757,6 +759,32 @@ def test_replacements_never_run_in_circles(photos, monkeypatch):
     examples = np.stack([np.zeros(3000, int), np.full(3000, 3), np.arange(3000)], 1)
     read, _, bad = clip.read_crops([table], examples, 8, 1.0, 1.0, 10**6, 0)
     assert (read[:, 1] % 10 != 3).all() and {reason for reason, _ in bad} == {"bad"} and len(bad) > 3000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the default stays, since a fork may hang")
+@pytest.mark.parametrize("script", [clip, sl_vocab_subsample, dino_laionet], ids=lambda script: script.__name__)
+def test_workers_share_tables_whatever_pythons_default(photos, monkeypatch, script):
+    """Python 3.14 does not fork by default: nothing may be pickled to the workers of training and evaluation."""
+    for name in "train", "val":
+        names = [line.split("\t")[0] for line in (photos / f"{name}.tsv").read_text().splitlines()[1:]]
+        rows = "".join(f"{file}\t{i % 2}\ta photo\n" for i, file in enumerate(names))
+        (photos / f"{name}.tsv").write_text("image\tlabel\tcaption\n" + rows)
+    (photos / "classes.tsv").write_text("name\ncat\ndog\n")
+    state_of = script.Table.__getstate__
+
+    def unless_spawning(table):
+        assert multiprocessing.context.get_spawning_popen() is None, "a table is copied to a worker"
+        return state_of(table)
+
+    monkeypatch.setattr(script.Table, "__getstate__", unless_spawning)
+    more = ["--no-baselines", "--transfer"] if script is dino_laionet else []
+    mp.set_start_method("forkserver", force=True)
+    try:
+        programs.run_here(script, "--root", photos, "--data", photos / "train.tsv", "--out", photos / "run", *OWN,
+                          "--workers", "1", "--eval-sets", "val", *more)
+    finally:
+        mp.set_start_method(None, force=True)
+    assert json.loads((photos / "run" / "metrics.json").read_text())["val"]["n"] == 12
 
 
 def test_evaluation_workers_leave_sigterm_to_the_training_process(photos, monkeypatch):

@@ -838,3 +838,179 @@ def test_a_dollar_in_a_name_is_no_formula(tmp_path):
     pages = [(tmp_path / f"{name}.svg").read_text() for name in "ic"]
     assert all(f">{name}$x_1$</text>" in page for page in pages for name in "ab")
     assert ">1</tspan>" in pages[0]  # of a power of ten, digit by digit
+
+
+def test_small_eigenvalues_are_dropped_as_by_torch_pinv():
+    """S_b with eigenvalues 1, 4e-6 and 5e-7 in 10 dimensions: float32's default is 10 x 1.19e-7, so two are kept."""
+    signs = np.array([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
+    means = np.zeros((4, 10))
+    means[:, :3] = signs * np.sqrt([1, 4e-6, 5e-7])
+    labels = np.repeat(np.arange(4), 30)
+    noise = np.random.default_rng(0).normal(size=(120, 10))
+    features = means[labels] + noise - evaluate.class_means(noise, labels, 4)[labels]
+    nc1, rank, _ = evaluate.within_variability(features, labels, means)
+    inverse = torch.linalg.pinv(torch.from_numpy(np.cov(means.T, bias=True)).float()).double().numpy()
+    h = features - means[labels]
+    assert rank == 2 and nc1.mean() == pytest.approx(np.trace(h.T @ h / 120 @ inverse) / 4, rel=1e-4)
+
+
+def test_collapse_centres_means_and_not_class_vectors(tmp_path):
+    """Orthogonal ones: a simplex centred, .5 uncentred, of three classes; the mark is on the other way round. Intervals
+    are those of the same way."""
+    rng, labels = np.random.default_rng(0), np.repeat(np.arange(3), 40)
+    features = 4 * np.eye(3)[labels] + 0.5 * rng.normal(size=(120, 3))
+    np.savez(tmp_path / "a.npz", features=features, labels=labels, prototypes=np.eye(3))
+    result = evaluate.collapse([str(tmp_path / "a.npz")], "", 20, 0)
+    (model,) = result["models"].values()
+    for name, value in ("NC2_W", 0.5), ("NC2_W centred", 0), ("NC2_M uncentred", 0.5), ("NC2_M", 0):
+        assert result["rows"][name]["mean"]["value"] == pytest.approx(value, abs=1e-12 if "W" in name else 0.1)
+    means = evaluate.class_means(features, labels, 3)
+    for name, is_centred in ("NC2_M", True), ("NC2_M uncentred", False):
+        half = evaluate.jackknife_of_means(
+            features, labels, means, lambda m, c=is_centred: evaluate.cosine_gaps(m, c)[0], np.random.default_rng(0))
+        np.testing.assert_allclose(model[f"{name}_interval"][:, 1], model[name] + half)
+
+
+def test_similarity_tests_both_sides(tmp_path, monkeypatch):
+    """Where both sets are draws of one distribution p-values are uniform: their mean is .5, of 300 classes to .05."""
+    rng, labels, seen = np.random.default_rng(0), np.repeat(np.arange(300), 20), []
+    for name in "ab":
+        np.savez(tmp_path / f"{name}.npz", labels=labels, features=rng.normal(size=(6000, 8)) + 1)
+    control = evaluate.false_discovery_control
+    monkeypatch.setattr(evaluate, "false_discovery_control", lambda p: seen.append(p) or control(p))
+    evaluate.similarity(str(tmp_path / "a.npz"), str(tmp_path / "b.npz"), 10, 20, 7, 100, 0)
+    assert seen[0].mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_similarity_takes_as_many_pairs_of_both_sets(tmp_path):
+    """4 and 8 images have 6 and 28 pairs: the distribution has 6 of both, and a class of 6 is enough for 6; of 8 images
+    --max-images 3 leaves three pairs."""
+    rng = np.random.default_rng(0)
+    for name, n in ("a", 4), ("b", 8):
+        np.savez(tmp_path / f"{name}.npz", labels=np.zeros(n, int), features=rng.normal(size=(n, 5)))
+    a, b = str(tmp_path / "a.npz"), str(tmp_path / "b.npz")
+    assert [len(pairs) for pairs in evaluate.similarity(a, b, 20, 9, 6, 10, 0)["pairs"]] == [6, 6]
+    assert [len(pairs) for pairs in evaluate.similarity(a, b, 5, 9, 6, 10, 0)["pairs"]] == [5, 5]
+    with pytest.raises(SystemExit, match="no class with 7 pairs"):
+        evaluate.similarity(a, b, 20, 9, 7, 10, 0)
+    found = evaluate.similarity(b, b, 20, 3, 1, 10, 0)["pairs"]
+    assert all(len(set(pairs.tolist())) <= 3 for pairs in found)
+
+
+def test_prototypes_are_directions(tmp_path):
+    """Angles 0, 60 and 180 degrees, of any length: the nearest other is 60, 60 and 120 away. Axes of lengths 1, 10 and
+    100 have the effective rank 3, their simplex 2."""
+    def found(vectors, counts):
+        np.savez(tmp_path / "a.npz", prototypes=vectors, class_counts=counts)
+        return evaluate.prototypes(str(tmp_path / "a.npz"), "", "", [0.025], 2, False, 0, 0, 0, "cpu")
+
+    vectors = on_circle(0, 60, 180).numpy() * [[1.0], [10], [100]]
+    assert found(vectors, [3, 2, 1])["margin"] == pytest.approx([0.5, 0.5, 1.5], abs=1e-6)
+    rows = found(np.diag([1.0, 10, 100]), [3, 2, 1])["rows"]
+    assert rows["effective rank"]["value"] == pytest.approx(3, abs=1e-6)
+    assert rows["effective rank, centred"]["value"] == pytest.approx(2, abs=1e-6)
+
+
+def test_the_head_is_a_random_choice_of_the_others(tmp_path):
+    """Of 20 classes the two most frequent share a direction: not every choice of two of 18 is theirs."""
+    np.savez(tmp_path / "a.npz", prototypes=np.eye(20)[[0, 0, *range(2, 20)]], class_counts=np.arange(20, 0, -1))
+    rows = [evaluate.prototypes(str(tmp_path / "a.npz"), "", "", [0.1], 2, False, 0, 0, seed, "cpu")["rows"]
+            for seed in range(4)]  # fmt: skip
+    assert 0 in [row["head-head cosine"]["value"]["value"] for row in rows]
+
+
+def test_thirds_by_the_estimated_prior(tmp_path):
+    """--group-by prior: those of q, here none of those by counts."""
+    zs, ft = biased_pair(tmp_path, n=1200)
+    test, order = np.ones(1200, bool), np.random.default_rng(0).permutation(1200)
+    with np.load(ft) as file:
+        labels, right, counts = file["labels"], file["logits"].argmax(1) == file["labels"], file["class_counts"]
+    test[order[np.argsort(labels[order], kind="stable")][::2]] = False
+    per_class = np.array([right[test & (labels == c)].mean() for c in range(12)])
+    heads = []
+    for group_by in "counts", "prior":
+        result = evaluate.debias(zs, ft, "", "", {}, [], "", group_by, False, 0, 0)
+        frequency = counts if group_by == "counts" else result["chosen"]["q"]
+        heads.append(per_class[np.argsort(-frequency)[:4]].mean())
+        assert result["rows"]["fine-tuned"]["head"]["value"] == pytest.approx(heads[-1])
+        said = spearmanr(frequency, np.bincount(np.load(ft)["logits"].argmax(1)[test], minlength=12)).statistic
+        assert result["rows"]["fine-tuned"]["spearman_pred"]["value"] == pytest.approx(said)
+    assert heads[0] != heads[1]
+
+
+def test_calibrated_logits_have_no_scale(tmp_path):
+    """--calibrate: logits of either model times a number are the same logits."""
+    zs, ft = biased_pair(tmp_path, n=1200)
+    results = [evaluate.debias(zs, ft, "", "", {}, [], "", "counts", True, 0, 0)]
+    for path, scale in (zs, 3.0), (ft, 0.25):
+        with np.load(path) as file:
+            arrays = {k: file[k] * scale if k == "logits" else file[k] for k in file.files}
+        np.savez(path, **arrays)
+    results.append(evaluate.debias(zs, ft, "", "", {}, [], "", "counts", True, 0, 0))
+    t = [[result["chosen"][f"T {name}"]["value"] for name in ("zero-shot", "fine-tuned")] for result in results]
+    assert t[1] == pytest.approx([3 * t[0][0], 0.25 * t[0][1]], rel=1e-4)
+    for name, row in results[0]["rows"].items():
+        assert row["top1"]["value"] == pytest.approx(results[1]["rows"][name]["top1"]["value"], abs=2 / 600), name
+
+
+def test_what_is_taken_off_logits_by_hand(tmp_path, monkeypatch):
+    """lambda ln of the mean softmax; a class never seen counts half an image, of shares half of the least one."""
+    rng, labels = np.random.default_rng(0), np.arange(300) % 3
+    v_zs = rng.normal(size=(300, 3)) + np.eye(3)[labels] + [3, 0, 0]
+    val = {"zs": v_zs, "ft": v_zs, "labels": labels}
+    zeros = {"logits": np.zeros((1, 3))}
+    out, chosen = evaluate.debias_logits(zeros, zeros, val, np.zeros(3), False, 0, 0)
+    mean = softmax(v_zs.astype(np.float32), axis=1).mean(0)
+    assert chosen["lambda"]["value"] > 0
+    np.testing.assert_allclose(out["zero-shot - lambda ln mean"][0], -chosen["lambda"]["value"] * np.log(mean), rtol=1e-5)
+
+    seen, make = [], evaluate.debias_logits
+    monkeypatch.setattr(evaluate, "debias_logits", lambda *a: seen.append(np.exp(a[3])) or make(*a))
+    np.savez(tmp_path / "a.npz", labels=labels, logits=v_zs)
+    for counts in ([100, 10, 0], [0.9, 0.1, 0]):
+        (tmp_path / "prior.txt").write_text("\n".join(map(str, counts)))
+        evaluate.debias(*[str(tmp_path / "a.npz")] * 2, "", "", {}, [], str(tmp_path / "prior.txt"), "counts", False, 0, 0)
+    assert seen[0] == pytest.approx(np.array([100, 10, 0.5]) / 110.5)
+    assert seen[1] == pytest.approx(np.array([0.9, 0.1, 0.05]) / 1.05)
+
+
+def test_ratios_are_of_classes_that_both_have_seen(tmp_path):
+    """Ratios 2 and 3 beside zeros on either side: the median is 2.5. The top tenth of 15 classes is one class."""
+    for name, counts in ("a", [0, 0, 4, 9, 7]), ("b", [5, 5, 2, 3, 0]):
+        (tmp_path / f"{name}.txt").write_text("\n".join(map(str, counts)))
+    paths = [str(tmp_path / f"{name}.txt") for name in "ab"]
+    assert evaluate.agreement(paths, 0, 0)["rows"]["a, b"]["median A / B"]["value"] == 2.5
+    assert evaluate.top_share(np.r_[30, np.ones(14)]) == pytest.approx(30 / 44)
+    assert evaluate.top_share(np.r_[30, 20, np.ones(18)]) == pytest.approx(50 / 68)
+
+
+def test_concept_sets_are_means_over_models(tmp_path):
+    """MODEL/SET.npz: a row a set, of its models."""
+    labels, top1 = np.arange(20) % 4, {("m1", "coco"): 10, ("m2", "coco"): 16, ("m1", "lvis"): 4, ("m2", "lvis"): 20}
+    for (model, name), n in top1.items():
+        (tmp_path / model).mkdir(exist_ok=True)
+        predictions = np.where(np.arange(20) < n, labels, (labels + 1) % 4)
+        np.savez(tmp_path / model / f"{name}.npz", labels=labels, predictions=predictions, class_counts=np.arange(1, 5))
+    paths = [str(tmp_path / model / f"{name}.npz") for model, name in top1]
+    rows = evaluate.concept_sets(paths, "", 0, 0)["rows"]
+    assert {name: (row["models"], row["top1"]["value"]) for name, row in rows.items()} == {
+        "coco": (2, pytest.approx(0.65)), "lvis": (2, pytest.approx(0.6))}  # fmt: skip
+
+
+def test_the_mean_under_shift_is_over_all_shifts(tmp_path):
+    sets = {"val": 0.9, "v2": 0.5, "sketch": 0.2, "train": 1.0}
+    (tmp_path / "metrics.json").write_text(json.dumps({s: {"n": 100, "top1": v} for s, v in sets.items()}))
+    evaluate.report_runs([f"a={tmp_path}"], "val", str(tmp_path / "r.html"), "", 10, 0)
+    (tip,) = re.findall(r"<h2>Under shift.*?<title>(.*?)</title>", (tmp_path / "r.html").read_text(), re.S)
+    assert tip.startswith("a: 0.350 [")
+
+
+@pytest.mark.parametrize("spread", ["head", "tail"])
+def test_head_tail_cosine_resamples_both(spread):
+    """One side is a single direction, ten times: the interval is that of the other's mean."""
+    rng = np.random.default_rng(0)
+    rows, same = evaluate.unit_rows(rng.normal(size=(10, 3))), np.tile([1.0, 0, 0], (10, 1))
+    sides = (rows, same) if spread == "head" else (same, rows)
+    found = evaluate.affinity(np.concatenate(sides), np.arange(10), np.arange(10, 20), 4000, rng)["head-tail cosine"]
+    assert found["value"] == pytest.approx(rows[:, 0].mean())
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * rows[:, 0].std() / 10**0.5, rel=0.1)

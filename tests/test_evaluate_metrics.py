@@ -568,3 +568,115 @@ def test_accuracies_are_among_the_classes_of_both_sets():
     assert evaluate.accuracy_pair(*sides, "") == pytest.approx(expected)
     with pytest.raises(SystemExit, match="x.npz and x.npz have no class in common"):
         evaluate.accuracy_pair(sides[0] | {"labels": np.zeros(300, int)}, sides[1], "")
+
+
+def test_cuts_belong_to_the_medium_classes():
+    """--cuts 100 20: more than 100 is many, fewer than 20 few, both cuts medium; the K rarest and all others."""
+    groups = evaluate.class_groups(np.array([101, 100, 99, 21, 20, 19, 0]), (100, 20), 2)
+    found = {name: sorted(ids.tolist()) for name, ids in groups.items()}
+    assert [found[k] for k in ("many >100", "medium 20-100", "few <20")] == [[0], [1, 2, 3, 4], [5, 6]]
+    assert [found[k] for k in ("never seen", "2 rarest", "others")] == [[6], [5, 6], [0, 1, 2, 3, 4]]
+
+
+def test_classes_without_test_images_by_hand(tmp_path):
+    """Three of four classes have four images, right in 3, 2 and 0 of them: one of three is never right, the worst two
+    have .25; Gini counts predictions of all four, 7, 2, 3 and 0; predictions per image of the class without are none."""
+    labels = np.repeat([0, 1, 3], 4)
+    predictions = np.array([0, 0, 0, 2, 1, 1, 2, 2, 0, 0, 0, 0])
+    np.savez(tmp_path / "a.npz", labels=labels, predictions=predictions, class_counts=[100, 10, 30, 5])
+    result = evaluate.imbalance([str(tmp_path / "a.npz")], "", "", (100, 20), 0, 2, 2, True, 0, 0)
+    ((row,), (model,)) = (part.values() for part in (result["rows"], result["models"]))
+    assert row["never right"]["value"] == pytest.approx(1 / 3) and row["classes without test images"] == 1
+    assert row["worst 2"]["value"] == pytest.approx(0.25)
+    differences = np.abs(np.subtract.outer([7, 2, 3, 0], [7, 2, 3, 0])).mean()
+    assert row["gini_pred"]["value"] == pytest.approx(differences / (2 * 3))
+    assert model["predictions_per_image"] == pytest.approx([7 / 4, 2 / 4, np.nan, 0], nan_ok=True)
+    assert [b["predictions"]["value"] for b in model["bins"]] == pytest.approx([1 / 4, 7 / 4])  # {3, 1}, {2, 0}
+
+
+def test_more_than_one_prediction_an_image_is_no_end(tmp_path):
+    """Two models say class 0 for 14 and 18 of its 10 images: t = 12.706 with one degree of freedom, cut at 0 alone."""
+    labels, paths = np.repeat([0, 1], 10), []
+    for n in 14, 18:
+        paths.append(str(tmp_path / f"{n}.npz"))
+        np.savez(paths[-1], labels=labels, predictions=(np.arange(20) >= n).astype(int), class_counts=[9, 1])
+    found = evaluate.imbalance(paths, "", "", (100, 20), 0, 1, 2, True, 0, 0)["bins_over_models"][1]["predictions"]
+    assert found["value"] == pytest.approx(1.6) and found["low"] == 0
+    assert found["high"] == pytest.approx(1.6 + 12.706 * 0.2, rel=1e-4)
+
+
+def test_std_of_resamples_is_the_same_statistic():
+    """Of 0 and 1 the standard deviation is .5, of their resamples 0 or .5: reflected, [.5, 1]."""
+    found = evaluate.std_over(np.array([0.0, 1]), 400, np.random.default_rng(0))
+    assert found == {"value": 0.5, "low": 0.5, "high": 1}
+
+
+def test_jackknife_of_a_mean_is_its_standard_error():
+    """Each of ten rows left out once: 1.96 s / sqrt(n), exactly."""
+    rows = np.random.default_rng(0).normal(50, 1, size=(10, 1))
+    found = evaluate.jackknife(rows, lambda rows: float(rows.mean()), np.random.default_rng(1))
+    assert found["high"] - found["value"] == pytest.approx(1.96 * rows.std(ddof=1) / 10**0.5)
+    assert found["value"] - found["low"] == pytest.approx(1.96 * rows.std(ddof=1) / 10**0.5)
+
+
+def test_compare_means_over_all_seeds(tmp_path):
+    """The same two files in another order have the same means, in every resample."""
+    data, paths = make(n=600), []
+    for seed in range(2):
+        paths.append(str(tmp_path / f"{seed}.npz"))
+        np.savez(paths[-1], labels=data["labels"], logits=make(n=600, seed=seed)["logits"], class_counts=data["class_counts"])
+    rows = evaluate.compare(paths, paths[::-1], "", 50, 0)["rows"]
+    assert {"top1", "balanced", "tail", "spearman_acc", "spearman_pred"} < set(rows)
+    for key, row in rows.items():
+        assert row["B - A"] == pytest.approx({"value": 0, "low": 0, "high": 0}, abs=1e-12), key
+
+
+def test_compare_correlates_accuracies_of_tested_classes(tmp_path):
+    """12 of 40 classes have images: resamples are of these, or none would have a correlation."""
+    rng, labels, paths = np.random.default_rng(0), np.repeat(np.arange(12), 10), []
+    for share in np.linspace(0.9, 0.1, 12), np.linspace(0.1, 0.9, 12):
+        paths.append(str(tmp_path / f"{len(paths)}.npz"))
+        predictions = np.where(rng.random(120) < share[labels], labels, 39)
+        np.savez(paths[-1], labels=labels, predictions=predictions, class_counts=100 - np.arange(40))
+    found = evaluate.compare(paths[:1], paths[1:], "", 200, 0)["rows"]["spearman_acc"]
+    values = [stats.spearmanr(-np.arange(12), [(np.load(p)["predictions"] == labels)[labels == c].mean() for c in range(12)])
+              for p in paths]  # fmt: skip
+    assert found["B - A"]["value"] == pytest.approx(values[1].statistic - values[0].statistic)
+    assert found["B - A"]["low"] < found["B - A"]["value"] < found["B - A"]["high"] < -1
+
+
+def test_a_model_that_is_always_wrong_enters_the_average():
+    """0 of 10 and 0 of 10 on two shifts are 0 of 20: log odds of .5 / 21."""
+    x, y = np.array([0.3, 0.5, 0.7]), np.array([0.0, 0.2, 0.4])
+    models = [{"model": f"m{i}", "group": "b", **{s: (x[i], 10, y[i], 10) for s in "st"}} for i in range(3)]
+    fits = evaluate.effective_robustness(models, ["s", "t"], "b", "", {}, 0, 0)["fits"]
+    for shift, n in ("s", 10), ("average", 20):
+        line = stats.linregress(logit(x), logit(np.r_[0.5 / (n + 1), y[1:]]))
+        assert fits[f"{shift}, b"]["slope"]["value"] == pytest.approx(line.slope)
+
+
+def test_what_is_extrapolated_and_what_tau_needs():
+    """The baseline's own ends are inside its range; a difference of which one side has no n has no interval."""
+    x = np.array([0.3, 0.5, 0.7, 0.6, 0.71, 0.29])
+    models = models_of(x, x - 0.1, "bbbccc", 500)
+    models[0]["s"] = (0.3, np.nan, 0.2, np.nan)
+    rows = evaluate.effective_robustness(models, ["s"], "b", "m0", {}, 50, 0)["rows"].values()
+    assert [row["s extrapolated"] for row in rows] == [False] * 4 + [True] * 2
+    assert all(row["s tau"]["low"] is None for row in rows)
+
+
+def test_interval_of_a_line_through_few_models_has_the_width_of_t():
+    """Percentiles over six models are taken at the level that a t-interval with four degrees of freedom needs."""
+    rng = np.random.default_rng(0)
+    x = np.linspace(-1, 1, 6)
+    line = evaluate.Line(x, x + 0.1 * rng.normal(size=6), np.inf, 300, rng)
+    tail = stats.norm.cdf(-np.sqrt(6 / 4) * stats.t.ppf(0.975, 4))
+    for name, draws in ("slope", line.slope), ("intercept", line.intercept), ("r2", line.r2):
+        entry = line.estimates()[0][name]
+        assert [entry["low"], entry["high"]] == pytest.approx(np.quantile(draws[1:, 0], [tail, 1 - tail]))
+
+
+def test_frequency_of_a_bin_is_the_mean():
+    counts = np.array([1, 1, 10])
+    (row,) = evaluate.binned_statistics(np.zeros(3, int), counts, counts / 10, counts, 0, np.random.default_rng(0))
+    assert row["count"] == 4 and row["n_classes"] == 3

@@ -310,3 +310,8 @@ def test_tables_of_counts_that_do_not_fit_are_named(tmp_path, capsys):
     assert capsys.readouterr().err == ""
     assert evaluate.read_counts(tmp_path / "t.tsv", None).tolist() == [4, 3]
     assert "t.tsv: its classes (dog, ant) are taken by place" in capsys.readouterr().err
+
+
+def test_ties_go_by_cosine_whatever_the_lengths():
+    data = {"logits": np.zeros((2, 2)), "features": np.array([[1, 0.1], [0.1, 1]]), "prototypes": np.diag([1.0, 100])}
+    assert evaluate.predict(data)[0].tolist() == [0, 1]

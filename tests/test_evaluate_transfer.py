@@ -328,3 +328,112 @@ def test_so_many_images_of_each_class(monkeypatch):
     )
     evaluate.few_shot(part, part, 3, 2, 1.0, "top1", 0, "cpu")
     assert seen == [[2, 2, 1]]
+
+
+def test_map_is_over_the_classes_with_positives():
+    """One class is ranked perfectly, the other has no positive image: 1, not .5."""
+    scores, labels = np.array([[3.0, 1], [2, 2], [1, 3]]), np.array([[1, 0], [0, 0], [0, -1]])
+    assert evaluate.transfer_metric(scores, labels, "map", 0, 0)[0] == 1
+
+
+class Flat:
+    """Right on half of the images at every strength."""
+
+    def fit(self, C):
+        pass
+
+    def scores(self, x):
+        return np.eye(2)[np.zeros(len(x), int)]
+
+
+@pytest.mark.parametrize("protocol", ["clip", "transfer"])
+def test_among_equals_the_weakest_regularisation(protocol):
+    """lambda = 1e-6, the end of both grids."""
+    val = {"features": np.zeros((10, 1)), "labels": np.arange(10) % 2}
+    assert evaluate.sweep_strength(protocol, Flat(), val, "top1") == pytest.approx(1e6)
+
+
+def test_sets_with_a_mean_per_class():
+    """CLIP, appendix A.3, of the sets that are read here: by the beginning of their names."""
+    found = {name: evaluate.metric_of(name, np.zeros(2, int), "auto")
+             for name in ("aircraft", "caltech101", "flowers102", "Pets", "cars", "cifar10", "food", "sun397")}  # fmt: skip
+    assert [name for name, metric in found.items() if metric == "per_class"] == ["aircraft", "caltech101", "flowers102", "Pets"]
+
+
+@pytest.mark.parametrize("command", ["probe", "knn", "fewshot"])
+def test_validation_images_are_trained_on_too(tmp_path, command):
+    """A class that only they have is found."""
+    for name, classes, shift in ("train", [0, 1], 0.0), ("val", [2], 0.01), ("test", [0, 1, 2], 0.02):
+        labels = np.repeat(classes, 6)
+        features = 3 * np.eye(3)[labels] + shift + 0.1 * np.random.default_rng(0).normal(size=(len(labels), 3))
+        np.savez(tmp_path / f"{name}.npz", features=features, labels=labels)
+    files = [str(tmp_path / f"{name}.npz") for name in ("train", "val", "test")]
+    ks, shots = [3] * (command == "knn"), [4] * (command == "fewshot")
+    found = evaluate.transfer(command, files, [], ks, "none", 1.0, "top1", shots, 2, 0, 0, "cpu")["rows"]["model"]
+    assert [entry["value"] for entry in found.values()] == [1]
+
+
+def test_half_of_the_rows_are_the_same_images():
+    rows = np.random.default_rng(0).normal(size=(20, 3))
+    assert evaluate.share_rows(rows[:10], rows[5:]) and not evaluate.share_rows(rows[:10], rows[6:])
+    assert not evaluate.share_rows(rows[:1], rows)
+
+
+def test_retrieval_that_is_always_right(tmp_path):
+    """The median rank begins at 1; images have 1 to 7 texts, and a recall of 1 is one in every resample."""
+    owner = np.repeat(np.arange(4), [7, 1, 1, 3])
+    np.savez(tmp_path / "a.npz", features=np.eye(4), text_features=np.eye(4)[owner], image_ids=owner)
+    (row,) = evaluate.retrieval([str(tmp_path / "a.npz")], [1], 50, 0, "cpu")["rows"].values()
+    for way in "i2t", "t2i":
+        assert row[f"{way} median rank"] == {"value": 1, "low": 1, "high": 1}
+        assert row[f"{way}_r1"] == evaluate.clopper_pearson(1, 4)
+
+
+def test_temperature_takes_its_fraction_and_likelihoods_are_in_nats(tmp_path):
+    """A tenth of 1,000 images, to four standard deviations; PyTorch's cross-entropy; of four equal logits ln 4."""
+    rng, labels = np.random.default_rng(0), np.arange(1000) % 4
+    logits = rng.normal(size=(1000, 4)) + np.eye(4)[labels]
+    np.savez(tmp_path / "a.npz", labels=labels, logits=logits)
+    (row,) = evaluate.calibration([str(tmp_path / "a.npz")], 15, 0.1, 0, 0)["rows"].values()
+    assert row["n"] == pytest.approx(900, abs=38)
+    top, nll = evaluate.confidence_of(logits, labels, 2.0)
+    expected = torch.nn.functional.cross_entropy(torch.from_numpy(logits / 2), torch.from_numpy(labels), reduction="none")
+    np.testing.assert_allclose(nll, expected, atol=1e-12)
+    top, nll = evaluate.confidence_of(np.zeros((1, 4)), np.zeros(1, int), 1.0)
+    assert (top[0], nll[0]) == pytest.approx((0.25, np.log(4)))
+
+
+def test_difficult_images_are_no_shots(monkeypatch):
+    """Of several labels, images are drawn that have one: the first and the last of six."""
+    part = {"features": np.eye(6), "labels": np.array([[1, -1, -1, 0, -1, 1]]).T}
+    seen, fit = [], evaluate.Logistic
+    monkeypatch.setattr(evaluate, "Logistic", lambda x, y, *more: seen.append(x.argmax(1).tolist()) or fit(x, y, *more))
+    evaluate.few_shot(part, part, 1, 2, 1.0, "map", 0, "cpu")
+    assert seen == [[0, 5]]
+
+
+def test_the_seed_draws_the_splits(tmp_path, monkeypatch):
+    """A fifth of train for the probe's strength, and the images of the temperature: others with another seed."""
+    rng, seen = np.random.default_rng(0), []
+    labels = np.arange(400) % 2
+    part = {"path": "x", "features": rng.normal(size=(400, 2)), "labels": labels}
+    monkeypatch.setattr(evaluate, "sweep_strength", lambda p, model, val, _: seen.append(val["features"][:, 0]) or 1.0)
+    for seed in 0, 0, 1:
+        evaluate.probe_scores(part, None, part, part, 2, "clip", 0.0, "top1", seed, "cpu")
+    assert np.array_equal(seen[0], seen[1]) and not np.isin(seen[2], seen[0]).all()
+    assert len(seen[0]) == pytest.approx(80, abs=32)  # four standard deviations
+    np.savez(tmp_path / "a.npz", labels=labels, logits=part["features"] + np.eye(2)[labels])
+    fits = [next(iter(evaluate.calibration([str(tmp_path / "a.npz")], 9, 0.5, 0, seed)["rows"].values()))["temperature"]
+            for seed in (0, 0, 1)]  # fmt: skip
+    assert fits[0] == fits[1] != fits[2]
+
+
+def test_the_mean_over_sets_weighs_them_equally(tmp_path):
+    """Right on all of 4 images and on half of 40: .75."""
+    for name, n, wrong in ("a", 4, 0), ("b", 40, 20):
+        labels = np.arange(n) % 2
+        shown = np.where(np.arange(n) < wrong, 1 - labels, labels)
+        for part, x in ("train", labels), ("test", shown):
+            np.savez(tmp_path / f"{name}_{part}.npz", features=np.eye(2)[x], labels=labels)
+    row = evaluate.transfer("probe", [str(tmp_path)], [], [], "none", 1.0, "top1", [], 0, 0, 0, "cpu")["rows"][tmp_path.name]
+    assert [row[k]["value"] for k in ("a", "b", "mean")] == [1, 0.5, 0.75]

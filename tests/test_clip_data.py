@@ -21,6 +21,7 @@ from programs import named
 from scipy import stats
 
 import clip
+import dino_laionet as dino
 import evaluate
 import sl_vocab_subsample as sl
 
@@ -282,6 +283,24 @@ def test_jpegs_are_decoded_no_smaller_than_needed(tmp_path):
         (5, (125, 75)),
     ):
         assert read(tmp_path, content, min_side=min_side).size == expected
+
+
+@pytest.mark.parametrize("script", [clip, sl, dino], ids=lambda script: script.__name__)
+def test_small_crops_of_jpegs_are_as_sharp_as_of_pngs(script, tmp_path):
+    """Training decodes a JPEG as large as the smallest crop needs it, not as the crop's pixels alone would."""
+    waves = np.sin(np.arange(512) / 4)  # 25 px long, 3 at an eighth of the size
+    image = Image.fromarray(np.uint8(127 + 60 * waves + 60 * waves[:, None])).convert("RGB")
+    crops = []
+    for kind in "jpeg", "png":
+        image.save(tmp_path / f"0.{kind}", quality=100)
+        table = table_of(tmp_path, "image\n" + f"0.{kind}\n" * 6, f"{kind}.tsv")
+        captions, labels = clip.Captions(table, np.full(6, -1), ["a"], [], 0), np.zeros((6, 1), int)
+        data = {clip: clip.Pairs([captions], clip.Tokenizer([]), 32, 0.02, 0.0, 10**6, 0),
+                sl: sl.LabelledImages([table], [labels], False, False, 32, 0.02, 10**6, 0),
+                dino: dino.Views([table], [32], [(0.02, 1.0)], 4 / 3, 10**6, 0)}[script]  # fmt: skip
+        batch = data.__getitems__(np.array([[0, i, 0] for i in range(6)]))
+        crops.append((batch["images"] if "images" in batch else batch["crops"][0]).float())
+    assert crops[1].std() > 30 and (crops[0] - crops[1]).abs().mean() < 1
 
 
 @pytest.mark.parametrize("size", [(50, 1), (1, 50), (1, 1), (3000, 1)])

@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing.context
 import os
+import random
 import re
 import resource
 import shutil
@@ -200,6 +201,22 @@ def test_grad_cache_replays_dropout_and_batch_norm():
         assert torch.allclose(a, b), name
 
 
+@pytest.mark.parametrize("n_chunks", [1, 4])
+def test_grad_cache_knows_precision_and_scaler(n_chunks):
+    """Features, and so the loss, are those of the replay's precision; all gradients are scaled, the loss is not."""
+    (images, texts), half = batch_of(16), functools.partial(torch.autocast, "cpu", torch.bfloat16)
+    of = {}
+    for scale in 1, 1024:
+        model = small_model("tiny")
+        parts = clip.backward_in_chunks(model, images, texts, clip.info_nce, n_chunks, half, lambda x, s=scale: s * x)
+        of[scale] = parts, {name: p.grad / scale for name, p in model.named_parameters()}
+    assert all(torch.equal(a, b) for a, b in zip(of[1][0], of[1024][0])) and relative_error(of[1024][1], of[1][1]) < 1e-2
+    with half():
+        expected = [small_model("tiny")(*chunk) for chunk in zip(images.chunk(n_chunks), texts.chunk(n_chunks))]
+    for k in 0, 1:
+        assert torch.equal(of[1][0][1 + k], torch.cat([features[k] for features in expected]))
+
+
 class Saved:
     """Counts the bytes that autograd keeps for the backward pass."""
 
@@ -240,8 +257,9 @@ def test_accumulate_8_needs_a_quarter_of_the_activations():
 
 
 def test_one_process_equals_two(world, tmp_path):
-    """The same losses but for rounding, on a mixture, with word dropout and drawn crops."""
-    flags = ["--root", world, "--data", "laionet:2,incaps:1", "--caption", "{title} {tags}", "--word-dropout", "0.2"]
+    """The same losses but for rounding, on a mixture, with word dropout, drawn crops and captions that are cut."""
+    caption = "{title} {tags} " * 12
+    flags = ["--root", world, "--data", "laionet:2,incaps:1", "--caption", caption, "--word-dropout", "0.2"]
     flags += ["--steps", "5", "--eval-sets", "val", *FLAGS]
     run_here(*flags, "--out", tmp_path / "one")
     run_forked(*flags, "--out", tmp_path / "two", processes=2)
@@ -249,6 +267,7 @@ def test_one_process_equals_two(world, tmp_path):
     assert [line["step"] for line in one] == [1, 2, 3, 4, 5]
     assert np.allclose([line["loss"] for line in one], [line["loss"] for line in two], rtol=1e-4)
     assert np.allclose([line["grad_norm"] for line in one], [line["grad_norm"] for line in two], rtol=1e-2)
+    assert 0 < one[-1]["truncated"] < 1 and [x["truncated"] for x in one] == [x["truncated"] for x in two]
     keys = {
         "step",
         "samples",
@@ -552,6 +571,12 @@ def test_text_embeddings(world, tmp_path):
             run_here(*flags, "--text-embeddings", tmp_path / "train.npy", tmp_path / "classes.npy")
     with pytest.raises(SystemExit, match="was trained with --text-embeddings"):
         run_here("--root", world, "--init", tmp_path / "run/checkpoint.pt", "--steps", "1", "--out", tmp_path / "x")
+    (tmp_path / "other").mkdir()  # the stored class vectors are of the run's classes, in their order
+    names = [row["name"] for row in clip.read_classes(world)]
+    (tmp_path / "other" / "classes.tsv").write_text("\n".join(["name", *names[::-1]]) + "\n")
+    (tmp_path / "other" / "val.tsv").write_text("image\tlabel\n" + f"{world / 'val.npy'}:0\t{names[0]}\n")
+    run_here(*again, "--root", tmp_path / "other", "--out", tmp_path / "others")
+    assert json.loads((tmp_path / "others" / "metrics.json").read_text())["val"]["top1"] is None
 
 
 def limit_file_size(n):
@@ -591,6 +616,37 @@ def test_cached_captions_on_a_full_disk_are_one_line(tmp_path, monkeypatch):
 def open_log(out, start, **flags):
     args = argparse.Namespace(**{"out": str(out), "tensorboard": False, "wandb": "", "resume": "auto"} | flags)
     return clip.RunLog({"step": start, "n_bad": 0}, args, 0, {}, torch.device("cpu"), None)
+
+
+def test_broken_images_of_all_ranks_are_counted_once(tmp_path, monkeypatch):
+    """Those of a continued run's first part are the main process's; n_bad is the sum over the processes."""
+    args, n = argparse.Namespace(out=str(tmp_path), tensorboard=False, wandb="", resume="auto"), []
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    for rank in 0, 1:
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        log = clip.RunLog({"step": 5, "n_bad": 30}, args, 0, {}, torch.device("cpu"), object())
+        clip.note_bad_images(log.bad, [("truncated", "x.jpg")] * (rank + 1))
+        n.append(sum(log.bad.values()))
+        monkeypatch.setattr(clip, "total", lambda value, group: 1000 + value)
+        assert log.n_bad() == 1000 + n[-1]
+    assert n == [31, 2]
+
+
+def test_restore_is_the_undo_of_resumable():
+    """Momenta, the loss scale and every random state go on where they were."""
+    cpu, states = torch.device("cpu"), []
+    weight = torch.nn.Parameter(torch.ones(3))
+    for lr in 0.1, 0.2:
+        states.append((torch.optim.AdamW([weight], lr), torch.amp.GradScaler("cpu", init_scale=lr * 80)))
+    (optimizer, scaler), (other, other_scaler) = states
+    scaler.scale(weight.sum()).backward()
+    scaler.step(optimizer)
+    saved = clip.resumable(optimizer, scaler, {}, 0, 7.0, cpu)
+    draw = lambda: (random.random(), float(np.random.rand()), float(torch.rand(())))  # noqa: E731
+    expected = draw()
+    assert clip.restore(saved | {"step": 3}, other, other_scaler, cpu) == (3, 7.0) and draw() == expected != draw()
+    assert other_scaler.get_scale() == 8 and other.param_groups[0]["lr"] == 0.1
+    assert torch.equal(other.state[weight]["exp_avg"], optimizer.state[weight]["exp_avg"])
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a disk that is always full")

@@ -1,6 +1,7 @@
 """dino_laionet.py as a program: files, processes, resume, SIGTERM, bad images, export, bad input."""
 
 import argparse
+import copy
 import functools
 import json
 import re
@@ -147,12 +148,16 @@ def test_the_random_network_uses_all_of_its_layers(world):
 def test_export_starts_a_classifier(world, trained, tmp_path):
     exported = torch.load(world / "backbone.pt", weights_only=True)
     assert "optimizer" not in exported
+    assert_bit_equal(exported["state_dict"], weights_of(trained[0]))  # the teacher's
     flags = ["--root", world, "--init", world / "backbone.pt", "--freeze-backbone", "--steps", "2", *FLAGS[:12]]
     programs.run_here(sl, *flags, "--out", tmp_path)
     own, theirs = weights_of(tmp_path), exported["state_dict"]
     towers = [name for name in own if name.startswith("visual.")]
     assert [name for name in towers if not torch.equal(own[name], theirs[name])] == ["visual.proj.weight", "visual.proj.bias"]
-    run_here("--root", world, "--init", world / "backbone.pt", "--steps", "1", *QUICK, "--out", tmp_path / "dino")
+    flags = ["--root", world, "--init", world / "backbone.pt", "--steps", "1", "--lr", "1e-30", *QUICK]
+    run_here(*flags, "--out", tmp_path / "dino")  # student and teacher both start from it
+    for found in state_of(tmp_path / "dino")["student"], weights_of(tmp_path / "dino"):
+        assert torch.equal(found["visual.conv1.weight"], theirs["visual.conv1.weight"])
 
 
 @pytest.mark.parametrize("centering, optimizer", [("sinkhorn", "adamw"), ("mean", "sgd")])
@@ -488,6 +493,52 @@ def test_the_power_is_handed_on(world, tmp_path, monkeypatch):
     flags = [*SMALL, *QUICK, "--eval-sets", "--steps", 3, "--prototype-power", -0.5]
     run_here("--root", world, *flags, "--out", tmp_path)
     assert seen == [(0, -0.5), (64, -0.5), (128, -0.5)]
+
+
+def test_usage_is_of_the_prototypes_that_were_drawn(world, tmp_path):
+    """After one step only they have won; won_1000 is the part of all that has in the last 1,000 steps."""
+    flags = ["--root", world, *SMALL, *QUICK, "--eval-sets", "--steps", 2, "--save-every", 1, "--seed", 4, "--out", tmp_path]
+    save, kept = dino.save_checkpoint, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dino, "save_checkpoint", lambda path, *given: kept.append(copy.deepcopy(given[0])) or save(path, *given))
+        run_here(*flags)
+    drawn = torch.zeros(64, dtype=torch.bool)
+    drawn[dino.draw_prototypes(64, 16, 4, 0)] = True
+    first = kept[0]
+    assert not first["usage"][~drawn].any() and int(first["usage"].sum()) == 64
+    assert torch.equal(first["usage"] > 0, first["last_won"] == 0)
+    torch.save(first | {"last_won": torch.arange(64) - 1030}, tmp_path / "checkpoint.pt")
+    run_here(*flags)  # its second step again
+    won = (kept[1]["last_won"] == 1) | (torch.arange(64) > 31)  # 31 - 1030 is 1,000 steps before step 1
+    assert log_of(tmp_path)[-1]["won_1000"] == float(won.float().mean())
+
+
+def test_evaluations_on_the_way_are_of_what_is_saved(world, tmp_path, monkeypatch):
+    """The teacher, as at the end."""
+    seen, evaluate_dino = [], dino.evaluate_dino
+
+    def spy(model, *given):
+        seen.append({k: v.clone() for k, v in model.state_dict().items() if k != "head.prototypes"})
+        return evaluate_dino(model, *given)
+
+    monkeypatch.setattr(dino, "evaluate_dino", spy)
+    monkeypatch.setattr(dino, "save_checkpoint", lambda path, content, rank: seen.append(copy.deepcopy(content["state_dict"])))
+    run_here("--root", world, *QUICK, "--eval-sets", "--steps", 2, "--eval-every", 1, "--save-every", 1, "--out", tmp_path)
+    for found, saved in (seen[0], seen[1]), (seen[3], seen[2]):
+        assert_bit_equal(found, saved)
+
+
+def test_frozen_prototypes_have_no_part_in_the_norm(world, tmp_path):
+    """Neither in the logged one nor in what --clip-of all limits."""
+    flags = ["--root", world, *QUICK, "--eval-sets", "--steps", 1, "--clip-of", "all", "--clip-grad", 0.01]
+    flags += ["--optimizer", "sgd", "--lr", 1, "--weight-decay", 0]
+    norms = {}
+    for n in 0, 1:
+        run_here(*flags, "--freeze-prototypes", n, "--out", tmp_path / str(n))
+        momenta = [s["momentum_buffer"] for s in state_of(tmp_path / str(n))["optimizer"]["state"].values()]
+        norms[n] = log_of(tmp_path / str(n))[0]["grad_norm"]
+        assert float(torch.stack([x.norm() for x in momenta]).norm()) == pytest.approx(0.01, rel=1e-3)
+    assert 0.01 < norms[1] < norms[0]
 
 
 def test_probe_features_by_hand(world):

@@ -176,6 +176,34 @@ def test_colours_do_not_depend_on_the_batch(kind):
         torch.testing.assert_close(together[i : i + 1], augment(slice(i, i + 1), i // 6), rtol=0, atol=2e-6)
 
 
+def test_each_view_of_each_epoch_is_drawn_anew(tmp_path):
+    """Crops and colours: by seed, view, row and epoch, no two the same."""
+    pictures(tmp_path)
+    table, examples = dino.Table(tmp_path / "array.tsv"), np.array([[0, 3, 0], [0, 3, 1], [0, 4, 0]])
+    boxes, draws = [], []
+    for seed in 0, 1:
+        views = dino.Views([table], [16, 16, 8], [(0.3, 1)] * 3, 4 / 3, 10**6, seed)
+        views.pixel_offsets = np.array([0])
+        batch = views.__getitems__(examples)
+        boxes, draws = [*boxes, *batch["boxes"].flatten(0, 1).tolist()], [*draws, *batch["draws"].flatten().tolist()]
+    assert len(set(map(tuple, boxes))) == 2 * 3 * 3 and len(set(draws)) > 0.99 * len(draws) == 0.99 * 18 * dino.N_DRAWS
+
+
+def test_synthetic_colours_by_hand():
+    """One image at a time, in float64: what is left are the deviations of the noise."""
+    x, draws = uniform(200, 3, 8, 8), uniform(200, dino.N_DRAWS, seed=3)
+    noise, seen = [], np.zeros(4)
+    for image, d, ours in zip(x.double().numpy(), draws.double().numpy(), dino.augment_colour(x, draws).numpy()):
+        is_on = d[1] < 0.6, d[5] < 0.3, d[12] < 0.25, d[0] < 0.5
+        y, seen = image[np.argsort(d[2:5])] if is_on[0] else image, seen + is_on
+        y = 1 - y if is_on[1] else y
+        y = y * np.exp(-0.4 + 0.8 * d[6:9])[:, None, None] + (-0.13 + 0.26 * d[9:12])[:, None, None]
+        y = np.broadcast_to(np.tensordot([0.2989, 0.587, 0.114], y, 1), y.shape) if is_on[2] else y
+        noise.append(ours - (y[:, :, ::-1] if is_on[3] else y))
+    assert np.abs(noise).max() < 0.12 and 0.019 < np.std(noise) < 0.021 and abs(np.mean(noise)) < 0.002
+    assert seen.min() > 30 and seen.max() < 150
+
+
 def test_synthetic_colours_stay_in_range():
     x, draws = uniform(400, 3, 8, 8), uniform(400, dino.N_DRAWS, seed=3)
     y = dino.augment_colour(x, draws)
@@ -370,7 +398,13 @@ def test_logistic_regression_is_scikit_learns(decay):
 
 
 def test_probe_chooses_its_decay_on_held_out_rows():
-    """Pure noise wants the strongest decay, separable classes do not."""
+    """Half the labels at random, as many columns as rows per class or more: the strongest generalises, though the
+    weakest fits the rows to the last. Separable classes want a weaker one."""
+    noise = torch.Generator().manual_seed(0)
+    x, is_wrong, wrong = (f(*of, generator=noise) for f, of in ((torch.randn, (600, 200)), (torch.rand, (600,)),
+                                                                (torch.randint, (0, 5, (600,)))))  # fmt: skip
+    labels = torch.where(is_wrong < 0.5, wrong, x[:, :5].argmax(1))
+    assert dino.linear_probe(torch.cat([x, torch.ones(600, 1)], 1), labels, 5, 0)[1] == 0.1
     x, labels = features(400, 5, 0)
     ones = torch.cat([x, torch.ones(400, 1)], 1)
     weights, decay = dino.linear_probe(ones, labels, 5, 0)

@@ -71,6 +71,7 @@ def expected(features, prototypes, scale, vocab, labels, counts, add=0.0, subtra
         (VOCAB, {}),
         ([*VOCAB, "--loss", "log-q"], {"subtract_log_q": True}),
         (["--loss", "balanced"], {"tau": 1.0}),
+        ([*VOCAB, "--loss", "balanced"], {"tau": 1.0}),
         (["--loss", "logit-adjusted", "--tau", "0.5"], {"tau": 0.5}),
         (["--loss", "focal"], {"gamma": 2}),
         (["--label-smoothing", "0.2"], {"smoothing": 0.2}),
@@ -165,6 +166,19 @@ def test_a_realised_vocabulary_of_another_size_is_named(world, tmp_path):
     printed = run_here(*flags, "--vocab", "64", "--trim-tail", "100", "--out", tmp_path / "b")
     assert "--vocab 64 is more than the classes that can be drawn: the vocabularies have 20.0 classes" in printed
     assert "--vocab" not in run_here(*flags, "--vocab", "40", "--out", tmp_path / "c")
+
+
+def test_a_line_has_the_vocabularies_since_the_one_before(world, tmp_path, monkeypatch):
+    """Mean size, and share of drawn classes, of groups whose vocabularies differ in size; two steps a line."""
+    counted, vocab_of = [], sl.vocab_of_batch
+    monkeypatch.setattr(sl, "vocab_of_batch", lambda *given: counted.append(vocab_of(*given)) or counted[-1])
+    run_here("--root", world, "--steps", "6", *FLAGS, "--log-every", "2", "--vocab", "14", "--vocab-group", "16", "--out", tmp_path)
+    sizes = [vocab.inside.sum(1).tolist() for vocab, _ in counted]
+    means = [np.mean(sizes[i] + sizes[i + 1]) for i in (0, 2, 4)]
+    assert [line["vocab"] for line in log_of(tmp_path)] == pytest.approx(means, abs=0.005) and len(set(means)) > 1
+    drawn = [(vocab.log_q < 0).sum().item() for vocab, _ in counted]
+    shares = [(drawn[i] + drawn[i + 1]) / sum(sizes[i] + sizes[i + 1]) for i in (0, 2, 4)]
+    assert [line["drawn"] for line in log_of(tmp_path)] == pytest.approx(shares, abs=1e-4) and shares[0] > 0
 
 
 def test_resume_compares_classes_and_labels(world, tmp_path):
@@ -275,7 +289,10 @@ def test_the_tail_is_that_of_the_mixture(tmp_path):
         (tmp_path / name / "train.tsv").write_text("image\tlabel\n" + "".join(rows))
     for data, tail in (("light,heavy", 1), ("light:1,heavy:9", 0)):
         args = sl.parse_args(["--data", data, "--trim-tail", "1"])
-        assert sl.read_labelled_sets(args, tmp_path, named(["a", "b"]))[4].tolist() == [tail]
+        tables, _, shares, counts, trimmed, _ = sl.read_labelled_sets(args, tmp_path, named(["a", "b"]))
+        assert trimmed.tolist() == [tail]
+        if ":" not in data:  # each set counts by what is left of it
+            assert shares.tolist() == [90 / 92, 2 / 92] and counts.tolist() == [92, 0] and len(tables[1]) == 2
 
 
 def test_a_table_without_labels_is_told_so(tmp_path):
@@ -356,6 +373,8 @@ def test_logits_are_scaled_cosines(world, tmp_path):
     flags = ["--head", "frozen", "--head-init", tmp_path / "h.npy", "--steps", 1, *FLAGS]
     run_here("--root", world, *flags, "--eval-sets", "val", "--out", tmp_path / "r")
     scale = float(weights_of(tmp_path / "r")["logit_scale"].exp())
+    stored = torch.load(tmp_path / "r" / "checkpoint.pt", weights_only=True)["prototypes"]
+    np.testing.assert_allclose(stored, head / np.linalg.norm(head, axis=1, keepdims=True), atol=1e-6)
     with np.load(tmp_path / "r" / "val.npz") as file:
         features, head = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (file["features"].astype(float), head))
         expected = scale * features @ head.T

@@ -265,6 +265,20 @@ def test_rate_of_sgd_is_the_papers(world, tmp_path):
     assert np.isclose(log_of(tmp_path)[0]["lr"], 0.1 * 32 / 256)
 
 
+@pytest.mark.parametrize("module, flags, lr", [
+    (clip, [], 3e-3), (clip, ["--arch", "ViT-S-16"], 1e-3), (sl, [], 3e-3), (sl, ["--arch", "ViT-S-16"], 1e-3),
+    (sl, ["--optimizer", "sgd"], 0.1 / 8), (dino, [], 3e-3), (dino, ["--optimizer", "sgd"], 0.03 / 8),
+    (dino, ["--arch", "ViT-S-16", "--global-size", "16", "--prototypes", "64"], 5e-4 / 8)])  # fmt: skip
+def test_default_rates(module, flags, lr, world, tmp_path, monkeypatch):
+    """Those of tower and optimiser: with SGD the papers', and of DINO's larger towers, for 256 images; 32 here."""
+    seen = []
+    for name in "AdamW", "SGD":
+        monkeypatch.setattr(torch.optim, name, lambda groups, lr, *more, **kwargs: seen.append(lr) or sys.exit())
+    with pytest.raises(SystemExit):
+        programs.run_here(module, "--root", world, *FLAGS[:-1], *flags, "--out", tmp_path)
+    assert seen == [pytest.approx(lr)]
+
+
 @pytest.mark.parametrize("module", [sl, dino])
 def test_momentum_starts_at_zero_when_the_first_step_is_skipped(module, world, tmp_path, monkeypatch):
     """A step with an infinite gradient is left out; torch's fused SGD then has a buffer of whatever was there."""

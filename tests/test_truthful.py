@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 import zlib
 
 import numpy as np
@@ -198,6 +199,38 @@ def test_what_the_log_counts_goes_on_after_a_resume(script, tmp_path, monkeypatc
     a, b = ([{**line, "images_per_s": 0} for line in log_of(tmp_path / name)] for name in ("straight", "stopped"))
     assert a == b and 2 <= a[2]["bad_images"] < a[5]["bad_images"] and len(a) == 6
     assert script is not clip or 0.2 < a[5]["truncated"] < 0.5
+
+
+@pytest.mark.parametrize("script, evaluation, more", [(clip, "evaluate", []), (sl, "evaluate_classifier", []),
+                                                      (dino, "evaluate_dino", ["--transfer", *DINO])])  # fmt: skip
+def test_images_per_s_is_of_training_alone(script, evaluation, more, world, tmp_path, monkeypatch):
+    """A clock on which a step takes 1 s and an evaluation 100: each line has the rate since the one before it, without
+    evaluations; the seconds of a run have all, also if it is continued."""
+    now, rate, metrics_of = [5.0], script.lr_at, getattr(script, evaluation)
+    tick = lambda seconds, then: (now.append(now[-1] + seconds), then)[1]  # noqa: E731
+    monkeypatch.setattr(script, "time", types.SimpleNamespace(time=lambda: now[-1]))
+    monkeypatch.setattr(script, "lr_at", lambda *given: tick(1, rate(*given)))
+    monkeypatch.setattr(script, evaluation, lambda *given: tick(100, metrics_of(*given)))
+    flags = ["--root", world, *FLAGS, "--steps", "4", "--log-every", "2", "--eval-every", "3", "--eval-sets", *more]
+    for _ in range(2):
+        told = answer(script, *flags, "--out", tmp_path)
+        assert told.returncode == 0, told.stderr
+        assert json.loads((tmp_path / "metrics.json").read_text())["run"]["seconds"] == 104
+    assert [line["images_per_s"] for line in log_of(tmp_path) if "loss" in line] == [16, 16]
+
+
+@pytest.mark.parametrize("script, evaluation, more", [(clip, "evaluate", []), (sl, "evaluate_classifier", []),
+                                                      (dino, "evaluate_dino", ["--transfer", *DINO])])  # fmt: skip
+@pytest.mark.parametrize("bn", ["sync", "local"])
+def test_bn_reaches_every_layer(bn, script, evaluation, more, world, tmp_path, monkeypatch):
+    """Of what is trained and what is evaluated: tower and head, student and teacher."""
+    seen, wrap = [], script.wrap_ddp
+    monkeypatch.setattr(script, "wrap_ddp", lambda model, *given: seen.append(model) or wrap(model, *given))
+    monkeypatch.setattr(script, evaluation, lambda model, *given: seen.append(model) or {})
+    told = answer(script, "--root", world, *FLAGS, "--bn", bn, "--eval-sets", *more, "--out", tmp_path)
+    assert told.returncode == 0 and (seen[0] is seen[-1]) == (script is not dino), told.stderr
+    layers = [module for model in seen for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert len(layers) >= 18 and {layer.sync for layer in layers} == {bn == "sync"}
 
 
 def test_weights_that_would_score_in_silence_are_refused(world, trained, tmp_path):

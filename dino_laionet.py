@@ -2513,6 +2513,7 @@ def main(args: argparse.Namespace) -> None:
         optimizer.zero_grad(set_to_none=True)
         table.store(proto_ids, student.head.prototypes, optimizer)
         with torch.no_grad():
+            # After a step that was left out too, as published: towards a student that stands still.
             torch._foreach_lerp_(teacher_params, student_params, 1 - momentum)
             teacher_prototypes.lerp_(table.weight, 1 - momentum)
             winners = proto_ids[targets.argmax(1)]

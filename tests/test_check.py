@@ -107,3 +107,19 @@ def test_labels_that_are_no_class_are_counted_as_one_reason(tmp_path):
     bd.write_tsv(tmp_path / "all.tsv", ("image", "label", "caption"), rows)
     done, bad = check(tmp_path, "--workers", 1)
     assert "-5    label is no class" in done.stdout and dict(bad)[2] == "label 'n0' is no class"
+
+
+def test_a_sample_is_drawn_by_its_seed_and_judged_by_its_own_share(tmp_path):
+    """Four of 100 rows are decoded and all four are bad: a share of 1, not of .04."""
+    rows = [dict(image=f"gone{i}.jpg", caption="x") for i in range(100)]
+    bd.write_tsv(tmp_path / "all.tsv", ("image", "caption"), rows)
+    flags = ["--sample", 4, "--max-bad", 0.9, "--workers", 1, "--seed"]
+    (done, bad), (_, other) = (check(tmp_path, *flags, seed) for seed in (0, 1))
+    assert done.returncode == 1 and len(bad) == len(other) == 4 and bad != other
+
+
+def test_pictures_are_decoded_whole(tmp_path):
+    """Where training reads a large JPEG at a part of its size."""
+    Image.new("RGB", (1200, 800), "red").save(tmp_path / "a.jpg")
+    bd.write_tsv(tmp_path / "all.tsv", ("image", "caption"), [dict(image="a.jpg", caption="x")])
+    assert "a.jpg, 1200 x 800," in check(tmp_path, "--workers", 1)[0].stdout

@@ -230,3 +230,26 @@ def test_memory_does_not_grow_with_the_rows_of_a_file(tmp_path):
         peaks.append(tracemalloc.get_traced_memory()[1] / 2**20)
         tracemalloc.stop()
     assert peaks[1] - peaks[0] < 1, peaks
+
+
+def test_a_count_equal_to_the_cap_is_neither_above_nor_below_it(tmp_path, entries):
+    """A 9, B 4, C 1 and t = 4: A alone is cut, C alone is the tail. An entry's `kept` are the rows that have it."""
+    source = write(tmp_path / "in.tsv", [(f"u{i}", text) for i, text in enumerate(TEXTS)])
+    kept, report = curate(source, entries, tmp_path / "o.tsv", "--cap", 4, "--workers", 1)
+    assert report["entries above the cap"] == 1 and report["matches of entries above the cap"] == 9
+    assert report["tail share"] == pytest.approx(1 / 14)
+    texts = [TEXTS[int(url[1:])].split() for url in kept]
+    found = {row["entry"]: int(row["kept"]) for row in read(tmp_path / "o.entries.tsv")}
+    assert found == {entry: sum(entry in text for text in texts) for entry in found} and 0 < found["A"] < 9
+
+
+def test_rows_that_cannot_be_read_are_lost_once(tmp_path, entries):
+    source = write(tmp_path / "in.tsv", [("u0", "A"), ("u1", "B\tmore"), ("u2", "nothing")])
+    kept, report = curate(source, entries, tmp_path / "o.tsv", "--skip-bad", "--workers", 1)
+    assert kept == ["u0"] and list(report["funnel"].values()) == [3, -1, -1, 0, 1]
+
+
+def test_a_word_of_the_least_count_is_an_entry(tmp_path):
+    write(tmp_path / "in.tsv", [(i, "red apple" if i else "apple") for i in range(5)])
+    run("metadata", tmp_path / "in.tsv", "--min-count", 4, "--out", tmp_path / "e.tsv")
+    assert [row["entry"] for row in read(tmp_path / "e.tsv")[100:]] == ["apple", "red"]

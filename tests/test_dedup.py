@@ -379,3 +379,43 @@ def test_near_copies_of_copies_stay_without_chain():
     for is_chain, left in ((False, [1]), (True, [])):
         roots, _ = bd.connect(3, {"phash": bd.hash_pairs(hashes, 1, 2, is_chain)})
         assert [i for i in range(2) if roots[i] != roots[2]] == left
+
+
+def test_the_bounds_of_a_copy(tmp_path, monkeypatch):
+    """A hash of 4 to 60 bits is compared; equal pixels in another shape are none; at the limit a cosine is not above it."""
+    monkeypatch.setattr(bd, "dhash", lambda image: (1 << image.width) - 1)
+    names = [f"{bits}.png" for bits in (3, 4, 60, 61)]
+    for name in names:
+        Image.new("RGB", (int(name[:-4]), 5)).save(tmp_path / name)
+    rows = [(name, {}) for name in names]
+    assert (bd.hash_rows(tmp_path, rows, ["dhash"], 999)[:, 0] > 0).tolist() == [False, True, True, False]
+    for size in (20, 10), (10, 20):
+        Image.new("RGB", size, "red").save(tmp_path / f"{size[0]}x{size[1]}.png")
+    high, wide = bd.hash_rows(tmp_path, [("10x20.png", {}), ("20x10.png", {})], ["pixels"], 999)[:, 0]
+    assert high != wide
+    rows = np.array([[1, 0, 0, 0], [1, 1, 1, 1]], np.float32)  # their cosine is 1/2, without rounding
+    assert [sum(len(p[0]) for p in bd.cosine_pairs([rows], [], t, True, "cpu")) for t in (0.5, 0.49)] == [0, 1]
+
+
+def test_components_are_joined_by_their_closest_pairs():
+    i, j = np.array([0, 1, 0]), np.array([1, 2, 2])
+    for method, distance, told in ("phash", [3, 1, 2], [1, 2]), ("embedding", [0.7, 0.9, 0.8], [0.9, 0.8]):
+        _, edges = bd.connect(3, {method: [(i, j, np.array(distance))]})
+        assert [edge[3] for edge in edges] == told
+
+
+def test_captions_that_differ_in_a_sign_are_no_copies(tmp_path):
+    """NFC, not NFKC: 5² is not 52."""
+    bd.write_tsv(tmp_path / "t.tsv", ("image", "caption"), [dict(image="a", caption="5\u00b2 m"), dict(image="b", caption="52 m")])
+    run("dedup", tmp_path / "t.tsv", "--by", "caption", "--out", tmp_path / "o.tsv")
+    assert len(list(bd.open_tables([str(tmp_path / "o.tsv")])[1])) == 2
+
+
+def test_the_smaller_name_with_its_folder_stays_and_sizes_are_of_copies_alone(tmp_path):
+    for folder, texts in ("a", dict(z="x", y="y", w="alone")), ("b", dict(a="x", b="x", c="y")):
+        (tmp_path / folder).mkdir()
+        rows = [dict(image=f"{name}.jpg", caption=text) for name, text in texts.items()]
+        bd.write_tsv(tmp_path / folder / "t.tsv", ("image", "caption"), rows)
+    run("dedup", tmp_path / "a/t.tsv", tmp_path / "b/t.tsv", "--by", "caption", "--out", tmp_path / "o.tsv")
+    assert [row["image"] for row in bd.open_tables([str(tmp_path / "o.tsv")])[1]] == ["a/z.jpg", "a/y.jpg", "a/w.jpg"]
+    assert json.loads((tmp_path / "o.tsv.json").read_text())["component_sizes"] == {"2": 1, "3": 1}

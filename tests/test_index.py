@@ -141,6 +141,41 @@ def test_pax_header_before_every_member(tmp_path):
     assert found == tarfile_positions(path)
 
 
+def checked(block):
+    """A header with the checksum that goes with it."""
+    return bytes(block[:148]) + b"%06o\0 " % (sum(block) - sum(block[148:156]) + 256) + bytes(block[156:])
+
+
+def test_sparse_files_and_links_hide_no_member(tmp_path):
+    """A map of holes goes on behind its header; a hard link's size is that of its target, and no data follow."""
+    hole, link, plain = (bytearray(header(name, size)) for name, size in (("h.jpg", 512), ("l.jpg", 700), ("a.jpg", 6)))
+    hole[156:157], hole[257:265], hole[482], hole[483:495] = b"S", b"ustar  \0", 1, b"%011o\0" % 9000
+    link[156:157], link[157:162] = b"1", b"a.jpg"
+    plain[257:265], plain[345:357] = b"ustar  \0", b"14000000000\0"  # old GNU's has the time of access there, no folder
+    more = [bytes(504) + bytes([is_extended]) + bytes(7) for is_extended in (1, 0)]
+    blocks = [checked(hole), *more, bytes(512), checked(link), checked(plain), b"pixels".ljust(512, b"\0")]
+    (tmp_path / "a.tar").write_bytes(b"".join(blocks) + bytes(1024))
+    assert positions(tmp_path / "a.tar") == ([("a.jpg", 3072, 6)], "")
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        assert [(m.offset_data, m.size) for m in tar][2] == (3072, 6)
+
+
+def test_a_member_s_own_pax_fields_win_and_sparse_ones_are_no_images(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT, pax_headers={"path": "shared.jpg"}) as tar:
+        add(tar, "0.jpg", b"pixels", pax_headers={"path": "own.jpg"})
+        add(tar, "1.jpg", b"pixels")
+    assert positions(tmp_path / "a.tar")[0] == tarfile_positions(tmp_path / "a.tar")
+    assert [name for name, _, _ in positions(tmp_path / "a.tar")[0]] == ["own.jpg", "shared.jpg"]
+    with tarfile.open(tmp_path / "b.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        add(tar, "0.jpg", b"pixels", pax_headers={"GNU.sparse.major": "1", "GNU.sparse.minor": "0"})
+        add(tar, "folder", b"", type=tarfile.DIRTYPE)
+        for name, payload in sample("1"):
+            add(tar, name, payload)
+    assert len(index(tmp_path / "b.tar", out=tmp_path / "t.tsv")) == 1
+    counts = report(tmp_path / "t.tsv")["counts"]
+    assert counts["members"] == 4 and counts["members that are no plain files"] == 2
+
+
 @pytest.mark.parametrize("tar_format", FORMATS)
 def test_every_cut_keeps_the_readable_part(tmp_path, tar_format):
     long_name = "k" * 90 if tar_format == "ustar" else "k" * 180
@@ -253,6 +288,15 @@ def test_json_columns(tmp_path):
     counts = report(tmp_path / "train.tsv")["counts"]
     assert counts["invalid UTF-8 (replaced)"] == 2 and counts["text over 4 MiB (ignored)"] == 1
     assert counts["JSON that cannot be read or is no object (ignored)"] == 1
+
+
+def test_which_text_is_the_caption_and_which_number_the_label(tmp_path):
+    """JSON's caption, text, title in this order; .cls before JSON's label."""
+    fields = dict(title="the title", text="the text", label=3)
+    members = [("0.jpg", b"x"), ("0.json", json.dumps(fields).encode()), ("0.cls", b"5"),
+               ("1.jpg", b"x"), ("1.json", json.dumps(fields | dict(caption="its own")).encode())]  # fmt: skip
+    rows = index(make_tar(tmp_path / "s.tar", members), out=tmp_path / "t.tsv")
+    assert [(row["caption"], row["label"]) for row in rows] == [("the text", "5"), ("its own", "3")]
 
 
 def test_parquet_columns(tmp_path, monkeypatch):
@@ -457,6 +501,21 @@ def test_hash_is_pinned():
     parts = b"".join(len(p).to_bytes(8, "big") + p for p in (b"0", b"00000.tar/000000001"))
     expected = int.from_bytes(hashlib.blake2b(parts, digest_size=8).digest(), "big") / 2**64
     assert bd.unit_hash(0, "00000.tar/000000001") == expected == 0.5366263650151138
+
+
+def test_a_shard_s_name_is_part_of_what_is_drawn(tmp_path):
+    """Shards with the same keys hold out different rows, and no later version may move one of them."""
+    def draw(shard, key):
+        parts = b"".join(len(p).to_bytes(8, "big") + p for p in (b"3", f"{shard}.tar/{key}".encode()))
+        return int.from_bytes(hashlib.blake2b(parts, digest_size=8).digest(), "big") / 2**64
+
+    keys = [f"{i:02d}" for i in range(30)]
+    for shard in "ab":
+        make_tar(tmp_path / "s" / f"{shard}.tar", [m for key in keys for m in sample(key, f"{shard} {key}")])
+    index(tmp_path / "s", "--holdout", 0.5, "--seed", 3, "--workers", 1, out=tmp_path / "train.tsv")
+    held = [row["caption"] for row in read(tmp_path / "val.tsv")]
+    assert held == [f"{shard} {key}" for shard in "ab" for key in keys if draw(shard, key) < 0.5]
+    assert {text[2:] for text in held if text[0] == "a"} != {text[2:] for text in held if text[0] == "b"}
 
 
 def test_stats_are_compared(tmp_path, capsys):

@@ -240,6 +240,18 @@ def test_damaged_or_other_wordnet(tmp_path, data, index, reason):
         run("classes", tmp_path / "list", "--wordnet", tmp_path, "--out", tmp_path / "c.tsv")
 
 
+def test_empty_fields_of_extra_and_wordnet_s_glosses_replace_nothing(tmp_path):
+    files = {"data.noun": SYNSET, "index.noun": "crane n 1 0 1 0 00000000  ", "noun.exc": "", "list": "n00000000\n",
+             "named": "crane\t\tmy own\n", "extra.tsv": "wnid\tnegative\tquery\tdefinition\nn00000000\tfish\t\t\n"}  # fmt: skip
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    for source, definition in ("list", "a bird"), ("named", "my own"):
+        run("classes", tmp_path / source, "--wordnet", tmp_path, "--extra", tmp_path / "extra.tsv", "--out", tmp_path / "c.tsv")
+        (row,) = bd.class_rows(str(tmp_path / "c.tsv"))
+        assert (row["wnid"], row["negative"], row["definition"]) == ("n00000000", "fish", definition)
+        assert row["query"] == ("crane" if source == "list" else "")
+
+
 def test_comments_in_a_class_list(tmp_path, capsys):
     (tmp_path / "list").write_text("# names of\n#\n#1 pencil\n#hashtag\ndog\n")
     run("classes", tmp_path / "list", "--out", tmp_path / "c.tsv")
@@ -860,3 +872,61 @@ def test_lemmas_and_case_of_the_command(folder):
     for more, n in (([], 1), (["--case", "insensitive"], 2)):
         run("label", *flags, "--match", "substring", *more)
         assert len(read(folder / "o.tsv")) == n
+
+
+def test_incaps_draws_the_order_and_keeps_the_longest_text_wherever_it_stands(tmp_path):
+    """A file name of another wnid is no image of this one; a variant is usable if one of its texts is there."""
+    (tmp_path / "classes.tsv").write_text("name\twnid\ncatamaran\tn01\n")
+    names, records = [f"n01_{i}.JPEG" for i in range(20)], []
+    for i, name in enumerate(names):
+        texts = ["short", f"the longer text {i}"][:: 1 if i % 2 else -1]
+        records += [dict(filename=name, wnid="n01", title=text, tags=[], description="") for text in texts]
+        records[-1]["description"] = "d" * (i < 5)
+    records += [dict(filename="n02_1.JPEG", wnid="n01", title="x", tags=[], description="")]
+    (tmp_path / "images" / "n01").mkdir(parents=True)
+    for name in (*names, "n02_1.JPEG"):
+        (tmp_path / "images" / "n01" / name).write_bytes(b"x")
+    (tmp_path / "in.json").write_text(json.dumps(records))
+    found = []
+    for seed in 0, 1:
+        run("incaps", tmp_path / "in.json", "--images", tmp_path / "images", "--classes", tmp_path / "classes.tsv",
+            "--seed", seed, "--out", tmp_path / "o.tsv")  # fmt: skip
+        rows = read(tmp_path / "o.tsv")
+        assert all(row["title"] == f"the longer text {row['filename'][4:-5]}" for row in rows)
+        found.append([row["filename"] for row in rows])
+    assert found[0] != found[1] and sorted(found[0]) == sorted(found[1]) == sorted(names)
+    n = sum(bool(row["description"]) for row in rows)
+    assert report(tmp_path / "o.tsv")["rows_with_text"] == {
+        "title": 20, "tags": 0, "description": n, "title+description": 20, "tags+description": n, "title+tags": 20}  # fmt: skip
+    assert 0 < n < 20 and report(tmp_path / "o.tsv")["funnel"]["unknown wnid"] == -1
+
+
+def test_laionet_keeps_the_similarity_of_image_and_text_through_a_second_call(folder):
+    """A tag's case does not count."""
+    source = write_captions(folder / "in.tsv", ["simba", "crane"], similarity=[0.33, 0.35], NSFW=["Unlikely", "unsure"])
+    for name, rows in ("classes", np.eye(3)), ("in.tsv", np.eye(3)[:2]), ("o.all.tsv", np.eye(3)[1:2]):
+        np.save(folder / f"{name}.npy", rows)
+    flags = ["--classes", folder / "classes.tsv", "--embeddings", folder, "--workers", 1, "--out"]
+    run("laionet", source, *flags, folder / "o.tsv")
+    run("laionet", folder / "o.all.tsv", *flags, folder / "p.tsv")
+    (row,) = read(folder / "p.tsv")
+    assert (row["image"], row["similarity"], row["source_similarity"]) == ("0.jpg", "1.000000", "0.33")
+
+
+def test_status_tells_the_share_of_a_class_and_which_are_lost(tmp_path):
+    n, status = 4, ["success", "failed_to_download", "success", "failed_to_resize"]
+    table = dict(key=list("abcd"), label=list("0112"), status=status, error_message=["x"] * n)
+    pq.write_table(pa.table(table), tmp_path / "00000.parquet")
+    (tmp_path / "00000_stats.json").write_text(json.dumps(dict(count=n, successes=2)))
+    run("status", tmp_path, "--out", tmp_path / "retry.tsv")
+    assert [row["success"] for row in read(tmp_path / "retry.classes.tsv")] == ["1.0000", "0.5000", "0.0000"]
+    assert report(tmp_path / "retry.tsv")["lost_classes"] == ["2"]
+
+
+def test_a_row_of_a_shard_without_a_status_is_kept_and_not_lost(folder):
+    columns = dict(caption=["crane"] * 3, key=list("abc"), status=[None, "success", "failed_to_download"], error_message=[None] * 3)
+    pq.write_table(pa.table(columns), folder / "00000.parquet")
+    run("label", folder / "00000.parquet", "--classes", folder / "classes.tsv", "--workers", 1, "--out", folder / "o.tsv")
+    assert [row["key"] for row in read(folder / "o.tsv")] == ["a", "b"]
+    funnel = report(folder / "o.tsv")["funnel"]
+    assert (funnel["rows"], funnel["bad: not downloaded by img2dataset"]) == (3, -1)

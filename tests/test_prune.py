@@ -169,3 +169,13 @@ def test_rand_is_neither_near_nor_far(tmp_path):
     kept = [set(np.flatnonzero(~bd.least_similar([str(tmp_path / "a.tsv")], np.linspace(0, 1, 200), 100, seed)["rand"]))
             for seed in (0, 1)]  # fmt: skip
     assert kept[0] != kept[1] and all(30 < len(k & set(range(100))) < 70 for k in kept)
+
+
+def test_gap_and_leaks_of_the_report_by_hand(world):
+    """Mean cosine of test images at 0 and 90 degrees to the nearest row; of 10 degrees alone the cosine is over .95."""
+    np.save(world / "v.npy", at(0, 90))
+    done = run(world, tests=["val=v.npy"])
+    assert done.returncode == 0, done.stderr
+    report, cos = json.loads((world / "o-val.tsv.json").read_text()), lambda degrees: np.cos(np.radians(degrees))
+    expected = dict(small=(cos(20) + cos(60)) / 2, pruned=(cos(20) + cos(61)) / 2)
+    assert report["gap"] == pytest.approx(expected, abs=2e-4) and report["leaks"] == {"val": 1}

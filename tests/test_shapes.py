@@ -365,3 +365,49 @@ def test_a_test_set_shows_its_labels_in_its_process(world, name):
     shapes, patterns = np.array(bd.CONCEPTS)[labels].T
     drawn, _ = bd.render(shapes, patterns, PROCESSES[name], bd.rng_of(0, name, "pixels", 0))
     assert np.array_equal(drawn, np.load(world / f"{name}.npy"))
+
+
+@pytest.mark.parametrize("name, exponent", [("laionet", 1), ("incaps", 0.3), ("balanced", 0)])
+def test_class_counts_are_zipf_s(world, name, exponent):
+    """750 rows over 120 classes by rank ** -exponent, each rounded."""
+    share = np.arange(1, 121.0) ** -exponent
+    assert np.abs(np.sort(class_counts(world, name))[::-1] - 750 * share / share.sum()).max() < 1
+
+
+def test_cuts_hold_the_first_rows_of_each_class(world):
+    for name in "laionet", "incaps":
+        first, kept = {}, {}
+        for row in read_tsv(world / name / "train.tsv")[1]:
+            first.setdefault(row["label"], []).append(row["image"])
+        for row in read_tsv(world / f"{name}4k" / "train.tsv")[1]:
+            kept.setdefault(row["label"], []).append(row["image"].removeprefix(f"../{name}/"))
+        assert all(images == first[label][: len(images)] for label, images in kept.items())
+
+
+def test_captions_tell_place_and_size_of_what_is_shown(world):
+    """Means over about 18 captions a word, of the middle and the area of what differs from the picture's border."""
+    rows, images = read_tsv(world / "incaps" / "train.tsv")[1], np.load(world / "incaps" / "train.npy").astype(float)
+    border = np.concatenate([images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1]], axis=1)
+    ink = np.abs(images - np.median(border, axis=1)[:, None, None]).sum(axis=3) > 120
+    y, x = ([np.nonzero(one)[axis].mean() for one in ink] for axis in (0, 1))
+
+    def mean(values, word):
+        return np.mean([value for value, row in zip(values, rows) if word in row["caption"].split()])
+
+    assert mean(x, "right") - mean(x, "left") > 1.5 and mean(y, "bottom") - mean(y, "top") > 1.5
+    assert mean(ink.mean(axis=(1, 2)), "large") > 1.1 * mean(ink.mean(axis=(1, 2)), "small")
+
+
+def test_noise_is_vague_or_wrong(tmp_path, monkeypatch):
+    """Of 5,000 captions that do not say what is shown 8/13 name nothing, the others never the class itself."""
+    seen = dict(colour=np.zeros(250, int), background=np.zeros(250, int), x=np.ones(250), y=np.zeros(250), radius=np.ones(250))
+    monkeypatch.setattr(bd, "render", lambda shapes, *_: (np.zeros((len(shapes), 1, 1, 3), np.uint8), seen))
+    np.save(tmp_path / "p.npy", np.zeros((5000, 1, 1, 3), np.uint8))
+    classes, n_vague = np.arange(250) % 120, 0
+    for first in range(0, 5000, 250):
+        job = (tmp_path / "p.npy", "balanced", bd.TRAIN_SETS["balanced"], classes, first, 0, "compositional", 1.0)
+        for number, text in zip(classes, bd.make_chunk(job)):
+            words, concept = set(text["caption"].split()), bd.concept_table(0, "compositional")[number]
+            n_vague += bool(words & {"figure", "shape", "thing", "object", "item", "something"})
+            assert words.isdisjoint(concept["shape"]) or words.isdisjoint(concept["pattern"]), text
+    assert n_vague / 5000 == pytest.approx(8 / 13, abs=0.028)  # four standard errors

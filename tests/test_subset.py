@@ -417,3 +417,29 @@ def test_counts_of_status_without_classes_are_refused(tmp_path):
     bd.write_tsv(tmp_path / "c.tsv", ("label", "name", "rows", "count"), [dict(label=5, name="", count=3)])
     done = run("subset", table(tmp_path / "a.tsv", {0: 3}), "--match-frequency", tmp_path / "c.tsv", "--out", tmp_path / "o.tsv")
     assert done.returncode == 2 and "'5' '3': no class of classes.tsv" in done.stderr
+
+
+def test_a_row_without_the_number_is_below_every_threshold(tmp_path):
+    path, out = table(tmp_path / "a.tsv", {0: 10}, similarity=lambda i: i if i % 2 else ""), tmp_path / "o.tsv"
+    assert run("subset", path, "--threshold", "similarity=-1", "--out", out).returncode == 0
+    assert [row["similarity"] for row in read(out)] == list("13579")
+
+
+def test_stats_by_hand():
+    """15 classes, one of them empty: a tenth is one class; 20 rows are not below 20; the median is of all classes."""
+    found = bd.describe_counts(np.array([0, 19, 20, 100, 99, *[150] * 4, *[7] * 6]))
+    assert found["head_share"] == 150 / 880 and (found["below_20"], found["below_100"]) == (8, 10)
+    assert found["median"] == 19 and (found["classes"], found["empty"], found["labelled"]) == (14, 1, 880)
+
+
+def test_numbers_of_the_reports_by_hand(tmp_path):
+    """A cut's classes before and after, a mixture's shares of what it has, mean and median of caption lengths."""
+    a, b = table(tmp_path / "a.tsv", {0: 6, 1: 3, 2: 1}), table(tmp_path / "b.tsv", {0: 9})
+    report = lambda name: json.loads((tmp_path / f"{name}.tsv.json").read_text())  # noqa: E731
+    assert run("subset", a, "--shots", 2, "--out", tmp_path / "s.tsv").returncode == 0
+    assert (report("s")["classes_before"], report("s")["classes_after"]) == ([6, 3, 1], [2, 2, 1])
+    assert run("mix", a, b, "--rows", 9, "--weights", 2, 1, "--out", tmp_path / "m.tsv").returncode == 0
+    assert report("m")["shares"] == {"a": dict(rows=6, share=0.6667), "b": dict(rows=3, share=0.3333)}
+    rows = [dict(image=str(i), label=0, caption=text) for i, text in enumerate(("one", "one two", "1 2 3 4 5 6"))]
+    bd.write_tsv(tmp_path / "c.tsv", ("image", "label", "caption"), rows)
+    assert bd.caption_lengths(str(tmp_path / "c.tsv")) == dict(words_mean=3, words_median=2, captions_distinct=1)

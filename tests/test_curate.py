@@ -253,3 +253,14 @@ def test_a_word_of_the_least_count_is_an_entry(tmp_path):
     write(tmp_path / "in.tsv", [(i, "red apple" if i else "apple") for i in range(5)])
     run("metadata", tmp_path / "in.tsv", "--min-count", 4, "--out", tmp_path / "e.tsv")
     assert [row["entry"] for row in read(tmp_path / "e.tsv")[100:]] == ["apple", "red"]
+
+
+def test_pairs_and_entries_stand_in_the_order_of_their_counts(tmp_path, entries):
+    """What is never found is no part of the tail: the cap is a count that some entry has."""
+    source = write(tmp_path / "in.tsv", [(f"u{i}", text) for i, text in enumerate(["b c"] * 3 + ["a d"] * 2)])
+    run("metadata", source, "--min-count", 1, "--min-pmi", 1, "--out", tmp_path / "m.tsv")
+    assert [row["entry"] for row in read(tmp_path / "m.tsv") if row["source"] == "pair"] == ["b c", "a d"]
+    (tmp_path / "entries.tsv").write_text("entry\nnever\nC\nA\nB\n")
+    curate(write(tmp_path / "t.tsv", [(f"u{i}", text) for i, text in enumerate(TEXTS)]), entries, tmp_path / "o.tsv", "--cap", 2)
+    assert [row["entry"] for row in read(tmp_path / "o.entries.tsv")] == ["A", "B", "C", "never"]
+    assert bd.cap_of_share(np.array([0, 0, 5, 5]), 0.01) == 5

@@ -14,7 +14,7 @@ import pytest
 import torch
 from programs import run_here
 from scipy.special import logit, softmax
-from scipy.stats import spearmanr
+from scipy.stats import binomtest, spearmanr
 
 import evaluate
 
@@ -1014,3 +1014,110 @@ def test_head_tail_cosine_resamples_both(spread):
     found = evaluate.affinity(np.concatenate(sides), np.arange(10), np.arange(10, 20), 4000, rng)["head-tail cosine"]
     assert found["value"] == pytest.approx(rows[:, 0].mean())
     assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * rows[:, 0].std() / 10**0.5, rel=0.1)
+
+
+def test_accuracies_beside_collapse_have_intervals_of_their_classes(tmp_path):
+    labels = np.repeat([0, 1], [40, 10])
+    np.savez(tmp_path / "a.npz", labels=labels, features=np.random.default_rng(0).normal(size=(50, 3)),
+             predictions=np.repeat([0, 1, 0], [30, 15, 5]))  # fmt: skip
+    (model,) = evaluate.collapse([str(tmp_path / "a.npz")], "", 0, 0)["models"].values()
+    exact = [binomtest(k, n).proportion_ci(method="exact") for k, n in ((30, 40), (5, 10))]
+    np.testing.assert_allclose(model["accuracy_interval"], [(e.low, e.high) for e in exact])
+
+
+def test_discoveries_are_those_up_to_5_percent(tmp_path, monkeypatch):
+    """Two classes that are surely more alike in A, with adjusted p of .05 and .06."""
+    rng, labels = np.random.default_rng(0), np.repeat([0, 1], 8)
+    for name, shift in ("a", 9), ("b", 0):
+        np.savez(tmp_path / f"{name}.npz", labels=labels, features=rng.normal(size=(16, 5)) + shift)
+    monkeypatch.setattr(evaluate, "false_discovery_control", lambda p: np.array([0.05, 0.06]))
+    rows = evaluate.similarity(str(tmp_path / "a.npz"), str(tmp_path / "b.npz"), 10, 9, 7, 200, 0)["rows"]
+    shares = [rows[f"share of classes more alike in A{end}"]["value"]["value"] for end in ("", ", 5 % false discoveries")]
+    assert shares == [1, 0.5]
+
+
+def test_the_matrix_of_cosines_begins_with_the_head(tmp_path):
+    np.savez(tmp_path / "a.npz", prototypes=np.eye(3)[[0, 0, 1, 2]], class_counts=[9, 8, 2, 1])
+    found = evaluate.prototypes(str(tmp_path / "a.npz"), "", "", [0.1], 2, False, 0, 0, 0, "cpu")["affinity"]
+    assert found[0, 1] == pytest.approx(1) and found[2, 3] == pytest.approx(0)
+
+
+def test_rare_classes_of_the_plane_are_the_rarest_4_percent(tmp_path, monkeypatch):
+    """Of 220 classes the eight rarest."""
+    monkeypatch.setattr(evaluate, "tsne", lambda array, _: array[:, :2])
+    np.savez(tmp_path / "a.npz", labels=np.arange(220), features=np.eye(220), class_counts=np.arange(220, 0, -1))
+    found = evaluate.sample_plane(str(tmp_path / "a.npz"), "", 1, 0)
+    assert set(found["classes"][found["is_rare"]]) == set(range(212, 220)) and found["n_means"] == 25 + 8
+
+
+def test_tau_normalisation_ends_at_a_cosine_head():
+    """Rows of length 4 and 1: features (2, 1) are of class 1 from tau 1.5 on, (10, 1) of class 0 up to 2.6."""
+    head, x = np.diag([4.0, 1]), np.array([[2.0, 1], [10, 1]])
+    val = {"zs": np.zeros((2, 2)), "ft": x @ head.T, "labels": np.array([1, 0]), "ft_features": x}
+    ft = {"logits": x @ head.T, "features": x, "prototypes": head}
+    _, chosen = evaluate.debias_logits({"logits": np.zeros((2, 2))}, ft, val, np.zeros(2), False, 0, 0)
+    assert chosen["tau-norm"]["value"] == 0  # the first of equals
+
+
+def test_interpolated_weights_are_rounded_once():
+    """Sums in float64, as NumPy's; counts above 2^24 are exact."""
+    rng = np.random.default_rng(0)
+    a, b = ({"w": torch.from_numpy(rng.normal(size=1000)).float(), "n": torch.tensor(n)} for n in (20_000_001, 20_000_003))
+    mixed = evaluate.interpolate(a, b, 0.5)
+    assert mixed["n"].item() == 20_000_002
+    w = {k: v["w"].double().numpy() for k, v in (("a", a), ("b", b))}
+    np.testing.assert_array_equal(evaluate.interpolate(a, b, 0.25)["w"], (w["a"] + 0.25 * (w["b"] - w["a"])).astype(np.float32))
+
+
+def test_frequency_bins_of_a_report_by_hand(tmp_path):
+    """16 classes from 1 to 10^5 images in eight bins of two: log10 of their mean count, and the mean accuracy."""
+    counts = np.rint(10 ** np.linspace(0, 5, 16)).astype(int)
+    labels = np.arange(16).repeat(2)
+    predictions = np.where(np.arange(32) % 4 == 0, (labels + 1) % 16, labels)
+    np.savez(tmp_path / "val.npz", labels=labels, predictions=predictions, class_counts=counts)
+    bins = evaluate.score_run(tmp_path, 0, 0)["val"]["bins"]
+    assert [b[0] for b in bins] == pytest.approx(np.log10(counts.reshape(8, 2).mean(1)))
+    assert [(b[1], b[4]) for b in bins] == [(0.75, "2 classes")] * 8
+
+
+def test_cells_are_sorted_by_more_digits_than_they_show():
+    assert 'data-v="0.123457">0.123 ' in evaluate.html_cell({"value": 0.1234567, "low": 0.1, "high": 0.2})
+
+
+def test_lengths_of_error_bars():
+    """Below, then above; none without an interval."""
+    cells = [{"value": 0.5, "low": 0.4, "high": 0.8}, {"value": 0.3, "low": None, "high": None}]
+    np.testing.assert_allclose(evaluate.error_bars(cells), [[0.1, 0], [0.3, 0]])
+
+
+def test_what_plots_show(tmp_path, monkeypatch):
+    """Every panel has the numbers that its title says: log odds with their own ends, the thick mean of the models,
+    correlations with accuracy and with frequency, sorted differences, frequencies in the order of the first."""
+    pytest.importorskip("matplotlib")
+    seen, e = [], lambda value, low=None, high=None: {"value": value, "low": low, "high": high}  # noqa: E731
+    monkeypatch.setattr(evaluate, "save_figure", lambda figure, *_: seen.append(figure.axes))
+    rows = {a: {"val": e(v), "v2": e(0.5, 0.4, 0.7)} for a, v in (("0", 0.6), ("1", 0.8))}
+    evaluate.plot_wiseft({"rows": rows, "id": "val"}, "")
+    line, _, (bars,) = seen[-1][0].containers[0].lines
+    assert line.get_xdata() == pytest.approx(logit([0.6, 0.8])) and line.get_ydata() == pytest.approx([0, 0])
+    assert bars.get_segments()[0][:, 1] == pytest.approx(logit([0.4, 0.7]))
+
+    paths = [str(tmp_path / f"{i}.npz") for i in range(2)]
+    for path, wrong in zip(paths, (1, 3)):
+        labels = np.repeat([0, 1], 4)
+        np.savez(path, labels=labels, predictions=np.where(np.arange(8) < wrong, 1, labels), class_counts=[9, 1])
+    evaluate.plot_imbalance(evaluate.plain(evaluate.imbalance(paths, "", "", (100, 20), 0, 1, 2, True, 0, 0)), "")
+    thick = [line for axis in seen[-1][:2] for line in axis.lines if line.get_linewidth() == 4]
+    assert [line.get_ydata().tolist() for line in thick] == [[1, 0.5], [1.5, 0.5]]
+
+    model = {"NC1": [0.1, 0.2], "accuracy": [1, 1]}
+    evaluate.plot_collapse({"models": {"m": model}, "rows": {"NC1": {"rho(acc)": e(-0.5), "rho(freq)": e(0.25)}}}, "")
+    assert [(a.get_ylabel(), a.containers[0].lines[0].get_ydata().tolist()) for a in seen[-1]] == [
+        ("Spearman with accuracy", [-0.5]), ("Spearman with frequency", [0.25])]  # fmt: skip
+
+    ends = [e(v, v - 0.1, v + 0.2) for v in (0.3, -0.2, 0.1)]
+    evaluate.plot_similarity({"names": ["a", "b"], "pairs": [[0.1, 0.2], [0.3, 0.4]], "differences": ends}, "")
+    assert seen[-1][1].lines[0].get_ydata() == pytest.approx([-0.2, 0.1, 0.3])
+
+    evaluate.plot_concepts({"counts": {"a": [1, 9, 4], "b": [7, 0, 2]}}, "")
+    assert [line.get_ydata().tolist() for line in seen[-1][0].lines[::2]] == [[9, 4, 1], [0.5, 2, 7]]

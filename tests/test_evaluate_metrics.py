@@ -680,3 +680,55 @@ def test_frequency_of_a_bin_is_the_mean():
     counts = np.array([1, 1, 10])
     (row,) = evaluate.binned_statistics(np.zeros(3, int), counts, counts / 10, counts, 0, np.random.default_rng(0))
     assert row["count"] == 4 and row["n_classes"] == 3
+
+
+def test_correlations_of_seeds_may_be_negative():
+    """-.5 and -.3: -.4 less 12.706 x .1 is cut at -1; an accuracy's low end at 0."""
+    assert evaluate.over_runs([{"value": -0.5}, {"value": -0.3}], "spearman_acc")["low"] == -1
+    assert evaluate.over_runs([{"value": 0.5}, {"value": 0.3}], "top1")["low"] == 0
+
+
+def test_shifts_share_the_resamples_of_models():
+    """Of two shifts with the same accuracies lines and rho are the same, and the mean of rho is either one."""
+    rng = np.random.default_rng(0)
+    x = np.linspace(0.3, 0.8, 7)
+    models = [{"model": f"m{i}", "group": "x", "a": pair, "b": pair}
+              for i, pair in enumerate((v, np.nan, 0.8 * v + 0.03 * rng.normal(), np.nan) for v in x)]  # fmt: skip
+    found = evaluate.effective_robustness(models, ["a", "b"], "x", "", {}, 100, 0)
+    assert found["fits"]["a, x"] == found["fits"]["b, x"] and found["fits"]["a, x"]["slope"]["low"] is not None
+    for row in found["rows"].values():
+        assert list(row["mean_rho"].values()) == pytest.approx(list(row["a rho"].values())) and row["a rho"] == row["b rho"]
+
+
+def test_the_mean_of_rho_is_as_wide_as_its_narrowest_piece_needs(monkeypatch):
+    """A line in pieces of three and five models beside one through eight: the level of three points."""
+    models = [{"model": f"m{i}", "group": "x"} | {s: (v, np.nan, 0.8 * v + 0.02 * (i % 3), np.nan) for s in "ab"}
+              for i, v in enumerate(np.linspace(0.2, 0.9, 8))]  # fmt: skip
+    levels, make = [], evaluate.from_draws
+    monkeypatch.setattr(evaluate, "from_draws", lambda draws, level=0.95, **k: levels.append(level) or make(draws, level, **k))
+    evaluate.effective_robustness(models, ["a", "b"], "x", "", {"b": 0.45}, 20, 0)
+    of_three, of_eight = (1 - 2 * stats.norm.cdf(-np.sqrt(m / (m - 2)) * stats.t.ppf(0.975, m - 2)) for m in (3, 8))
+    assert of_three > of_eight and levels[-8:] == pytest.approx([of_three] * 8)
+
+
+def test_matched_columns_have_their_own_numbers_of_images(tmp_path):
+    """--n val@r=20 is for the accuracy on val over the classes of r: 14 of 20."""
+    (tmp_path / "t.csv").write_text("model,val,val@r,r\na,.8,.7,.4\nb,.9,.8,.5\n")
+    n_of = {"val": 1000, "val@r": 20, "r": 100}
+    row = evaluate.robustness([str(tmp_path / "t.csv")], "val", ["r"], "", "", {}, n_of, {}, 5, 0)["rows"]["a"]
+    exact = stats.binomtest(14, 20).proportion_ci(method="exact")
+    assert (row["r id"]["low"], row["r id"]["high"]) == pytest.approx((exact.low, exact.high))
+
+
+@pytest.mark.parametrize("C, sizes", [(5, [1, 1, 3]), (8, [2, 2, 4])])
+def test_the_rest_of_thirds_is_in_the_tail(C, sizes):
+    assert [len(ids) for ids in evaluate.thirds(np.arange(C)).values()] == sizes
+
+
+def test_predictions_of_a_class_have_95_percent_intervals(tmp_path):
+    """Half of 400 images are said to be of their class: 200 +- 1.96 x 10. The rarest classes are in rising order."""
+    labels, predictions = np.repeat([0, 1, 2], [400, 50, 50]), np.repeat([0, 2, 1, 2], [200, 200, 50, 50])
+    np.savez(tmp_path / "a.npz", labels=labels, predictions=predictions, class_counts=[9, 3, 6])
+    (model,) = evaluate.imbalance([str(tmp_path / "a.npz")], "", "", (100, 20), 2, 1, 2, True, 3000, 0)["models"].values()
+    assert model["predictions_interval"][0] == pytest.approx([180.4, 219.6], abs=1.5)
+    assert model["rarest"].tolist() == [1, 2]

@@ -437,3 +437,50 @@ def test_the_mean_over_sets_weighs_them_equally(tmp_path):
             np.savez(tmp_path / f"{name}_{part}.npz", features=np.eye(2)[x], labels=labels)
     row = evaluate.transfer("probe", [str(tmp_path)], [], [], "none", 1.0, "top1", [], 0, 0, 0, "cpu")["rows"][tmp_path.name]
     assert [row[k]["value"] for k in ("a", "b", "mean")] == [1, 0.5, 0.75]
+
+
+def test_difficult_neighbours_do_not_vote():
+    """Both neighbours at cosine 1, one with a label, of the other it is difficult: the vote is exp(1 / .07)."""
+    x = np.array([[1.0, 0], [1, 0]])
+    votes = evaluate.knn_scores({"features": x, "labels": np.array([[1, 1], [0, -1]])}, {"features": x[:1]}, 2, 2, "cpu")
+    np.testing.assert_allclose(votes, np.exp([[1 / 0.07] * 2]), rtol=1e-5)
+
+
+def test_clips_sweep_ends_at_eight_steps_a_decade():
+    class Other(Peak):
+        def scores(self, x):
+            return np.stack([np.abs(self.exponent - 1.4) < x[:, 0], np.full(len(x), 0.5)], 1)
+
+    val = {"features": np.linspace(0, 10, 1001)[:, None], "labels": np.zeros(1001, int)}
+    assert evaluate.sweep_strength("clip", Other(), val, "top1") == pytest.approx(10**-1.375)
+
+
+def test_temperatures_reach_a_hundred():
+    """Logits times 40 have 40 times the temperature."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(5, size=500)
+    logits = rng.normal(size=(500, 5)) + np.eye(5)[labels]
+    t = evaluate.fit_temperature(logits, labels)
+    assert t > 0.5 and evaluate.fit_temperature(40 * logits, labels) == pytest.approx(40 * t, rel=1e-4)
+
+
+def test_reliability_has_bins_of_equal_width(tmp_path):
+    """Confidence .95 in nine of ten images, .55 in the others: two bins, with as many images."""
+    sure = np.arange(400) % 10 > 0
+    logits = np.stack([np.log(np.where(sure, 0.95, 0.55)), np.log(np.where(sure, 0.05, 0.45))], 1)
+    labels = (np.arange(400) % 20 == 0).astype(int)
+    np.savez(tmp_path / "a.npz", logits=logits, labels=labels)
+    found = evaluate.calibration([str(tmp_path / "a.npz")], 10, 0.5, 0, 0)
+    (row,), curve = found["rows"].values(), next(iter(found["curves"].values()))
+    assert [b["confidence"]["value"] for b in curve] == pytest.approx([0.55, 0.95])
+    assert sum(b["n"] for b in curve) == row["n"] and curve[1]["accuracy"]["value"] == 1
+
+
+def test_a_plot_of_one_model_is_in_percent(monkeypatch):
+    pytest.importorskip("matplotlib")
+    seen = []
+    monkeypatch.setattr(evaluate, "save_figure", lambda figure, *_: seen.append(figure.axes[0]))
+    cells = {"rows": {"m": {"a": {"value": 0.5, "low": 0.4, "high": 0.7}}}}
+    evaluate.plot_transfer(cells, "a.svg")
+    assert seen[0].get_ylabel() == "m (%)" and seen[0].containers[0].lines[0].get_ydata() == pytest.approx([50])
+    assert seen[0].containers[0].lines[2][0].get_segments()[0][:, 1] == pytest.approx([40, 70])

@@ -897,3 +897,15 @@ def rename(blocks, key):
             block = blocks[pos : pos + 512]
             blocks[pos + 148 : pos + 156] = b"%06o\0 " % (sum(block) - sum(block[148:156]) + 256)
     return bytes(blocks)
+
+
+def test_a_wnid_wins_over_a_name_and_texts_are_part_of_what_was_read(tmp_path):
+    (tmp_path / "c.tsv").write_text("name\twnid\nn2\tn1\nlion\tn2\n")
+    assert bd.labels_by_name(str(tmp_path / "c.tsv")) == ({"n1": 0, "n2": 1, "lion": 1}, 2)
+    found = []
+    for text in (b"a cat", b"a dog"):
+        write(tmp_path / "photos" / "0.jpg", b"x")
+        write(tmp_path / "photos" / "0.txt", text)
+        index(tmp_path / "photos", out=tmp_path / "t.tsv")
+        found.append(report(tmp_path / "t.tsv")["sources"][0]["sha256_of_names_sizes_texts"])
+    assert found[0] != found[1]

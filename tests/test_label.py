@@ -930,3 +930,17 @@ def test_a_row_of_a_shard_without_a_status_is_kept_and_not_lost(folder):
     assert [row["key"] for row in read(folder / "o.tsv")] == ["a", "b"]
     funnel = report(folder / "o.tsv")["funnel"]
     assert (funnel["rows"], funnel["bad: not downloaded by img2dataset"]) == (3, -1)
+
+
+def test_judgements_may_be_digits(tmp_path):
+    (tmp_path / "j.tsv").write_text("name\trelevant\n" + "".join(f"lion\t{a}\n" for a in ("1", "0", "Yes", "no", "")))
+    assert bd.read_relevance(str(tmp_path / "j.tsv"), ["crane", "lion"]) == {1: [4, 2]}
+
+
+def test_queries_of_laionet(folder, monkeypatch):
+    """The first word in lower case, which is the definition as it is."""
+    (folder / "classes.tsv").write_text("name\tdefinition\tquery\nSea Lion\ta Seal\t\ncrane\ta bird\tHeron\n")
+    seen, source = [], write_captions(folder / "in.tsv", ["crane"], s=[0.5])
+    monkeypatch.setattr(bd, "run_files", lambda work, paths, out, settings, run: seen.append(settings["queries"]))
+    run("laionet", source, "--classes", folder / "classes.tsv", "--similarity", "s", "--out", folder / "o.tsv")
+    assert seen == [["sea lion which is a Seal", "heron which is a bird"]]

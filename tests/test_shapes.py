@@ -411,3 +411,25 @@ def test_noise_is_vague_or_wrong(tmp_path, monkeypatch):
             n_vague += bool(words & {"figure", "shape", "thing", "object", "item", "something"})
             assert words.isdisjoint(concept["shape"]) or words.isdisjoint(concept["pattern"]), text
     assert n_vague / 5000 == pytest.approx(8 / 13, abs=0.028)  # four standard errors
+
+
+def test_similarity_counts_words():
+    assert bd.word_similarity("star star, red", "star") == pytest.approx(2 / 5**0.5)
+
+
+def test_invented_names_are_all_different():
+    """Of 29,400 words 210 are drawn: without a check every other seed has one twice."""
+    for seed in range(8):
+        names = [row["name"] for row in bd.concept_table(seed, "atomic")]
+        assert len(set(names)) == len(names) == 210
+
+
+def test_objectnet_turns_shapes_all_the_way_round(monkeypatch):
+    """Half of the angles are over 90 degrees, of 600, five standard errors; on val at most 19."""
+    seen, look_up = [], bd.look_up
+    monkeypatch.setattr(bd, "look_up", lambda maps, shapes, u, v: seen.append(u) or look_up(maps, shapes, u, v))
+    for process in "objectnet", "plain":
+        bd.render(np.zeros(600, int), np.zeros(600, int), process, np.random.default_rng(0))
+    angles = [np.abs(np.degrees(np.arctan2(u[:, 1, 0] - u[:, 0, 0], u[:, 0, 1] - u[:, 0, 0]))) for u in seen]
+    assert np.mean(angles[0] > 90) == pytest.approx(0.5, abs=0.1) and angles[0].max() > 170
+    assert 18 < angles[1].max() < 19.01

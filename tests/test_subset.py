@@ -443,3 +443,28 @@ def test_numbers_of_the_reports_by_hand(tmp_path):
     rows = [dict(image=str(i), label=0, caption=text) for i, text in enumerate(("one", "one two", "1 2 3 4 5 6"))]
     bd.write_tsv(tmp_path / "c.tsv", ("image", "label", "caption"), rows)
     assert bd.caption_lengths(str(tmp_path / "c.tsv")) == dict(words_mean=3, words_median=2, captions_distinct=1)
+
+
+def test_classes_of_equal_counts_are_ranked_by_the_seed():
+    found = {tuple(bd.profile_quota(np.full(6, 100), "exponential", 32, 0, seed)) for seed in range(4)}
+    assert len(found) > 1 and all(sorted(quota) == [4, 7, 13, 25, 50, 100] for quota in found)  # 100 / 2^i, rounded up
+
+
+def test_a_mix_of_mixes_tells_the_first_source(tmp_path):
+    """Shares without --rows are of all rows."""
+    for name in "abcd":
+        table(tmp_path / f"{name}.tsv", {0: 1 if name == "a" else 3})
+    for tables, out in (("ab", "m"), ("mc", "n"), ("nd", "o")):
+        assert run("mix", *(tmp_path / f"{name}.tsv" for name in tables), "--out", tmp_path / f"{out}.tsv").returncode == 0
+    assert json.loads((tmp_path / "m.tsv.json").read_text())["shares"] == {"a": dict(rows=1, share=0.25), "b": dict(rows=3, share=0.75)}
+    assert [row["source"] for row in read(tmp_path / "o.tsv")] == ["n"] * 7 + ["d"] * 3
+    assert [row["source_before"] for row in read(tmp_path / "o.tsv")][:4] == ["a", "b", "b", "b"]
+
+
+def test_the_plot_of_counts_has_them_in_the_order_of_the_first(tmp_path, monkeypatch):
+    figures = []
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    monkeypatch.setattr(figure, "savefig", lambda self, *_, **__: figures.append(self))
+    bd.plot_counts(["a", "b"], [np.array([1, 9, 4]), np.array([7, 0, 2])], str(tmp_path / "p.png"))
+    drawn = [[line.get_ydata().tolist() for line in axis.lines] for axis in figures[0].axes]
+    assert drawn == [[[9, 4, 1], [7, 2, 0]], [[9, 4, 1], [0, 2, 7]]]

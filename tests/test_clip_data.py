@@ -253,6 +253,8 @@ def test_16_bit_values_are_kept(tmp_path):
     values = np.arange(0, 65536, 64, dtype=np.uint16).reshape(16, 64)
     image = np.array(read(tmp_path, encoded(Image.fromarray(values), "PNG")))
     assert (image == (values >> 8)[..., None]).all()
+    beyond = np.array([[-5, 0, 40000], [65535, 65536, 10**6]], np.int32)  # 32 bits: what 16 cannot hold is black or white
+    assert np.array(read(tmp_path, encoded(Image.fromarray(beyond), "TIFF")))[..., 0].tolist() == [[0, 0, 156], [255] * 3]
 
 
 def test_exif_rotation(tmp_path):
@@ -829,6 +831,53 @@ def test_evaluation_sees_the_centre_square(tmp_path):
         embed, *_ = clip.encode_images(tower, table_of(tmp_path, f"image\n{field}\n"), 0, 10**6, torch.device("cpu"))
         seen = embed[0].numpy().reshape(3, 32, 32)
         assert np.abs(seen - np.array(expected, float).transpose(2, 0, 1)).max() < 3
+    steps = np.repeat(np.uint8(255 * (x // 7 % 2))[..., None], 3, 2)  # a bicubic filter overshoots at their edges
+    np.save(tmp_path / "b.npy", steps[None])
+    embed, *_ = clip.encode_images(tower, table_of(tmp_path, "image\nb.npy:0\n"), 0, 10**6, torch.device("cpu"))
+    expected = Image.fromarray(steps).resize((32, 32), Image.Resampling.BICUBIC, clip.center_box(60, 40))
+    assert np.abs(embed[0].numpy().reshape(3, 32, 32) - np.array(expected, float).transpose(2, 0, 1)).max() < 3
+
+
+def test_test_images_are_decoded_as_large_as_they_are_seen(tmp_path):
+    """A JPEG of fine waves is seen as its PNG is: not decoded smaller than the network's images."""
+    waves = 127 + 60 * np.sin(np.arange(128) / 3)  # 19 px long, 5 of the 32 that are seen
+    image, seen = Image.fromarray(np.uint8(waves + 0 * waves[:, None])).convert("RGB"), []
+    for kind in "jpeg", "png":
+        image.save(tmp_path / f"0.{kind}", quality=100)
+        seen.append(clip.EvalImages(table_of(tmp_path, f"image\n0.{kind}\n"), 32, 10**6)[0][0].float())
+    assert seen[1].std() > 20 and (seen[0] - seen[1]).abs().mean() < 4
+
+
+def test_the_first_line_names_the_extremes(tmp_path):
+    """The most and the least frequent class, one without images too; shares where there are several sets."""
+    tables = [table_of(tmp_path, "image\n" + "x\n" * n, f"{n}.tsv") for n in (3, 1200)]
+    counts, names = np.array([4, 1500, 0]), ["cat", "dog", "cow"]
+    line = clip.describe("w", tables, np.array([0.25, 0.75]), names, counts)
+    assert line == (f"world w: 3 rows of {tables[0].path} (share 0.250), 1,200 rows of {tables[1].path} (share 0.750), 3 "
+                    "classes, most frequent 'dog' 1,500, least frequent 'cow' 0")  # fmt: skip
+    line = clip.describe("w", tables[:1], np.ones(1), names, 0 * counts)
+    assert line == f"world w: 3 rows of {tables[0].path}, 3 classes"
+
+
+def test_the_table_of_metrics_by_hand(capsys):
+    """Percent with one decimal, correlations with three, - for what cannot be computed."""
+    keys = ("n", "top1", "balanced", "head", "medium", "tail", "spearman_acc", "spearman_pred", "chance", "retrieval")
+    values = (64, 0.40625, 0.3333, 1.0, 0.0, None, -0.12345, None, 1 / 120, None)
+    clip.print_table({"val": dict(zip(keys, values)), "pairs": dict.fromkeys(keys) | {"n": 9, "retrieval": {"i2t_r1": 1 / 9}}})
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[1] == "val 64 40.6% 33.3% 100.0% 0.0% - -0.123 - 0.8%".split()
+    assert lines[2:] == [["retrieval", "n", "i2t_r1"], ["pairs", "9", "11.1%"]]
+
+
+def test_caption_statistics_by_hand(tmp_path):
+    """Pairs with a caption that the batch has twice, over the first four batches; different captions of all rows."""
+    said = ["a cat", "a cat", "a dog", "a dog", "an ape", "a bee", "an ox", "an eel"]
+    table = table_of(tmp_path, "image\tcaption\n" + "".join(f"x\t{text}\n" for text in said))
+    pairs = types.SimpleNamespace(captions=[clip.Captions(table, np.full(8, -1), ["{caption}"], [], 0)], tables=[table])
+    batches = [[0, 1, 2, 4], [3, 5, 6, 7], [0, 1, 2, 3], [0, 1, 4, 5], [0, 0, 0, 0]]  # the fifth is not looked at
+    sampler = types.SimpleNamespace(stop=9, batch=lambda step: np.array([[0, row, 0] for row in batches[step]]))
+    expected = "captions: 50.0% of a batch share theirs with another pair, 6 distinct in 8 rows (first epoch)"
+    assert clip.caption_statistics(pairs, sampler) == expected
 
 
 def test_unlabelled_sets_are_counted_by_an_even_sample(tmp_path, monkeypatch):

@@ -353,6 +353,8 @@ def test_load_state_mismatch_lists_names_and_shapes():
     ):
         assert words in str(error.value)
     assert torch.equal(model.token_embedding.weight, before)  # nothing was loaded
+    with pytest.raises(SystemExit, match=r"some/file.pt: values that are not finite in \['ln_final.bias'\]"):
+        clip.load_state(model, model.state_dict() | {"ln_final.bias": torch.full((64,), math.inf)}, "some/file.pt")
 
 
 def test_pick_activation():
@@ -403,6 +405,44 @@ def test_export_rebuilds_model_and_tokenizer(tmp_path):
         clip.build_model(
             clip.parse_args(["--eval-only", str(path), "--bpe", str(tmp_path / "other.txt")]), tmp_path, [], 0
         )
+
+
+@torch.no_grad()
+def test_initial_tiny_and_cbow():
+    """Residual blocks start as their shortcuts; projections of unit inputs have unit variance."""
+    model, x = clip.CLIP("tiny", 64, dict(arch="cbow", width=128, vocab_size=600), "gelu"), torch.rand(4, 32, 8, 8)
+    for block in model.visual.layers:
+        shortcut = x if block.downsample is None else block.downsample(x)
+        assert torch.equal(block(x), shortcut.relu())
+        x = torch.rand(4, shortcut.shape[1], 8, 8)
+    assert float(model.text_projection.std()) == pytest.approx(256**-0.5, rel=0.02)
+    assert float(model.token_embedding.weight.std()) == pytest.approx(0.02, rel=0.02)
+    assert float(model.logit_scale.exp()) == pytest.approx(1 / 0.07)
+
+
+def test_captions_are_cut_to_what_the_tower_holds(tmp_path):
+    """Loaded weights may have fewer positions than 77: as many tokens are made, the last one the end token."""
+    torch.save(checkpoint_of(small_clip(context_length=12), clip.Tokenizer([])), tmp_path / "clip.pt")
+    args = clip.parse_args(["--init", str(tmp_path / "clip.pt")])
+    model, tokenizer, _ = clip.build_model(args, tmp_path, [], 0)
+    tokens = tokenizer(["a hat " * 20, "a"])
+    assert tokens.shape == (2, 12) and tokens[0, -1] == 513 and bool(model.encode_text(tokens).isfinite().all())
+
+
+def test_merges_are_learned_from_the_captions(tmp_path, monkeypatch):
+    """Of the first epoch and all sets, but 200,000 rows of each at most; 8,192 merges at most."""
+    class Said:
+        def __init__(self, name, n):
+            self.name, self.table = name, range(n)
+
+        def __call__(self, row, epoch):
+            return f"{self.name}{row} {epoch}"
+
+    seen, sets = [], [Said("a", 3), Said("b", 200_003)]
+    monkeypatch.setattr(clip, "train_bpe", lambda texts, n: seen.append((list(texts), n)) or ["a b"])
+    _, tokenizer, _ = clip.build_model(clip.parse_args([]), tmp_path, sets, 0)
+    assert seen == [([f"a{i} 0" for i in range(3)] + [f"b{i} 0" for i in range(200_000)], 8192)]
+    assert tokenizer.merges == ["a b"]
 
 
 # ------------------------------------------------------------------------------ text towers

@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import numpy as np
 import programs
@@ -502,6 +503,7 @@ def test_missing_clip_pt(world, tmp_path, monkeypatch):
     command = commands[0][1:]
     args = clip.parse_args(command)
     assert args.data == "web" and args.export == str(world / "clip.pt") and args.root == str(world)
+    assert (args.steps, args.word_dropout, args.seed) == (2200, 0, 0)  # as for the study's figures
     other = tmp_path / "imagenet"
     shutil.copytree(world, other)
     for damaged in (b'{"world": "shapes", "see', b"\xff", b"[]"):
@@ -1049,6 +1051,56 @@ def test_a_write_that_is_interrupted_leaves_no_part(tmp_path, error):
     with pytest.raises(error):
         clip.write_atomically(tmp_path / "a.npz", write)
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"] and (tmp_path / "a.npz").read_bytes() == b"before"
+
+
+def test_a_link_stays_one_and_a_pipe_is_written_to(tmp_path):
+    """Outputs that lead to another disk go on doing so, and what is no file is not replaced by one."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "a.json").symlink_to("disk/a.json")
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    for name in "a.json", "pipe":
+        clip.write_json(tmp_path / name, {"a": 1})
+    assert os.read(reader, 99) == (tmp_path / "disk" / "a.json").read_bytes() == b'{\n "a": 1\n}\n'
+    os.close(reader)
+    assert (tmp_path / "a.json").is_symlink() and {path.name for path in tmp_path.iterdir()} == {"disk", "a.json", "pipe"}
+
+
+def test_only_parts_of_this_program_go_from_out(tmp_path):
+    for name in "checkpoint.pt.7.part", "film.mp4.part", "7.part", "checkpoint.pt":
+        (tmp_path / name).touch()
+    assert clip.lock_folder(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"lock", "film.mp4.part", "7.part", "checkpoint.pt"}
+
+
+def test_a_script_that_is_started_knows_nothing_of_the_launcher(monkeypatch):
+    """Nor has it torchrun's single thread; what else is set stays, and a failure is told."""
+    for name in "RANK", "WORLD_SIZE", "MASTER_PORT", "OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID", "CUDA_VISIBLE_DEVICES":
+        monkeypatch.setenv(name, "1")
+    seen = []
+    monkeypatch.setattr(subprocess, "run", lambda command, env: seen.append(env) or subprocess.CompletedProcess(command, 3))
+    with pytest.raises(SystemExit, match="^a.py --b ended with status 3$"):
+        clip.run_script(["a.py", "--b"])
+    assert seen[0]["CUDA_VISIBLE_DEVICES"] == "1" and seen[0]["PATH"] == os.environ["PATH"]
+    assert not [name for name in seen[0] if re.match("TORCHELASTIC|OMP_NUM|MASTER_|.*RANK|.*WORLD_SIZE", name)]
+
+
+def test_args_json_and_the_name_of_a_run(tmp_path, monkeypatch):
+    """CRCs have eight digits; W&B goes on with the run of a folder, not with that of another of the same name."""
+    seen = []
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **k: seen.append((k["id"], k["name"]))))
+    for folder in "a/run", "b/run", "a/run":
+        args = argparse.Namespace(out=str(tmp_path / folder), tensorboard=False, wandb="mine", resume="auto")
+        clip.RunLog(None, args, 0, {"x.tsv": 0xBEEF}, torch.device("cpu"), None)
+    assert json.loads((tmp_path / "a" / "run" / "args.json").read_text())["crc32"] == {"x.tsv": "0000beef"}
+    assert seen[0] == seen[2] and seen[0][0] != seen[1][0] and {name for _, name in seen} == {"run"}
+
+
+def test_the_root_is_that_of_the_first_table():
+    """With weights too; a set by its name is of the built-in world, and --root comes first."""
+    of = {"a/x.tsv": "a", "a/x.tsv:2, b/y.tsv:1": "a", "laionet:2,b/y.tsv:.5": "b", "laionet:2": clip.SHAPES_ROOT}
+    for data, root in (of | {None: clip.SHAPES_ROOT}).items():
+        assert str(clip.root_of("auto", data)) == root and str(clip.root_of("r", data)) == "r"
 
 
 def test_checkpoints_of_other_programs_are_named(world, tmp_path):

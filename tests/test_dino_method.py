@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 import pytest
+import scipy.special
+import scipy.stats
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -175,6 +177,34 @@ def test_head_gives_cosines():
     z = head.mlp(x).detach()
     expected = torch.nn.functional.cosine_similarity(z[:, None], head.prototypes[None].detach(), dim=2)
     torch.testing.assert_close(head(x), expected, rtol=0, atol=1e-6)
+
+
+def test_diagnostics_by_hand():
+    """Entropies as scipy has them, in units of ln M; spread is of the mean assignment; features over a sphere have 1."""
+    logits, targets = normal(6, 5), normal(6, 5, seed=1).softmax(1)
+    embed, m = 7 * normal(4000, 32, seed=2), math.log(5)
+    signs = dino.diagnostics(torch.tensor(2.5), logits, targets, embed, 0.3)
+    of_rows = scipy.stats.entropy(targets, axis=1).mean()
+    spread = scipy.stats.entropy(scipy.special.softmax(logits / 0.3, 1).mean(0)) / m
+    expected = {"teacher_entropy": of_rows / m, "kl_uniform": m - of_rows, "teacher_kl": 2.5 - of_rows}
+    found = {name: float(value) for name, value in signs.items()}
+    assert 0.99 < found.pop("feature_std") < 1.01 and found == pytest.approx(expected | {"spread_entropy": spread})
+    assert float(dino.diagnostics(torch.tensor(2.5), logits, targets, embed[:1].expand(9, -1), 0.3)["feature_std"]) < 1e-6
+
+
+def test_collapse_begins_at_its_thresholds():
+    """Targets above nine tenths of ln M, a spread or a deviation below a twentieth: not before."""
+    well = {"teacher_entropy": 0.89, "spread_entropy": 0.051, "feature_std": 0.051}
+    assert dino.collapse_of(well) == ""
+    for sign, value in ("teacher_entropy", 0.91), ("spread_entropy", 0.049), ("feature_std", 0.049):
+        assert dino.collapse_of(well | {sign: value}) != ""
+
+
+def test_initial_head():
+    """Weights of deviation 0.02, as in DINO's code, and no bias: temperatures are of such a start."""
+    layers = [layer for layer in dino.Head(64, 128, 32, 4, True).mlp if isinstance(layer, torch.nn.Linear)]
+    assert len(layers) == 3 and not any(layer.bias.any() for layer in layers)
+    assert all(float(layer.weight.detach().std()) == pytest.approx(0.02, rel=0.05) for layer in layers)
 
 
 def test_unique_prototypes():

@@ -4,6 +4,7 @@ import argparse
 import copy
 import functools
 import json
+import math
 import re
 import resource
 import shutil
@@ -145,6 +146,21 @@ def test_the_random_network_uses_all_of_its_layers(world):
     assert all(bool((m.running_var != 1).all()) for m in model.visual.modules() if isinstance(m, dino.BatchNorm2d))
 
 
+def test_the_random_network_sees_an_even_sample(tmp_path, monkeypatch):
+    """Of a large set, which may be sorted by class, 2,560 images from the first to the last."""
+    (tmp_path / "train.tsv").write_text("image\n" + "".join(f"{i}\n" for i in range(10_000)))
+    seen = []
+
+    def images_of(table, *more):
+        seen.extend(int(table.get(row, "image")) for row in range(len(table)))
+        return [(None, "missing file")] * len(table)
+
+    monkeypatch.setattr(dino, "EvalImages", images_of)
+    args = dino.parse_args(["--head-hidden", "8", "--prototype-dim", "8"])
+    dino.random_network(args, dino.Table(tmp_path / "train.tsv"), torch.device("cpu"))
+    assert len(seen) == 2560 and (seen[0], seen[-1]) == (0, 9999) and set(np.diff(seen)) == {3, 4}
+
+
 def test_export_starts_a_classifier(world, trained, tmp_path):
     exported = torch.load(world / "backbone.pt", weights_only=True)
     assert "optimizer" not in exported
@@ -250,6 +266,8 @@ def test_bad_images_are_replaced_and_counted(tmp_path):
     assert metrics["n"] == 39 and metrics["bad_images"] == {"not an image": 1}
     assert metrics["knn"] is None and metrics["probe"] is not None  # each is its own nearest neighbour
     assert "nothing to probe" not in printed
+    with np.load(tmp_path / "out" / "train.npz") as found:
+        assert found["rows"].tolist() == [i for i in range(40) if i != 7] and (found["labels"] == found["rows"] % 3).all()
     with pytest.raises(SystemExit, match="cannot be read .* more than --max-bad 0.0"):
         flags[flags.index("--max-bad") + 1] = "0"
         run_here(*flags, tmp_path / "train.tsv", "--out", tmp_path / "strict")
@@ -340,9 +358,10 @@ def test_precisions_and_the_other_clipping(world, tmp_path, precision, tolerance
 
 
 def test_collapse_is_named_once(world, tmp_path):
-    flags = ["--root", world, "--steps", "6", *QUICK, "--eval-sets"]
+    """Not in the first fifth of the steps, nor in the warm-up: until then a start may look like one."""
+    flags = ["--root", world, "--steps", "10", *QUICK, "--eval-sets", "--warmup-steps", "1"]
     printed = run_here(*flags, "--teacher-temp", "10", "--out", tmp_path / "flat")
-    assert printed.count("the model has collapsed: targets are near uniform") == 1
+    assert "step 4: the model has collapsed: targets are near uniform" in printed and printed.count("has collapsed") == 1
     assert "collapsed" not in run_here(*flags, "--out", tmp_path / "well")
 
 
@@ -542,8 +561,9 @@ def test_frozen_prototypes_have_no_part_in_the_norm(world, tmp_path):
 
 
 def test_probe_features_by_hand(world):
-    """Raw pixels: k-NN as scikit-learn votes, and a probe whose weights are those of raw features."""
-    args, names = dino.parse_args(["--probe-images", "200"]), [row["name"] for row in dino.read_classes(world)]
+    """Raw pixels: k-NN as scikit-learn votes, and a probe whose weights are those of raw features; on the same images
+    whatever the seed."""
+    args, names = dino.parse_args(["--probe-images", "200", "--seed", "5"]), [row["name"] for row in dino.read_classes(world)]
     bank, val = dino.Table(world / "imagenet" / "train.tsv"), dino.Table(world / "val.tsv")
     device = torch.device("cpu")
     found = dino.probe_features(dino.RawPixels(), bank, {"val": val}, named(names), args, device, False)["val"]
@@ -556,3 +576,59 @@ def test_probe_features_by_hand(world):
     np.testing.assert_allclose(votes, oracle.predict_proba(queries), atol=1e-3)
     rest = found["probe"].double() - torch.from_numpy(queries) @ found["weights"].double().T
     assert rest.std(0).max() < 1e-3  # a constant of each class
+
+
+def test_a_dead_dimension_has_no_part_in_the_probe(world):
+    """A feature that is the same for all images cannot be standardised: scores are as without it."""
+    args, names = dino.parse_args(["--probe-images", "200"]), [row["name"] for row in dino.read_classes(world)]
+    scores, val = [], dino.Table(world / "val.tsv")
+    for n in 0, 2:
+        tower = argparse.Namespace(image_size=32, embed_dim=12 + n, encode_image=lambda x, n=n: torch.nn.functional.pad(
+            torch.nn.functional.avg_pool2d(x / 255, 16).flatten(1), (0, n)))  # fmt: skip
+        bank = dino.Table(world / "imagenet" / "train.tsv")
+        found = dino.probe_features(tower, bank, {"val": val}, named(names), args, torch.device("cpu"), False)["val"]
+        scores.append(found["probe"])
+    assert bool(scores[1].isfinite().all()) and torch.allclose(*scores, atol=0.05)
+
+
+def test_frequencies_are_of_these_classes_in_this_order(monkeypatch):
+    """--eval-only with as many others, or another order, has none: labels and counts would be of different classes."""
+    args, seen = dino.parse_args(["--head-hidden", "8", "--prototype-dim", "8", "--no-head-bn"]), []
+    network = dino.Network("tiny", 8, 8, 1, False)
+    loaded = dino.checkpoint_of_dino(network, torch.ones(4, 8), ["cat", "dog"], np.array([5, 3]), args, 1)
+    monkeypatch.setattr(dino, "report_dino", lambda model, prototypes, worlds, counts, *more: seen.append(counts.tolist()))
+    for names in ["cat", "dog"], ["dog", "cat"], ["cat", "cow"]:
+        dino.evaluate_teacher(args, dict(loaded), [(None, {}, named(names), False)], 0, torch.device("cpu"))
+    assert seen == [[5, 3], [0, 0], [0, 0]]
+
+
+def test_what_a_probe_is_fitted_on(world, tmp_path):
+    """Rows with a label; by default those of ROOT/imagenet, else of the first set of --data."""
+    lines = (world / "laionet" / "train.tsv").read_text().splitlines()[:9]
+    column = lines[0].split("\t").index("label")
+    rows = [line.split("\t") for line in lines[1:]]
+    rows = [[*row[:column], "" if i % 4 == 1 else row[column], *row[column + 1 :]] for i, row in enumerate(rows)]
+    (world / "laionet" / "some.tsv").write_text("\n".join([lines[0], *map("\t".join, rows)]) + "\n")
+    args = dino.parse_args(["--eval-sets", "val", "--probe-set", str(world / "laionet" / "some.tsv")])
+    bank = dino.find_worlds(args, world)[0][0]
+    assert [bank.get(row, "label") for row in range(len(bank))] == [row[column] for row in rows if row[column]] and len(bank) == 6
+    args = dino.parse_args(["--data", "incaps,laionet", "--eval-sets", str(world / "val.tsv")])
+    assert dino.find_worlds(args, world)[0][0].path == world / "imagenet" / "train.tsv"
+    (tmp_path / "incaps").mkdir()
+    (tmp_path / "laionet").mkdir()
+    for name in "classes.tsv", "incaps/train.tsv", "laionet/train.tsv":
+        (tmp_path / name).symlink_to(world / name)
+    (tmp_path / "incaps" / "train.npy").symlink_to(world / "incaps" / "train.npy")
+    assert dino.find_worlds(args, tmp_path)[0][0].path == tmp_path / "incaps" / "train.tsv"
+
+
+@pytest.mark.parametrize("arch, augment, smallest, largest", [
+    ("RN50", "colour", 32, 128), ("tiny", "dino", 7, None), ("tiny", "colour", 1, 128), ("ViT-S-16", "dino", 16, None)])  # fmt: skip
+def test_sizes_of_views_have_bounds(arch, augment, smallest, largest):
+    """What tower and augmentation take is taken, and one pixel less or more is not."""
+    args = argparse.Namespace(arch=arch, augment=augment)
+    dino.check_views(args, [], [largest or 64, smallest], True)
+    for sizes in [largest or 64, smallest - 1], [(largest or math.inf) + 1, smallest]:
+        if sizes[1] > 0 and sizes[0] < math.inf:
+            with pytest.raises(SystemExit, match="need|must be at least|up to 128 px"):
+                dino.check_views(args, [], sizes, True)

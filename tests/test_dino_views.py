@@ -410,3 +410,17 @@ def test_probe_chooses_its_decay_on_held_out_rows():
     weights, decay = dino.linear_probe(ones, labels, 5, 0)
     assert decay < 0.1 and float(((ones @ weights).argmax(1) == labels).float().mean()) > 0.9
     assert torch.equal(weights, dino.fit_logistic(ones, labels, 5, decay, None))
+
+
+def test_probe_tries_four_decays_from_strong_to_weak(monkeypatch):
+    """On four fifths of the rows, each from the weights before; the strongest of equally good ones, on all rows, anew."""
+    seen = []
+
+    def fit(x, labels, C, decay, start):
+        seen.append((len(x), decay, None if start is None else float(start[0, 0])))
+        return torch.full((x.shape[1], C), float(len(seen)))
+
+    monkeypatch.setattr(dino, "fit_logistic", fit)
+    weights, decay = dino.linear_probe(torch.ones(50, 3), torch.zeros(50).long(), 2, 0)
+    assert seen == [(40, 0.1, None), (40, 0.01, 1), (40, 0.001, 2), (40, 0.0001, 3), (50, 0.1, None)]
+    assert decay == 0.1 and bool((weights == 5).all())

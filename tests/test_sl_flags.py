@@ -220,12 +220,15 @@ def test_resume_compares_the_vectors_of_a_frozen_head(width, world, tmp_path):
 
 
 def test_evaluation_in_the_world_of_the_run(world, tmp_path, monkeypatch):
-    """From anywhere: --eval-only knows the root that the checkpoint was trained in."""
-    run_here("--root", world, "--steps", "1", *FLAGS, "--eval-sets", "val", "--out", tmp_path / "run")
+    """From anywhere: --eval-only knows the root that the checkpoint was trained in; data and seed are named as the run's."""
+    flags = ["--root", world, "--data", "incaps", "--seed", "3", "--steps", "1", *FLAGS, "--eval-sets", "val"]
+    run_here(*flags, "--out", tmp_path / "run")
     monkeypatch.chdir(tmp_path)
     sets = ["--eval-sets", world / "val.tsv", "--device", "cpu"]
     run_here("--eval-only", tmp_path / "run" / "checkpoint.pt", *sets, "--out", tmp_path / "eval")
-    first, again = (json.loads((tmp_path / name / "metrics.json").read_text())["val"] for name in ("run", "eval"))
+    first, again = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("run", "eval"))
+    assert (again["run"]["data"], again["run"]["seed"]) == ("incaps", 3) == (first["run"]["data"], first["run"]["seed"])
+    first, again = first["val"], again["val"]
     assert again["top1"] == first["top1"] and again["spearman_pred"] == first["spearman_pred"]
     assert not (tmp_path / "data").exists()
 

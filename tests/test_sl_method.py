@@ -266,6 +266,11 @@ def table_of(tmp_path, labels):
     return sl.Table(path)
 
 
+def test_images_of_a_class_are_drawn_by_the_seed():
+    drawn = [sl.ClassSampler([np.zeros(50, int)], 0.0, 40, seed, 0, 1, 0, 1).batch(0)[:, 1] for seed in (0, 0, 1)]
+    assert np.array_equal(drawn[0], drawn[1]) and (drawn[0] == drawn[2]).mean() < 0.3
+
+
 def test_label_sets(tmp_path):
     table = table_of(tmp_path, ["2", "", "0|2", "dog", "dog | 0"])
     assert sl.read_label_sets(table, named(["cat", "dog", "cow"])).tolist() == [[2, -1], [-1, -1], [0, 2], [1, -1], [1, 0]]
@@ -297,6 +302,13 @@ def test_one_of_several_labels_is_drawn(tmp_path):
     assert 0.2 < (epochs[0] == epochs[1]).mean() < 0.5  # another epoch, too
 
 
+def test_an_image_with_k_labels_counts_a_kth_for_each(tmp_path):
+    """Whatever the most is that an image has: one with a single label counts 1."""
+    table_of(tmp_path, ["0|1"] * 4 + ["2"] * 3 + ["0|1|2"] * 3)
+    args = sl.parse_args(["--data", str(next(tmp_path.glob("*.tsv"))), "--multi-label", "all"])
+    assert sl.read_labelled_sets(args, tmp_path, named(["cat", "dog", "cow"]))[3].tolist() == [3, 3, 4]
+
+
 def test_trim_tail():
     labels = np.repeat([0, 1, 2, 3], [50, 4, 30, 9])
     counts = np.bincount(labels)
@@ -305,6 +317,7 @@ def test_trim_tail():
         assert tail.tolist() == [1, 3]
         assert np.bincount(labels[keep], minlength=4).tolist() == [50, min(4, shots), 30, min(9, shots)]
     assert not np.array_equal(sl.trim_tail(labels, counts, 2, 1, 0)[0], sl.trim_tail(labels, counts, 2, 1, 1)[0])
+    assert sl.trim_tail(labels, np.array([7, 4, 4, 4]), 2, 0, 0)[1].tolist() == [1, 2]  # ties by id
 
 
 def test_weights_beyond_all_numbers():
@@ -404,6 +417,22 @@ def test_towers_load_from_other_checkpoints(tmp_path):
         assert sl.load_tower(found, save(weights, tmp_path / "simclr.pt")) == "fc"
         assert torch.equal(found.visual.layer4[2].conv3.weight, standard.layer4[2].conv3.weight)
         assert found.visual.fc.weight.shape == other.visual.fc.weight.shape
+
+
+def test_initial_vit():
+    """As in DINO's code: deviation 0.02 of matrices, tokens and positions, no bias, layer norms that do nothing."""
+    for name, p in sl.ViT(224, 16, 384).named_parameters():
+        mean, std = (0, 0) if name.endswith("bias") else (1, 0) if "norm" in name else (0, 0.02)
+        p, n = p.detach(), p.numel()
+        assert float(p.mean()) == pytest.approx(mean, abs=0.1 / n**0.5), name
+        assert float(p.std()) == pytest.approx(std, rel=4 / n**0.5), name
+
+
+def test_initial_head_is_of_unit_vectors():
+    """Random directions: their length, which the logits do not see, decides how fast an optimiser turns them."""
+    head = sl.Classifier("tiny", 500, None, False).prototypes.detach()
+    torch.testing.assert_close(head.norm(dim=1), torch.ones(500))
+    assert head.shape == (500, 64) and float(head.mean(0).norm()) < 3 / 500**0.5
 
 
 def test_pixels_are_standardised_as_the_weights_expect(tmp_path):

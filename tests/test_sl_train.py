@@ -244,6 +244,7 @@ def test_vocabulary_below_what_the_batch_holds_is_named(world, tmp_path):
         "--root", world, "--vocab", "4", "--vocab-group", "32", "--steps", "2", "--out", tmp_path, *FLAGS
     )
     assert "--vocab 4 is less than what some of the groups of 32 images hold" in printed
+    assert "chance loss about ln(4) = 1.386" in printed
     assert log_of(tmp_path)[0]["vocab"] > 4 and log_of(tmp_path)[0]["drawn"] == 0
 
 

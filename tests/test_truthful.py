@@ -205,18 +205,19 @@ def test_what_the_log_counts_goes_on_after_a_resume(script, tmp_path, monkeypatc
                                                       (dino, "evaluate_dino", ["--transfer", *DINO])])  # fmt: skip
 def test_images_per_s_is_of_training_alone(script, evaluation, more, world, tmp_path, monkeypatch):
     """A clock on which a step takes 1 s and an evaluation 100: each line has the rate since the one before it, without
-    evaluations; the seconds of a run have all, also if it is continued."""
+    evaluations, the last step has one too; the seconds of a run have all, also if it is continued."""
     now, rate, metrics_of = [5.0], script.lr_at, getattr(script, evaluation)
     tick = lambda seconds, then: (now.append(now[-1] + seconds), then)[1]  # noqa: E731
     monkeypatch.setattr(script, "time", types.SimpleNamespace(time=lambda: now[-1]))
     monkeypatch.setattr(script, "lr_at", lambda *given: tick(1, rate(*given)))
     monkeypatch.setattr(script, evaluation, lambda *given: tick(100, metrics_of(*given)))
-    flags = ["--root", world, *FLAGS, "--steps", "4", "--log-every", "2", "--eval-every", "3", "--eval-sets", *more]
+    flags = ["--root", world, *FLAGS, "--log-every", "2", "--eval-every", "3", "--eval-sets", *more]
+    flags += ["--epochs", "0.22", "--steps", "99"]  # 66 of 300 rows: the last of 5 steps is for two
     for _ in range(2):
         told = answer(script, *flags, "--out", tmp_path)
         assert told.returncode == 0, told.stderr
-        assert json.loads((tmp_path / "metrics.json").read_text())["run"]["seconds"] == 104
-    assert [line["images_per_s"] for line in log_of(tmp_path) if "loss" in line] == [16, 16]
+        assert json.loads((tmp_path / "metrics.json").read_text())["run"]["seconds"] == 105
+    assert [(line["step"], line["images_per_s"]) for line in log_of(tmp_path) if "loss" in line] == [(2, 16), (4, 16), (5, 16)]
 
 
 @pytest.mark.parametrize("script, evaluation, more", [(clip, "evaluate", []), (sl, "evaluate_classifier", []),
@@ -403,3 +404,31 @@ def test_crops_larger_than_the_pictures_are_told(tmp_path):
     told = answer(dino, "--data", tmp_path / "train.tsv", "--eval-sets", "--transfer", *FLAGS, *DINO, "--out", tmp_path / "o")
     assert told.returncode == 0 and "a crop of 28 px is larger than the images of" in told.stdout, told.stderr
     assert "or crops are enlarged" in told.stdout
+
+
+@pytest.mark.parametrize("script", [clip, sl], ids=["clip", "sl"])
+def test_predictions_are_of_full_precision(script, world, tmp_path):
+    """Two class vectors that 16 bits cannot tell apart: metrics and <set>.npz have the nearer one, by float64."""
+    torch.manual_seed(0)
+    images = torch.from_numpy(np.load(world / "val.npy")[:100]).permute(0, 3, 1, 2)
+    text = dict(arch="embeddings", width=8)
+    model = clip.CLIP("tiny", 64, text, "gelu") if script is clip else sl.Classifier("tiny", 2, None, False)
+    with torch.no_grad():
+        features = torch.nn.functional.normalize(model.eval().encode_image(images).double(), dim=1)
+    middle = torch.nn.functional.normalize(features.mean(0), dim=0)
+    aside = torch.randn(64, dtype=torch.float64)
+    vectors = torch.stack([middle, middle + 1e-3 * (aside - (aside @ middle) * middle)]).float()
+    (tmp_path / "x.tsv").write_text("image\tlabel\n" + "".join(f"{world / 'val.npy'}:{i}\t{i % 2}\n" for i in range(100)))
+    sets, classes, cpu = {"x": clip.Table(tmp_path / "x.tsv")}, [{"name": "a"}, {"name": "b"}], torch.device("cpu")
+    if script is clip:
+        of = clip.World(tmp_path, classes, np.ones(2, np.int64), sets, [], None, vectors)
+        metrics = clip.evaluate(model, None, of, 0, 10**6, cpu, tmp_path)
+    else:
+        model.prototypes.data = vectors
+        metrics = sl.evaluate_classifier(model, classes, np.ones(2, np.int64), np.zeros(0, np.int64), sets, 0, 10**6, cpu, tmp_path)
+    unit = torch.nn.functional.normalize(vectors.double(), dim=1) if script is sl else vectors.double()
+    expected = (features @ unit.T).argmax(1).numpy()
+    with np.load(tmp_path / "x.npz") as found:
+        assert (found["predictions"] == expected).mean() >= 0.97 and 0.1 < expected.mean() < 0.9
+        assert (found["logits"].argmax(1) != expected).mean() > 0.05
+        assert metrics["x"]["top1"] == (found["predictions"] == np.arange(100) % 2).mean()

@@ -1,5 +1,6 @@
 """recipes/alike.py: the images of a class that are nearest to its mean, as a column for a threshold."""
 
+import importlib.util
 import subprocess
 import sys
 
@@ -54,3 +55,13 @@ def test_too_few_and_wrong_files(world):
     (folder / "short.tsv").write_text("".join((folder / "t.tsv").read_text().splitlines(True)[:9]))
     result = alike(folder, "f.npz", "short.tsv", "few.tsv", "out.tsv", check=False)
     assert "row 39" in result.stderr and not (folder / "out.tsv").exists()
+
+
+def test_nearest_by_hand():
+    """Each class has a mean of its own, may give all that it has, and of equal rows gives the first."""
+    spec = importlib.util.spec_from_file_location("alike", programs.ROOT / "recipes" / "alike.py")
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    features = np.array([[1, 0], [0.5, 0.8], [1, 0.1], [0, 3], [1, 0.2], [-0.5, 0.8], [0, -1], [0, -1], [0, -1]])
+    labels = np.array([0, 1, 0, 1, 0, 1, 2, 2, 2])
+    assert recipe.nearest(features, labels, {0: 3, 1: 1, 2: 2}).tolist() == [1, 0, 1, 1, 1, 0, 1, 1, 0]

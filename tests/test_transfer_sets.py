@@ -41,6 +41,7 @@ def test_digits(tmp_path):
         assert pixels.shape[1:] == (32, 32, 3)
         small = pixels.reshape(-1, 8, 4, 8, 4, 3).mean((2, 4, 5)) * 16 / 255
         assert np.abs(small - digits.images[rows[part]]).mean() < 1
+        assert small.mean() == pytest.approx(digits.images[rows[part]].mean(), rel=0.03)  # 16 is white
     assert sorted(np.concatenate(list(rows.values()))) == list(range(1797))
     counts = np.bincount(digits.target)
     np.testing.assert_allclose(np.bincount(found["test"][1]), counts / 4, atol=0.5)
@@ -54,7 +55,8 @@ def test_stamps(tmp_path):
         for i in range(n):
             pixels = rng.integers(0, 256, (300, 600, 4) if i else (20, 30, 4), np.uint8)
             Image.fromarray(pixels).save(stamps / name / ("deeper" if i % 2 else ".") / f"{i}.png")
-    Image.fromarray(pixels).save(stamps / "food" / "1_mirror.png")
+    for twin in "1_mirror.png", "1_flip.png":
+        Image.fromarray(rng.integers(0, 256, (9, 9, 4), np.uint8)).save(stamps / "food" / twin)
     (stamps / "food" / "again.png").write_bytes((stamps / "food" / "0.png").read_bytes())
     (stamps / "food" / "2.svg").write_text("<svg/>")
     recipe("stamps", "--out", tmp_path / "out", "--stamps", stamps)
@@ -67,6 +69,13 @@ def test_stamps(tmp_path):
             assert names[label] == table.get(row, "image").split("/")[0]
             image = dino.read_image(table, row, 32, 10**6)
             assert image.size in ((256, 128), (30, 20))
+    before, after = (np.asarray(Image.open(folder / "food/0.png")) for folder in (stamps, tmp_path / "out" / "stamps"))
+    assert np.array_equal(before, after)  # small: as it was, with its transparency
+    splits = set()
+    for seed in range(2):
+        recipe("stamps", "--out", tmp_path / "out", "--stamps", stamps, "--seed", seed)
+        splits.add((tmp_path / "out" / "stamps" / "test.tsv").read_text())
+    assert len(splits) > 1
 
 
 def test_messages(tmp_path):

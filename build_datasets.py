@@ -235,7 +235,8 @@ def parse_args(argv=None):
     curate.add_argument("--metadata", required=True, help="table with the column entry (see metadata)")
     curate.add_argument("--cap", type=int, default=20_000, help="t: about so many rows are drawn by each entry")
     curate.add_argument("--tail-share", type=float, default=0.0,
-                        help="set the cap so that entries below it have this share of matches (MetaCLIP: 0.06); 0: off")
+                        help="set the cap so that entries up to it have about this share of matches (MetaCLIP: 0.06); "
+                        "0: off")
     curate.add_argument("--seed", type=int, default=0, help="redraws which rows are kept")
 
     metadata = add("metadata", "MetaCLIP's metadata: entries from WordNet and from a corpus",

@@ -32,7 +32,7 @@ def main(features, table, like, out):
     with open(like, encoding="utf-8", newline="") as file:
         counts = Counter(int(row["label"]) for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     with open(table, encoding="utf-8", newline="") as file:
-        header, *lines = file.read().splitlines()
+        header, *lines = file.read().replace("\r\n", "\n").removesuffix("\n").split("\n")  # no other breaks
     with np.load(features) as arrays:
         if arrays["rows"].max() >= len(lines):
             raise SystemExit(f"{features} has features of row {arrays['rows'].max()}, {table} has {len(lines)} rows")

@@ -117,10 +117,10 @@ class Seed:
         return value
 
     def robustness(self, run, test):
-        """Effective robustness: logit accuracy beyond the line of SL trained on 1/8, 1/4, 1/2 and all of laionet."""
+        """Effective robustness: accuracy beyond the line, in logits, of SL on 1/8, 1/4, 1/2 and all of laionet."""
         points = [(self.get(name, "top1"), self.get(name, "top1", test)) for name in LINE]
         x, y = self.get(run, "top1"), self.get(run, "top1", test)
-        if x is None or any(None in point for point in points):
+        if x is None or y is None or any(None in point for point in points):
             return None
         slope, intercept = np.polyfit(*(scipy.special.logit(np.array(points).T)), 1)
         return y - float(scipy.special.expit(slope * scipy.special.logit(x) + intercept))
@@ -1122,7 +1122,7 @@ def cell(values, digits=3):
 
 def page(folder):
     """results/shapes.md: one table and one verdict an experiment."""
-    seeds = {path.name: Seed(path) for path in sorted(Path(folder).glob("seed*"))}
+    seeds = {path.name: Seed(path) for path in sorted(Path(folder).glob("seed*"), key=lambda path: int(path.name[4:]))}
     if not seeds:
         raise SystemExit(f"{folder}: no seed*/ with results")
     parts, verdicts, late = [], [], {}  # late: differences by experiment that were open with three seeds

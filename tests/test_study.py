@@ -85,6 +85,8 @@ def test_robustness_is_the_distance_to_a_logit_line(tmp_path):
     seed.files["model"] = {"metrics": {"val": {"top1": 0.5}, "sketch": {"top1": 1 / (1 + np.e) + 0.07}}}
     assert seed.robustness("model", "sketch") == pytest.approx(0.07)
     assert seed.robustness("sl", "sketch") == pytest.approx(0, abs=1e-9)
+    del seed.files["model"]["metrics"]["sketch"]  # a run that has not been scored on it
+    assert seed.robustness("model", "sketch") is None
 
 
 def test_compact_keeps_what_the_page_needs(tmp_path):

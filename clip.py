@@ -2252,8 +2252,8 @@ def build_model(args: argparse.Namespace, root: Path, captions: list[Captions],
     if whole:
         load_state(model, loaded["state_dict"], source)
     elif source:
-        for name, parameter in model.text_parameters().items():
-            parameter.data.copy_(loaded["state_dict"][name])
+        text_weights = {name: loaded["state_dict"][name] for name in model.text_parameters()}
+        load_state(model, model.state_dict() | text_weights, source)
     return model, tokenizer, loaded
 
 

@@ -1041,6 +1041,15 @@ def test_a_finished_frozen_run_embeds_no_caption_again(world, tmp_path, monkeypa
     assert "rho(freq,pred)" in run_here(*flags)
 
 
+def test_a_text_tower_of_nan_is_not_trained_on(world, tmp_path):
+    model = clip.CLIP("tiny", 64, dict(arch="cbow", width=64, vocab_size=514, context_length=77), "gelu")
+    next(iter(model.text_parameters().values())).data[0] = math.nan
+    torch.save({"state_dict": model.state_dict(), "activation": "gelu", "bpe": ""}, tmp_path / "text.pt")
+    with pytest.raises(SystemExit, match="text.pt: values that are not finite"):
+        run_here("--root", world, "--text-head", "frozen", "--text-init", tmp_path / "text.pt", *FLAGS, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError])
 def test_a_write_that_is_interrupted_leaves_no_part(tmp_path, error):
     def write(file):

@@ -264,3 +264,24 @@ def test_pairs_and_entries_stand_in_the_order_of_their_counts(tmp_path, entries)
     curate(write(tmp_path / "t.tsv", [(f"u{i}", text) for i, text in enumerate(TEXTS)]), entries, tmp_path / "o.tsv", "--cap", 2)
     assert [row["entry"] for row in read(tmp_path / "o.entries.tsv")] == ["A", "B", "C", "never"]
     assert bd.cap_of_share(np.array([0, 0, 5, 5]), 0.01) == 5
+
+
+def test_a_tail_share_counts_every_entry_of_a_count():
+    """Of 1, 1, 1, 1, 2, 4 the cumulative shares are .1, .2, .3, .4, .6, 1."""
+    counts = np.array([1, 2, 1, 4, 1, 1])
+    assert [bd.cap_of_share(counts, share) for share in (0.4, 0.55, 0.9)] == [1, 2, 4]
+
+
+def test_no_mark_of_ascii_is_an_entry(tmp_path):
+    source = write(tmp_path / "in.tsv", [("u", "a - & é % — b")] * 3)
+    run("metadata", source, "--min-count", 2, "--min-pmi", 99, "--out", tmp_path / "m.tsv")
+    assert {row["entry"] for row in read(tmp_path / "m.tsv")[100:]} == {"a", "é", "—", "b"}
+
+
+def test_what_names_a_row_in_a_draw():
+    """The first there is: tables with a url draw alike before and after a download, which adds key and image."""
+    row = {"caption": "c", "image": "i", "key": "k", "URL": "U", "url": "u"}
+    for name in ("url", "URL", "key", "image", "caption"):
+        assert bd.key_of(row) == row[name]
+        row[name] = ""
+    assert bd.key_of(row) == ""

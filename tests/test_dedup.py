@@ -419,3 +419,11 @@ def test_the_smaller_name_with_its_folder_stays_and_sizes_are_of_copies_alone(tm
     run("dedup", tmp_path / "a/t.tsv", tmp_path / "b/t.tsv", "--by", "caption", "--out", tmp_path / "o.tsv")
     assert [row["image"] for row in bd.open_tables([str(tmp_path / "o.tsv")])[1]] == ["a/z.jpg", "a/y.jpg", "a/w.jpg"]
     assert json.loads((tmp_path / "o.tsv.json").read_text())["component_sizes"] == {"2": 1, "3": 1}
+
+
+def test_captions_are_alike_by_casefold_and_the_longer_one_has_more_letters(tmp_path):
+    """STRASSE is Strasse with a sharp s; of copies by url eight letters stay, not two words."""
+    (tmp_path / "a.tsv").write_text("image\turl\tcaption\n1\tx\tStra\u00dfe\n2\ty\tSTRASSE\n3\tz\taa bb\n4\tz\tabcdefgh\n", "utf-8")
+    for by, left in (("caption", ["2", "3", "4"]), ("url", ["1", "2", "4"])):
+        bd.main(bd.parse_args(["dedup", str(tmp_path / "a.tsv"), "--by", by, "--out", str(tmp_path / "o.tsv")]))
+        assert [row["image"] for row in bd.open_tables([str(tmp_path / "o.tsv")])[1]] == left

@@ -194,6 +194,22 @@ def test_label_prior_by_hand_and_of_a_biased_classifier():
     assert np.isfinite(evaluate.label_prior(logits[labels > 0], labels[labels > 0])).all()  # a class without images
 
 
+def test_a_distance_of_eps_is_not_covered():
+    """The cosine is .5 to the last bit: two rows at eps .5, one at .51."""
+    x = torch.tensor([[1, 0], [0.5, 0.75**0.5]])
+    for eps, n in ((0.5, 2), (0.51, 1)):
+        kept, groups = evaluate.greedy_cover(x, eps)
+        assert len(kept) == n == len(np.unique(evaluate.linked_groups(x, groups, eps)))
+
+
+def test_intervals_of_nc1_end_at_0():
+    """Distances 1, 1, 4 of three images: 6 less 4.3 x 3 is below 0."""
+    features, labels = np.array([[-1.0], [-1], [2], [-9], [-9]]), np.array([0, 0, 0, 1, 1])
+    means = evaluate.class_means(features, labels, 2)
+    nc1, _, interval = evaluate.within_variability(features, labels, means)
+    assert interval[0, 0] == 0 and interval[0, 1] == pytest.approx(nc1[0] * (6 + 4.3027 * 3) / 6, rel=1e-4)
+
+
 def zero_shot(rng, n, prior):
     """Labels, and the log p(x | y) of x up to a constant, plus the log of a wrong prior."""
     labels = rng.integers(len(prior), size=n)
@@ -209,6 +225,23 @@ def test_interval_of_the_label_prior_is_that_of_refits():
     ends = evaluate.prior_interval(logits, labels, q)
     assert np.diff(logit(ends), axis=1)[:, 0] == pytest.approx(2 * 1.96 * logit(refits).std(0), rel=0.1)
     assert (ends[:, 0] < q).all() and (q < ends[:, 1]).all() and (0 < ends).all() and (ends < 1).all()
+
+
+def test_a_class_without_images_bends_no_prior():
+    """It gets the mean of ln q; f = (2, 0) gives the others .8808 and .1192 of the rest as if it were not there."""
+    q = evaluate.label_prior(np.tile([2.0, 0, 5], (4, 1)), np.array([0, 1, 0, 1]))
+    assert q[:2] / q[:2].sum() == pytest.approx([0.8808, 0.1192], abs=1e-3)
+    assert q[2] == pytest.approx(np.sqrt(q[0] * q[1]), rel=1e-3)
+
+
+def test_interval_of_the_label_prior_is_that_of_new_images():
+    """Deviations of n images are n / (n - 1) of what they show: of 4 a class, each twice, the width falls by the root
+    of 3 / 7, not of 1 / 2. All deviations are equal here, so that t is normal."""
+    widths = []
+    for times in (1, 2):
+        logits, labels = np.tile([[1.0, 0], [-1, 0]], (4 * times, 1)), np.repeat([0, 1], 4 * times)
+        widths.append(np.diff(logit(evaluate.prior_interval(logits, labels, np.full(2, 0.5))), axis=1)[:, 0])
+    assert widths[1] / widths[0] == pytest.approx(np.sqrt([3 / 7, 3 / 7]), rel=1e-4)
 
 
 def test_interval_of_the_label_prior_covers_it():
@@ -457,6 +490,15 @@ def test_wiseft_curve_reads_metrics(tmp_path):
         (tmp_path / f"alpha_{alpha}" / "metrics.json").write_text(json.dumps(sets | {"run": {}}))
     rows = evaluate.wiseft_results(str(tmp_path), "val", [], 50, 0)["rows"]
     assert list(rows) == ["0.00", "1.00"] and rows["1.00"]["average"]["value"] == pytest.approx(0.5)
+
+
+def test_shifts_of_an_average_are_drawn_on_their_own(tmp_path):
+    """Four shifts of 100 images at 50 %: the average's standard error is 5 % over the root of four."""
+    (tmp_path / "alpha_0.50").mkdir()
+    sets = {s: {"n": 100, "top1": 0.5} for s in ("val", "v2", "sketch", "a", "r")}
+    (tmp_path / "alpha_0.50" / "metrics.json").write_text(json.dumps(sets))
+    average = evaluate.wiseft_results(str(tmp_path), "val", [], 4000, 0)["rows"]["0.50"]["average"]
+    assert (average["high"] - average["low"]) / 2 == pytest.approx(1.96 * 0.025, rel=0.1)
 
 
 def test_concepts(tmp_path, capsys):
@@ -1121,3 +1163,18 @@ def test_what_plots_show(tmp_path, monkeypatch):
 
     evaluate.plot_concepts({"counts": {"a": [1, 9, 4], "b": [7, 0, 2]}}, "")
     assert [line.get_ydata().tolist() for line in seen[-1][0].lines[::2]] == [[9, 4, 1], [0.5, 2, 7]]
+
+
+def test_single_images_vary_as_one_class():
+    """Two classes of one image, log odds 1 and -1: the slopes +-.2689 have a standard error of .2689, the curvature is
+    .1966. Of a variance that is not known at all t has one degree of freedom."""
+    ends = evaluate.prior_interval(np.array([[1.0, 0], [0, 1]]), np.arange(2), np.full(2, 0.5))
+    assert logit(ends) == pytest.approx(np.tile(1.96 * 0.26894 / 0.19661 * np.array([-1, 1]), (2, 1)), rel=1e-3)
+    assert evaluate.t_quantile(np.array(1.0), np.array(100.0)) == pytest.approx(12.706, abs=1e-3)
+
+
+def test_tau_varies_with_both_models():
+    """Accuracies of 100 images each at .5: the difference has a standard error of .05 times the root of two."""
+    models = [{"model": m, "group": "g", "s": (0.4 + 0.05 * i, 100, 0.5, 100)} for i, m in enumerate("abcd")]
+    tau = evaluate.effective_robustness(models, ["s"], "g", "a", {}, 3000, 0)["rows"]["b"]["s tau"]
+    assert (tau["high"] - tau["low"]) / 2 == pytest.approx(1.96 * 0.05 * 2**0.5, rel=0.1)

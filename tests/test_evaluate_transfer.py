@@ -78,6 +78,16 @@ def test_sweeps_choose_on_validation_images(digits, tmp_path):
     assert right[0] >= right[1]  # the mean over classes is what was asked for
 
 
+def test_a_fifth_of_the_training_images_is_held_out(monkeypatch):
+    """Of 2,000 400, to four standard errors; no image is in both parts."""
+    parts, rng = [], np.random.default_rng(1)
+    data = {"features": rng.normal(size=(2000, 2)), "labels": np.arange(2000) % 2}
+    monkeypatch.setattr(evaluate, "sweep_strength", lambda protocol, model, val, metric: parts.append((model, val)) or 1.0)
+    evaluate.probe_scores(data, None, data, data, 2, "clip", 1.0, "top1", 0, "cpu")
+    model, val = parts[0]
+    assert abs(len(val["labels"]) - 400) < 72 and model.n + len(val["labels"]) == 2000
+
+
 def test_transfer_table_has_deltas_on_the_same_images(digits, tmp_path):
     train, test = digits
     for model, scale in (("base", 1.0), ("noisy", 6.0)):
@@ -484,3 +494,10 @@ def test_a_plot_of_one_model_is_in_percent(monkeypatch):
     evaluate.plot_transfer(cells, "a.svg")
     assert seen[0].get_ylabel() == "m (%)" and seen[0].containers[0].lines[0].get_ydata() == pytest.approx([50])
     assert seen[0].containers[0].lines[2][0].get_segments()[0][:, 1] == pytest.approx([40, 70])
+
+
+def test_shared_captions_of_a_constant_model_are_last():
+    """All scores are equal: an image's rank is its number of wrong texts, a text's that of wrong images."""
+    images, texts = np.tile(np.float32([0.6, 0.8]), (3, 1)), np.tile(np.float32([0.6, 0.8]), (4, 1))
+    i2t, t2i = evaluate.shared_ranks(images, texts, np.array([0, 0, 1, 2]), np.array([0, 1, 0, 2]), "cpu")
+    assert i2t.tolist() == [1, 2, 3] and t2i.tolist() == [1, 2, 1, 2]

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from scipy.stats import binomtest
 
 import build_datasets as bd
 
@@ -944,3 +945,28 @@ def test_queries_of_laionet(folder, monkeypatch):
     monkeypatch.setattr(bd, "run_files", lambda work, paths, out, settings, run: seen.append(settings["queries"]))
     run("laionet", source, "--classes", folder / "classes.tsv", "--similarity", "s", "--out", folder / "o.tsv")
     assert seen == [["sea lion which is a Seal", "heron which is a bird"]]
+
+
+def test_wilson_is_scipy_s_for_the_draws_that_have_its_variance():
+    """4 of 7 without replacement vary as 4 x 6 / 3 = 8 with it, 10 of 19 as 20."""
+    for yes, n, total, draws in ((2, 4, 7, 8), (3, 4, 7, 8), (3, 10, 19, 20)):
+        expected = binomtest(yes * draws // n, draws).proportion_ci(method="wilson")
+        assert bd.wilson(yes, n, total) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+def test_names_of_a_class_are_one_whatever_their_case():
+    row = bd.class_of_line("lion\tLion|big cat|Big Cat", "x:1", "", {}, {})
+    assert row["name"] == "lion" and row["synonyms"] == "big cat"
+
+
+def test_a_name_that_match_replaces_is_no_other_class_s_loss(folder):
+    """Only the first class is found by blue jay alone; jay is the second's own."""
+    (folder / "classes.tsv").write_text("name\tdefinition\tmatch\twnid\njay\ta bird\tblue jay\tn1\njay\ta man\t\tn2\n")
+    write_captions(folder / "in.tsv", ["a jay", "crow"], s=[0.9, 0.9])
+    run("laionet", folder / "in.tsv", "--classes", folder / "classes.tsv", "--similarity", "s", "--out", folder / "o.tsv",
+        "--workers", 1)  # fmt: skip
+    assert [(row["label"], row["caption"]) for row in read(folder / "o.tsv")] == [("1", "a jay")]
+
+
+def test_or_and_a_slash_between_blanks_part_names():
+    assert bd.clean_name("a/c_unit (old) or cooler / fan") == ["a/c unit", "cooler", "fan"]

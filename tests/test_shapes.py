@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 import re
 import resource
 import signal
@@ -433,3 +434,53 @@ def test_objectnet_turns_shapes_all_the_way_round(monkeypatch):
     angles = [np.abs(np.degrees(np.arctan2(u[:, 1, 0] - u[:, 0, 0], u[:, 0, 1] - u[:, 0, 0]))) for u in seen]
     assert np.mean(angles[0] > 90) == pytest.approx(0.5, abs=0.1) and angles[0].max() > 170
     assert 18 < angles[1].max() < 19.01
+
+
+def test_colours_are_those_of_their_names_with_a_jitter_of_4_percent():
+    for process, contrast in (("plain", 0.60), ("wide", 0.56)):
+        *colours, front, back = bd.draw_colours(process, 4000, np.random.default_rng(0))
+        jitter = np.stack(colours) - bd.COLOUR_RGB[np.stack([front, back])]
+        assert jitter.std() == pytest.approx(0.04, rel=0.05) and abs(jitter.mean()) < 0.002
+        assert np.linalg.norm(bd.COLOUR_RGB[front] - bd.COLOUR_RGB[back], axis=1).min() >= contrast
+
+
+def test_seven_of_ten_words_are_the_class_s_own_and_the_others_its_synonyms():
+    """Of 4,000 descriptions, to four standard errors; synonyms are as frequent as each other."""
+    concept, draw = bd.concept_table(0, "compositional")[1], random.Random(0)
+    seen = dict.fromkeys(("colour", "background", "position", "size"), "red")
+    found = Counter(word for _ in range(4000) for word in bd.write_caption(draw, concept, seen, False, False)[2].split())
+    for own, *others in (concept["pattern"], concept["shape"]):
+        assert found[own] / 4000 == pytest.approx(0.7, abs=0.03)
+        assert [found[word] / 4000 for word in others] == pytest.approx([0.3 / len(others)] * len(others), abs=0.03)
+
+
+def test_nuisances_are_named_rarely():
+    """Of 4,000 descriptions a colour 15 %, the others 5 % each; tags name the colour of the shape in 15 %."""
+    concept, draw = bd.concept_table(0, "compositional")[1], random.Random(0)
+    seen = dict(colour="red", size="small", background="teal", position="left")
+    captions = [bd.write_caption(draw, concept, seen, False, False) for _ in range(4000)]
+    for part, shares in ((2, (0.15, 0.05, 0.05, 0.05)), (1, (0.15, 0, 0, 0))):
+        found = [np.mean([word in caption[part].split() for caption in captions]) for word in seen.values()]
+        assert found == pytest.approx(shares, abs=0.023)
+
+
+def test_a_chunk_s_similarity_and_its_odd_pictures(tmp_path, monkeypatch):
+    """LAIONet's similarity is to the label's definition, whatever the caption says; 15 % of the web are drawn oddly."""
+    concepts, drawn, render = np.arange(1600) % 120, Counter(), bd.render
+    np.save(tmp_path / "x.npy", np.zeros((1600, 32, 32, 3), np.uint8))
+    monkeypatch.setattr(bd, "render", lambda s, p, process, rng: drawn.update({process: len(s)}) or render(s, p, process, rng))
+    texts = {name: bd.make_chunk((tmp_path / "x.npy", name, bd.TRAIN_SETS[name], concepts, 0, 0, "compositional", 0.5))
+             for name in ("laionet", "web")}  # fmt: skip
+    for number, row in zip(concepts[:250], texts["laionet"]):
+        own = bd.concept_table(0, "compositional")[number]
+        expected = bd.word_similarity(row["caption"], f"{own['name']} which is {own['definition']}")
+        assert float(row["similarity"]) == pytest.approx(expected, abs=1e-4)
+    assert drawn["wide"] == 3200 and sum(drawn.values()) - 3200 == pytest.approx(240, abs=58)
+
+
+def test_renditions_have_the_first_colours_that_are_far_enough_apart():
+    front, back, *_ = bd.draw_colours("rendition", 300, np.random.default_rng(3))
+    for i, pairs in enumerate(np.random.default_rng(3).random((300, 8, 2, 3), dtype=np.float32)):
+        apart = [np.linalg.norm(a - b) for a, b in pairs]
+        chosen = next((k for k in range(8) if apart[k] >= 0.7), np.argmax(apart))
+        assert np.array_equal(pairs[chosen], [front[i], back[i]])

@@ -468,3 +468,23 @@ def test_the_plot_of_counts_has_them_in_the_order_of_the_first(tmp_path, monkeyp
     bd.plot_counts(["a", "b"], [np.array([1, 9, 4]), np.array([7, 0, 2])], str(tmp_path / "p.png"))
     drawn = [[line.get_ydata().tolist() for line in axis.lines] for axis in figures[0].axes]
     assert drawn == [[[9, 4, 1], [7, 2, 0]], [[9, 4, 1], [0, 2, 7]]]
+
+
+def test_what_a_source_lacks_comes_from_the_others_by_their_weights():
+    """1 of 8 rows is there: the other 7 are shared as 1 to 3, which is 1.75 and 5.25."""
+    quota = bd.source_quota(24, [2, 1, 3], np.array([1, 50, 60]), True)
+    assert quota.tolist() == [1, 4 + 2, 12 + 5]
+
+
+def test_a_row_of_fill_that_has_just_the_threshold_is_taken(tmp_path):
+    paths = [table(tmp_path / f"{name}.tsv", {0: 3}, similarity=lambda i: i / 4) for name in "ab"]
+    table(tmp_path / "m.tsv", {0: 9})
+    flags = ["--threshold", "similarity=0.25", "--match-frequency", tmp_path / "m.tsv", "--fill", paths[1]]
+    assert run("subset", paths[0], *flags, "--out", tmp_path / "o.tsv").returncode == 0
+    assert sorted(row["image"] for row in read(tmp_path / "o.tsv")) == ["a0-1.jpg", "a0-2.jpg", "b0-1.jpg", "b0-2.jpg"]
+
+
+def test_trimming_the_tail_keeps_rows_without_a_label(tmp_path):
+    path, out = table(tmp_path / "a.tsv", {0: 3, 1: 2, "": 2}), tmp_path / "o.tsv"
+    assert run("subset", path, "--shots", 1, "--trim-tail", 1, "--out", out).returncode == 0
+    assert Counter(row["label"] for row in read(out)) == {"0": 3, "1": 1, "": 2}

@@ -530,6 +530,17 @@ def test_centre_square_is_resize_and_centre_crop(size):
     assert np.abs(ours - theirs).max() <= 7 and np.abs(ours - theirs).mean() < 3
 
 
+def test_crops_of_oblong_files_have_the_asked_shape(tmp_path, monkeypatch):
+    """In pixels of a picture that is wider than high."""
+    Image.new("RGB", (60, 50)).save(tmp_path / "a.png")
+    boxes, resize = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda *args: boxes.append(args[3]) or resize(*args))
+    clip.read_crops([table_of(tmp_path, "image\na.png\n")], [[0, 0, i] for i in range(200)], 8, 1, 0.3, 10**6, 0)
+    left, top, right, bottom = np.array(boxes).T
+    ratio, area = (right - left) / (bottom - top), (right - left) * (bottom - top) / 3000
+    assert 0.75 <= ratio.min() < 0.8 and 1.25 < ratio.max() <= 4 / 3 and 0.3 <= area.min() < 0.35
+
+
 def test_crop_pixels():
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8))
     whole = torch.tensor([[0.0, 0, 1, 1]]).repeat(4, 1).double()

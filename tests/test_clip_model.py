@@ -527,3 +527,29 @@ def test_batch_norm_is_torchs_in_one_process(sync):
         assert torch.equal(a.grad, b.grad) and torch.equal(ours.weight.grad, theirs.weight.grad)
     assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in ours.state_dict().items())
     assert ours.num_batches_tracked == 2
+
+
+def test_statistics_over_processes_are_of_fp32(monkeypatch):
+    """Of bf16 activations far from 0, whose mean in bf16 would be off by a percent of the deviation."""
+    x = (3 + 0.1 * torch.randn(8, 5, 6, 6, generator=torch.Generator().manual_seed(0))).bfloat16()
+    monkeypatch.setattr(clip.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(clip.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(clip, "gather_rows", lambda rows: torch.cat([rows, rows]))  # the other has the same images
+    norm = clip.BatchNorm2d(5)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = norm(x)
+    both = torch.cat([x, x]).double()
+    torch.testing.assert_close(norm.running_mean.double(), 0.1 * both.mean((0, 2, 3)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(norm.running_var.double(), 0.9 + 0.1 * both.var((0, 2, 3)), rtol=1e-6, atol=0)
+    expected = torch.nn.functional.batch_norm(both, None, None, training=True)[:8]
+    assert out.dtype == torch.bfloat16 and torch.allclose(out.double(), expected, rtol=0.005, atol=0.002)
+
+
+def test_class_vectors_of_given_embeddings_are_unit():
+    """What the tower makes of them, normalised: a class does not gain by its vector's length."""
+    model = clip.CLIP("tiny", 64, dict(arch="embeddings", width=8), "gelu")
+    given = np.random.default_rng(0).normal(size=(5, 8)) * np.linspace(0.1, 9, 5)[:, None]
+    world = clip.World("", [{"name": "a"}] * 5, np.ones(5, int), {}, [], given)
+    expected = model.text_mlp(torch.from_numpy(given).float()).detach().double()
+    expected /= expected.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(clip.class_prototypes(model, None, world, "cpu").double(), expected, rtol=0, atol=1e-6)

@@ -460,6 +460,17 @@ def test_cached_captions_say_what_was_truncated_and_fit_on_disk(world, clip_pt, 
     assert np.allclose(b, c, rtol=1e-3) and b[0][1] == 0
 
 
+def test_frozen_captions_are_embedded_in_the_asked_precision(world, clip_pt, tmp_path, monkeypatch):
+    """As if the tower ran in the loop; prompts of the evaluation in fp32, as all that is scored."""
+    seen, encode = [], clip.CLIP.encode_text
+    monkeypatch.setattr(clip.CLIP, "encode_text", lambda self, texts: seen.append(
+        (texts.is_floating_point(), torch.is_autocast_enabled("cpu"))) or encode(self, texts))  # fmt: skip
+    flags = ["--text-head", "frozen", "--text-init", clip_pt, "--steps", 1, *FLAGS, "--precision", "bf16"]
+    run_here("--root", world, *flags, "--eval-sets", "--out", tmp_path)
+    of_training = seen.index((True, True))
+    assert set(seen[:of_training]) == {(False, True)} and set(seen[of_training + 1 :]) == {(False, False)}
+
+
 def test_frozen_with_drawn_captions(world, clip_pt, tmp_path):
     """Templates drawn per epoch are all embedded before training: none is looked up in vain."""
     (tmp_path / "templates.txt").write_text("a {class}\na photo of the {synonym}\n{title} {tags}\n")

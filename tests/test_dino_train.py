@@ -188,6 +188,8 @@ def test_one_process_equals_two(world, tmp_path, centering, optimizer):
     for a, b in zip(one, two, strict=True):
         assert abs(a["loss"] - b["loss"]) <= 1e-5, (a, b)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3) and a["won_1000"] == b["won_1000"]
+        for sign in "teacher_entropy", "kl_uniform", "teacher_kl", "spread_entropy":  # of all images, not of a part
+            assert a[sign] == pytest.approx(b[sign], rel=1e-3), sign
     one, two = (state_of(tmp_path / name)["student_prototypes"] for name in ("one", "two"))
     start = run_start(world, tmp_path, flags)
     assert (one - two).norm() < 0.01 * (one - start).norm()
@@ -335,6 +337,13 @@ def test_schedules(world, tmp_path):
     for steps, is_held in ((2, True), (3, False)):
         run_here(*flags[:-2], *more, "--freeze-prototypes", "2", "--steps", steps, "--out", tmp_path / f"held{steps}")
         assert torch.equal(state_of(tmp_path / f"held{steps}")["student_prototypes"], start) == is_held
+
+
+@pytest.mark.parametrize("end, at_half", [("0", 0.05), ("-1", 0.1)])
+def test_weight_decay_may_end_at_0(end, at_half, world, tmp_path):
+    flags = ["--root", world, *QUICK, "--eval-sets", "--steps", 2, "--weight-decay", 0.1, "--weight-decay-end", end]
+    run_here(*flags, "--out", tmp_path)
+    assert state_of(tmp_path)["optimizer"]["param_groups"][0]["weight_decay"] == pytest.approx(at_half)
 
 
 @pytest.mark.parametrize("precision, tolerance", [("bf16", 0.02), ("fp16", 0.005)])
@@ -560,6 +569,36 @@ def test_frozen_prototypes_have_no_part_in_the_norm(world, tmp_path):
     assert 0.01 < norms[1] < norms[0]
 
 
+@pytest.mark.parametrize("is_transfer", [False, True])
+def test_what_a_probe_cannot_say(is_transfer, world, tmp_path, monkeypatch):
+    """No k-NN of a bank's own images, whose nearest is itself, by no model; no frequencies of a transfer set, though it
+    has as many classes as the root."""
+    scores = torch.eye(3)[[0, 1, 1]]
+    found = dict(knn=scores, probe=scores, weights=scores, features=scores, labels=np.arange(3), rows=np.arange(3), bad={},
+                 decay=0.1, bank=(scores, np.arange(3)))  # fmt: skip
+    monkeypatch.setattr(dino, "probe_features", lambda model, bank, tests, *rest: dict.fromkeys(tests, found))
+    monkeypatch.setattr(dino, "random_network", lambda *args: None)
+    (tmp_path / "link.tsv").symlink_to(world / "val.tsv")
+    (tmp_path / "transfer").mkdir()
+    bank, link, other = (dino.Table(path) for path in (world / "val.tsv", tmp_path / "link.tsv", world / "laionet/train.tsv"))
+    worlds = [(bank, {"own": link, "other": other}, named("abc"), is_transfer)]
+    network = dino.Network("tiny", 8, 8, 1, False)
+    metrics = dino.evaluate_dino(network, worlds, np.array([9, 5, 1]), dino.parse_args([]), torch.device("cpu"), tmp_path)
+    for kind in "", "random_", "pixels_":
+        assert metrics["own"][f"{kind}knn"] is None and metrics["own"][f"{kind}probe"] == 2 / 3
+        assert metrics["other"][f"{kind}knn"] == metrics["other"][f"{kind}probe"] == 2 / 3
+    assert [metrics["other"][part] for part in ("head", "medium", "tail")] == ([None] * 3 if is_transfer else [1, 1, 0])
+
+
+def test_the_small_tower_gives_mean_and_maximum():
+    """Of each of the last 128 channels over the picture."""
+    network, maps = dino.Network("tiny", 8, 8, 1, False).eval(), []
+    network.visual.layers.register_forward_hook(lambda module, given, x: maps.append(x.detach()))
+    embed = network.encode_image(torch.rand(3, 3, 28, 28) * 255).detach()
+    places = maps[0].flatten(2)
+    assert torch.allclose(embed[:, :128], places.mean(2), atol=1e-6) and torch.equal(embed[:, 128:], places.max(2)[0])
+
+
 def test_probe_features_by_hand(world):
     """Raw pixels: k-NN as scikit-learn votes, and a probe whose weights are those of raw features; on the same images
     whatever the seed."""
@@ -576,6 +615,9 @@ def test_probe_features_by_hand(world):
     np.testing.assert_allclose(votes, oracle.predict_proba(queries), atol=1e-3)
     rest = found["probe"].double() - torch.from_numpy(queries) @ found["weights"].double().T
     assert rest.std(0).max() < 1e-3  # a constant of each class
+    whole = dino.probe_features(dino.RawPixels(), bank, {"val": val}, named(names), args, device, True)["val"]
+    assert len(whole["bank"][1]) == 300 and torch.equal(whole["knn"], found["knn"])  # all are written, no more are fitted
+    assert torch.equal(whole["probe"], found["probe"])
 
 
 def test_a_dead_dimension_has_no_part_in_the_probe(world):

@@ -189,6 +189,26 @@ def test_each_view_of_each_epoch_is_drawn_anew(tmp_path):
     assert len(set(map(tuple, boxes))) == 2 * 3 * 3 and len(set(draws)) > 0.99 * len(draws) == 0.99 * 18 * dino.N_DRAWS
 
 
+@pytest.mark.parametrize("kind", ["file", "array"])
+def test_each_view_has_its_area_and_all_the_aspect(kind, tmp_path, monkeypatch):
+    """In pixels; of a file that is wider than high too."""
+    width, height, boxes, resize = 60 if kind == "file" else 50, 50, [], Image.Image.resize
+    Image.new("RGB", (width, height)).save(tmp_path / "a.png")
+    (tmp_path / "t.tsv").write_text("image\na.png\n")
+    monkeypatch.setattr(Image.Image, "resize", lambda *args: boxes.append(args[3]) or resize(*args))
+    scales = [(0.4, 0.7), (0.4, 0.7), (0.05, 0.14)]
+    views = dino.Views([dino.Table(tmp_path / "t.tsv")], [8, 8, 4], scales, 1.15, 10**6, 0)
+    views.pixel_offsets = None if kind == "file" else np.array([0])
+    batch = views.__getitems__(np.array([[0, 0, i] for i in range(200)]))
+    if kind == "array":
+        boxes = batch["boxes"].numpy().transpose(1, 0, 2).reshape(-1, 4) * [width, height, width, height]
+    left, top, right, bottom = np.array(boxes).reshape(200, 3, 4).transpose(2, 1, 0)
+    ratio, area = (right - left) / (bottom - top), (right - left) * (bottom - top) / (width * height)
+    for v, (low, high) in enumerate(scales):
+        assert low <= area[v].min() + 1e-6 < low + 0.03 and high - 0.03 < area[v].max() - 1e-6 <= high
+        assert 1 / 1.15 <= ratio[v].min() + 1e-6 < 0.89 and 1.13 < ratio[v].max() - 1e-6 <= 1.15
+
+
 def test_synthetic_colours_by_hand():
     """One image at a time, in float64: what is left are the deviations of the noise."""
     x, draws = uniform(200, 3, 8, 8), uniform(200, dino.N_DRAWS, seed=3)

@@ -87,6 +87,7 @@ def test_a_flag_reaches_the_loss(flags, how, world, tmp_path, monkeypatch):
     if how:  # and it is not the plain loss
         assert abs(loss - expected(*given, counts)) > 0.003 * loss
     assert given[2] == pytest.approx(1 / 0.07, rel=1e-6)
+    assert np.allclose(np.linalg.norm(given[0], axis=1), 1, rtol=0, atol=1e-6)  # normalised after bf16, not in it
 
 
 def test_vocabularies_are_drawn_by_the_power_of_the_counts(world, tmp_path, monkeypatch):
@@ -110,6 +111,29 @@ def test_vocabularies_are_drawn_by_the_power_of_the_counts(world, tmp_path, monk
         counts = torch.load(tmp_path / power / "checkpoint.pt", weights_only=True)["class_counts"]
         means.append(float(counts[drawn].double().mean()))
     assert means[0] > 1.15 * means[1] > 1.15 * 1.15 * means[2], means
+
+
+def test_vocabularies_are_those_of_the_runs_seed(world, tmp_path, monkeypatch):
+    """Else the spread over seeds would be that of the images alone."""
+    _, _, _, vocab, labels, _, counts = first_step(world, tmp_path, monkeypatch, *VOCAB, "--seed", "3")
+    draws = sl.draws_of(torch.from_numpy(counts), 32, sl.parse_args([]).vocab_power)
+    own, other = (sl.vocab_of_batch(torch.from_numpy(labels)[:, None], 0, 32, 16, draws, seed, 0)[0] for seed in (3, 0))
+    assert torch.equal(vocab.ids, own.ids) and torch.equal(vocab.inside, own.inside)
+    assert not torch.equal(own.ids, other.ids)
+
+
+def test_images_with_several_labels_are_scored_by_the_first(world, tmp_path):
+    """And those without one not at all."""
+    table, n = sl.Table(world / "val.tsv"), 40
+    first = [int(x) for x in sl.read_label_sets(table, sl.read_classes(world))[:n, 0]]
+    fields = ["" if i % 5 == 4 else f"{c}|{(c + 1) % 120}" if i % 2 else str(c) for i, c in enumerate(first)]
+    (tmp_path / "x.tsv").write_text("image\tlabel\n" + "".join(f"{world / 'val.npy'}:{i}\t{x}\n" for i, x in enumerate(fields)))
+    run_here("--root", world, "--steps", 1, *FLAGS, "--eval-sets", tmp_path / "x.tsv", "--out", tmp_path)
+    expected = np.where(np.arange(n) % 5 == 4, -1, first)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())["x"]
+    with np.load(tmp_path / "x.npz") as file:
+        assert file["labels"].tolist() == expected.tolist()
+        assert metrics["top1"] == pytest.approx((file["predictions"] == expected)[expected >= 0].mean())
 
 
 def test_the_sampler_is_the_one_that_is_asked_for(world, tmp_path, monkeypatch):

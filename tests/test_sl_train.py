@@ -260,6 +260,19 @@ def test_counts_are_those_of_the_mixture(module, more, world, tmp_path):
     assert a.sum() == b.sum() == 300 and np.abs(found - (1.5 * a + 0.5 * b)).max() <= 0.5
 
 
+@pytest.mark.parametrize("module, more", [(clip, []), (sl, []), (dino, ["--transfer", "--no-baselines"])])
+def test_sets_without_weights_count_by_their_rows(module, more, world, tmp_path):
+    """Of 300 and 100 rows each is drawn as often as another, and an epoch is 400 of them."""
+    lines = (world / "incaps" / "train.tsv").read_text().splitlines(keepends=True)
+    (world / "incaps" / "few.tsv").write_text("".join(lines[:101]))
+    flags = ["--root", world, "--data", f"laionet,{world / 'incaps' / 'few.tsv'}", "--epochs", 0.2, *FLAGS[:-1], *more]
+    programs.run_here(module, *flags, "--out", tmp_path)
+    names, found = [row["name"] for row in clip.read_classes(world)], torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    a, b = (np.bincount(clip.read_labels(clip.Table(world / name), named(names)), minlength=120)
+            for name in ("laionet/train.tsv", "incaps/few.tsv"))  # fmt: skip
+    assert found["class_counts"].tolist() == (a + b).tolist() and found["step"] == math.ceil(0.2 * 400 / 32) == 3
+
+
 def test_rate_of_sgd_is_the_papers(world, tmp_path):
     flags = ["--optimizer", "sgd", "--weight-decay", "1e-4", "--warmup-steps", "0", "--bn", "local"]
     run_here("--root", world, "--steps", "3", *FLAGS, *flags, "--out", tmp_path)

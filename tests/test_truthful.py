@@ -432,3 +432,15 @@ def test_predictions_are_of_full_precision(script, world, tmp_path):
         assert (found["predictions"] == expected).mean() >= 0.97 and 0.1 < expected.mean() < 0.9
         assert (found["logits"].argmax(1) != expected).mean() > 0.05
         assert metrics["x"]["top1"] == (found["predictions"] == np.arange(100) % 2).mean()
+
+
+@pytest.mark.parametrize("module, name, more", [(clip, "CLIP", []), (sl, "Classifier", []), (dino, "Network", DINO)])
+def test_towers_train_in_the_asked_precision_and_are_scored_in_fp32(module, name, more, world, tmp_path, monkeypatch):
+    """Whatever --precision was: numbers of runs can be compared. Evaluations on the way too."""
+    seen, tower = [], getattr(module, name)
+    encode = tower.encode_image
+    monkeypatch.setattr(tower, "encode_image", lambda self, images: seen.append(
+        (self.training, torch.is_autocast_enabled("cpu"))) or encode(self, images))  # fmt: skip
+    flags = ["--root", world, "--eval-sets", "val", "--out", tmp_path, *FLAGS, "--precision", "bf16", "--eval-every", 1, *more]
+    assert answer(module, *flags).returncode == 0
+    assert set(seen) == {(True, True), (False, False)}

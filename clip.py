@@ -2252,8 +2252,9 @@ def build_model(args: argparse.Namespace, root: Path, captions: list[Captions],
     if whole:
         load_state(model, loaded["state_dict"], source)
     elif source:
-        text_weights = {name: loaded["state_dict"][name] for name in model.text_parameters()}
-        load_state(model, model.state_dict() | text_weights, source)
+        given, of_text = loaded["state_dict"], model.text_parameters()
+        weights = {k: given.get(k) if k in of_text else own for k, own in model.state_dict().items()}
+        load_state(model, {k: weight for k, weight in weights.items() if weight is not None}, source)
     return model, tokenizer, loaded
 
 

@@ -1926,8 +1926,8 @@ def similarity(path_a: str, path_b: str, n_pairs: int, max_images: int, min_pair
     pairs of a class from both sets, at most n_pairs, with replacement. Classes with fewer than min_pairs in either are
     left out. Source: Shirali and Hardt, arXiv 2310.06872; their intervals resample pairs, ours images. False
     discoveries: t-tests, with the draws' standard deviation, as shares of --boot draws do not get small enough.
-    Intervals of a class's mean in one set are short where images are few (95 % ones of 5 images hold it 9 times in
-    10); those of the difference hold 93 % or more.
+    Intervals of a class's mean in one set are short where images are few: in 1,500 simulations (8 dimensions) 95 % ones
+    of 5 images held it 89 times in 100, of 50 images 93 times; those of the difference 93 to 98 times.
     """
     rng = np.random.default_rng(seed)
     sides = [read_predictions(path, "features") for path in (path_a, path_b)]

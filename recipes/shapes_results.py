@@ -1123,7 +1123,8 @@ def cell(values, digits=3):
 
 def page(folder):
     """results/shapes.md: one table and one verdict an experiment."""
-    seeds = {path.name: Seed(path) for path in sorted(Path(folder).glob("seed*"), key=lambda path: int(path.name[4:]))}
+    numbers = sorted(int(path.name[4:]) for path in Path(folder).glob("seed*") if path.name[4:].isdecimal())
+    seeds = {f"seed{number}": Seed(Path(folder) / f"seed{number}") for number in numbers}
     if not seeds:
         raise SystemExit(f"{folder}: no seed*/ with results")
     parts, verdicts, late = [], [], {}  # late: differences by experiment that were open with three seeds

@@ -2418,6 +2418,7 @@ def main(args: argparse.Namespace) -> None:
     center, usage = torch.zeros(K, device=device), torch.zeros(K, dtype=torch.int64, device=device)
     last_won = torch.full((K,), -(10**9), dtype=torch.int64, device=device)  # step at which a prototype last won
     if args.compile:
+        warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools")  # a cache of constants
         student.compile()
         teacher.compile()
     net = wrap_ddp(student, device, world_size)

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # The whole study on the shapes world, with the five scripts, for each seed; a seed redraws world and training alike.
 #
-#   bash recipes/shapes.sh                  # seeds 0, 1 and 2: what has no JSON file yet; a whole seed takes 3 hours on 2 cores, half with AMX
+#   bash recipes/shapes.sh                  # seeds 0, 1 and 2: what has no JSON file yet; a whole seed takes an hour on 2 cores with AMX
 #   bash recipes/shapes.sh 3 4              # further seeds
-#   ONLY="1 12" bash recipes/shapes.sh 0    # some of the experiments; "4b", "5b" and "9b", longer and more, come only so
+#   ONLY="1 12" bash recipes/shapes.sh 0    # some of the experiments
 #                                           # (on a machine with none of the runs: 4 needs 1, 2 and 6 need each other and 1, 7 needs 6, 10 needs 1 and 2, 12 needs 1 and 4)
+#   ONLY="4b 5b 6b 8b 9b 12b" bash recipes/shapes.sh # further arms of the page, which come only by name: another hour
 #   JOBS=8 bash recipes/shapes.sh           # trainings at a time, a thread each (default: the number of cores)
 #
 # What a run leaves is results/seedS/NAME.json, a few kB, to be committed: a run that has one is not made again, so the
@@ -16,6 +17,8 @@ cd "$(dirname "$0")/.."
 cores=$(env -u OMP_NUM_THREADS nproc) # which follows OMP_NUM_THREADS
 jobs=${JOBS:-$cores}
 export OMP_NUM_THREADS=1 PYTHON="${PYTHON:-python}"
+compile=()
+if command -v c++ >/dev/null; then compile=(--compile); fi # takes a sixth off, and needs a compiler
 STEPS_4K=1000 # 32 epochs of 4,000 rows, the paper's number; 15,000 rows get 1,600 steps
 
 # run NAME SCRIPT FLAGS: a training. score NAME "RUNS" COMMAND: numbers from the arrays of these runs (or none); {} is
@@ -23,7 +26,7 @@ STEPS_4K=1000 # 32 epochs of 4,000 rows, the paper's number; 15,000 rows get 1,6
 run() {
   local name=$1 script=$2
   shift 2
-  printf '%s\t%s\n' "$name" "$(printf '%q ' "$PYTHON" "$script" --root "$root" --seed "$seed" --out "$runs/$name" "$@")" >>"$todo/runs"
+  printf '%s\t%s\n' "$name" "$(printf '%q ' "$PYTHON" "$script" --root "$root" --seed "$seed" --out "$runs/$name" "${compile[@]}" --workers 0 "$@")" >>"$todo/runs"
 }
 clip() { run "$1" clip.py "${@:2}"; }
 sl() { run "$1" sl_vocab_subsample.py "${@:2}"; }
@@ -81,7 +84,7 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
   "$PYTHON" build_datasets.py shapes --seed "$seed" --caption-noise 0.065 --out "$atomic" --names atomic
   mkdir -p "$cuts"
   if [ ! -e "$root/clip.pt" ]; then
-    OMP_NUM_THREADS=$cores "$PYTHON" clip.py --root "$root" --data web --steps 2200 --word-dropout 0 --seed "$seed" --out "$runs/web" --export "$root/clip.pt"
+    OMP_NUM_THREADS=$cores "$PYTHON" clip.py --root "$root" --data web --steps 2200 --word-dropout 0 --seed "$seed" "${compile[@]}" --out "$runs/web" --export "$root/clip.pt"
   fi
   table eighth subset "$root/laionet/train.tsv" --fraction 0.125 --seed "$seed"
   table quarter subset "$root/laionet/train.tsv" --fraction 0.25 --seed "$seed"
@@ -119,40 +122,48 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
   if wants 12; then
     clip clip_template_mask --caption "a {class}" --word-dropout 0 --dup-captions mask
     clip clip_template_soft --caption "a {class}" --word-dropout 0 --dup-captions soft
-    for direction in image text; do
-      clip "clip_template_$direction" --caption "a {class}" --word-dropout 0 --directions $direction
-    done
+    clip clip_template_image --caption "a {class}" --word-dropout 0 --directions image
     clip clip_template_image_mask --caption "a {class}" --word-dropout 0 --directions image --dup-captions mask
     sl sl_balanced --loss balanced
     sl sl_adjusted --loss logit-adjusted --tau 0.5
     sl sl_log_q --loss log-q --vocab 32 --vocab-group 32
+  fi
+
+  # --- 12b, as all parts with a b asked for by name only: the other direction, and what else is done about long tails
+  if wants 12b; then
+    clip clip_template_text --caption "a {class}" --word-dropout 0 --directions text
     sl sl_class --sampler class
     sl sl_sqrt --sampler sqrt
     sl sl_focal --loss focal
   fi
 
   # --- 4: vocabularies in supervised learning (figure 3, crosses)
+  few=(--data laionet4k --steps $STEPS_4K --eval-sets val v2)
   if wants 4; then
-    for m in 16 32 64; do for group in 32 64; do
-      sl "voc_m${m}_g$group" --vocab $m --vocab-group $group
-    done; done
-    sl voc_m32_g32_even --vocab 32 --vocab-group 32 --vocab-power 0
-    few=(--data laionet4k --steps $STEPS_4K --eval-sets val v2)
-    sl voc4k "${few[@]}"
-    for m in 16 32 64; do for group in 32 64; do
-      sl "voc4k_m${m}_g$group" "${few[@]}" --vocab $m --vocab-group $group
-    done; done
-    for m in 32 64; do
-      sl "voc4k_m${m}_g32_even" "${few[@]}" --vocab $m --vocab-group 32 --vocab-power 0
+    for m in 16 32 64; do
+      sl "voc_m${m}_g32" --vocab $m --vocab-group 32
     done
+    sl voc_m32_g32_even --vocab 32 --vocab-group 32 --vocab-power 0
+    sl voc4k "${few[@]}"
+    sl voc4k_m32_g32 "${few[@]}" --vocab 32 --vocab-group 32
+    sl voc4k_m32_g32_even "${few[@]}" --vocab 32 --vocab-group 32 --vocab-power 0
+  fi
+
+  # --- 4b: larger groups, other sizes and losses on 4,000 rows; and longer, as a small vocabulary learns slower: 32
+  # epochs of 15,000 rows, and 64
+  if wants 4b; then
+    for m in 16 32 64; do
+      sl "voc_m${m}_g64" --vocab $m --vocab-group 64
+      sl "voc4k_m${m}_g64" "${few[@]}" --vocab $m --vocab-group 64
+    done
+    for m in 16 64; do
+      sl "voc4k_m${m}_g32" "${few[@]}" --vocab $m --vocab-group 32
+    done
+    sl voc4k_m64_g32_even "${few[@]}" --vocab 64 --vocab-group 32 --vocab-power 0
     sl voc4k_m32_g32_sqrt "${few[@]}" --vocab 32 --vocab-group 32 --vocab-power 0.5
     sl voc4k_balanced "${few[@]}" --loss balanced
     sl voc4k_class "${few[@]}" --sampler class
     sl voc4k_log_q "${few[@]}" --loss log-q --vocab 32 --vocab-group 32
-  fi
-
-  # --- 4b, asked for by name only: longer, as a small vocabulary learns slower; 32 epochs of 15,000 rows, and 64
-  if wants 4b; then
     sl sl_long --steps 3750
     for m in 16 32 64; do for group in 32 64; do
       sl "voc_m${m}_g${group}_long" --steps 3750 --vocab $m --vocab-group $group
@@ -187,18 +198,21 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
       clip "tail${shots}_clip" --data "$cuts/tail$shots.tsv" --steps 1200 --eval-sets val v2
       clip "tail${shots}_clip_frozen" --data "$cuts/tail$shots.tsv" --steps 1200 --eval-sets val v2 --text-head frozen
     done
-    # the same where a class's name is an invented word, which no other class shares
+    for name in sl frozen_head frozen_head_voc clip clip_frozen; do
+      score "prototypes_$name" "tail0_$name" "$PYTHON" evaluate.py prototypes "{}/tail0_$name/val.npz" --tail 30 --boot 0
+    done
+  fi
+
+  # --- 8b: the same where a class's name is an invented word, which no other class shares
+  if wants 8b; then
     if [ ! -e "$atomic/clip.pt" ]; then
-      OMP_NUM_THREADS=$cores "$PYTHON" clip.py --root "$atomic" --data web --steps 2200 --word-dropout 0 --seed "$seed" --out "$runs/web_atomic" --export "$atomic/clip.pt"
+      OMP_NUM_THREADS=$cores "$PYTHON" clip.py --root "$atomic" --data web --steps 2200 --word-dropout 0 --seed "$seed" "${compile[@]}" --out "$runs/web_atomic" --export "$atomic/clip.pt"
     fi
     table tail0_atomic subset "$atomic/laionet/train.tsv" --trim-tail 30 --shots 0 --seed "$seed"
     tail=(--root "$atomic" --trim-tail 30 --trim-shots 0 --steps 1200 --eval-sets val v2)
     sl tail0_atomic_frozen_head "${tail[@]}" --head frozen
     sl tail0_atomic_frozen_head_voc "${tail[@]}" --head frozen --vocab 32 --vocab-group 32
     clip tail0_atomic_clip_frozen --root "$atomic" --data "$cuts/tail0_atomic.tsv" --steps 1200 --eval-sets val v2 --text-head frozen
-    for name in sl frozen_head frozen_head_voc clip clip_frozen; do
-      score "prototypes_$name" "tail0_$name" "$PYTHON" evaluate.py prototypes "{}/tail0_$name/val.npz" --tail 30 --boot 0
-    done
   fi
 
   # --- 2: data scale (figures 1b, 5); steps grow with the root of the rows
@@ -211,46 +225,54 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
     done
   fi
 
-  # --- 6: text heads (figure 5), with neural collapse; frozen captions are whole, so the others without word dropout too
+  # --- 6: text heads (figure 5), with neural collapse
+  if wants 6 || wants 6b; then
+    for size in quarter whole; do # texts alone embedded: for each size its own
+      table=$([ $size = whole ] && echo "$root/laionet/train.tsv" || echo "$cuts/quarter.tsv")
+      embedded=$cuts/text_$size
+      [ -e "$embedded.classes.npy" ] || "$PYTHON" recipes/text_embeddings.py "$root/web/train.tsv" "$table" "$root/classes.tsv" "$embedded"
+    done
+  fi
   if wants 6; then
     clip frozen --text-head frozen
-    clip clip_nodrop --word-dropout 0
-    clip clip_nodrop_quarter --word-dropout 0 --data "$cuts/quarter.tsv" --steps 800
-    clip finetune_nodrop --word-dropout 0 --text-head finetune
+    clip clip_nodrop --word-dropout 0 # as the captions of frozen texts are whole
+    clip finetune_whole --text-head finetune
+    clip text_only_whole --text-head frozen --text-embeddings "$cuts/text_whole.npy" "$cuts/text_whole.classes.npy"
     sl sl_frozen_head --head frozen
-    for size in quarter:800 whole:1600; do
-      table=$([ "${size%:*}" = whole ] && echo "$root/laionet/train.tsv" || echo "$cuts/quarter.tsv")
-      part=(--data "$table" --steps "${size#*:}")
-      clip "finetune_${size%:*}" "${part[@]}" --text-head finetune
-      embedded=$cuts/text_${size%:*}
-      [ -e "$embedded.classes.npy" ] || "$PYTHON" recipes/text_embeddings.py "$root/web/train.tsv" "$table" "$root/classes.tsv" "$embedded"
-      clip "text_only_${size%:*}" "${part[@]}" --text-head frozen --text-embeddings "$embedded.npy" "$embedded.classes.npy"
-    done
     for name in clip frozen finetune_whole text_only_whole sl sl_frozen_head; do
       score "collapse_$name" "$name" "$PYTHON" evaluate.py collapse "{}/$name/val.npz" --boot 0
     done
   fi
 
+  # --- 6b: fine-tuned on whole captions too; and all heads on a quarter of the rows
+  if wants 6b; then
+    part=(--data "$cuts/quarter.tsv" --steps 800)
+    clip finetune_nodrop --word-dropout 0 --text-head finetune
+    clip clip_nodrop_quarter --word-dropout 0 "${part[@]}"
+    clip finetune_quarter "${part[@]}" --text-head finetune
+    clip text_only_quarter "${part[@]}" --text-head frozen --text-embeddings "$cuts/text_quarter.npy" "$cuts/text_quarter.classes.npy"
+  fi
+
   # --- 5: imbalance, shift, diversity (figure 4), all of 4,000 rows
   if wants 5; then
-    for table in above0.00 above0.25 above0.30 above0.35 as0.35 matched as_matched; do
-      few=(--data "$cuts/$table.tsv" --steps $STEPS_4K --eval-sets val v2)
-      clip "div_${table}_scratch" "${few[@]}"
-      clip "div_${table}_frozen" "${few[@]}" --text-head frozen
+    for table in above0.00 above0.25 above0.30 above0.35 matched as_matched; do
+      for head in scratch frozen; do
+        clip "div_${table}_$head" --data "$cuts/$table.tsv" --steps $STEPS_4K --eval-sets val v2 --text-head $head
+      done
     done
   fi
 
-  # --- 5b, asked for by name only: what the thresholds of this world leave as it is, given by hand: the images of each
-  # class that are most alike to the CLIP of web, with the class counts of above0.35 and as0.35
+  # --- 5b: with the class counts of above0.35, any captions (as0.35), and what the thresholds of this world leave as it
+  # is, given by hand: the images of each class that are most alike to the CLIP of web
   if wants 5b; then
     if [ ! -e "$root/laionet/alike.tsv" ]; then
       "$PYTHON" clip.py --root "$root" --eval-only "$root/clip.pt" --out "$runs/features_laionet" --eval-sets "$root/laionet/train.tsv" >"$runs/features_laionet.log"
       "$PYTHON" recipes/alike.py "$runs/features_laionet/train.npz" "$root/laionet/train.tsv" "$cuts/above0.35.tsv" "$root/laionet/alike.tsv"
     fi
     table alike0.35 subset "$root/laionet/alike.tsv" --threshold alike=1 --seed "$seed"
-    for head in scratch frozen; do
-      clip "div_alike0.35_$head" --data "$cuts/alike0.35.tsv" --steps $STEPS_4K --eval-sets val v2 --text-head $head
-    done
+    for table in as0.35 alike0.35; do for head in scratch frozen; do
+      clip "div_${table}_$head" --data "$cuts/$table.tsv" --steps $STEPS_4K --eval-sets val v2 --text-head $head
+    done; done
   fi
 
   # --- 7: open-world concepts (figure 6)
@@ -322,12 +344,12 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
     dino dino_balanced --data balanced
     dino dino_laionet --no-baselines
     dino dino_sampled_quarter --no-baselines --sample-prototypes 512
-    dino dino_sampled_16th --no-baselines --sample-prototypes 128
     dino dino_fixed_quarter --no-baselines --prototypes 512
   fi
 
-  # --- 9b, asked for by name only: what the theory says matters, prototypes by images of a batch and the imbalance
+  # --- 9b: a smaller sample, and what the theory says matters, prototypes by images of a batch and the imbalance
   if wants 9b; then
+    dino dino_sampled_16th --no-baselines --sample-prototypes 128
     dino dino_many --no-baselines --prototypes 8192
     dino dino_many_sampled --no-baselines --prototypes 8192 --sample-prototypes 2048
     table steep subset "$root/laionet/train.tsv" --profile pareto --imbalance 1000 --seed "$seed"

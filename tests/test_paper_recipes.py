@@ -69,7 +69,7 @@ def run_recipe(recipe, folder, tmp_path, *flags, **env):
     stubs, calls = tmp_path / "bin", tmp_path / "calls"
     if not stubs.exists():
         stubs.mkdir(), calls.mkdir()
-        for name in ("python", "torchrun", "img2dataset"):
+        for name in ("python", "torchrun", "img2dataset", "c++"):
             (stubs / name).write_text(STUB)
             (stubs / name).chmod(0o755)
     env = {"PATH": f"{stubs}:{os.environ['PATH']}", "CALLS": str(calls), "RECIPE": recipe.stem, **env}
@@ -200,12 +200,13 @@ def test_a_misspelt_flag_is_found():
 
 
 def test_the_study_in_miniature_parses(tmp_path):
-    """recipes/shapes.sh with seed 0, and the part that comes only when it is named."""
+    """recipes/shapes.sh with seed 0, and the parts that come only when they are named."""
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     (tmp_path / "data/study0").mkdir(parents=True)
     (tmp_path / "data/study0/classes.tsv").write_text("name\tsynonyms\nsolid circle\tdisc\n")  # its names are cut out
     recipe = ROOT / "recipes" / "shapes.sh"
-    result, calls, _ = run_recipe(recipe, tmp_path, tmp_path, "0", PYTHON="python", JOBS="2", ONLY=f"{' '.join(map(str, range(1, 13)))} 4b 5b 9b")
+    result, calls, _ = run_recipe(recipe, tmp_path, tmp_path, "0", PYTHON="python", JOBS="2",
+                              ONLY=f"{' '.join(map(str, range(1, 13)))} 4b 5b 6b 8b 9b 12b")
     assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-1000:]
     scripts = [parsed(call)[0] for call in calls]
     assert all(scripts.count(script) > 1 for script in SCRIPTS), scripts

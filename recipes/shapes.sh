@@ -5,7 +5,7 @@
 #   bash recipes/shapes.sh 3 4              # further seeds
 #   ONLY="1 12" bash recipes/shapes.sh 0    # some of the experiments
 #                                           # (on a machine with none of the runs: 4 needs 1, 2 and 6 need each other and 1, 7 needs 6, 10 needs 1 and 2, 12 needs 1 and 4)
-#   ONLY="4b 5b 6b 8b 9b 12b" bash recipes/shapes.sh # further arms of the page, which come only by name: another hour
+#   ONLY="2b 4b 5b 6b 8b 9b 10b 12b" bash recipes/shapes.sh # further arms of the page, which come only by name: another hour
 #   JOBS=8 bash recipes/shapes.sh           # trainings at a time, a thread each (default: the number of cores)
 #
 # What a run leaves is results/seedS/NAME.json, a few kB, to be committed: a run that has one is not made again, so the
@@ -19,6 +19,7 @@ jobs=${JOBS:-$cores}
 export OMP_NUM_THREADS=1 PYTHON="${PYTHON:-python}"
 compile=()
 if command -v c++ >/dev/null; then compile=(--compile); fi # takes a sixth off, and needs a compiler
+SHIFTS=(--eval-sets val v2 sketch rendition objectnet adversarial) # for experiment 10
 STEPS_4K=1000 # 32 epochs of 4,000 rows, the paper's number; 15,000 rows get 1,600 steps
 
 # run NAME SCRIPT FLAGS: a training. score NAME "RUNS" COMMAND: numbers from the arrays of these runs (or none); {} is
@@ -28,11 +29,14 @@ run() {
   shift 2
   printf '%s\t%s\n' "$name" "$(printf '%q ' "$PYTHON" "$script" --root "$root" --seed "$seed" --out "$runs/$name" "${compile[@]}" --workers 0 "$@")" >>"$todo/runs"
 }
-clip() { run "$1" clip.py "${@:2}"; }
-sl() { run "$1" sl_vocab_subsample.py "${@:2}"; }
+clip() { run "$1" clip.py --eval-sets val v2 "${@:2}"; }
+sl() { run "$1" sl_vocab_subsample.py --eval-sets val v2 "${@:2}"; }
 dino() { run "$1" dino_laionet.py --transfer auto "${real[@]}" "${@:2}"; }
 score() { printf '%s\t%s\t%s\n' "$1" "$2" "${*:3}" >>"$todo/scores"; }
 wants() { [[ " ${ONLY:-1 2 3 4 5 6 7 8 9 10 11 12} " == *" $1 "* ]]; }
+pretrain() { # ROOT NAME: clip.pt of a world
+  [ -e "$1/clip.pt" ] || "$PYTHON" clip.py --root "$1" --data web --steps 2200 --word-dropout 0 --seed "$seed" "${compile[@]}" --out "$runs/$2" --export "$1/clip.pt" >"$runs/$2.log" || { cat "$runs/$2.log"; exit 1; }
+}
 table() { # NAME COMMAND: a table of the world, made once
   [ -e "$cuts/$1.tsv" ] || "$PYTHON" build_datasets.py "${@:2}" --out "$cuts/$1.tsv" >"$runs/$1.log" || { cat "$runs/$1.log"; exit 1; }
 }
@@ -79,13 +83,12 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
   : >"$todo/runs"
   : >"$todo/scores"
 
-  # --- the worlds, with captions as bad as alt text, a CLIP pretrained on `web`, and cuts of the training sets
+  # --- the worlds, with captions as bad as alt text, a CLIP pretrained on `web` beside what does not need it, and cuts
   "$PYTHON" build_datasets.py shapes --seed "$seed" --caption-noise 0.065 --out "$root"
+  pretrain "$root" web &
+  pretraining=$!
   "$PYTHON" build_datasets.py shapes --seed "$seed" --caption-noise 0.065 --out "$atomic" --names atomic
   mkdir -p "$cuts"
-  if [ ! -e "$root/clip.pt" ]; then
-    OMP_NUM_THREADS=$cores "$PYTHON" clip.py --root "$root" --data web --steps 2200 --word-dropout 0 --seed "$seed" "${compile[@]}" --out "$runs/web" --export "$root/clip.pt"
-  fi
   table eighth subset "$root/laionet/train.tsv" --fraction 0.125 --seed "$seed"
   table quarter subset "$root/laionet/train.tsv" --fraction 0.25 --seed "$seed"
   table half subset "$root/laionet/train.tsv" --fraction 0.5 --seed "$seed"
@@ -112,9 +115,9 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
 
   # --- 1: supervised learning and CLIP on the same images (figure 1b); paper's and matched protocol
   if wants 1; then
-    sl sl
+    sl sl "${SHIFTS[@]}"
     sl sl_paper --optimizer sgd --lr 0.025 --batch-size 64 --steps 4500 --weight-decay 1e-4 --warmup-steps 0 --bn local
-    clip clip
+    clip clip "${SHIFTS[@]}"
     clip clip_template --caption "a {class}" --word-dropout 0
   fi
 
@@ -138,7 +141,7 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
   fi
 
   # --- 4: vocabularies in supervised learning (figure 3, crosses)
-  few=(--data laionet4k --steps $STEPS_4K --eval-sets val v2)
+  few=(--data laionet4k --steps $STEPS_4K)
   if wants 4; then
     for m in 16 32 64; do
       sl "voc_m${m}_g32" --vocab $m --vocab-group 32
@@ -175,7 +178,7 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
   # --- 3: descriptiveness of captions (figure 3, dots); the class name stands before natural text, as in the paper
   if wants 3; then
     for names in shapes atomic; do
-      few=(--root "$([ $names = shapes ] && echo "$root" || echo "$atomic")" --data laionet4k --steps $STEPS_4K --eval-sets val v2)
+      few=(--root "$([ $names = shapes ] && echo "$root" || echo "$atomic")" --data laionet4k --steps $STEPS_4K)
       for dropout in 0.5 0; do
         end=$([ $dropout = 0 ] && echo _whole || true)
         clip "cap_${names}_template$end" "${few[@]}" --word-dropout $dropout --caption "@$cuts/class.txt"
@@ -188,42 +191,45 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
     done
   fi
 
+  finish
+  wait $pretraining # the others take it
+
   # --- 8: zero-shot and one-shot tails of 30 classes (figure 8); 9a: their prototypes
   if wants 8; then
     for shots in 0 1; do
-      tail=(--trim-tail 30 --trim-shots "$shots" --steps 1200 --eval-sets val v2)
-      sl "tail${shots}_sl" "${tail[@]}"
+      tail=(--trim-tail 30 --trim-shots "$shots" --steps 1200)
       sl "tail${shots}_frozen_head" "${tail[@]}" --head frozen
       sl "tail${shots}_frozen_head_voc" "${tail[@]}" --head frozen --vocab 32 --vocab-group 32
-      clip "tail${shots}_clip" --data "$cuts/tail$shots.tsv" --steps 1200 --eval-sets val v2
-      clip "tail${shots}_clip_frozen" --data "$cuts/tail$shots.tsv" --steps 1200 --eval-sets val v2 --text-head frozen
+      clip "tail${shots}_clip_frozen" --data "$cuts/tail$shots.tsv" --steps 1200 --text-head frozen
     done
+    sl tail0_sl --trim-tail 30 --trim-shots 0 --steps 1200
+    clip tail0_clip --data "$cuts/tail0.tsv" --steps 1200
     for name in sl frozen_head frozen_head_voc clip clip_frozen; do
       score "prototypes_$name" "tail0_$name" "$PYTHON" evaluate.py prototypes "{}/tail0_$name/val.npz" --tail 30 --boot 0
     done
   fi
 
-  # --- 8b: the same where a class's name is an invented word, which no other class shares
+  # --- 8b: one shot without a frozen head; and no shot where a class's name is an invented word, which no other shares
   if wants 8b; then
-    if [ ! -e "$atomic/clip.pt" ]; then
-      OMP_NUM_THREADS=$cores "$PYTHON" clip.py --root "$atomic" --data web --steps 2200 --word-dropout 0 --seed "$seed" "${compile[@]}" --out "$runs/web_atomic" --export "$atomic/clip.pt"
-    fi
+    sl tail1_sl --trim-tail 30 --trim-shots 1 --steps 1200
+    clip tail1_clip --data "$cuts/tail1.tsv" --steps 1200
+    pretrain "$atomic" web_atomic
     table tail0_atomic subset "$atomic/laionet/train.tsv" --trim-tail 30 --shots 0 --seed "$seed"
-    tail=(--root "$atomic" --trim-tail 30 --trim-shots 0 --steps 1200 --eval-sets val v2)
+    tail=(--root "$atomic" --trim-tail 30 --trim-shots 0 --steps 1200)
     sl tail0_atomic_frozen_head "${tail[@]}" --head frozen
     sl tail0_atomic_frozen_head_voc "${tail[@]}" --head frozen --vocab 32 --vocab-group 32
-    clip tail0_atomic_clip_frozen --root "$atomic" --data "$cuts/tail0_atomic.tsv" --steps 1200 --eval-sets val v2 --text-head frozen
+    clip tail0_atomic_clip_frozen --root "$atomic" --data "$cuts/tail0_atomic.tsv" --steps 1200 --text-head frozen
   fi
 
-  # --- 2: data scale (figures 1b, 5); steps grow with the root of the rows
-  if wants 2; then
-    for size in eighth:566 quarter:800 half:1131; do
-      part=(--data "$cuts/${size%:*}.tsv" --steps "${size#*:}")
-      sl "sl_${size%:*}" "${part[@]}"
+  # --- 2: data scale (figures 1b, 5); steps grow with the root of the rows. 2b: CLIP on half of them
+  for size in eighth:566 quarter:800 half:1131; do
+    part=(--data "$cuts/${size%:*}.tsv" --steps "${size#*:}")
+    if wants 2; then sl "sl_${size%:*}" "${part[@]}" "${SHIFTS[@]}"; fi
+    if wants 2b || { wants 2 && [ "$size" != half:1131 ]; }; then
       clip "clip_${size%:*}" "${part[@]}"
       clip "frozen_${size%:*}" "${part[@]}" --text-head frozen
-    done
-  fi
+    fi
+  done
 
   # --- 6: text heads (figure 5), with neural collapse
   if wants 6 || wants 6b; then
@@ -235,7 +241,6 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
   fi
   if wants 6; then
     clip frozen --text-head frozen
-    clip clip_nodrop --word-dropout 0 # as the captions of frozen texts are whole
     clip finetune_whole --text-head finetune
     clip text_only_whole --text-head frozen --text-embeddings "$cuts/text_whole.npy" "$cuts/text_whole.classes.npy"
     sl sl_frozen_head --head frozen
@@ -244,9 +249,10 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
     done
   fi
 
-  # --- 6b: fine-tuned on whole captions too; and all heads on a quarter of the rows
+  # --- 6b: whole captions for the others too, as frozen texts have them; and all heads on a quarter of the rows
   if wants 6b; then
     part=(--data "$cuts/quarter.tsv" --steps 800)
+    clip clip_nodrop --word-dropout 0
     clip finetune_nodrop --word-dropout 0 --text-head finetune
     clip clip_nodrop_quarter --word-dropout 0 "${part[@]}"
     clip finetune_quarter "${part[@]}" --text-head finetune
@@ -255,36 +261,36 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
 
   # --- 5: imbalance, shift, diversity (figure 4), all of 4,000 rows
   if wants 5; then
-    for table in above0.00 above0.25 above0.30 above0.35 matched as_matched; do
+    for table in above0.00 above0.35 matched as_matched; do
       for head in scratch frozen; do
-        clip "div_${table}_$head" --data "$cuts/$table.tsv" --steps $STEPS_4K --eval-sets val v2 --text-head $head
+        clip "div_${table}_$head" --data "$cuts/$table.tsv" --steps $STEPS_4K --text-head $head
       done
     done
   fi
 
-  # --- 5b: with the class counts of above0.35, any captions (as0.35), and what the thresholds of this world leave as it
-  # is, given by hand: the images of each class that are most alike to the CLIP of web
+  # --- 5b: thresholds between; with the class counts of above0.35, any captions (as0.35), and what the thresholds of
+  # this world leave as it is, given by hand: the images of each class that are most alike to the CLIP of web
   if wants 5b; then
     if [ ! -e "$root/laionet/alike.tsv" ]; then
       "$PYTHON" clip.py --root "$root" --eval-only "$root/clip.pt" --out "$runs/features_laionet" --eval-sets "$root/laionet/train.tsv" >"$runs/features_laionet.log"
       "$PYTHON" recipes/alike.py "$runs/features_laionet/train.npz" "$root/laionet/train.tsv" "$cuts/above0.35.tsv" "$root/laionet/alike.tsv"
     fi
     table alike0.35 subset "$root/laionet/alike.tsv" --threshold alike=1 --seed "$seed"
-    for table in as0.35 alike0.35; do for head in scratch frozen; do
-      clip "div_${table}_$head" --data "$cuts/$table.tsv" --steps $STEPS_4K --eval-sets val v2 --text-head $head
+    for table in above0.25 above0.30 as0.35 alike0.35; do for head in scratch frozen; do
+      clip "div_${table}_$head" --data "$cuts/$table.tsv" --steps $STEPS_4K --text-head $head
     done; done
   fi
 
   # --- 7: open-world concepts (figure 6)
   if wants 7; then
     for set in even as_even; do
-      clip "open_clip_$set" --data "$cuts/$set.tsv" --steps 1131 --text-head frozen --eval-sets val v2
-      sl "open_sl_$set" --data "$cuts/$set.tsv" --steps 1131 --head frozen --eval-sets val v2
+      clip "open_clip_$set" --data "$cuts/$set.tsv" --steps 1131 --text-head frozen
+      sl "open_sl_$set" --data "$cuts/$set.tsv" --steps 1131 --head frozen
     done
     for name in open_clip_even open_clip_as_even frozen open_sl_even open_sl_as_even sl_frozen_head; do
       score "even_$name" "$name" "$PYTHON" evaluate.py imbalance "{}/$name/val.npz" --classes "$cuts/even.txt" --boot 0
     done
-    open=(--steps 1200 --eval-sets val v2)
+    open=(--steps 1200)
     clip open_clip_cls --data "$cuts/yfcc_cls.tsv" "${open[@]}"
     clip open_clip_all --data yfcc "${open[@]}"
     sl open_sl_cls --data "$cuts/yfcc_cls.tsv" "${open[@]}"
@@ -292,13 +298,11 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
 
   # --- 10: effective robustness by training set, by mixture, and after pruning what is near the test sets
   if wants 10; then
-    clip rob_clip_incaps --data incaps
-    clip rob_clip_web --data "$cuts/web_cls.tsv"
-    mixed=$cuts/half.tsv:1,$cuts/web_half.tsv:1 # 15,000 images too
-    clip rob_clip_mix --data "$mixed"
-    sl rob_sl_incaps --data incaps
-    sl rob_sl_web --data "$cuts/web_cls.tsv"
-    sl rob_sl_mix --data "$mixed"
+    for set in web mix; do # 15,000 images each
+      data=$([ $set = web ] && echo "$cuts/web_cls.tsv" || echo "$cuts/half.tsv:1,$cuts/web_half.tsv:1")
+      clip "rob_clip_$set" --data "$data" "${SHIFTS[@]}"
+      sl "rob_sl_$set" --data "$data" "${SHIFTS[@]}"
+    done
     if [ ! -e "$cuts/web_rand.tsv" ]; then
       features=$runs/features
       "$PYTHON" clip.py --root "$root" --eval-only "$root/clip.pt" --out "$features" --eval-sets "$cuts/web_cls.tsv" "$root/imagenet/train.tsv" sketch rendition objectnet v2 >"$runs/features.log"
@@ -306,8 +310,14 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
       "$PYTHON" build_datasets.py subset "$cuts/web_cls.tsv" --rows "$(($(wc -l <"$cuts/web_combined.tsv") - 1))" --seed "$seed" --out "$cuts/web_rand.tsv" >"$runs/web_rand.log"
     fi
     for set in sketch combined rand; do
-      clip "rob_clip_web_$set" --data "$cuts/web_$set.tsv"
+      clip "rob_clip_web_$set" --data "$cuts/web_$set.tsv" "${SHIFTS[@]}"
     done
+  fi
+
+  # --- 10b: another training set
+  if wants 10b; then
+    clip rob_clip_incaps --data incaps "${SHIFTS[@]}"
+    sl rob_sl_incaps --data incaps "${SHIFTS[@]}"
   fi
 
   # --- 11: debiasing a fine-tuned model; estimates of the frequencies

@@ -1172,7 +1172,7 @@ def page(folder):
         answers = [a for a, (text, _) in zip(answers, e["contrasts"]) if not text.endswith("**")]
         verdicts.append((e, verdict_of(answers), answers, verdict_of(first)))
         needed = [str(n) for n in sorted({e["number"], *NEEDS.get(e["number"], ())})]
-        needed += [f"{e['number']}b"] if e["number"] in (4, 5, 6, 8, 9, 12) else []
+        needed += [f"{e['number']}b"] if e["number"] in (2, 4, 5, 6, 8, 9, 10, 12) else []
         lines += ["", f"**Why.** {e['why']}"] if "why" in e else []
         lines += ["", f'**Verdict: {verdicts[-1][1]}.** `ONLY="{" ".join(needed)}" bash recipes/shapes.sh`', ""]
         parts.append("\n".join(lines))

@@ -1013,7 +1013,6 @@ TRAIN_SETS = {
     "yfcc": dict(process="wide", odd=0.0, n_rows=15_000, zipf=1.0, cut=0, is_noisy=True, is_open=True),
     "web": dict(process="wide", odd=0.15, n_rows=60_000, zipf=0.7, cut=0, is_noisy=True, is_open=True),
 }
-ODD_PROCESSES = ("sketch", "rendition", "objectnet")
 UNSEEN = dict(train=50, test=25)  # images per concept of the open world, to probe features on classes never trained on
 COLUMNS = ("image", "label", "caption", "title", "tags", "description", "similarity", "source")
 CHUNK = 250  # images per job, a constant: the random numbers depend on the chunk, not on the worker
@@ -1032,10 +1031,7 @@ def zipf_counts(n_rows, order, exponent):
 
 
 def make_chunk(job):
-    """Render rows [first, first + CHUNK) of one set into its .npy and write their texts. Runs in a worker process.
-
-    Returns: list of dicts of title, tags, description, caption and similarity (strings).
-    """
+    """Render rows [first, first + CHUNK) of one set into its .npy, in a worker. Returns: texts, {column: text} each."""
     path, set_name, style, concepts, first, seed, names, caption_noise = job
     chunk = first // CHUNK
     shapes, patterns = np.array(CONCEPTS)[concepts].T
@@ -1043,7 +1039,7 @@ def make_chunk(job):
     if style["odd"]:
         rng = rng_of(seed, set_name, "odd", chunk)
         process = np.where(rng.random(len(images)) < style["odd"], rng.integers(3, size=len(images)), -1)
-        for number, name in enumerate(ODD_PROCESSES):
+        for number, name in enumerate(("sketch", "rendition", "objectnet")):
             rows = np.flatnonzero(process == number)
             images[rows], odd = render(shapes[rows], patterns[rows], name, rng)
             for key in seen:
@@ -1060,12 +1056,9 @@ def make_chunk(job):
             texts.append(dict(caption=f"a photo of a {concept['name']}", title="", tags="", description=""))
             continue
         x, y = seen["x"][i], seen["y"][i]
-        words = dict(
-            colour=COLOUR_NAMES[seen["colour"][i]],
-            background=COLOUR_NAMES[seen["background"][i]],
-            position=("left" if x < 0 else "right") if abs(x) > abs(y) else ("top" if y < 0 else "bottom"),
-            size="small" if seen["radius"][i] < 10.5 else "large",
-        )
+        words = dict(colour=COLOUR_NAMES[seen["colour"][i]], background=COLOUR_NAMES[seen["background"][i]],
+                     position=("left" if x < 0 else "right") if abs(x) > abs(y) else ("top" if y < 0 else "bottom"),
+                     size="small" if seen["radius"][i] < 10.5 else "large")  # fmt: skip
         is_vague, is_wrong = luck < noise * 8 / 13, noise * 8 / 13 <= luck < noise
         told = table[(number + draw.randrange(1, n_named)) % n_named] if is_wrong else concept
         parts = write_caption(draw, told, words, names == "atomic", is_vague)
@@ -1192,18 +1185,16 @@ def train_bpe(texts: Iterable[str], n_merges: int) -> list[str]:
     """
     to_unicode = bytes_to_unicode()
     counts = Counter(word for text in texts for word in bpe_words(text))
-    words = []  # symbols of each distinct word
-    for word in counts:
+    words, pairs, where = [], Counter(), defaultdict(set)  # symbols of each distinct word; pair -> words that have it
+    for i, word in enumerate(counts):
         symbols = [to_unicode[byte] for byte in word.encode("utf-8")]
         words.append(symbols[:-1] + [symbols[-1] + "</w>"])
-    counts, pairs, where = list(counts.values()), Counter(), defaultdict(set)  # where: pair -> words that have it
-    for i, symbols in enumerate(words):
-        for pair in zip(symbols, symbols[1:]):
-            pairs[pair] += counts[i]
+        for pair in zip(words[i], words[i][1:]):
+            pairs[pair] += counts[word]
             where[pair].add(i)
-    queue = [(-count, pair) for pair, count in pairs.items()]
+    counts = list(counts.values())
+    queue, merges = [(-count, pair) for pair, count in pairs.items()], []
     heapq.heapify(queue)
-    merges = []
     while queue and len(merges) < n_merges:
         count, best = heapq.heappop(queue)
         if -count != pairs[best] or not count:
@@ -1227,14 +1218,12 @@ def train_bpe(texts: Iterable[str], n_merges: int) -> list[str]:
 # Copied from clip.py
 def merge_pair(symbols: list[str], left: str, right: str) -> list[str]:
     """Join each occurrence of `left right` in a list of symbols, from the left."""
-    merged, i = [], 0
-    while i < len(symbols):
-        if symbols[i] == left and symbols[i + 1 : i + 2] == [right]:
-            merged.append(left + right)
-            i += 2
+    merged = []
+    for symbol in symbols:
+        if symbol == right and merged[-1:] == [left]:
+            merged[-1] += right
         else:
-            merged.append(symbols[i])
-            i += 1
+            merged.append(symbol)
     return merged
 
 
@@ -1333,21 +1322,16 @@ def render_world(folder, seed, size, names, caption_noise, workers):
 
 
 def is_built(out, wanted):
-    """Whether out holds the wanted shapes world.
-
-    wanted: dict of the parameters. Raises SystemExit if something else lies there, so that nothing of it is touched.
-    """
+    """Whether out holds the wanted world. Raises SystemExit if something else is there: nothing of it is touched."""
     if not os.path.lexists(out) or (os.path.isdir(out) and not os.listdir(out)):
         return False
     try:
-        with open(os.path.join(out, "world.json"), encoding="utf-8") as f:
-            found = json.load(f)
+        found = json.loads(Path(out, "world.json").read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):  # no JSON, or no UTF-8
         found = {}
     if not isinstance(found, dict) or found.get("world") != "shapes":
         raise SystemExit(f"--out: {out} exists and is not a shapes world; give another --out (nothing was changed)")
-    differing = [f"{k} is {found.get(k)}, asked for {v}" for k, v in wanted.items() if found.get(k) != v]
-    if differing:
+    if differing := [f"{k} is {found.get(k)}, asked for {v}" for k, v in wanted.items() if found.get(k) != v]:
         raise SystemExit(f"--out: {out} holds another world: {'; '.join(differing)}. Give another --out or delete it")
     return True
 
@@ -1437,8 +1421,7 @@ class TarReader:
         """The fields (name, size, kind) of the header at pos; (None, 0, problem) where the members end."""
         block = self.read(pos, 512)
         is_tar = pos or block[257:262] == b"ustar"  # a member's name may begin as a compressed file does
-        kinds = [kind for magic, kind in COMPRESSED.items() if not is_tar and block.startswith(magic)]
-        if kinds:
+        if kinds := [kind for magic, kind in COMPRESSED.items() if not is_tar and block.startswith(magic)]:
             hint = "a compressed tar has no positions to read from; decompress it first (gunzip, bunzip2, unxz, unzstd)"
             raise NotATarError(f"{kinds[0]}: {hint}")
         if len(block) < 512:
@@ -1736,22 +1719,20 @@ def read_beside(path, result):
                 result["stats"] = {k: v for k, v in json.load(f).items() if isinstance(v, int)}
         except (ValueError, RecursionError, AttributeError):  # AttributeError: JSON, but no object
             result["warnings"].append(f"{stem}_stats.json: cannot be read (img2dataset killed while writing?)")
-    if not os.path.exists(stem + ".parquet"):
-        return {}, {}
-    try:
-        import pyarrow.parquet
+    if os.path.exists(stem + ".parquet"):
+        try:
+            import pyarrow.parquet
 
-        columns = pyarrow.parquet.read_table(stem + ".parquet").to_pydict()
-        if "key" not in columns:
-            raise ValueError(f"no column `key`; found {', '.join(columns)}")
-    except ImportError:  # optional: img2dataset writes the same values into the tar's JSON
-        result["no_pyarrow"] = True
-        return {}, {}
-    except (OSError, ValueError, OverflowError) as error:  # pyarrow's ArrowInvalid is a ValueError; dates too far
-        result["warnings"].append(f"{stem}.parquet: not used: {error}")
-        return {}, {}
-    row_of = {str(key): row for row, key in enumerate(columns["key"])}
-    return row_of, {k: v for k, v in columns.items() if k not in ("image", "label", "caption")}
+            columns = pyarrow.parquet.read_table(stem + ".parquet").to_pydict()
+            if "key" not in columns:
+                raise ValueError(f"no column `key`; found {', '.join(columns)}")
+            row_of = {str(key): row for row, key in enumerate(columns["key"])}
+            return row_of, {k: v for k, v in columns.items() if k not in ("image", "label", "caption")}
+        except ImportError:  # optional: img2dataset writes the same values into the tar's JSON
+            result["no_pyarrow"] = True
+        except (OSError, ValueError, OverflowError) as error:  # pyarrow's ArrowInvalid is a ValueError; dates too far
+            result["warnings"].append(f"{stem}.parquet: not used: {error}")
+    return {}, {}
 
 
 def read_samples(path, name, is_recursive, label, classes, result):
@@ -1773,8 +1754,7 @@ def read_samples(path, name, is_recursive, label, classes, result):
             result["warnings"].append(f"{path}: {reader.problem} {kept}")
         counts["members that are no plain files"] = reader.n_other
         counts["members"] += reader.n_other
-    claimed = (result["stats"] or {}).get("successes", n_images)
-    if claimed != n_images:
+    if (claimed := (result["stats"] or {}).get("successes", n_images)) != n_images:
         result["warnings"].append(f"{path}: {n_images} images, but its _stats.json counts {claimed} successes")
 
 
@@ -1829,26 +1809,21 @@ def find_sources(paths):
     """What the command line names, as (kind, [(path, class name or None)]) in sorted order. Raises SystemExit."""
     kinds, sources = {}, []
     for path in paths:
-        if os.path.isdir(path):
-            kind, found = look_into(path)
-            is_class = kind == "class folders"
-            sources += [(os.path.join(path, n), n) if is_class else (n, None) for n in found]
-        elif os.path.exists(path):
-            if not TAR_NAME.search(path):
-                raise SystemExit(f"{path}: expected a folder or a name that ends in .tar; for shards pass their folder")
-            kind = "tars"
-            sources.append((path, None))
-        else:
+        if not os.path.exists(path):
             raise SystemExit(f"{path}: no such file or folder")
+        is_folder = os.path.isdir(path)
+        if not is_folder and not TAR_NAME.search(path):
+            raise SystemExit(f"{path}: expected a folder or a name that ends in .tar; for shards pass their folder")
+        kind, found = look_into(path) if is_folder else ("tars", [path])
+        is_class = kind == "class folders"
+        sources += [(os.path.join(path, n), n) if is_class else (n, None) for n in found]
         kinds.setdefault(kind, path)
     if len(kinds) > 1:
         what = ", ".join(f"{kind} ({path})" for kind, path in kinds.items())
         raise SystemExit(f"got {what}; index each kind into a table of its own, and mix them in training")
-    repeated = [path for path, n in Counter(os.path.realpath(path) for path, _ in sources).items() if n > 1]
-    if repeated:
+    if repeated := [path for path, n in Counter(os.path.realpath(path) for path, _ in sources).items() if n > 1]:
         raise SystemExit(f"given twice: {', '.join(repeated[:10])}")
-    bad = [path for path, _ in sources if not is_writable_name(path)]
-    if bad:
+    if bad := [path for path, _ in sources if not is_writable_name(path)]:
         raise SystemExit(f"rename these, a table cannot hold their tabs, line breaks or invalid UTF-8: {bad[:10]}")
     return next(iter(kinds)), sorted(sources, key=lambda source: (source[1] or "", source[0]))
 
@@ -1874,8 +1849,7 @@ def folder_labels(names, path, labels):
     """The label of each class folder. names: sorted; path: of classes.tsv, or None; labels: its labels by name."""
     if path is None:
         return {name: label for label, name in enumerate(names)}
-    unknown = [name for name in names if labels.get(name) is None]
-    if unknown:
+    if unknown := [name for name in names if labels.get(name) is None]:
         shown = ", ".join(unknown[:20]) + (f" and {len(unknown) - 20} more" if len(unknown) > 20 else "")
         raise SystemExit(f"{path}: {len(unknown)} of {len(names)} class folders are not wnid or name of exactly one "
                          f"row: {shown}. Add them, or give another --classes")  # fmt: skip
@@ -2104,8 +2078,7 @@ def find_tables(paths):
     odd = [path for path in found if not os.path.isfile(path) and not os.path.isdir(path)]
     if odd:  # a pipe would be waited for, and could not be read twice
         raise SystemExit(f"{odd[0]}: expected a regular file or a folder")
-    twice = [path for path, n in Counter(map(os.path.realpath, found)).items() if n > 1]
-    if twice:
+    if twice := [path for path, n in Counter(map(os.path.realpath, found)).items() if n > 1]:
         raise SystemExit(f"given twice: {', '.join(twice[:10])}")
     return sorted(found)
 
@@ -2305,8 +2278,7 @@ def tar_facts(path):
 
 def our_names(columns, path):
     """Names of columns, aliases replaced by ours. Raises: SystemExit if names are empty or double."""
-    wrong = sorted(name or "an empty name" for name, n in Counter(columns).items() if n > 1 or not name)
-    if wrong:
+    if wrong := sorted(name or "an empty name" for name, n in Counter(columns).items() if n > 1 or not name):
         raise SystemExit(f"{path}:1: the header has no or double names ({', '.join(wrong)}): {', '.join(columns)}")
     names, lower = list(columns), [name.lower() for name in columns]
     for ours, others in COLUMN_ALIASES.items():
@@ -2324,12 +2296,12 @@ class Row(dict):
         return ""
 
 
-def read_table(path, needed=(), bad=None, is_all=True, is_dict=False):
+def read_table(path, needed=(), bad=None, is_all=True):
     """One table, TSV, CSV, JSONL (each perhaps .gz), parquet, or a tar or folder of img2dataset's, as a stream.
 
-    needed: columns that must be there; is_all: False reads only these; bad: as in text_lines.
-    Returns: (names of the columns, iterator of (line, list of strings, or with is_dict {column: string}, a Row where
-    most fields are empty)). None and NaN are empty, nested values JSON.
+    needed: columns that must be there; is_all: False reads only these, as lists; bad: as of note_bad.
+    Returns: (names of the columns, iterator of (line, {column: string}, a Row where most fields are empty, or list of
+    strings)). None and NaN are empty, nested values JSON.
     Raises: SystemExit "file:line: reason".
     """
     kind, lines, found = os.path.splitext(path.removesuffix(".gz").removesuffix(".partial"))[1], None, None
@@ -2359,27 +2331,20 @@ def read_table(path, needed=(), bad=None, is_all=True, is_dict=False):
         raise SystemExit(f"{path}:1: no column {', '.join(missing)}; found {', '.join(there)}")
     if lines is not None:
         lines.close()
-        lines = text_lines(path, bad)
-        if kind == ".tsv":
-            next(lines)
-            rows = tsv_rows(lines, len(header), path, bad)
-        else:
-            rows = csv_rows(lines, len(header), path, bad)
-            next(rows)
+        rows = (tsv_rows if kind == ".tsv" else csv_rows)(text_lines(path, bad), len(header), path, bad)
+        next(rows)  # the header
     usual = [(name, "") for name in COLUMN_ALIASES if name in names]  # a Row tells that its table has these
-    if is_dict and found:
+    if is_all and found:
         ours = dict(zip(header, names))
         return names, ((n, Row(usual, **{ours[k]: tsv_field(v) for k, v in row.items()})) for n, row in found)
-    if is_dict and len(names) > 256:
+    if is_all and len(names) > 256:
         return names, ((n, Row(itertools.chain(usual, compress(zip(names, fields), fields)))) for n, fields in rows)
-    if is_dict:
+    if is_all:
         return names, ((n, dict(zip(names, fields))) for n, fields in rows)
-    places = range(len(names)) if is_all else [names.index(name) for name in needed]
+    places = [names.index(name) for name in needed]
     if found:
         keys = [header[place] for place in places]
-        return [names[place] for place in places], ((n, [tsv_field(row.get(key)) for key in keys]) for n, row in found)
-    if is_all:
-        return names, rows
+        return list(needed), ((n, [tsv_field(row.get(key)) for key in keys]) for n, row in found)
     if kind == ".parquet":
         _, read, rows = parquet_rows(path, {own_names[place] for place in places}, bad)
         places = [read.index(own_names[place]) for place in places]
@@ -2404,7 +2369,7 @@ def open_tables(paths, needed=(), bad=None, out=None):
 
     def rows():
         for path in paths:
-            names, table = read_table(path, needed, bad, is_dict=True)
+            names, table = read_table(path, needed, bad)
             source, target = (os.path.realpath(os.path.dirname(p or path) or ".") for p in (path, out))
             empty = dict.fromkeys(columns, "")
             for _, row in table:
@@ -2415,11 +2380,6 @@ def open_tables(paths, needed=(), bad=None, out=None):
                 yield row
 
     return columns, rows()
-
-
-def numbered_rows(path, needed=(), bad=None):
-    """(line, row as a dict) of one table."""
-    return read_table(path, needed, bad, is_dict=True)[1]
 
 
 def file_hash(path):
@@ -2559,8 +2519,7 @@ def morphword(word, exceptions, index):
         return None
     for suffix, ending in DETACHMENTS:
         if len(stem) > len(suffix) and stem.endswith(suffix):
-            base = stem[: -len(suffix)] + ending
-            if base in index:
+            if (base := stem[: -len(suffix)] + ending) in index:
                 return base + tail
     return None
 
@@ -2570,8 +2529,7 @@ def nltk_lemma(word, exceptions, index):
 
     Of two lines of noun.exc for a form NLTK takes the last: aurar and involucra, of WordNet's, have other lemmas there.
     """
-    found = exceptions.get(word)
-    if found is None:
+    if (found := exceptions.get(word)) is None:
         found = [word[: -len(suffix)] + ending for suffix, ending in NLTK_DETACHMENTS if word.endswith(suffix)]
     return min((form for form in [word, *found] if form in index), key=len, default=word)  # the first of the shortest
 
@@ -2946,11 +2904,10 @@ def class_rows(path):
     """Rows of a classes.tsv as dicts, in label order. Raises: SystemExit for empty names, for double wnids or, without
     wnids, names."""
     rows, seen = [], {}
-    for line, row in numbered_rows(path, ["name"]):
+    for line, row in read_table(path, ["name"])[1]:
         if not row["name"].strip():
             raise SystemExit(f"{path}:{line}: an empty name")
-        key = row.get("wnid") or row["name"]
-        if key in seen:
+        if (key := row.get("wnid") or row["name"]) in seen:
             raise SystemExit(f"{path}:{line}: {key} stands in line {seen[key]} too")
         seen[key] = line
         rows.append(row)
@@ -3012,8 +2969,7 @@ def match_settings(rows, rule, is_sensitive=False, lemmas="none", wordnet="", mo
     for label, row in enumerate(rows):
         for key in {row["name"], row.get("wnid") or row["name"]}:
             owners[key].append(label)
-    unknown = sorted(set(more_names) - set(owners))
-    if unknown:
+    if unknown := sorted(set(more_names) - set(owners)):
         raise SystemExit(f"--synonyms: {len(unknown)} names are not in classes.tsv: {', '.join(unknown[:10])}")
     for key in more_names:
         if len(owners[key]) > 1:
@@ -3197,7 +3153,7 @@ def merge_tables(parts, out):
     columns, rows = open_tables(tables)
     if "source_label" in columns and not any(row["source_label"] for row in rows):
         columns.remove("source_label")
-    return write_tsv(out, columns, (row for table in tables for _, row in numbered_rows(table)))
+    return write_tsv(out, columns, (row for table in tables for _, row in read_table(table)[1]))
 
 
 def build_labels(paths, out, classes, settings, run):
@@ -3243,8 +3199,7 @@ def class_of_line(line, where, wordnet, synsets, ambiguous):
         words, definition = synsets[first[1:]]
         names = list(dict.fromkeys([*filter(None, more[:1]), *words]))
         return dict(name=names[0], synonyms="|".join(names[1:]), definition=definition, wnid=first, query=words[0])
-    names = clean_name(first)
-    if not names:
+    if not (names := clean_name(first)):
         raise SystemExit(f"{where}: an empty name")
     names += [name for field in more[:1] for name in split_names(field)]
     definition, wnid = more[1] if len(more) > 1 else "", ""
@@ -3291,9 +3246,8 @@ def build_classes(path, out, wordnet, extra):
     if extra:
         keys = Counter(key for row in rows for key in {row["name"], row["wnid"]})
         by_key = {key: row for row in rows for key in (row["name"], row["wnid"]) if key and keys[key] == 1}
-        for line, more in numbered_rows(extra):
-            key = more.pop("wnid", "") or more.get("name", "")
-            if key not in by_key:
+        for line, more in read_table(extra)[1]:
+            if (key := more.pop("wnid", "") or more.get("name", "")) not in by_key:
                 raise SystemExit(f"{extra}:{line}: {key!r} is not name or wnid of just one class of {path}")
             by_key[key].update({k: v for k, v in more.items() if v})
         columns += [name for name in read_table(extra)[0] if name not in columns]
@@ -3337,20 +3291,10 @@ def incaps_records(path):
     return records
 
 
-def incaps_texts(record):
-    """title, tags, description of a record without line breaks and nulls, and caption, all three joined."""
-    tags = record.get("tags") or []
-    tags = tags if isinstance(tags, str) else " ".join(filter(None, map(tsv_field, tags)))  # nulls drop out
-    texts = dict(title=record.get("title"), tags=tags, description=record.get("description"))
-    texts = {key: tsv_field(text).strip() for key, text in texts.items()}
-    return texts | dict(caption=" ".join(filter(None, texts.values())))
-
-
 def build_incaps(path, images, classes, out, seed, keep_repeats):
     """Join ImageNet-Captions with its images: a folder of class folders, or a table whose images are files so named.
 
-    Rows are ordered by a hash of seed and file name; of a repeated file name the longest text is kept (then the first
-    in alphabetical order).
+    Rows are ordered by a hash of seed and file name; a repeated one keeps its longest text (then the first, sorted).
     """
     records, rows = incaps_records(path), class_rows(classes)
     n_classes, label_of = len(rows), {row["wnid"]: i for i, row in enumerate(rows) if row.get("wnid")}
@@ -3365,12 +3309,16 @@ def build_incaps(path, images, classes, out, seed, keep_repeats):
         if wnid not in label_of or name.split("_")[0] != wnid:
             counts["unknown wnid"] -= 1
             continue
-        file = os.path.join(images, wnid, name)
         image = os.path.join(folder, wnid, name) if places is None else places.get(name)
-        if image is None or places is None and not os.path.isfile(file):
+        if image is None or places is None and not os.path.isfile(os.path.join(images, wnid, name)):
             counts["no such image"] -= 1
             continue
-        row = dict(image=image, label=label_of[wnid], wnid=wnid, filename=name, **incaps_texts(record))
+        tags = record.get("tags") or []
+        tags = tags if isinstance(tags, str) else " ".join(filter(None, map(tsv_field, tags)))  # nulls drop out
+        texts = dict(title=record.get("title"), tags=tags, description=record.get("description"))
+        texts = {key: tsv_field(text).strip() for key, text in texts.items()}
+        caption = " ".join(filter(None, texts.values()))
+        row = dict(image=image, label=label_of[wnid], wnid=wnid, filename=name, caption=caption, **texts)
         key = (name, number) if keep_repeats else name
         if key in kept:
             counts["repeated file name"] -= 1
@@ -3379,9 +3327,8 @@ def build_incaps(path, images, classes, out, seed, keep_repeats):
     if not rows:
         raise SystemExit(f"no rows; nothing was written: {counts}")
     write_tsv(out, ("image", "label", "caption", "title", "tags", "description", "wnid", "filename"), rows)
-    variants = [("title",), ("tags",), ("description",), ("title", "description"), ("tags", "description"),
-                ("title", "tags")]  # fmt: skip
-    usable = {"+".join(v): sum(any(row[part] for part in v) for row in rows) for v in variants}
+    variants = "title tags description title+description tags+description title+tags".split()
+    usable = {v: sum(any(row[part] for part in v.split("+")) for row in rows) for v in variants}
     class_counts = np.bincount([row["label"] for row in rows], minlength=n_classes).tolist()
     counts[f"rows in {out}"] = len(rows)
     write_report(out, [path, classes, None if places is None else images],
@@ -3851,7 +3798,7 @@ def read_relevance(path, names):
     judged, labels = defaultdict(lambda: [0, 0]), defaultdict(list)
     for label, name in enumerate(names):
         labels[name].append(label)
-    for line, row in numbered_rows(path, ["name", "relevant"]):
+    for line, row in read_table(path, ["name", "relevant"])[1]:
         answer, given = row["relevant"].strip().lower().rstrip("."), row.get("label", "")
         if answer not in ("", "yes", "no", "1", "0"):
             raise SystemExit(f"{path}:{line}: relevant is {row['relevant']!r}, expected yes or no")
@@ -4033,8 +3980,7 @@ def read_image(table: Table, row: int, min_side: float, max_pixels: int) -> Imag
             if offset + size > os.fstat(file.fileno()).st_size:  # before read() asks for that much memory
                 return "offset or size beyond the end of the file"
             file.seek(offset)
-            content = file.read(size)
-        image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
+            image = Image.open(io.BytesIO(file.read(size)), formats=IMAGE_FORMATS)
         if image.width * image.height > max_pixels:
             return "more pixels than --max-pixels"
         image.draft("RGB", (math.ceil(min_side), math.ceil(min_side)))
@@ -4044,8 +3990,7 @@ def read_image(table: Table, row: int, min_side: float, max_pixels: int) -> Imag
         if image.mode.startswith("I;16") or image.mode == "I":  # 16-bit grey: Pillow's convert would clip at 255
             image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert("RGB")
     except FileNotFoundError:
         return "missing file"
@@ -4129,7 +4074,7 @@ def check_tables(tables, out, sample, max_bad, classes, max_pixels, workers, see
 
     def scan():  # yields (file, line, {column: field}) of each row whose text is in order
         for path in paths:
-            for line, row in numbered_rows(path, [naming_column(path)], broken):
+            for line, row in read_table(path, [naming_column(path)], broken)[1]:
                 label = label_number(row.get("label", ""), ids, len(names))
                 of_class[label] += 1
                 hashes.append(text_hash(row.get("caption", "")))
@@ -4505,7 +4450,7 @@ def keep_best(paths, roots, area, protect, out):
     for path in paths:
         folder, target = (os.path.realpath(os.path.dirname(p)) for p in (path, out))
         is_late = os.path.realpath(path) not in protected
-        for row, (_, fields) in enumerate(numbered_rows(path), n):
+        for row, (_, fields) in enumerate(read_table(path)[1], n):
             n = row + 1
             if size[roots[row]] > 1:
                 names[row] = name_of(fields, folder, target)
@@ -4715,7 +4660,7 @@ def scan_rows(paths, key, seed, classes=None, column=None):
     hashes, labels, values = array("d"), array("i"), array("d")
     for path in paths:
         needed = [name for name in (naming_column(path) if key == "image" else key, column) if name is not None]
-        for line, row in numbered_rows(path, needed):
+        for line, row in read_table(path, needed)[1]:
             label = -1 if classes is None else label_number(row.get("label", ""), classes[1], len(classes[0]))
             if label is None:
                 what = f"not one of {len(classes[0])} classes" if classes[0] else f"no number below {MAX_CLASSES:,}"

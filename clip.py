@@ -70,7 +70,6 @@ import math
 import mmap
 import os
 import pickle
-import random
 import re
 import signal
 import struct
@@ -684,15 +683,15 @@ class CLIP(nn.Module):
         return image_features, text_features, self.logit_scale.exp()
 
 
-def text_config(state_dict: dict[str, torch.Tensor]) -> tuple[dict, int]:
-    """The `text` argument of CLIP that fits a state dict, and its embedding width D."""
+def text_config(state_dict: dict[str, torch.Tensor], path: str) -> tuple[dict, int]:
+    """The `text` argument of CLIP that fits a state dict, and its embedding width D; SystemExit if none does."""
     if "token_embedding.weight" not in state_dict:
         weights = [v for k, v in state_dict.items() if k.startswith("text_mlp.")]
         if not weights:
-            raise ValueError("no text tower in it (no token_embedding.weight)")
+            raise SystemExit(f"{path}: no text tower in it (no token_embedding.weight)")
         return dict(arch="embeddings", width=weights[0].shape[1]), weights[-1].shape[0]
     if "text_projection" not in state_dict:
-        raise ValueError("no whole text tower in it (no text_projection)")
+        raise SystemExit(f"{path}: no whole text tower in it (no text_projection)")
     vocab_size, width = state_dict["token_embedding.weight"].shape
     text = dict(arch="cbow", width=width, vocab_size=vocab_size, context_length=77)
     if "positional_embedding" in state_dict:
@@ -752,8 +751,7 @@ def load_state(model: nn.Module, state_dict: dict[str, torch.Tensor], path: str)
     if missing or unexpected or shapes:
         raise SystemExit(f"{path} does not fit the model (another --arch?): missing {missing[:5]}, unexpected "
                          f"{unexpected[:5]}, shapes {shapes[:5]}")
-    broken = [name for name, value in state_dict.items() if not bool(value.isfinite().all())]
-    if broken:
+    if broken := [name for name, value in state_dict.items() if not bool(value.isfinite().all())]:
         raise SystemExit(f"{path}: values that are not finite in {broken[:5]}")
     model.load_state_dict(state_dict)
 
@@ -951,18 +949,16 @@ def train_bpe(texts: Iterable[str], n_merges: int) -> list[str]:
     """
     to_unicode = bytes_to_unicode()
     counts = Counter(word for text in texts for word in bpe_words(text))
-    words = []  # symbols of each distinct word
-    for word in counts:
+    words, pairs, where = [], Counter(), defaultdict(set)  # symbols of each distinct word; pair -> words that have it
+    for i, word in enumerate(counts):
         symbols = [to_unicode[byte] for byte in word.encode("utf-8")]
         words.append(symbols[:-1] + [symbols[-1] + "</w>"])
-    counts, pairs, where = list(counts.values()), Counter(), defaultdict(set)  # where: pair -> words that have it
-    for i, symbols in enumerate(words):
-        for pair in zip(symbols, symbols[1:]):
-            pairs[pair] += counts[i]
+        for pair in zip(words[i], words[i][1:]):
+            pairs[pair] += counts[word]
             where[pair].add(i)
-    queue = [(-count, pair) for pair, count in pairs.items()]
+    counts = list(counts.values())
+    queue, merges = [(-count, pair) for pair, count in pairs.items()], []
     heapq.heapify(queue)
-    merges = []
     while queue and len(merges) < n_merges:
         count, best = heapq.heappop(queue)
         if -count != pairs[best] or not count:
@@ -985,14 +981,12 @@ def train_bpe(texts: Iterable[str], n_merges: int) -> list[str]:
 
 def merge_pair(symbols: list[str], left: str, right: str) -> list[str]:
     """Join each occurrence of `left right` in a list of symbols, from the left."""
-    merged, i = [], 0
-    while i < len(symbols):
-        if symbols[i] == left and symbols[i + 1 : i + 2] == [right]:
-            merged.append(left + right)
-            i += 2
+    merged = []
+    for symbol in symbols:
+        if symbol == right and merged[-1:] == [left]:
+            merged[-1] += right
         else:
-            merged.append(symbols[i])
-            i += 1
+            merged.append(symbol)
     return merged
 
 
@@ -1041,10 +1035,7 @@ class Tokenizer:
 
 def pad_tokens(rows: list) -> torch.Tensor:
     """Lists of token ids -> [B, L] int64, padded with zeros to the longest."""
-    tokens = np.zeros((len(rows), max(map(len, rows))), np.int64)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = row
-    return torch.from_numpy(tokens)
+    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
 
 
 def read_merges(path: str | Path) -> list[str]:
@@ -1124,16 +1115,11 @@ class Captions:
         return uniform_hash(self.seed, 1, rows[:, None], epoch, np.arange(2))
 
     def text(self, row: int, template: float, synonym: float) -> str:
-        parts = list(self.templates[int(template * len(self.templates))])
-        fields = self.table[row]
+        parts, fields = list(self.templates[int(template * len(self.templates))]), self.table[row]
+        names = self.names[self.labels[row]] if self.names else [""]
+        drawn = {"class": names[0], "synonym": names[int(synonym * len(names))]}
         for i in range(1, len(parts), 2):
-            if parts[i] == "class":
-                parts[i] = self.names[self.labels[row]][0]
-            elif parts[i] == "synonym":
-                names = self.names[self.labels[row]]
-                parts[i] = names[int(synonym * len(names))]
-            else:
-                parts[i] = fields[self.table.columns[parts[i]]]
+            parts[i] = drawn[parts[i]] if parts[i] in drawn else fields[self.table.columns[parts[i]]]
         return "".join(parts)
 
 
@@ -1178,8 +1164,7 @@ def read_image(table: Table, row: int, min_side: float, max_pixels: int) -> Imag
             if offset + size > os.fstat(file.fileno()).st_size:  # before read() asks for that much memory
                 return "offset or size beyond the end of the file"
             file.seek(offset)
-            content = file.read(size)
-        image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
+            image = Image.open(io.BytesIO(file.read(size)), formats=IMAGE_FORMATS)
         if image.width * image.height > max_pixels:
             return "more pixels than --max-pixels"
         image.draft("RGB", (math.ceil(min_side), math.ceil(min_side)))
@@ -1189,8 +1174,7 @@ def read_image(table: Table, row: int, min_side: float, max_pixels: int) -> Imag
         if image.mode.startswith("I;16") or image.mode == "I":  # 16-bit grey: Pillow's convert would clip at 255
             image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert("RGB")
     except FileNotFoundError:
         return "missing file"
@@ -1239,7 +1223,7 @@ def read_or_replace(tables: list[Table], examples: np.ndarray, i: int, min_side:
             return image
         bad.append((image, f"{tables[s].path}: {tables[s].get(row, 'image')}"))
         examples[i, 1] = int(uniform_hash(seed, 3, s, row, epoch, attempt) * len(tables[s]))
-    # A worker process cannot end the run: note_bad_images does.
+    # A worker process cannot end the run: RunLog.count does.
     bad.append((GAVE_UP, f"100 unreadable images in a row, the last: {': '.join(bad[-1])}"))
     return Image.new("RGB", (32, 32))
 
@@ -1303,15 +1287,13 @@ def load_pixels(tables: list[Table], image_size: int = 0) -> torch.Tensor | None
         H, W, _ = shapes.pop()
         if image_size and (H != W or H > 1.3 * image_size):
             return None
-        for path, rows in places.items():
-            places[path] = rows = np.array(rows)
-            if rows[:, 1].max() >= len(arrays[path]):
-                print(f"{path}: {len(arrays[path])} rows, row {rows[:, 1].max()} is named: images are read one by one",
-                      flush=True)
-                return None
         pixels = np.empty((n, H, W, 3), np.uint8)
-        for path, rows in places.items():
-            pixels[rows[:, 0]] = arrays[path][rows[:, 1]]
+        for path, array in arrays.items():
+            place, row = np.array(places[path]).T
+            if row.max() >= len(array):
+                print(f"{path}: {len(array)} rows, row {row.max()} is named: images are read one by one", flush=True)
+                return None
+            pixels[place] = array[row]
     except (OSError, ValueError, EOFError) as error:
         raise SystemExit(f"images of {', '.join(str(table.path) for table in tables)}: {error}") from None
     return torch.from_numpy(pixels)
@@ -1409,12 +1391,13 @@ def ignore_sigterm(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def start_method(workers: int) -> str | None:
-    """How loader workers start: forked, they share the tables and arrays of this process, copied nowhere.
+def worker_setup(workers: int) -> dict:
+    """Of a DataLoader. Forked, its workers share the tables and arrays of this process, copied nowhere.
 
     Linux: Python 3.14 has another default there. Elsewhere a fork may hang, so the default stays.
     """
-    return "fork" if workers and sys.platform == "linux" else None
+    return {"num_workers": workers, "worker_init_fn": ignore_sigterm,
+            "multiprocessing_context": "fork" if workers and sys.platform == "linux" else None}
 
 
 def default_workers() -> int:
@@ -1422,24 +1405,19 @@ def default_workers() -> int:
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-class EvalImages(torch.utils.data.Dataset):
-    """Images of a test set: [3, S, S] uint8, the centre square, and 0; or zeros and why it cannot be read."""
+def read_squares(table: Table, image_size: int, max_pixels: int, rows: list[int]) -> tuple[torch.Tensor, list]:
+    """Centre squares of a test set's images, [B, 3, S, S] uint8, and 0 for each; or zeros and why it cannot be read.
 
-    def __init__(self, table: Table, image_size: int, max_pixels: int):
-        self.table, self.image_size, self.max_pixels = table, image_size, max_pixels
-
-    def __getitem__(self, row: int) -> tuple[torch.Tensor, str | int]:
-        image = read_image(self.table, row, self.image_size, self.max_pixels)
+    Collate function of row numbers: one tensor a block, since each tensor of a worker holds a file descriptor.
+    """
+    pixels, reasons = np.zeros((len(rows), image_size, image_size, 3), np.uint8), [0] * len(rows)
+    for i, row in enumerate(rows):
+        image = read_image(table, row, image_size, max_pixels)
         if isinstance(image, str):
-            return torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8), image
-        image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC, center_box(*image.size))
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1), 0
-
-
-def stack_images(items: list[tuple[torch.Tensor, str | int]]) -> tuple[torch.Tensor, list]:
-    """Collate function of EvalImages: one tensor a block, since each tensor of a worker holds a file descriptor."""
-    images, reasons = zip(*items)
-    return torch.stack(images), list(reasons)
+            reasons[i] = image
+        else:
+            pixels[i] = image.resize((image_size, image_size), Image.Resampling.BICUBIC, center_box(*image.size))
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2), reasons
 
 
 # ------------------------------------------------------------------------------ plumbing
@@ -1571,24 +1549,6 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
 
 
-def rng_state(device: torch.device) -> dict:
-    """States of all random generators, as tensors and builtins."""
-    name, keys, *rest = np.random.get_state()
-    state = {"python": list(random.getstate()[1]), "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest]}
-    return state | {"torch": torch.get_rng_state(),
-                    "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
-
-
-def set_rng_state(state: dict, device: torch.device) -> None:
-    """Undo of rng_state."""
-    random.setstate((3, tuple(state["python"]), None))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
 def write_atomically(path: Path, write: Callable) -> None:
     """Write a file under a temporary name, then put it in its place: a reader never sees half of it.
 
@@ -1629,15 +1589,12 @@ def load_checkpoint(path: Path, args: dict, run_flags: set[str]) -> dict:
         raise SystemExit(f"{path} is no checkpoint of {Path(__file__).name}; --resume off starts over")
     if "optimizer" not in checkpoint:
         raise SystemExit(f"{path} has no optimiser state: it is an export, pass it as --init")
-    if "inputs" not in checkpoint:
-        raise SystemExit(f"{path} was made by an older {Path(__file__).name}: pass another --out, or --resume off to "
-                         "replace it")
-    unknown = [f"--{k.replace('_', '-')}" for k in args if k not in run_flags and k not in checkpoint["args"]]
+    unknown = ["inputs"] * ("inputs" not in checkpoint)
+    unknown += [f"--{k.replace('_', '-')}" for k in args if k not in run_flags and k not in checkpoint["args"]]
     if unknown:
         raise SystemExit(f"{path} is no checkpoint of this {Path(__file__).name}: it has no {', '.join(unknown[:5])}; "
                          "pass another --out, or --resume off to replace it")
-    differing = [k for k in args if k not in run_flags and args[k] != checkpoint["args"].get(k)]
-    if differing:
+    if differing := [k for k in args if k not in run_flags and args[k] != checkpoint["args"].get(k)]:
         flags = ", ".join(f"--{k.replace('_', '-')} {checkpoint['args'].get(k)}, now {args[k]}" for k in differing)
         raise SystemExit(f"{path} was made with {flags}: pass another --out, or --resume off to replace it")
     return checkpoint
@@ -1700,8 +1657,9 @@ def versions() -> dict[str, str]:
 def resumable(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, inputs: dict[str, int], n_bad: int,
               seconds: float, device: torch.device) -> dict:
     """What a checkpoint holds beside the model, to be continued from; undone by `restore`."""
-    return {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng_state(device),
-            "inputs": inputs, "n_bad": n_bad, "seconds": seconds}
+    rng = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+    return {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng, "inputs": inputs,
+            "n_bad": n_bad, "seconds": seconds}
 
 
 def restore(checkpoint: dict, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
@@ -1710,7 +1668,9 @@ def restore(checkpoint: dict, optimizer: torch.optim.Optimizer, scaler: torch.am
     optimizer.load_state_dict(checkpoint["optimizer"])
     if checkpoint["scaler"]:  # empty but for fp16
         scaler.load_state_dict(checkpoint["scaler"])
-    set_rng_state(checkpoint["rng"], device)
+    torch.set_rng_state(checkpoint["rng"]["torch"])
+    if checkpoint["rng"]["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(checkpoint["rng"]["cuda"], device)
     return checkpoint["step"], checkpoint["seconds"]
 
 
@@ -1781,8 +1741,7 @@ def class_prototypes(model: CLIP, tokenizer: Tokenizer | None, world: World,
         return None if world.stored is None else world.stored.to(device)
     if tokenizer is None:
         given = torch.from_numpy(np.array(world.class_embeddings, np.float32)).to(device)
-        return F.normalize(encode_rows(len(given), model.embed_dim, lambda a, b: model.encode_text(given[a:b]), device),
-                           dim=1)
+        return F.normalize(encode_rows(len(given), model.embed_dim, lambda a, b: model.encode_text(given[a:b]), device))
     prompts = [template.replace("{}", row["name"]) for row in world.classes for template in world.templates]
     embed = encode_texts(model, tokenizer, prompts, device)
     return F.normalize(F.normalize(embed, dim=1).unflatten(0, (len(world.classes), -1)).mean(1), dim=1)
@@ -1800,13 +1759,11 @@ def encode_images(model: nn.Module, table: Table, workers: int, max_pixels: int,
     reasons = np.zeros(len(table), object)
     if pixels is None:
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        starts = range(rank * EVAL_BATCH, len(table), world_size * EVAL_BATCH)
-        blocks = [range(start, min(start + EVAL_BATCH, len(table))) for start in starts]
-        dataset = EvalImages(table, model.image_size, max_pixels)
+        rows = range(len(table))
+        blocks = [rows[k : k + EVAL_BATCH] for k in rows[rank * EVAL_BATCH :: world_size * EVAL_BATCH]]
         workers = min(len(blocks), workers if workers >= 0 else default_workers())
-        blocks = iter(torch.utils.data.DataLoader(dataset, batch_sampler=blocks, num_workers=workers,
-                                                  collate_fn=stack_images, worker_init_fn=ignore_sigterm,
-                                                  multiprocessing_context=start_method(workers)))
+        read = functools.partial(read_squares, table, model.image_size, max_pixels)
+        blocks = iter(torch.utils.data.DataLoader(rows, batch_sampler=blocks, collate_fn=read, **worker_setup(workers)))
 
     def encode(start: int, stop: int) -> torch.Tensor:
         if pixels is not None:
@@ -1848,23 +1805,15 @@ def imbalance_metrics(predictions: np.ndarray, labels: np.ndarray, class_counts:
     C = len(class_counts)
     n_test = np.bincount(labels, minlength=C)
     tested = n_test > 0
-    accuracy = np.bincount(labels[predictions == labels], minlength=C)[tested] / n_test[tested]
-    per_class = np.full(C, np.nan)
-    per_class[tested] = accuracy
+    per_class = np.bincount(labels[predictions == labels], minlength=C) / np.where(tested, n_test, np.nan)  # [C]
+    accuracy = per_class[tested]
     thirds = np.split(per_class[np.argsort(-class_counts, kind="stable")], [C // 3, 2 * (C // 3)])
     is_known = class_counts.any()
     head, medium, tail = (float(np.nanmean(x)) if is_known and np.isfinite(x).any() else None for x in thirds)
-    return {
-        "n": len(labels),
-        "top1": float((predictions == labels).mean()),
-        "balanced": float(accuracy.mean()),
-        "head": head,
-        "medium": medium,
-        "tail": tail,
-        "spearman_acc": rank_correlation(class_counts[tested], accuracy),
-        "spearman_pred": rank_correlation(class_counts, np.bincount(predictions, minlength=C)),
-        "chance": 1 / C,
-    }
+    return {"n": len(labels), "top1": float((predictions == labels).mean()), "balanced": float(accuracy.mean()),
+            "head": head, "medium": medium, "tail": tail,
+            "spearman_acc": rank_correlation(class_counts[tested], accuracy),
+            "spearman_pred": rank_correlation(class_counts, np.bincount(predictions, minlength=C)), "chance": 1 / C}
 
 
 def retrieval_metrics(image_features: torch.Tensor, text_features: torch.Tensor, image_ids: np.ndarray,
@@ -1904,14 +1853,12 @@ def print_table(metrics: dict[str, dict]) -> None:
                "spearman_acc": "rho(freq,acc)", "spearman_pred": "rho(freq,pred)", "chance": "chance"}
     formats = {"n": "{}", "spearman_acc": "{:.3f}", "spearman_pred": "{:.3f}"}
     widths, first = {k: max(9, len(title) + 2) for k, title in columns.items()}, max([12, *map(len, metrics)]) + 2
-    rows = {name: m for name, m in metrics.items() if m["top1"] is not None}
-    if rows:
+    if rows := {name: m for name, m in metrics.items() if m["top1"] is not None}:
         print(f"{'test set':<{first}}" + "".join(f"{title:>{widths[k]}}" for k, title in columns.items()))
     for name, m in rows.items():
         cells = {k: "-" if m[k] is None else formats.get(k, "{:.1%}").format(m[k]) for k in columns}
         print(f"{name:<{first}}" + "".join(f"{cell:>{widths[k]}}" for k, cell in cells.items()))
-    rows = {name: m for name, m in metrics.items() if m["retrieval"]}
-    if rows:
+    if rows := {name: m for name, m in metrics.items() if m["retrieval"]}:
         keys = next(iter(rows.values()))["retrieval"]
         print(f"{'retrieval':<{first}}{'n':>9}" + "".join(f"{key:>9}" for key in keys))
     for name, m in rows.items():
@@ -2219,10 +2166,7 @@ def build_model(args: argparse.Namespace, root: Path, captions: list[Captions],
     if args.init and args.arch not in ("tiny", arch):
         raise SystemExit(f"--arch {args.arch}: {args.init} has {arch}")
     if source:
-        try:
-            text, embed_dim = text_config(loaded["state_dict"])
-        except ValueError as error:
-            raise SystemExit(f"{source}: {error}") from None
+        text, embed_dim = text_config(loaded["state_dict"], source)
         if args.text_arch not in ("auto", text["arch"]) or (text_width and text["arch"] != "embeddings"):
             raise SystemExit(f"{source} has a text tower of another kind ({text['arch']}) than the flags ask for")
         if text_width and text["width"] != text_width:
@@ -2263,10 +2207,7 @@ def checkpoint_of(model: CLIP, tokenizer: Tokenizer | None, world: World, args: 
     """What a checkpoint or an export holds, in tensors and builtins."""
     return {
         "state_dict": {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()},
-        "args": vars(args),
-        "step": step,
-        "arch": model.arch,
-        "activation": model.activation,
+        "args": vars(args), "step": step, "arch": model.arch, "activation": model.activation,
         "prototypes": None if prototypes is None else prototypes.cpu(),  # [C, D]
         "class_names": [row["name"] for row in world.classes],
         "class_counts": torch.from_numpy(world.class_counts * world.has_own_counts),
@@ -2282,33 +2223,21 @@ def total(value: float, group: dist.ProcessGroup | None) -> float:
     return float(value)
 
 
-def check_finite(step: int, parts: dict[str, torch.Tensor], skipped_in_a_row: int,
-                 group: dist.ProcessGroup | None) -> None:
+def check_finite(step: int, parts: dict[str, torch.Tensor], in_a_row: int, group: dist.ProcessGroup | None) -> None:
     """Report a step left out for its non-finite gradient, and what was not finite; SystemExit after ten in a row.
 
     parts: tensors by name, to be looked at; none if it was a step before this one, as a GPU, asked at log steps only,
-    may find. skipped_in_a_row: the most since the last call, equal on all processes.
+    may find. in_a_row: the most steps left out since the last call, equal on all processes.
     """
-    if not skipped_in_a_row:
+    if not in_a_row:
         return
     names = [name for name, part in parts.items() if total(not bool(part.isfinite().all()), group)] or ["gradients"]
     if not dist.is_initialized() or dist.get_rank() == 0:
         when = "step" if parts else "before step"
-        print(f"{when} {step + 1}: {', '.join(names)} not finite: step left out ({skipped_in_a_row} in a row)",
-              flush=True)
-    if skipped_in_a_row >= 10:
+        print(f"{when} {step + 1}: {', '.join(names)} not finite: step left out ({in_a_row} in a row)", flush=True)
+    if in_a_row >= 10:
         raise SystemExit(f"ended at step {step + 1}: ten steps in a row were not finite; try a lower --lr, --clip-grad "
                          "1 or --precision fp32")
-
-
-def note_bad_images(counts: Counter, bad: list[tuple[str, str]]) -> None:
-    """Count unreadable images by reason; the first of each reason is printed."""
-    for reason, example in bad:
-        if reason == GAVE_UP:
-            raise SystemExit(example)
-        if reason not in counts:
-            print(f"unreadable image ({reason}), replaced by another example: {example}", flush=True)
-        counts[reason] += 1
 
 
 class RunLog:
@@ -2374,7 +2303,12 @@ class RunLog:
         if is_log_step or self.device.type == "cpu":  # Sync
             check_finite(step, parts if self.in_a_row else {}, int(self.most_in_a_row), self.control)
             self.most_in_a_row = torch.zeros_like(self.in_a_row)
-        note_bad_images(self.bad, bad)
+        for reason, example in bad:
+            if reason == GAVE_UP:
+                raise SystemExit(example)
+            if reason not in self.bad:  # the first of each reason is printed
+                print(f"unreadable image ({reason}), replaced by another example: {example}", flush=True)
+            self.bad[reason] += 1
 
     def n_bad(self) -> int:
         """Broken images of the whole run. All ranks."""
@@ -2491,8 +2425,6 @@ def main(args: argparse.Namespace) -> None:
     precision, reason = pick_precision(args.precision, device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     autocast = functools.partial(torch.autocast, device.type, dtype, enabled=precision != "fp32")
-    random.seed(args.seed)
-    np.random.seed(args.seed)
     torch.manual_seed(args.seed)  # the same on all processes, so they start from the same weights
 
     # --- data
@@ -2513,8 +2445,7 @@ def main(args: argparse.Namespace) -> None:
     tables, sizes = [c.table for c in captions], [len(c.table) for c in captions]
     if is_main:
         print(describe(root, tables, shares, [row["name"] for row in world.classes], world.class_counts))
-        print(f"precision {precision} ({reason}), {device}, {world_size} process{'es' if world_size > 1 else ''}",
-              flush=True)
+        print(f"precision {precision} ({reason}), {device}, {world_size} process{'es' * (world_size > 1)}", flush=True)
     if sum(sizes) < args.batch_size:
         raise SystemExit(f"--batch-size {args.batch_size} is larger than the {sum(sizes)} rows of --data {args.data}")
     text_features = map_text_embeddings(args.text_embeddings, tables[0], world) if args.text_embeddings else None
@@ -2574,9 +2505,8 @@ def main(args: argparse.Namespace) -> None:
     workers = args.workers if args.workers >= 0 else default_workers() if pixels is None else 1
     sampler = Sampler(sizes, shares, args.batch_size, args.seed, start, steps, rank, world_size)
     # Batches come whole from the data set, as dicts: nothing is left to collate.
-    loader = torch.utils.data.DataLoader(pairs, batch_sampler=sampler, collate_fn=dict, num_workers=workers,
-                                         pin_memory=device.type == "cuda", worker_init_fn=ignore_sigterm,
-                                         multiprocessing_context=start_method(workers))
+    loader = torch.utils.data.DataLoader(pairs, batch_sampler=sampler, collate_fn=dict,
+                                         pin_memory=device.type == "cuda", **worker_setup(workers))
 
     # --- log
     if is_main:
@@ -2597,9 +2527,7 @@ def main(args: argparse.Namespace) -> None:
         lr = lr_at(step, peak_lr, args.warmup_steps, steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        for name, value in batch.items():
-            if isinstance(value, torch.Tensor):
-                batch[name] = value.to(device, non_blocking=True)
+        batch = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
         if pixels is None:
             images = batch["images"]
         else:

@@ -72,7 +72,6 @@ import math
 import mmap
 import os
 import pickle
-import random
 import re
 import signal
 import struct
@@ -858,8 +857,7 @@ def load_state(model: nn.Module, state_dict: dict[str, torch.Tensor], path: str)
     if missing or unexpected or shapes:
         raise SystemExit(f"{path} does not fit the model (another --arch?): missing {missing[:5]}, unexpected "
                          f"{unexpected[:5]}, shapes {shapes[:5]}")
-    broken = [name for name, value in state_dict.items() if not bool(value.isfinite().all())]
-    if broken:
+    if broken := [name for name, value in state_dict.items() if not bool(value.isfinite().all())]:
         raise SystemExit(f"{path}: values that are not finite in {broken[:5]}")
     model.load_state_dict(state_dict)
 
@@ -1057,8 +1055,7 @@ def read_image(table: Table, row: int, min_side: float, max_pixels: int) -> Imag
             if offset + size > os.fstat(file.fileno()).st_size:  # before read() asks for that much memory
                 return "offset or size beyond the end of the file"
             file.seek(offset)
-            content = file.read(size)
-        image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
+            image = Image.open(io.BytesIO(file.read(size)), formats=IMAGE_FORMATS)
         if image.width * image.height > max_pixels:
             return "more pixels than --max-pixels"
         image.draft("RGB", (math.ceil(min_side), math.ceil(min_side)))
@@ -1068,8 +1065,7 @@ def read_image(table: Table, row: int, min_side: float, max_pixels: int) -> Imag
         if image.mode.startswith("I;16") or image.mode == "I":  # 16-bit grey: Pillow's convert would clip at 255
             image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert("RGB")
     except FileNotFoundError:
         return "missing file"
@@ -1120,7 +1116,7 @@ def read_or_replace(tables: list[Table], examples: np.ndarray, i: int, min_side:
             return image
         bad.append((image, f"{tables[s].path}: {tables[s].get(row, 'image')}"))
         examples[i, 1] = int(uniform_hash(seed, 3, s, row, epoch, attempt) * len(tables[s]))
-    # A worker process cannot end the run: note_bad_images does.
+    # A worker process cannot end the run: RunLog.count does.
     bad.append((GAVE_UP, f"100 unreadable images in a row, the last: {': '.join(bad[-1])}"))
     return Image.new("RGB", (32, 32))
 
@@ -1167,15 +1163,13 @@ def load_pixels(tables: list[Table], image_size: int = 0) -> torch.Tensor | None
         H, W, _ = shapes.pop()
         if image_size and (H != W or H > 1.3 * image_size):
             return None
-        for path, rows in places.items():
-            places[path] = rows = np.array(rows)
-            if rows[:, 1].max() >= len(arrays[path]):
-                print(f"{path}: {len(arrays[path])} rows, row {rows[:, 1].max()} is named: images are read one by one",
-                      flush=True)
-                return None
         pixels = np.empty((n, H, W, 3), np.uint8)
-        for path, rows in places.items():
-            pixels[rows[:, 0]] = arrays[path][rows[:, 1]]
+        for path, array in arrays.items():
+            place, row = np.array(places[path]).T
+            if row.max() >= len(array):
+                print(f"{path}: {len(array)} rows, row {row.max()} is named: images are read one by one", flush=True)
+                return None
+            pixels[place] = array[row]
     except (OSError, ValueError, EOFError) as error:
         raise SystemExit(f"images of {', '.join(str(table.path) for table in tables)}: {error}") from None
     return torch.from_numpy(pixels)
@@ -1374,12 +1368,13 @@ def ignore_sigterm(worker: int) -> None:
 
 
 # Copied from clip.py
-def start_method(workers: int) -> str | None:
-    """How loader workers start: forked, they share the tables and arrays of this process, copied nowhere.
+def worker_setup(workers: int) -> dict:
+    """Of a DataLoader. Forked, its workers share the tables and arrays of this process, copied nowhere.
 
     Linux: Python 3.14 has another default there. Elsewhere a fork may hang, so the default stays.
     """
-    return "fork" if workers and sys.platform == "linux" else None
+    return {"num_workers": workers, "worker_init_fn": ignore_sigterm,
+            "multiprocessing_context": "fork" if workers and sys.platform == "linux" else None}
 
 
 # Copied from clip.py
@@ -1389,25 +1384,19 @@ def default_workers() -> int:
 
 
 # Copied from clip.py
-class EvalImages(torch.utils.data.Dataset):
-    """Images of a test set: [3, S, S] uint8, the centre square, and 0; or zeros and why it cannot be read."""
+def read_squares(table: Table, image_size: int, max_pixels: int, rows: list[int]) -> tuple[torch.Tensor, list]:
+    """Centre squares of a test set's images, [B, 3, S, S] uint8, and 0 for each; or zeros and why it cannot be read.
 
-    def __init__(self, table: Table, image_size: int, max_pixels: int):
-        self.table, self.image_size, self.max_pixels = table, image_size, max_pixels
-
-    def __getitem__(self, row: int) -> tuple[torch.Tensor, str | int]:
-        image = read_image(self.table, row, self.image_size, self.max_pixels)
+    Collate function of row numbers: one tensor a block, since each tensor of a worker holds a file descriptor.
+    """
+    pixels, reasons = np.zeros((len(rows), image_size, image_size, 3), np.uint8), [0] * len(rows)
+    for i, row in enumerate(rows):
+        image = read_image(table, row, image_size, max_pixels)
         if isinstance(image, str):
-            return torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8), image
-        image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC, center_box(*image.size))
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1), 0
-
-
-# Copied from clip.py
-def stack_images(items: list[tuple[torch.Tensor, str | int]]) -> tuple[torch.Tensor, list]:
-    """Collate function of EvalImages: one tensor a block, since each tensor of a worker holds a file descriptor."""
-    images, reasons = zip(*items)
-    return torch.stack(images), list(reasons)
+            reasons[i] = image
+        else:
+            pixels[i] = image.resize((image_size, image_size), Image.Resampling.BICUBIC, center_box(*image.size))
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2), reasons
 
 
 # ------------------------------------------------------------------------------ plumbing
@@ -1536,26 +1525,6 @@ def make_optimizer(name: str, groups: list[dict], lr: float) -> torch.optim.Opti
 
 
 # Copied from clip.py
-def rng_state(device: torch.device) -> dict:
-    """States of all random generators, as tensors and builtins."""
-    name, keys, *rest = np.random.get_state()
-    state = {"python": list(random.getstate()[1]), "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest]}
-    return state | {"torch": torch.get_rng_state(),
-                    "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
-
-
-# Copied from clip.py
-def set_rng_state(state: dict, device: torch.device) -> None:
-    """Undo of rng_state."""
-    random.setstate((3, tuple(state["python"]), None))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
-# Copied from clip.py
 def write_atomically(path: Path, write: Callable) -> None:
     """Write a file under a temporary name, then put it in its place: a reader never sees half of it.
 
@@ -1598,15 +1567,12 @@ def load_checkpoint(path: Path, args: dict, run_flags: set[str]) -> dict:
         raise SystemExit(f"{path} is no checkpoint of {Path(__file__).name}; --resume off starts over")
     if "optimizer" not in checkpoint:
         raise SystemExit(f"{path} has no optimiser state: it is an export, pass it as --init")
-    if "inputs" not in checkpoint:
-        raise SystemExit(f"{path} was made by an older {Path(__file__).name}: pass another --out, or --resume off to "
-                         "replace it")
-    unknown = [f"--{k.replace('_', '-')}" for k in args if k not in run_flags and k not in checkpoint["args"]]
+    unknown = ["inputs"] * ("inputs" not in checkpoint)
+    unknown += [f"--{k.replace('_', '-')}" for k in args if k not in run_flags and k not in checkpoint["args"]]
     if unknown:
         raise SystemExit(f"{path} is no checkpoint of this {Path(__file__).name}: it has no {', '.join(unknown[:5])}; "
                          "pass another --out, or --resume off to replace it")
-    differing = [k for k in args if k not in run_flags and args[k] != checkpoint["args"].get(k)]
-    if differing:
+    if differing := [k for k in args if k not in run_flags and args[k] != checkpoint["args"].get(k)]:
         flags = ", ".join(f"--{k.replace('_', '-')} {checkpoint['args'].get(k)}, now {args[k]}" for k in differing)
         raise SystemExit(f"{path} was made with {flags}: pass another --out, or --resume off to replace it")
     return checkpoint
@@ -1674,8 +1640,9 @@ def versions() -> dict[str, str]:
 def resumable(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, inputs: dict[str, int], n_bad: int,
               seconds: float, device: torch.device) -> dict:
     """What a checkpoint holds beside the model, to be continued from; undone by `restore`."""
-    return {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng_state(device),
-            "inputs": inputs, "n_bad": n_bad, "seconds": seconds}
+    rng = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+    return {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng, "inputs": inputs,
+            "n_bad": n_bad, "seconds": seconds}
 
 
 # Copied from clip.py
@@ -1685,7 +1652,9 @@ def restore(checkpoint: dict, optimizer: torch.optim.Optimizer, scaler: torch.am
     optimizer.load_state_dict(checkpoint["optimizer"])
     if checkpoint["scaler"]:  # empty but for fp16
         scaler.load_state_dict(checkpoint["scaler"])
-    set_rng_state(checkpoint["rng"], device)
+    torch.set_rng_state(checkpoint["rng"]["torch"])
+    if checkpoint["rng"]["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(checkpoint["rng"]["cuda"], device)
     return checkpoint["step"], checkpoint["seconds"]
 
 
@@ -1739,13 +1708,11 @@ def encode_images(model: nn.Module, table: Table, workers: int, max_pixels: int,
     reasons = np.zeros(len(table), object)
     if pixels is None:
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        starts = range(rank * EVAL_BATCH, len(table), world_size * EVAL_BATCH)
-        blocks = [range(start, min(start + EVAL_BATCH, len(table))) for start in starts]
-        dataset = EvalImages(table, model.image_size, max_pixels)
+        rows = range(len(table))
+        blocks = [rows[k : k + EVAL_BATCH] for k in rows[rank * EVAL_BATCH :: world_size * EVAL_BATCH]]
         workers = min(len(blocks), workers if workers >= 0 else default_workers())
-        blocks = iter(torch.utils.data.DataLoader(dataset, batch_sampler=blocks, num_workers=workers,
-                                                  collate_fn=stack_images, worker_init_fn=ignore_sigterm,
-                                                  multiprocessing_context=start_method(workers)))
+        read = functools.partial(read_squares, table, model.image_size, max_pixels)
+        blocks = iter(torch.utils.data.DataLoader(rows, batch_sampler=blocks, collate_fn=read, **worker_setup(workers)))
 
     def encode(start: int, stop: int) -> torch.Tensor:
         if pixels is not None:
@@ -1789,23 +1756,15 @@ def imbalance_metrics(predictions: np.ndarray, labels: np.ndarray, class_counts:
     C = len(class_counts)
     n_test = np.bincount(labels, minlength=C)
     tested = n_test > 0
-    accuracy = np.bincount(labels[predictions == labels], minlength=C)[tested] / n_test[tested]
-    per_class = np.full(C, np.nan)
-    per_class[tested] = accuracy
+    per_class = np.bincount(labels[predictions == labels], minlength=C) / np.where(tested, n_test, np.nan)  # [C]
+    accuracy = per_class[tested]
     thirds = np.split(per_class[np.argsort(-class_counts, kind="stable")], [C // 3, 2 * (C // 3)])
     is_known = class_counts.any()
     head, medium, tail = (float(np.nanmean(x)) if is_known and np.isfinite(x).any() else None for x in thirds)
-    return {
-        "n": len(labels),
-        "top1": float((predictions == labels).mean()),
-        "balanced": float(accuracy.mean()),
-        "head": head,
-        "medium": medium,
-        "tail": tail,
-        "spearman_acc": rank_correlation(class_counts[tested], accuracy),
-        "spearman_pred": rank_correlation(class_counts, np.bincount(predictions, minlength=C)),
-        "chance": 1 / C,
-    }
+    return {"n": len(labels), "top1": float((predictions == labels).mean()), "balanced": float(accuracy.mean()),
+            "head": head, "medium": medium, "tail": tail,
+            "spearman_acc": rank_correlation(class_counts[tested], accuracy),
+            "spearman_pred": rank_correlation(class_counts, np.bincount(predictions, minlength=C)), "chance": 1 / C}
 
 
 def knn_votes(bank: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor, C: int, k: int = 20,
@@ -1980,13 +1939,13 @@ def random_network(args: argparse.Namespace, table: Table, device: torch.device)
             nn.init.ones_(module.weight)  # the gains of residual branches start at 0: without them it is no network
     table = copy.copy(table)
     table.starts = table.starts[torch.linspace(0, len(table) - 1, min(len(table), 2560), dtype=torch.float64).long()]
-    dataset = EvalImages(table, model.image_size, args.max_pixels)
     with torch.no_grad():
         for start in range(0, len(table), EVAL_BATCH):
-            items = [dataset[row] for row in range(start, min(start + EVAL_BATCH, len(table)))]
-            images = [image for image, reason in items if not reason]
+            rows = range(start, min(start + EVAL_BATCH, len(table)))
+            images, reasons = read_squares(table, model.image_size, args.max_pixels, rows)
+            images = images[[not reason for reason in reasons]]
             if len(images) > 1:
-                model.encode_image(torch.stack(images).to(device))
+                model.encode_image(images.to(device))
     return model.eval()
 
 
@@ -2067,34 +2026,21 @@ def total(value: float, group: dist.ProcessGroup | None) -> float:
 
 
 # Copied from clip.py
-def check_finite(step: int, parts: dict[str, torch.Tensor], skipped_in_a_row: int,
-                 group: dist.ProcessGroup | None) -> None:
+def check_finite(step: int, parts: dict[str, torch.Tensor], in_a_row: int, group: dist.ProcessGroup | None) -> None:
     """Report a step left out for its non-finite gradient, and what was not finite; SystemExit after ten in a row.
 
     parts: tensors by name, to be looked at; none if it was a step before this one, as a GPU, asked at log steps only,
-    may find. skipped_in_a_row: the most since the last call, equal on all processes.
+    may find. in_a_row: the most steps left out since the last call, equal on all processes.
     """
-    if not skipped_in_a_row:
+    if not in_a_row:
         return
     names = [name for name, part in parts.items() if total(not bool(part.isfinite().all()), group)] or ["gradients"]
     if not dist.is_initialized() or dist.get_rank() == 0:
         when = "step" if parts else "before step"
-        print(f"{when} {step + 1}: {', '.join(names)} not finite: step left out ({skipped_in_a_row} in a row)",
-              flush=True)
-    if skipped_in_a_row >= 10:
+        print(f"{when} {step + 1}: {', '.join(names)} not finite: step left out ({in_a_row} in a row)", flush=True)
+    if in_a_row >= 10:
         raise SystemExit(f"ended at step {step + 1}: ten steps in a row were not finite; try a lower --lr, --clip-grad "
                          "1 or --precision fp32")
-
-
-# Copied from clip.py
-def note_bad_images(counts: Counter, bad: list[tuple[str, str]]) -> None:
-    """Count unreadable images by reason; the first of each reason is printed."""
-    for reason, example in bad:
-        if reason == GAVE_UP:
-            raise SystemExit(example)
-        if reason not in counts:
-            print(f"unreadable image ({reason}), replaced by another example: {example}", flush=True)
-        counts[reason] += 1
 
 
 # Copied from clip.py
@@ -2161,7 +2107,12 @@ class RunLog:
         if is_log_step or self.device.type == "cpu":  # Sync
             check_finite(step, parts if self.in_a_row else {}, int(self.most_in_a_row), self.control)
             self.most_in_a_row = torch.zeros_like(self.in_a_row)
-        note_bad_images(self.bad, bad)
+        for reason, example in bad:
+            if reason == GAVE_UP:
+                raise SystemExit(example)
+            if reason not in self.bad:  # the first of each reason is printed
+                print(f"unreadable image ({reason}), replaced by another example: {example}", flush=True)
+            self.bad[reason] += 1
 
     def n_bad(self) -> int:
         """Broken images of the whole run. All ranks."""
@@ -2360,8 +2311,6 @@ def main(args: argparse.Namespace) -> None:
     precision, reason = pick_precision(args.precision, device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     autocast = functools.partial(torch.autocast, device.type, dtype, enabled=precision != "fp32")
-    random.seed(args.seed)
-    np.random.seed(args.seed)
     torch.manual_seed(args.seed)  # the same on all processes, so they start from the same weights
 
     # --- data
@@ -2382,8 +2331,7 @@ def main(args: argparse.Namespace) -> None:
     class_counts = count_labels(tables, shares, classes)
     if is_main:
         print(describe(root, tables, shares, class_names, class_counts))
-        print(f"precision {precision} ({reason}), {device}, {world_size} process{'es' if world_size > 1 else ''}",
-              flush=True)
+        print(f"precision {precision} ({reason}), {device}, {world_size} process{'es' * (world_size > 1)}", flush=True)
     if args.batch_size % world_size or sum(sizes) < args.batch_size:
         raise SystemExit(f"--batch-size {args.batch_size} must split into {world_size} processes and not be larger "
                          f"than the {sum(sizes)} rows of --data {args.data}")
@@ -2452,9 +2400,8 @@ def main(args: argparse.Namespace) -> None:
         pixels, dataset.pixel_offsets = pixels.to(device), np.cumsum([0, *sizes[:-1]])
     workers = args.workers if args.workers >= 0 else default_workers() if pixels is None else 1
     sampler = Sampler(sizes, shares, args.batch_size, args.seed, start, steps, rank, world_size)
-    loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=dict, num_workers=workers,
-                                         pin_memory=device.type == "cuda", worker_init_fn=ignore_sigterm,
-                                         multiprocessing_context=start_method(workers))
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=dict,
+                                         pin_memory=device.type == "cuda", **worker_setup(workers))
 
     # --- log
     if is_main:

@@ -459,34 +459,30 @@ def number(text: str, where: str, low: float = -math.inf, high: float = math.inf
     raise SystemExit(f"{where}: got {text!r}, expected a number{least}{most}")
 
 
-def count_lines(path: str | Path) -> list[str]:
-    """Lines of a file with one number each; none of another."""
+def read_named_counts(path: str | Path) -> tuple[dict[str, float], bool]:
+    """{class: count} of a table with columns class (or name, label) and count (or freq, frequency, n), or of a JSON
+    object, or of lines with one number each (the classes are 0, 1, ...); and whether it is such lines."""
     with reading(path, ""):
         lines = [line.strip() for line in Path(path).read_text("utf-8-sig").split("\n") if line.strip()]
-    return lines if Path(path).suffix != ".json" and lines and re.fullmatch(r"[-\d.eE+]+", lines[0]) else []
-
-
-def read_named_counts(path: str | Path) -> dict[str, float]:
-    """{class: count} of a table with columns class (or name, label) and count (or freq, frequency, n), or of lines with
-    one number each (the classes are 0, 1, ...), or of a JSON object."""
-    lines = count_lines(path)
-    rows = [{"class": str(i), "count": line} for i, line in enumerate(lines)] or read_records(path)
+    is_lines = Path(path).suffix != ".json" and bool(lines and re.fullmatch(r"[-\d.eE+]+", lines[0]))
+    rows = [{"class": str(i), "count": line} for i, line in enumerate(lines)] if is_lines else read_records(path)
     columns, counts = list(rows[0]) if rows else [], {}
     key = next((c for c in ("class", "name", "label", "model") if c in columns), None)
     value = next((c for c in ("count", "freq", "frequency", "n") if c in columns), None)
     if key is None or value is None:
         raise SystemExit(f"{path}: found columns {columns}, expected class and count, or one number a line")
-    for i, row in enumerate(rows, 1 if lines else 2):
+    for i, row in enumerate(rows, 1 if is_lines else 2):
         refuse(row.get(key) in counts, f"{path}:{i}: {row.get(key)} twice")
         counts[row.get(key)] = number(row.get(value), f"{path}:{i}", 0)
-    return counts
+    return counts, is_lines
 
 
 def read_counts(path: str | Path, class_names: np.ndarray | None, n_classes: int = 0) -> np.ndarray:
     """[C] training frequencies: by class name, else by id (0, 1, ...), else, of predictions without names, by place,
     which is told. Not all are 0; n_classes, if not 0, is how many there must be."""
-    named, names = read_named_counts(path), [] if class_names is None else [str(name) for name in class_names.tolist()]
-    if set(named) & set(names) and not count_lines(path):  # lines without names go by place, whatever names say
+    named, is_lines = read_named_counts(path)
+    names = [] if class_names is None else list(map(str, class_names.tolist()))
+    if set(named) & set(names) and not is_lines:  # lines without names go by place, whatever names say
         missing = [name for name in names if name not in named]
         refuse(missing, f"{path}: no count for {len(missing)} classes: {', '.join(missing[:5])}")
         order = names
@@ -1369,9 +1365,7 @@ def average_precision(scores: np.ndarray, labels: np.ndarray, weights: np.ndarra
     last = np.searchsorted(-scores[order], -scores[order], side="right") - 1  # equal scores are shown together
     right, shown = right[:, last], shown[:, last]
     recall, precision = ratio(right, right[:, -1:]), np.nan_to_num(ratio(right, shown))
-    best = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]
-    places = [(recall >= t / 10 - 1e-12).argmax(1) for t in range(11)]
-    mean = np.mean([best[np.arange(len(best)), place] for place in places], 0)
+    mean = np.mean([np.where(recall >= t / 10 - 1e-12, precision, 0).max(1) for t in range(11)], 0)
     return np.where(right[:, -1] > 0, mean, np.nan)
 
 
@@ -1530,19 +1524,16 @@ def transfer(command: str, inputs: list[str], sets: list[str], ks: list[int], pr
     return {"rows": rows, "details": details}
 
 
-def few_shot(train: dict, test: dict, n_classes: int, shots: int, C: float, metric: str, seed: int,
-             device: str) -> float:
-    """Logistic regression on `shots` images of each class (all of a smaller class), drawn with the seed; of images with
+def few_shot(train: dict, test: dict, n_classes: int, k: int, C: float, metric: str, seed: int, device: str) -> float:
+    """Logistic regression on k images of each class (all of a smaller class), drawn with the seed; of images with
     several labels, on those that were drawn for any of them."""
     order = np.random.default_rng(seed).permutation(len(train["labels"]))
-    if train["labels"].ndim == 2:
-        drawn = [order[column == 1][:shots] for column in train["labels"][order].T]
-        chosen = np.unique(np.concatenate(drawn))
+    labels = train["labels"][order]
+    if labels.ndim == 2:
+        chosen = np.unique(np.concatenate([order[column == 1][:k] for column in labels.T]))
     else:
-        order = order[np.argsort(train["labels"][order], kind="stable")]
-        labels = train["labels"][order]
-        place = np.arange(len(labels)) - np.searchsorted(labels, labels)  # place inside its class
-        chosen = order[place < shots]
+        order = order[np.argsort(labels, kind="stable")]
+        chosen = np.concatenate([rows[:k] for rows in np.split(order, np.bincount(labels).cumsum()[:-1])])
     refuse(not len(chosen), "fewshot: no training image has a label, so none can be drawn")
     model = Logistic(train["features"][chosen], train["labels"][chosen], n_classes, device)
     model.fit(C)
@@ -1941,10 +1932,8 @@ def similarity(path_a: str, path_b: str, n_pairs: int, max_images: int, min_pair
         grams, counts = [unit @ unit.T for unit in units], [len(u) * (len(u) - 1) // 2 for u in units]
         if min(counts) < min_pairs:
             continue
-        for gram, sample, count in zip(grams, samples, counts):
-            i, j = np.triu_indices(len(gram), 1)
-            drawn = rng.integers(count, size=min(*counts, n_pairs))
-            sample.append(gram[i[drawn], j[drawn]])
+        for gram, sample in zip(grams, samples):
+            sample.append(rng.choice(gram[np.triu_indices(len(gram), 1)], min(*counts, n_pairs)))
         value, draw = zip(*(pair_means(gram, boot, rng) for gram in grams))
         classes.append(int(c))
         means.append(value)
@@ -1960,9 +1949,8 @@ def similarity(path_a: str, path_b: str, n_pairs: int, max_images: int, min_pair
     spread = np.where(spread > 1e-12, spread, np.inf)  # no draws, or all alike: no evidence
     found = false_discovery_control(2 * student_t.sf(np.abs(difference) / spread, free)) <= 0.05  # Benjamini-Hochberg
     names, index = short_names([path_a, path_b]), rng.integers(len(classes), size=(boot, len(classes)))
-    rows = {"classes": len(classes), f"mean of {names[0]}": mean_over(means[:, 0], boot, rng),
-            f"mean of {names[1]}": mean_over(means[:, 1], boot, rng),
-            "difference": estimate(difference.mean(), difference[index].mean(1) if len(classes) > 1 else None)}
+    rows = {"classes": len(classes)} | {f"mean of {name}": mean_over(v, boot, rng) for name, v in zip(names, means.T)}
+    rows["difference"] = estimate(difference.mean(), difference[index].mean(1) if len(classes) > 1 else None)
     lows, highs = (np.array([e[end] for e in ends], float) for end in ("low", "high"))
     for label, holds in (("classes less alike in A", highs < 0), ("classes more alike in A", lows > 0)):
         for what, those in (("", holds), (", 5 % false discoveries", found & holds)):
@@ -2101,15 +2089,10 @@ def linked_groups(vectors: torch.Tensor, groups: np.ndarray, eps: float) -> np.n
     return labels
 
 
-def exp_entropy(share: np.ndarray) -> float:
-    """exp of the entropy of positive shares: as many equal ones would have it."""
-    return float(np.exp(-(share * np.log(share)).sum()))
-
-
 def effective_rank(rows: np.ndarray) -> float:
-    """exp of the entropy of the singular values as shares (Roy and Vetterli, 2007)."""
+    """exp of the entropy of the singular values as shares, as many equal ones would have (Roy and Vetterli, 2007)."""
     s = np.linalg.svd(rows, compute_uv=False)
-    return exp_entropy(s[s > 1e-12 * s.max(initial=0)] / s.sum()) if s.any() else math.nan
+    return math.exp(scipy.stats.entropy(s)) if s.any() else math.nan
 
 
 def affinity(vectors: np.ndarray, head: np.ndarray, tail: np.ndarray, boot: int, rng: np.random.Generator) -> dict:
@@ -2155,7 +2138,7 @@ def prototypes(path: str, key: str, counts: str, epsilons: list[float], n_tail: 
         for name, labels in (("greedy", groups), ("linked", linked)):
             sizes = np.unique(labels, return_counts=True)[1]
             rows[f"{name}, eps {eps:g}"] = {"value": len(sizes), "largest group": int(sizes.max()),
-                                            "exp entropy": exp_entropy(sizes / len(labels))}
+                                            "exp entropy": math.exp(scipy.stats.entropy(sizes))}
     directions = unit_rows(array)
     rows["effective rank"] = {"value": effective_rank(directions)}
     centred = directions - directions.mean(0)
@@ -2502,7 +2485,7 @@ def top_share(counts: np.ndarray) -> np.ndarray:
 
 def shared_tail(paths: list[str], boot: int, seed: int) -> dict:
     """Frequencies of the same classes in several data sets: shape of each tail, and rank agreement (figure 1a)."""
-    tables, rng, rows = [read_named_counts(path) for path in paths], np.random.default_rng(seed), {}
+    tables, rng, rows = [read_named_counts(path)[0] for path in paths], np.random.default_rng(seed), {}
     common = [name for name in tables[0] if all(name in t for t in tables)]
     refuse(len(common) < 2, f"{', '.join(paths)}: {len(common)} classes in common; classes of the first are "
            f"{', '.join(list(tables[0])[:3])}, of the last {', '.join(list(tables[-1])[:3])}")
@@ -2522,7 +2505,7 @@ def agreement(paths: list[str], boot: int, seed: int) -> dict:
     refuse(len(paths) % 2, f"agree takes pairs of files, A B for each concept set; got {len(paths)}")
     rows, joined, rng = {}, {}, np.random.default_rng(seed)
     for a, b in zip(paths[::2], paths[1::2]):
-        x, y = read_named_counts(a), read_named_counts(b)
+        x, y = read_named_counts(a)[0], read_named_counts(b)[0]
         both = [name for name in x if name in y]
         refuse(not both, f"{a} and {b}: no class in common")
         if single := [name for name in {**x, **y} if (name in x) != (name in y)]:

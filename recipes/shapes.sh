@@ -5,7 +5,7 @@
 #   bash recipes/shapes.sh 3 4              # further seeds
 #   ONLY="1 12" bash recipes/shapes.sh 0    # some of the experiments
 #                                           # (on a machine with none of the runs: 4 needs 1, 2 and 6 need each other and 1, 7 needs 6, 10 needs 1 and 2, 12 needs 1 and 4)
-#   ONLY="2b 4b 5b 6b 8b 9b 10b 12b" bash recipes/shapes.sh # further arms of the page, which come only by name: another hour
+#   ONLY="2b 4b 5b 6b 7b 8b 9b 10b 12b" bash recipes/shapes.sh # further arms of the page, which come only by name
 #   JOBS=8 bash recipes/shapes.sh           # trainings at a time, a thread each (default: the number of cores)
 #
 # What a run leaves is results/seedS/NAME.json, a few kB, to be committed: a run that has one is not made again, so the
@@ -46,8 +46,8 @@ one_run() {
   if [ -e "$results/$name.json" ] && ! grep -qx "$name" "$todo/forced"; then return; fi
   mkdir -p "$runs/$name"
   if bash -c "$command" >>"$runs/$name/output.txt" 2>&1 &&
-    "$PYTHON" recipes/shapes_results.py compact "$runs/$name" "$results/$name.json" "$command" >>"$runs/$name/output.txt" 2>&1; then
-    echo "$(date +%H:%M) seed $seed $name $("$PYTHON" recipes/shapes_results.py line "$results/$name.json")"
+    "$PYTHON" recipes/shapes_results.py compact "$runs/$name" "$results/$name.json" "$command" >"$runs/$name/line.txt" 2>>"$runs/$name/output.txt"; then
+    echo "$(date +%H:%M) seed $seed $name $(cat "$runs/$name/line.txt")"
   else
     echo "FAILED $name: $runs/$name/output.txt" | tee -a "$todo/failed"
   fi
@@ -113,6 +113,33 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
     printf '%s\n' "a photo of a {$kind}" "a picture of a {$kind}" "a photo of the {$kind}" "a picture of the {$kind}" "a {$kind}" "the {$kind}" >"$cuts/$kind.txt"
   done
 
+  # --- 9: DINO on balanced and long-tailed images, with sampled and with few prototypes (figure 10, table 1); probed on
+  # real pictures too, where scikit-learn and Debian's tuxpaint-stamps-default are installed
+  real=()
+  if wants 9 || wants 9b; then
+    for set in digits stamps; do
+      [ -e "data/transfer/$set/test.tsv" ] || "$PYTHON" recipes/transfer_sets.py "$set" || continue
+      real+=("data/transfer/$set")
+    done
+  fi
+  if wants 9; then
+    dino dino_balanced --data balanced
+    dino dino_laionet --no-baselines
+    dino dino_sampled_quarter --no-baselines --sample-prototypes 512
+    dino dino_fixed_quarter --no-baselines --prototypes 512
+  fi
+
+  # --- 9b: a smaller sample, and what the theory says matters, prototypes by images of a batch and the imbalance
+  if wants 9b; then
+    dino dino_sampled_16th --no-baselines --sample-prototypes 128
+    dino dino_many --no-baselines --prototypes 8192
+    dino dino_many_sampled --no-baselines --prototypes 8192 --sample-prototypes 2048
+    table steep subset "$root/laionet/train.tsv" --profile pareto --imbalance 1000 --seed "$seed"
+    table as_steep subset "$root/balanced/train.tsv" --rows "$(($(wc -l <"$cuts/steep.tsv") - 1))" --seed "$seed"
+    dino dino_steep_balanced --no-baselines --data "$cuts/as_steep.tsv"
+    dino dino_steep --no-baselines --data "$cuts/steep.tsv"
+    dino dino_steep_sampled --no-baselines --data "$cuts/steep.tsv" --sample-prototypes 512
+  fi
   # --- 1: supervised learning and CLIP on the same images (figure 1b); paper's and matched protocol
   if wants 1; then
     sl sl "${SHIFTS[@]}"
@@ -200,19 +227,20 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
       tail=(--trim-tail 30 --trim-shots "$shots" --steps 1200)
       sl "tail${shots}_frozen_head" "${tail[@]}" --head frozen
       sl "tail${shots}_frozen_head_voc" "${tail[@]}" --head frozen --vocab 32 --vocab-group 32
-      clip "tail${shots}_clip_frozen" --data "$cuts/tail$shots.tsv" --steps 1200 --text-head frozen
     done
     sl tail0_sl --trim-tail 30 --trim-shots 0 --steps 1200
     clip tail0_clip --data "$cuts/tail0.tsv" --steps 1200
+    clip tail0_clip_frozen --data "$cuts/tail0.tsv" --steps 1200 --text-head frozen
     for name in sl frozen_head frozen_head_voc clip clip_frozen; do
       score "prototypes_$name" "tail0_$name" "$PYTHON" evaluate.py prototypes "{}/tail0_$name/val.npz" --tail 30 --boot 0
     done
   fi
 
-  # --- 8b: one shot without a frozen head; and no shot where a class's name is an invented word, which no other shares
+  # --- 8b: one shot in the other runs; and no shot where a class's name is an invented word, which no other shares
   if wants 8b; then
     sl tail1_sl --trim-tail 30 --trim-shots 1 --steps 1200
     clip tail1_clip --data "$cuts/tail1.tsv" --steps 1200
+    clip tail1_clip_frozen --data "$cuts/tail1.tsv" --steps 1200 --text-head frozen
     pretrain "$atomic" web_atomic
     table tail0_atomic subset "$atomic/laionet/train.tsv" --trim-tail 30 --shots 0 --seed "$seed"
     tail=(--root "$atomic" --trim-tail 30 --trim-shots 0 --steps 1200)
@@ -221,15 +249,23 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
     clip tail0_atomic_clip_frozen --root "$atomic" --data "$cuts/tail0_atomic.tsv" --steps 1200 --text-head frozen
   fi
 
-  # --- 2: data scale (figures 1b, 5); steps grow with the root of the rows. 2b: CLIP on half of them
-  for size in eighth:566 quarter:800 half:1131; do
-    part=(--data "$cuts/${size%:*}.tsv" --steps "${size#*:}")
-    if wants 2; then sl "sl_${size%:*}" "${part[@]}" "${SHIFTS[@]}"; fi
-    if wants 2b || { wants 2 && [ "$size" != half:1131 ]; }; then
-      clip "clip_${size%:*}" "${part[@]}"
-      clip "frozen_${size%:*}" "${part[@]}" --text-head frozen
-    fi
-  done
+  # --- 2: data scale (figures 1b, 5); steps grow with the root of the rows
+  eighth=(--data "$cuts/eighth.tsv" --steps 566) quarter=(--data "$cuts/quarter.tsv" --steps 800) half=(--data "$cuts/half.tsv" --steps 1131)
+  if wants 2; then
+    sl sl_eighth "${eighth[@]}" "${SHIFTS[@]}"
+    sl sl_quarter "${quarter[@]}" "${SHIFTS[@]}"
+    sl sl_half "${half[@]}" "${SHIFTS[@]}"
+    clip clip_quarter "${quarter[@]}"
+    clip frozen_eighth "${eighth[@]}" --text-head frozen
+    clip frozen_quarter "${quarter[@]}" --text-head frozen
+  fi
+
+  # --- 2b: CLIP on half of the rows, and from scratch on an eighth
+  if wants 2b; then
+    clip clip_eighth "${eighth[@]}"
+    clip clip_half "${half[@]}"
+    clip frozen_half "${half[@]}" --text-head frozen
+  fi
 
   # --- 6: text heads (figure 5), with neural collapse
   if wants 6 || wants 6b; then
@@ -243,28 +279,30 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
     clip frozen --text-head frozen
     clip finetune_whole --text-head finetune
     clip text_only_whole --text-head frozen --text-embeddings "$cuts/text_whole.npy" "$cuts/text_whole.classes.npy"
-    sl sl_frozen_head --head frozen
-    for name in clip frozen finetune_whole text_only_whole sl sl_frozen_head; do
+    for name in clip frozen finetune_whole text_only_whole sl; do
       score "collapse_$name" "$name" "$PYTHON" evaluate.py collapse "{}/$name/val.npz" --boot 0
     done
   fi
 
-  # --- 6b: whole captions for the others too, as frozen texts have them; and all heads on a quarter of the rows
+  # --- 6b: whole captions for the others too, as frozen texts have them; a frozen head in supervised learning; and all
+  # text heads on a quarter of the rows
   if wants 6b; then
-    part=(--data "$cuts/quarter.tsv" --steps 800)
     clip clip_nodrop --word-dropout 0
+    sl sl_frozen_head --head frozen
+    score collapse_sl_frozen_head sl_frozen_head "$PYTHON" evaluate.py collapse "{}/sl_frozen_head/val.npz" --boot 0
     clip finetune_nodrop --word-dropout 0 --text-head finetune
-    clip clip_nodrop_quarter --word-dropout 0 "${part[@]}"
-    clip finetune_quarter "${part[@]}" --text-head finetune
-    clip text_only_quarter "${part[@]}" --text-head frozen --text-embeddings "$cuts/text_quarter.npy" "$cuts/text_quarter.classes.npy"
+    clip clip_nodrop_quarter --word-dropout 0 "${quarter[@]}"
+    clip finetune_quarter "${quarter[@]}" --text-head finetune
+    clip text_only_quarter "${quarter[@]}" --text-head frozen --text-embeddings "$cuts/text_quarter.npy" "$cuts/text_quarter.classes.npy"
   fi
 
   # --- 5: imbalance, shift, diversity (figure 4), all of 4,000 rows
   if wants 5; then
     for table in above0.00 above0.35 matched as_matched; do
-      for head in scratch frozen; do
-        clip "div_${table}_$head" --data "$cuts/$table.tsv" --steps $STEPS_4K --text-head $head
-      done
+      clip "div_${table}_scratch" --data "$cuts/$table.tsv" --steps $STEPS_4K
+    done
+    for table in above0.00 above0.35 matched; do
+      clip "div_${table}_frozen" --data "$cuts/$table.tsv" --steps $STEPS_4K --text-head frozen
     done
   fi
 
@@ -276,9 +314,12 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
       "$PYTHON" recipes/alike.py "$runs/features_laionet/train.npz" "$root/laionet/train.tsv" "$cuts/above0.35.tsv" "$root/laionet/alike.tsv"
     fi
     table alike0.35 subset "$root/laionet/alike.tsv" --threshold alike=1 --seed "$seed"
-    for table in above0.25 above0.30 as0.35 alike0.35; do for head in scratch frozen; do
-      clip "div_${table}_$head" --data "$cuts/$table.tsv" --steps $STEPS_4K --text-head $head
-    done; done
+    for table in above0.25 above0.30 as0.35 alike0.35; do
+      clip "div_${table}_scratch" --data "$cuts/$table.tsv" --steps $STEPS_4K
+    done
+    for table in above0.25 above0.30 as0.35 alike0.35 as_matched; do
+      clip "div_${table}_frozen" --data "$cuts/$table.tsv" --steps $STEPS_4K --text-head frozen
+    done
   fi
 
   # --- 7: open-world concepts (figure 6)
@@ -287,22 +328,25 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
       clip "open_clip_$set" --data "$cuts/$set.tsv" --steps 1131 --text-head frozen
       sl "open_sl_$set" --data "$cuts/$set.tsv" --steps 1131 --head frozen
     done
-    for name in open_clip_even open_clip_as_even frozen open_sl_even open_sl_as_even sl_frozen_head; do
+    for name in open_clip_even open_clip_as_even frozen open_sl_even open_sl_as_even; do
       score "even_$name" "$name" "$PYTHON" evaluate.py imbalance "{}/$name/val.npz" --classes "$cuts/even.txt" --boot 0
     done
-    open=(--steps 1200)
-    clip open_clip_cls --data "$cuts/yfcc_cls.tsv" "${open[@]}"
-    clip open_clip_all --data yfcc "${open[@]}"
-    sl open_sl_cls --data "$cuts/yfcc_cls.tsv" "${open[@]}"
+    clip open_clip_cls --data "$cuts/yfcc_cls.tsv" --steps 1200
+    clip open_clip_all --data yfcc --steps 1200
+  fi
+
+  # --- 7b: supervised learning on all of both, and on yfcc
+  if wants 7b; then
+    score even_sl_frozen_head sl_frozen_head "$PYTHON" evaluate.py imbalance "{}/sl_frozen_head/val.npz" --classes "$cuts/even.txt" --boot 0
+    sl open_sl_cls --data "$cuts/yfcc_cls.tsv" --steps 1200
   fi
 
   # --- 10: effective robustness by training set, by mixture, and after pruning what is near the test sets
+  mixed=$cuts/half.tsv:1,$cuts/web_half.tsv:1 # 15,000 images too
   if wants 10; then
-    for set in web mix; do # 15,000 images each
-      data=$([ $set = web ] && echo "$cuts/web_cls.tsv" || echo "$cuts/half.tsv:1,$cuts/web_half.tsv:1")
-      clip "rob_clip_$set" --data "$data" "${SHIFTS[@]}"
-      sl "rob_sl_$set" --data "$data" "${SHIFTS[@]}"
-    done
+    clip rob_clip_web --data "$cuts/web_cls.tsv" "${SHIFTS[@]}"
+    sl rob_sl_web --data "$cuts/web_cls.tsv" "${SHIFTS[@]}"
+    sl rob_sl_mix --data "$mixed" "${SHIFTS[@]}"
     if [ ! -e "$cuts/web_rand.tsv" ]; then
       features=$runs/features
       "$PYTHON" clip.py --root "$root" --eval-only "$root/clip.pt" --out "$features" --eval-sets "$cuts/web_cls.tsv" "$root/imagenet/train.tsv" sketch rendition objectnet v2 >"$runs/features.log"
@@ -314,8 +358,9 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
     done
   fi
 
-  # --- 10b: another training set
+  # --- 10b: CLIP on the mixture, and another training set
   if wants 10b; then
+    clip rob_clip_mix --data "$mixed" "${SHIFTS[@]}"
     clip rob_clip_incaps --data incaps "${SHIFTS[@]}"
     sl rob_sl_incaps --data incaps "${SHIFTS[@]}"
   fi
@@ -341,33 +386,6 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
     score debias "zeroshot finetuned" "$wise && $debias --wiseft {}/wise/alpha_*/val.npz"
   fi
 
-  # --- 9: DINO on balanced and long-tailed images, with sampled and with few prototypes (figure 10, table 1); probed on
-  # real pictures too, where scikit-learn and Debian's tuxpaint-stamps-default are installed
-  real=()
-  if wants 9 || wants 9b; then
-    for set in digits stamps; do
-      [ -e "data/transfer/$set/test.tsv" ] || "$PYTHON" recipes/transfer_sets.py "$set" || continue
-      real+=("data/transfer/$set")
-    done
-  fi
-  if wants 9; then
-    dino dino_balanced --data balanced
-    dino dino_laionet --no-baselines
-    dino dino_sampled_quarter --no-baselines --sample-prototypes 512
-    dino dino_fixed_quarter --no-baselines --prototypes 512
-  fi
-
-  # --- 9b: a smaller sample, and what the theory says matters, prototypes by images of a batch and the imbalance
-  if wants 9b; then
-    dino dino_sampled_16th --no-baselines --sample-prototypes 128
-    dino dino_many --no-baselines --prototypes 8192
-    dino dino_many_sampled --no-baselines --prototypes 8192 --sample-prototypes 2048
-    table steep subset "$root/laionet/train.tsv" --profile pareto --imbalance 1000 --seed "$seed"
-    table as_steep subset "$root/balanced/train.tsv" --rows "$(($(wc -l <"$cuts/steep.tsv") - 1))" --seed "$seed"
-    dino dino_steep_balanced --no-baselines --data "$cuts/as_steep.tsv"
-    dino dino_steep --no-baselines --data "$cuts/steep.tsv"
-    dino dino_steep_sampled --no-baselines --data "$cuts/steep.tsv" --sample-prototypes 512
-  fi
   finish
 
   # --- one page: curves over data scale and vocabulary, the other arms beside them, and what `score` wrote

@@ -20,7 +20,8 @@ def rounded(value, digits=4):
 
 
 def compact(run, path, command):
-    """Keep of a finished run: its command, metrics, and for val and v2 each class's accuracy and predictions."""
+    """Keep of a finished run: its command, metrics, and for val and v2 each class's accuracy and predictions. Prints a
+    line of it."""
     run = Path(run)
     metrics = json.loads((run / "metrics.json").read_text("utf-8"))
     content = {"command": command.strip(), "metrics": metrics, "classes": {}}
@@ -37,6 +38,9 @@ def compact(run, path, command):
                 "predicted": np.bincount(predictions, minlength=C).tolist(),
             }
     write(path, content)
+    row = content["metrics"]["val"]
+    keys = ("top1", "tail", "spearman_acc", "spearman_pred", "knn", "probe")
+    print("  ".join(f"{key} {row[key]:.3f}" for key in keys if row.get(key) is not None))
 
 
 def write(path, content):
@@ -69,13 +73,6 @@ def judge(sample, root, path):
         file.write("name\trelevant\n")
         for row in rows(sample):
             file.write(f"{row['name']}\t{'yes' if label[row['key'].split(':')[-1]] == row['name'] else 'no'}\n")
-
-
-def line(path):
-    """One line of a result, for the terminal."""
-    val = json.loads(Path(path).read_text("utf-8"))["metrics"]["val"]
-    keys = ("top1", "tail", "spearman_acc", "spearman_pred", "knn", "probe")
-    print("  ".join(f"{key} {val[key]:.3f}" for key in keys if val.get(key) is not None))
 
 
 # ------------------------------------------------------------------------------ the page
@@ -1172,7 +1169,7 @@ def page(folder):
         answers = [a for a, (text, _) in zip(answers, e["contrasts"]) if not text.endswith("**")]
         verdicts.append((e, verdict_of(answers), answers, verdict_of(first)))
         needed = [str(n) for n in sorted({e["number"], *NEEDS.get(e["number"], ())})]
-        needed += [f"{e['number']}b"] if e["number"] in (2, 4, 5, 6, 8, 9, 10, 12) else []
+        needed += [f"{e['number']}b"] if e["number"] not in (1, 3, 11) else []
         lines += ["", f"**Why.** {e['why']}"] if "why" in e else []
         lines += ["", f'**Verdict: {verdicts[-1][1]}.** `ONLY="{" ".join(needed)}" bash recipes/shapes.sh`', ""]
         parts.append("\n".join(lines))
@@ -1251,4 +1248,4 @@ def draw(e, seeds, path):
 
 
 if __name__ == "__main__":
-    {"compact": compact, "shorten": shorten, "judge": judge, "line": line, "page": page}[sys.argv[1]](*sys.argv[2:])
+    {"compact": compact, "shorten": shorten, "judge": judge, "page": page}[sys.argv[1]](*sys.argv[2:])

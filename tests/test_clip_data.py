@@ -444,7 +444,7 @@ def test_a_block_of_test_images_is_one_tensor(tmp_path):
     """Each tensor that a worker sends holds a file descriptor open."""
     Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
     table = table_of(tmp_path, "image\na.png\nmissing.png\n")
-    images, reasons = clip.stack_images([clip.EvalImages(table, 16, 10**6)[row] for row in range(2)])
+    images, reasons = clip.read_squares(table, 16, 10**6, range(2))
     assert images.shape == (2, 3, 16, 16) and reasons == [0, "missing file"]
     assert images[0, 0].min() == 255 and not images[1].any()
 
@@ -855,7 +855,7 @@ def test_test_images_are_decoded_as_large_as_they_are_seen(tmp_path):
     image, seen = Image.fromarray(np.uint8(waves + 0 * waves[:, None])).convert("RGB"), []
     for kind in "jpeg", "png":
         image.save(tmp_path / f"0.{kind}", quality=100)
-        seen.append(clip.EvalImages(table_of(tmp_path, f"image\n0.{kind}\n"), 32, 10**6)[0][0].float())
+        seen.append(clip.read_squares(table_of(tmp_path, f"image\n0.{kind}\n"), 32, 10**6, [0])[0][0].float())
     assert seen[1].std() > 20 and (seen[0] - seen[1]).abs().mean() < 4
 
 

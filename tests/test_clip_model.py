@@ -154,7 +154,7 @@ def test_open_clip_weights_load_here_with_equal_features(activation, tmp_path):
         {"epoch": 1, "name": "run", "state_dict": {f"module.{k}": v for k, v in theirs.state_dict().items()}}, path
     )
     loaded = clip.load_weights(str(path))
-    text, embed_dim = clip.text_config(loaded["state_dict"])
+    text, embed_dim = clip.text_config(loaded["state_dict"], str(path))
     assert (text, embed_dim) == (
         dict(arch="transformer", width=64, vocab_size=49408, context_length=77, n_layers=3),
         384,
@@ -383,9 +383,9 @@ def test_text_config_of_each_text_tower():
         (small_clip("cbow"), dict(arch="cbow", width=64, vocab_size=514, context_length=77)),
         (small_clip("embeddings"), dict(arch="embeddings", width=64)),
     ]:
-        assert clip.text_config(model.state_dict()) == (expected, 16)
-    with pytest.raises(ValueError, match="no text tower"):
-        clip.text_config({"visual.conv1.weight": torch.zeros(1)})
+        assert clip.text_config(model.state_dict(), "x.pt") == (expected, 16)
+    with pytest.raises(SystemExit, match="^x.pt: no text tower"):
+        clip.text_config({"visual.conv1.weight": torch.zeros(1)}, "x.pt")
 
 
 @torch.no_grad()

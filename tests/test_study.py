@@ -303,9 +303,10 @@ def test_compact_and_shorten_keep_what_is_asked_for(tmp_path):
     assert json.loads((tmp_path / "short.json").read_text()) == {"rows": {"a": {"values": [0.1235] * 200, "rho": 1.0}}}
 
 
-def test_line_tells_zeros(tmp_path, capsys):
-    write_run(tmp_path, "run", tail=0.0, spearman_acc=None, knn=0.5)
-    study.line(tmp_path / "run.json")
+def test_compact_tells_zeros(tmp_path, capsys):
+    row = {"top1": 0.8, "tail": 0.0, "spearman_acc": None, "spearman_pred": 0.2, "knn": 0.5}
+    (tmp_path / "metrics.json").write_text(json.dumps({"val": row}))
+    study.compact(tmp_path, tmp_path / "out.json", "c")
     assert capsys.readouterr().out == "top1 0.800  tail 0.000  spearman_pred 0.200  knn 0.500\n"
 
 

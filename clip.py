@@ -692,6 +692,8 @@ def text_config(state_dict: dict[str, torch.Tensor], path: str) -> tuple[dict, i
         return dict(arch="embeddings", width=weights[0].shape[1]), weights[-1].shape[0]
     if "text_projection" not in state_dict:
         raise SystemExit(f"{path}: no whole text tower in it (no text_projection)")
+    if state_dict["token_embedding.weight"].ndim != 2 or state_dict["text_projection"].ndim != 2:
+        raise SystemExit(f"{path}: token_embedding.weight and text_projection of its text tower are no matrices")
     vocab_size, width = state_dict["token_embedding.weight"].shape
     text = dict(arch="cbow", width=width, vocab_size=vocab_size, context_length=77)
     if "positional_embedding" in state_dict:

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # The whole study on the shapes world, with the five scripts, for each seed; a seed redraws world and training alike.
 #
-#   bash recipes/shapes.sh                  # seeds 0, 1 and 2: what has no JSON file yet; a whole seed takes an hour on 2 cores with AMX
+#   bash recipes/shapes.sh                  # seeds 0, 1 and 2: what has no JSON file yet; a seed takes an hour on 2 cores with AMX, two without
 #   bash recipes/shapes.sh 3 4              # further seeds
 #   ONLY="1 12" bash recipes/shapes.sh 0    # some of the experiments
-#                                           # (on a machine with none of the runs: 4 needs 1, 2 and 6 need each other and 1, 7 needs 6, 10 needs 1 and 2, 12 needs 1 and 4)
-#   ONLY="2b 4b 5b 6b 7b 8b 9b 10b 12b" bash recipes/shapes.sh # further arms of the page, which come only by name
-#   JOBS=8 bash recipes/shapes.sh           # trainings at a time, a thread each (default: the number of cores)
+#                                           # (on a machine with none of the runs: 4 needs 1, 2 and 6 need each other and 1, 7 needs 1 and 6, 10 needs 1 and 2, 12 needs 1 and 4)
+#   ONLY="2b 4b 5b 6b 7b 8b 9b 10b 12b" bash recipes/shapes.sh # further arms of the page, which come only by name (2 and 7 have rows of 6b)
+#   JOBS=8 bash recipes/shapes.sh           # trainings at a time, a thread each (default: the number of cores); at first beside the pretraining
 #
 # What a run leaves is results/seedS/NAME.json, a few kB, to be committed: a run that has one is not made again, so the
 # study continues on another machine. runs/shapesS/NAME holds the rest; a killed run continues there. At the end
@@ -18,7 +18,8 @@ cores=$(env -u OMP_NUM_THREADS nproc) # which follows OMP_NUM_THREADS
 jobs=${JOBS:-$cores}
 export OMP_NUM_THREADS=1 PYTHON="${PYTHON:-python}"
 compile=()
-if command -v c++ >/dev/null; then compile=(--compile); fi # takes a sixth off, and needs a compiler
+headers='import os, sysconfig; raise SystemExit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))'
+if command -v "${CXX:-g++}" >/dev/null && "$PYTHON" -c "$headers"; then compile=(--compile); fi # takes a sixth off; needs these
 SHIFTS=(--eval-sets val v2 sketch rendition objectnet adversarial) # for experiment 10
 STEPS_4K=1000 # 32 epochs of 4,000 rows, the paper's number; 15,000 rows get 1,600 steps
 
@@ -35,7 +36,7 @@ dino() { run "$1" dino_laionet.py --transfer auto "${real[@]}" "${@:2}"; }
 score() { printf '%s\t%s\t%s\n' "$1" "$2" "${*:3}" >>"$todo/scores"; }
 wants() { [[ " ${ONLY:-1 2 3 4 5 6 7 8 9 10 11 12} " == *" $1 "* ]]; }
 pretrain() { # ROOT NAME: clip.pt of a world
-  [ -e "$1/clip.pt" ] || "$PYTHON" clip.py --root "$1" --data web --steps 2200 --word-dropout 0 --seed "$seed" "${compile[@]}" --out "$runs/$2" --export "$1/clip.pt" >"$runs/$2.log" || { cat "$runs/$2.log"; exit 1; }
+  [ -e "$1/clip.pt" ] || "$PYTHON" clip.py --root "$1" --data web --steps 2200 --word-dropout 0 --seed "$seed" "${compile[@]}" --workers 0 --out "$runs/$2" --export "$1/clip.pt" >"$runs/$2.log" || { cat "$runs/$2.log"; exit 1; }
 }
 table() { # NAME COMMAND: a table of the world, made once
   [ -e "$cuts/$1.tsv" ] || "$PYTHON" build_datasets.py "${@:2}" --out "$cuts/$1.tsv" >"$runs/$1.log" || { cat "$runs/$1.log"; exit 1; }
@@ -44,6 +45,7 @@ table() { # NAME COMMAND: a table of the world, made once
 one_run() {
   local name=${1%%$'\t'*} command=${1#*$'\t'}
   if [ -e "$results/$name.json" ] && ! grep -qx "$name" "$todo/forced"; then return; fi
+  if grep -qs "^FAILED $name:" "$todo/failed"; then return; fi
   mkdir -p "$runs/$name"
   if bash -c "$command" >>"$runs/$name/output.txt" 2>&1 &&
     "$PYTHON" recipes/shapes_results.py compact "$runs/$name" "$results/$name.json" "$command" >"$runs/$name/line.txt" 2>>"$runs/$name/output.txt"; then
@@ -72,8 +74,9 @@ finish() { # all that was noted; runs that a missing score needs are made again 
   export -f one_run one_score
   xargs -r -P "$jobs" -d '\n' -n 1 bash -c 'one_run "$1"' _ <"$todo/runs"
   xargs -r -P "$jobs" -d '\n' -n 1 bash -c 'one_score "$1"' _ <"$todo/scores"
-  [ ! -e "$todo/failed" ]
 }
+pretraining=
+trap 'pkill -P "${pretraining:-none}" 2>/dev/null || true' EXIT # it would outlive an interrupt
 
 for seed in "${@:-0 1 2}"; do for seed in $seed; do
   root=data/study$seed atomic=data/study_atomic$seed runs=runs/shapes$seed results=results/seed$seed
@@ -84,10 +87,11 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
   : >"$todo/scores"
 
   # --- the worlds, with captions as bad as alt text, a CLIP pretrained on `web` beside what does not need it, and cuts
+  "$PYTHON" build_datasets.py shapes --seed "$seed" --caption-noise 0.065 --out "$atomic" --names atomic &
   "$PYTHON" build_datasets.py shapes --seed "$seed" --caption-noise 0.065 --out "$root"
+  wait $!
   pretrain "$root" web &
   pretraining=$!
-  "$PYTHON" build_datasets.py shapes --seed "$seed" --caption-noise 0.065 --out "$atomic" --names atomic
   mkdir -p "$cuts"
   table eighth subset "$root/laionet/train.tsv" --fraction 0.125 --seed "$seed"
   table quarter subset "$root/laionet/train.tsv" --fraction 0.25 --seed "$seed"
@@ -140,6 +144,7 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
     dino dino_steep --no-baselines --data "$cuts/steep.tsv"
     dino dino_steep_sampled --no-baselines --data "$cuts/steep.tsv" --sample-prototypes 512
   fi
+
   # --- 1: supervised learning and CLIP on the same images (figure 1b); paper's and matched protocol
   if wants 1; then
     sl sl "${SHIFTS[@]}"
@@ -219,7 +224,8 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
   fi
 
   finish
-  wait $pretraining # the others take it
+  wait "$pretraining" || [ -e "$root/clip.pt" ] # the others take it
+  pretraining=
 
   # --- 8: zero-shot and one-shot tails of 30 classes (figure 8); 9a: their prototypes
   if wants 8; then
@@ -241,7 +247,7 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
     sl tail1_sl --trim-tail 30 --trim-shots 1 --steps 1200
     clip tail1_clip --data "$cuts/tail1.tsv" --steps 1200
     clip tail1_clip_frozen --data "$cuts/tail1.tsv" --steps 1200 --text-head frozen
-    pretrain "$atomic" web_atomic
+    OMP_NUM_THREADS=$cores pretrain "$atomic" web_atomic
     table tail0_atomic subset "$atomic/laionet/train.tsv" --trim-tail 30 --shots 0 --seed "$seed"
     tail=(--root "$atomic" --trim-tail 30 --trim-shots 0 --steps 1200)
     sl tail0_atomic_frozen_head "${tail[@]}" --head frozen
@@ -290,6 +296,7 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
     clip clip_nodrop --word-dropout 0
     sl sl_frozen_head --head frozen
     score collapse_sl_frozen_head sl_frozen_head "$PYTHON" evaluate.py collapse "{}/sl_frozen_head/val.npz" --boot 0
+    score even_sl_frozen_head sl_frozen_head "$PYTHON" evaluate.py imbalance "{}/sl_frozen_head/val.npz" --classes "$cuts/even.txt" --boot 0
     clip finetune_nodrop --word-dropout 0 --text-head finetune
     clip clip_nodrop_quarter --word-dropout 0 "${quarter[@]}"
     clip finetune_quarter "${quarter[@]}" --text-head finetune
@@ -335,9 +342,8 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
     clip open_clip_all --data yfcc --steps 1200
   fi
 
-  # --- 7b: supervised learning on all of both, and on yfcc
+  # --- 7b: supervised learning on yfcc
   if wants 7b; then
-    score even_sl_frozen_head sl_frozen_head "$PYTHON" evaluate.py imbalance "{}/sl_frozen_head/val.npz" --classes "$cuts/even.txt" --boot 0
     sl open_sl_cls --data "$cuts/yfcc_cls.tsv" --steps 1200
   fi
 
@@ -387,6 +393,7 @@ for seed in "${@:-0 1 2}"; do for seed in $seed; do
   fi
 
   finish
+  [ ! -e "$todo/failed" ]
 
   # --- one page: curves over data scale and vocabulary, the other arms beside them, and what `score` wrote
   page=()

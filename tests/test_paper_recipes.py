@@ -2,6 +2,7 @@
 torchrun and img2dataset, which note their arguments and leave empty files; then every command line is parsed by its script."""
 
 import functools
+import importlib.util
 import os
 import re
 import shutil
@@ -13,6 +14,10 @@ import pyarrow.csv
 import pytest
 from sync_copies import ROOT, SCRIPTS
 from test_rules import parse_args_of
+
+spec = importlib.util.spec_from_file_location("shapes_results", ROOT / "recipes" / "shapes_results.py")
+page = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(page)
 
 RECIPES = sorted((ROOT / "recipes" / "paper").glob("*.sh"))
 # The order in which they need each other; figures that are not named here come last.
@@ -69,7 +74,7 @@ def run_recipe(recipe, folder, tmp_path, *flags, **env):
     stubs, calls = tmp_path / "bin", tmp_path / "calls"
     if not stubs.exists():
         stubs.mkdir(), calls.mkdir()
-        for name in ("python", "torchrun", "img2dataset", "c++"):
+        for name in ("python", "torchrun", "img2dataset", "g++"):
             (stubs / name).write_text(STUB)
             (stubs / name).chmod(0o755)
     env = {"PATH": f"{stubs}:{os.environ['PATH']}", "CALLS": str(calls), "RECIPE": recipe.stem, **env}
@@ -85,7 +90,7 @@ def run_recipe(recipe, folder, tmp_path, *flags, **env):
 def parsed(call):
     """(script, its arguments as parsed) of a call, (None, None) of one that runs none of ours. Fails for a wrong flag."""
     program, *words = call
-    if program == "img2dataset" or words[0] == "-":
+    if program == "img2dataset" or words[0] in ("-", "-c"):
         return None, None
     while program == "torchrun" and words[0].startswith("--"):
         assert words[0] == "--nproc-per-node" and words[1].isdigit(), call
@@ -211,3 +216,26 @@ def test_the_study_in_miniature_parses(tmp_path):
     scripts = [parsed(call)[0] for call in calls]
     assert all(scripts.count(script) > 1 for script in SCRIPTS), scripts
     assert not {word for word in unseen(recipe, calls) if word.startswith("--")}
+
+
+@pytest.mark.parametrize("number", range(1, 13))
+def test_the_page_s_command_makes_what_an_experiment_compares(number, tmp_path):
+    """Every row and difference has its runs, and every score the runs that it is made of, on a machine without any."""
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    (tmp_path / "data/study0").mkdir(parents=True)
+    (tmp_path / "data/study0/classes.tsv").write_text("name\tsynonyms\nsolid circle\tdisc\n")
+    (experiment,) = [e for e in page.EXPERIMENTS if e["number"] == number]
+    recipe = ROOT / "recipes" / "shapes.sh"
+    result, _, _ = run_recipe(recipe, tmp_path, tmp_path, "0", PYTHON="python", JOBS="2", ONLY=page.PARTS[number])
+    assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-1000:]
+    todo = tmp_path / "runs/shapes0/todo"
+    runs = {line.split("\t")[0] for line in (todo / "runs").read_text().splitlines()}
+    scores = dict(line.split("\t")[:2] for line in (todo / "scores").read_text().splitlines())
+    seed, asked = page.Seed(tmp_path / "none"), set()
+    seed.files = type("Asked", (dict,), {"get": lambda self, name, default=None: asked.add(name) or default})()
+    for cells in [cells for _, cells, _ in experiment["rows"]] + [[difference] for _, difference in experiment["contrasts"]]:
+        for cell in cells:
+            cell(seed)
+    assert asked and asked <= runs | set(scores), asked - runs - set(scores)
+    needed = {run for needs in scores.values() for run in needs.split() if run != "none"}
+    assert needed <= runs, needed - runs

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole study on the shapes world, with the five scripts, for each seed; a seed redraws world and training alike.
 #
-#   bash recipes/shapes.sh                  # seeds 0, 1 and 2: what has no JSON file yet; a seed takes an hour on 2 cores with AMX, two without
+#   bash recipes/shapes.sh                  # seeds 0, 1 and 2: what has no JSON file yet; a seed took 63 minutes on 2 cores with AMX
 #   bash recipes/shapes.sh 3 4              # further seeds
 #   ONLY="1 12" bash recipes/shapes.sh 0    # some of the experiments
 #                                           # (on a machine with none of the runs: 4 needs 1, 2 and 6 need each other and 1, 7 needs 1 and 6, 10 needs 1 and 2, 12 needs 1 and 4)

@@ -1050,10 +1050,11 @@ sampled: 26.4 %) were taken out, since the augmentation's arithmetic and the dra
   anew, against runs of the GPU (seed 4's scratch run: of a CPU). Vocabularies (4; 64 epochs in bf16) and experiments 3,
   8 and 11 of seeds 3 and 4 ran on CPUs in fp32, the last three with CLIPs of `web` trained there; experiment 10 says
   where its runs were made.
-- Seed 0 was made once more, 81 of its trainings, on another CPU (a Xeon with AMX, bf16, compiled); they are not in the
-  tables. With one seed a training's rho(freq, acc) has a standard deviation of .037, rho(freq, predictions) .050, top-1
-  .009; over worlds these are .083, .078 and .024. DINO's four probes moved by .001 to .03, worlds move them by up to
-  .25. All 61 differences told yes or no for which there were runs had the sign of their mean again.
+- Seed 0 was made once more, 81 of its trainings, on another CPU (a Xeon with AMX, bf16, compiled); they are neither in
+  the tables nor in results/. With one seed a training's rho(freq, acc) has a standard deviation of .037, rho(freq,
+  predictions) .050, top-1 .009; over worlds these are .083, .078 and .024. DINO's four probes moved by .001 to .03,
+  worlds move them by up to .25. All 61 differences told yes or no for which there were runs had the sign of their mean
+  again.
 - Seeds were added where an interval held zero, so 95 % is nominal. Only then became yes or no:
   {}.
   Of the hundred judged two or three would be so by chance alone.

@@ -386,6 +386,8 @@ def test_text_config_of_each_text_tower():
         assert clip.text_config(model.state_dict(), "x.pt") == (expected, 16)
     with pytest.raises(SystemExit, match="^x.pt: no text tower"):
         clip.text_config({"visual.conv1.weight": torch.zeros(1)}, "x.pt")
+    with pytest.raises(SystemExit, match="^x.pt: .* no matrices"):
+        clip.text_config({"token_embedding.weight": torch.zeros(1), "text_projection": torch.zeros(1, 1)}, "x.pt")
 
 
 @torch.no_grad()

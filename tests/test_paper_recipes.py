@@ -218,6 +218,19 @@ def test_the_study_in_miniature_parses(tmp_path):
     assert not {word for word in unseen(recipe, calls) if word.startswith("--")}
 
 
+def test_a_failed_run_stops_no_other(tmp_path):
+    """Those of the second half are made too; it is tried once, and the script ends with 1 before the page."""
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    (tmp_path / "data/study0").mkdir(parents=True)
+    failing = tmp_path / "failing"
+    failing.write_text('#!/bin/bash\ncase "$*" in *" --out runs/shapes0/sl "*) exit 2 ;; esac\nexec python "$@"\n')
+    failing.chmod(0o755)
+    result, calls, _ = run_recipe(ROOT / "recipes" / "shapes.sh", tmp_path, tmp_path, "0", PYTHON=str(failing), JOBS="1", ONLY="1 2")
+    assert result.returncode == 1 and result.stdout.count("FAILED sl:") == 1, result.stdout + result.stderr
+    outs = {word for call in calls for word in call if word.startswith("runs/shapes0/")}
+    assert {"runs/shapes0/clip", "runs/shapes0/frozen_quarter"} <= outs and not any("page" in call for call in calls)
+
+
 @pytest.mark.parametrize("number", range(1, 13))
 def test_the_page_s_command_makes_what_an_experiment_compares(number, tmp_path):
     """Every row and difference has its runs, and every score the runs that it is made of, on a machine without any."""
